@@ -1,0 +1,31 @@
+// The table of one capability's kernels, as dispatch.cpp offers it.
+#include "kernels/cpu/capability_kernels.h"
+#include "kernels/cpu/vector.h"
+
+namespace peer::cpu::PEER_CAPABILITY {
+
+namespace {
+
+template <class Table>
+constexpr ExpertKernels<Table> expert_kernels() {
+  return {token_forward<Table>, token_backward<Table>, sum_chunks<Table>, sum_split_runs<Table>};
+}
+
+template <class Real>
+constexpr RetrievalKernels<Real> retrieval_kernels() {
+  return {2 * kLanes<Real>, pack_keys<Real>, retrieve<Real>, gather_sum<Real>};
+}
+
+}  // namespace
+
+extern const Kernels kernels;
+constexpr Kernels kernels = {
+    expert_kernels<float>(),
+    expert_kernels<double>(),
+    expert_kernels<BFloat16>(),
+    expert_kernels<Half>(),
+    retrieval_kernels<float>(),
+    retrieval_kernels<double>(),
+};
+
+}  // namespace peer::cpu::PEER_CAPABILITY

@@ -1,0 +1,204 @@
+// The CPU kernels as their callers see them: raw pointers and sizes, and one table of functions per capability.
+//
+// Every function works on a range of independent work items, so the caller decides how many threads share them; no result depends on
+// how the ranges are cut.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/activation.h"
+#include "kernels/types.h"
+
+namespace peer::cpu {
+
+// A table of expert rows. Rows are contiguous, but may lie further apart than they are long.
+template <class Element>
+struct Rows {
+  Element* data = nullptr;
+  int64_t stride = 0;
+
+  explicit operator bool() const { return data != nullptr; }
+};
+
+// Token pass, forward. A work item is a token.
+//   hidden = <x, w_down[e]>,  gate = <x, w_gate[e]> (or 1),  out = Σ_p weights·act(hidden)·gate·w_up[e]
+template <class Table>
+struct TokenForward {
+  using Real = accumulation_t<Table>;
+  int64_t experts_per_token;  // P
+  int64_t dim;                // D
+  int64_t dim_out;            // O
+  Activation activation;
+  const Real* x;           // (T, D)
+  const Real* weights;     // (T, P)
+  const int64_t* indices;  // (T, P), all in range
+  Rows<const Table> w_down, w_up, w_gate;  // (N, D), (N, O), (N, D) or none
+  Real* out;     // (T, O)
+  Real* hidden;  // (T, P)
+  Real* gate;    // (T, P) where w_gate is given
+};
+
+// Token pass, backward. A work item is a token. With s = <grad_out, w_up[e]>:
+//   grad_weights = s·act(hidden)·gate
+//   down_coefficients = s·weights·act'(hidden)·gate      grad_x = Σ_p down_coefficients·w_down[e] + gate_coefficients·w_gate[e]
+//   gate_coefficients = s·weights·act(hidden)            up_coefficients = weights·act(hidden)·gate
+// The coefficients are what the expert pass multiplies x and grad_out by.
+template <class Table>
+struct TokenBackward {
+  using Real = accumulation_t<Table>;
+  int64_t experts_per_token;
+  int64_t dim;
+  int64_t dim_out;
+  Activation activation;
+  const Real* grad_out;    // (T, O)
+  const Real* weights;     // (T, P)
+  const int64_t* indices;  // (T, P)
+  Rows<const Table> w_down, w_up, w_gate;
+  const Real* hidden;       // (T, P)
+  const Real* gate;         // (T, P) where w_gate is given
+  Real* grad_x;             // (T, D), or null
+  Real* grad_weights;       // (T, P)
+  Real* down_coefficients;  // (T, P)
+  Real* gate_coefficients;  // (T, P) where w_gate is given
+  Real* up_coefficients;    // (T, P)
+};
+
+// Weighted sums of rows. A work item is an output row:  out[i] = Σ_p coefficients[i, p]·table[indices[i, p]]
+template <class Table>
+struct GatherSum {
+  using Real = accumulation_t<Table>;
+  int64_t terms;
+  int64_t width;
+  const Real* coefficients;  // (items, terms)
+  const int64_t* indices;    // (items, terms)
+  Rows<const Table> table;
+  Rows<Real> out;
+};
+
+// A pair is one retrieval: token t's p-th expert has the pair number t·P + p.
+struct Pair {
+  int64_t owner;   // the expert, or whatever row the pair contributes to
+  int64_t number;
+};
+
+// A run of sorted pairs with one owner, of at most kPairsPerChunk pairs. A whole run goes to the owner's row of the output; a piece of
+// a longer run goes to a row of partial sums.
+struct Chunk {
+  int64_t first, last;  // range of sorted pairs
+  int64_t row;          // row of the output, or of the partial sums
+  bool is_partial;
+};
+
+// The partial sums [first, last) that make up one row of the output.
+struct SplitRun {
+  int64_t first, last;
+  int64_t row;
+};
+
+// Expert pass. Work items are chunks, then split runs:  out[row] = Σ over the run's pairs of coefficients[pair]·source[pair / pairs_per_row]
+template <class Element>
+struct ExpertPass {
+  using Real = accumulation_t<Element>;
+  int64_t width;
+  int64_t pairs_per_row;
+  const Pair* pairs;         // sorted by owner, stable
+  const Real* coefficients;  // by pair number
+  Rows<const Real> source;
+  const Chunk* chunks;
+  const SplitRun* split_runs;
+  Rows<Element> out;
+  Rows<Real> partial_sums;
+};
+
+// Retrieval by product keys. A work item is a (block of kTokensPerBlock tokens, head); item = block·heads + head.
+constexpr int64_t kTokensPerBlock = 16;
+
+// One half of the keys, packed for the sub-score product: panels of `panel` keys, each (half_width, panel), zero-padded at the end.
+template <class Real>
+struct PackedKeys {
+  const Real* data;
+  int64_t keys;
+  int64_t head_stride;  // 0 where the heads share their keys
+};
+
+template <class Real>
+struct Retrieval {
+  int64_t tokens;
+  int64_t heads;
+  int64_t half_width;  // dim_key / 2
+  int64_t k;
+  const Real* query;  // (T, H, dim_key)
+  PackedKeys<Real> rows, columns;
+  Real* scores;      // (T, H, k)
+  int64_t* indices;  // (T, H, k)
+};
+
+template <class Table>
+struct ExpertKernels {
+  void (*token_forward)(const TokenForward<Table>&, int64_t first, int64_t last);
+  void (*token_backward)(const TokenBackward<Table>&, int64_t first, int64_t last);
+  void (*sum_chunks)(const ExpertPass<Table>&, int64_t first, int64_t last);
+  void (*sum_split_runs)(const ExpertPass<Table>&, int64_t first, int64_t last);
+};
+
+template <class Real>
+struct RetrievalKernels {
+  int64_t keys_per_panel;
+  void (*pack_keys)(const Real* keys, int64_t count, int64_t half_width, Real* packed);
+  void (*retrieve)(const Retrieval<Real>&, int64_t first, int64_t last);
+  void (*gather_sum)(const GatherSum<Real>&, int64_t first, int64_t last);
+};
+
+struct Kernels {
+  ExpertKernels<float> experts_float;
+  ExpertKernels<double> experts_double;
+  ExpertKernels<BFloat16> experts_bfloat16;
+  ExpertKernels<Half> experts_half;
+  RetrievalKernels<float> retrieval_float;
+  RetrievalKernels<double> retrieval_double;
+
+  template <class Table>
+  const ExpertKernels<Table>& experts() const;
+  template <class Real>
+  const RetrievalKernels<Real>& retrieval() const;
+};
+
+template <>
+inline const ExpertKernels<float>& Kernels::experts<float>() const {
+  return experts_float;
+}
+template <>
+inline const ExpertKernels<double>& Kernels::experts<double>() const {
+  return experts_double;
+}
+template <>
+inline const ExpertKernels<BFloat16>& Kernels::experts<BFloat16>() const {
+  return experts_bfloat16;
+}
+template <>
+inline const ExpertKernels<Half>& Kernels::experts<Half>() const {
+  return experts_half;
+}
+template <>
+inline const RetrievalKernels<float>& Kernels::retrieval<float>() const {
+  return retrieval_float;
+}
+template <>
+inline const RetrievalKernels<double>& Kernels::retrieval<double>() const {
+  return retrieval_double;
+}
+
+// The kernels for this processor, or for the capability that the environment variable PEER_CPU_CAPABILITY names. Read once; throws
+// std::invalid_argument when the name is unknown or the processor lacks it.
+const Kernels& kernels();
+
+// The name of the capability whose kernels those are: "default", "avx2" or "avx512".
+const char* capability();
+
+// The kernels of one capability by name; null when they were not compiled or cannot run here.
+const Kernels* kernels_for(const char* capability);
+
+// The names of the capabilities that were compiled, separated by spaces.
+const char* compiled_capabilities();
+
+}  // namespace peer::cpu

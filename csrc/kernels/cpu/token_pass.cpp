@@ -1,0 +1,115 @@
+// Token pass: for every token, z = rows(A)·v, c = f(z), y = Σ c·rows(B), over the P experts that the token retrieved.
+//
+// Forward     A = w_down (and w_gate), v = x,        f = weights·act(z)·gate,   B = w_up
+// Backward    A = w_up,                v = grad_out, f = the chain rule,        B = w_down (and w_gate)
+// Work item   one token, start to end, by one thread
+// Traffic     P·(D + O) table elements a token, each read once; nothing of size P·D is written
+// Exactness   accumulation in float (double for double), in an order fixed by p and the capability's vector width
+#include "kernels/cpu/capability_kernels.h"
+#include "kernels/cpu/token_pass.h"
+
+namespace peer::cpu::PEER_CAPABILITY {
+
+namespace {
+
+template <class Real>
+void fill_with_zeros(Real* data, int64_t count) {
+  std::memset(data, 0, count * sizeof(Real));
+}
+
+}  // namespace
+
+template <class Table>
+void token_forward(const TokenForward<Table>& pass, int64_t first, int64_t last) {
+  using Real = accumulation_t<Table>;
+  const int64_t experts = pass.experts_per_token;
+  Scratch<Real> coefficients(experts);
+  for (int64_t t = first; t < last; ++t) {
+    const Real* x = pass.x + t * pass.dim;
+    const int64_t* indices = pass.indices + t * experts;
+    const Real* weights = pass.weights + t * experts;
+    Real* hidden = pass.hidden + t * experts;
+    Real* out = pass.out + t * pass.dim_out;
+
+    dot_with_rows(x, pass.dim, pass.w_down, indices, experts, hidden);
+    with_activation(pass.activation, [&]<Activation activation>() {
+      for (int64_t p = 0; p < experts; ++p) {
+        coefficients[p] = weights[p] * activate<activation>(hidden[p]);
+      }
+    });
+    if (pass.w_gate) {
+      Real* gate = pass.gate + t * experts;
+      dot_with_rows(x, pass.dim, pass.w_gate, indices, experts, gate);
+      for (int64_t p = 0; p < experts; ++p) {
+        coefficients[p] *= gate[p];
+      }
+    }
+    fill_with_zeros(out, pass.dim_out);
+    add_weighted_rows(coefficients.data(), pass.w_up, indices, experts, pass.dim_out, out);
+  }
+}
+
+template <class Table>
+void token_backward(const TokenBackward<Table>& pass, int64_t first, int64_t last) {
+  using Real = accumulation_t<Table>;
+  const int64_t experts = pass.experts_per_token;
+  Scratch<Real> upstream(experts);
+  for (int64_t t = first; t < last; ++t) {
+    const int64_t* indices = pass.indices + t * experts;
+    const Real* weights = pass.weights + t * experts;
+    const Real* hidden = pass.hidden + t * experts;
+    const Real* gate = pass.w_gate ? pass.gate + t * experts : nullptr;
+    Real* grad_weights = pass.grad_weights + t * experts;
+    Real* down = pass.down_coefficients + t * experts;
+    Real* up = pass.up_coefficients + t * experts;
+
+    dot_with_rows(pass.grad_out + t * pass.dim_out, pass.dim_out, pass.w_up, indices, experts, upstream.data());
+    with_activation(pass.activation, [&]<Activation activation>() {
+      for (int64_t p = 0; p < experts; ++p) {
+        const Real value = activate<activation>(hidden[p]);
+        grad_weights[p] = upstream[p] * value;
+        up[p] = weights[p] * value;
+        down[p] = upstream[p] * weights[p] * activate_derivative<activation>(hidden[p]);
+      }
+    });
+    if (gate) {
+      Real* gate_coefficients = pass.gate_coefficients + t * experts;
+      for (int64_t p = 0; p < experts; ++p) {
+        gate_coefficients[p] = upstream[p] * up[p];
+        grad_weights[p] *= gate[p];
+        up[p] *= gate[p];
+        down[p] *= gate[p];
+      }
+    }
+    if (pass.grad_x) {
+      Real* grad_x = pass.grad_x + t * pass.dim;
+      fill_with_zeros(grad_x, pass.dim);
+      add_weighted_rows(down, pass.w_down, indices, experts, pass.dim, grad_x);
+      if (gate) {
+        add_weighted_rows(pass.gate_coefficients + t * experts, pass.w_gate, indices, experts, pass.dim, grad_x);
+      }
+    }
+  }
+}
+
+template <class Table>
+void gather_sum(const GatherSum<Table>& pass, int64_t first, int64_t last) {
+  for (int64_t i = first; i < last; ++i) {
+    auto* out = pass.out.data + i * pass.out.stride;
+    fill_with_zeros(out, pass.width);
+    add_weighted_rows(pass.coefficients + i * pass.terms, pass.table, pass.indices + i * pass.terms, pass.terms, pass.width, out);
+  }
+}
+
+template void token_forward(const TokenForward<float>&, int64_t, int64_t);
+template void token_forward(const TokenForward<double>&, int64_t, int64_t);
+template void token_forward(const TokenForward<BFloat16>&, int64_t, int64_t);
+template void token_forward(const TokenForward<Half>&, int64_t, int64_t);
+template void token_backward(const TokenBackward<float>&, int64_t, int64_t);
+template void token_backward(const TokenBackward<double>&, int64_t, int64_t);
+template void token_backward(const TokenBackward<BFloat16>&, int64_t, int64_t);
+template void token_backward(const TokenBackward<Half>&, int64_t, int64_t);
+template void gather_sum(const GatherSum<float>&, int64_t, int64_t);
+template void gather_sum(const GatherSum<double>&, int64_t, int64_t);
+
+}  // namespace peer::cpu::PEER_CAPABILITY

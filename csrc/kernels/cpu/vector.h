@@ -1,0 +1,159 @@
+// A vector of accumulators, as wide as the capability that this file is compiled for, in the compiler's own vector extension: kernels
+// are written once over it, and arithmetic, comparison and ?: work lane by lane.
+//
+// Only for the sources that are compiled once per capability. All of it is static, for the reason given in capability.h.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+#include "kernels/cpu/capability.h"
+#include "kernels/types.h"
+
+namespace peer::cpu::PEER_CAPABILITY {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+template <class Lane, int lanes>
+struct VectorOf {
+  typedef Lane type __attribute__((vector_size(lanes * sizeof(Lane))));
+};
+
+template <class Real>
+constexpr int kLanes = kVectorBytes / int(sizeof(Real));
+
+template <class Real>
+using Vector = typename VectorOf<Real, kLanes<Real>>::type;
+
+using Bits16 = VectorOf<uint16_t, kLanes<float>>::type;
+using Bits32 = VectorOf<uint32_t, kLanes<float>>::type;
+
+template <class To, class From>
+static inline To bit_cast(const From& from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+// load: kLanes elements from any address, widened to the accumulation type.
+
+static inline Vector<float> load(const float* source) {
+  Vector<float> v;
+  std::memcpy(&v, source, sizeof(v));
+  return v;
+}
+
+static inline Vector<double> load(const double* source) {
+  Vector<double> v;
+  std::memcpy(&v, source, sizeof(v));
+  return v;
+}
+
+static inline Vector<float> load(const BFloat16* source) {
+  Bits16 bits;
+  std::memcpy(&bits, source, sizeof(bits));
+  return bit_cast<Vector<float>>(__builtin_convertvector(bits, Bits32) << 16);
+}
+
+static inline Vector<float> load(const Half* source) {
+  Bits16 bits;
+  std::memcpy(&bits, source, sizeof(bits));
+#if defined(__AVX512F__)
+  return bit_cast<Vector<float>>(_mm512_maskz_cvtph_ps(0xffff, bit_cast<__m256i>(bits)));
+#elif defined(__F16C__)
+  return bit_cast<Vector<float>>(_mm256_cvtph_ps(bit_cast<__m128i>(bits)));
+#else
+  // Exponent and mantissa move to their places in a float; multiplying by 2^112 corrects the exponent's bias, subnormals included.
+  // Infinity and NaN (exponent all ones) would stay finite, so they get the float's full exponent.
+  const Bits32 wide = __builtin_convertvector(bits, Bits32);
+  const Bits32 magnitude = wide & 0x7fffu;
+  const Vector<float> scaled = bit_cast<Vector<float>>(magnitude << 13) * 0x1p112f;
+  const Bits32 special = (magnitude >= 0x7c00u) & 0x7f800000u;
+  return bit_cast<Vector<float>>(bit_cast<Bits32>(scaled) | special | ((wide & 0x8000u) << 16));
+#endif
+}
+
+// store: kLanes elements, rounded to nearest even.
+
+static inline void store(float* target, Vector<float> v) {
+  std::memcpy(target, &v, sizeof(v));
+}
+
+static inline void store(double* target, Vector<double> v) {
+  std::memcpy(target, &v, sizeof(v));
+}
+
+static inline void store(BFloat16* target, Vector<float> v) {
+  const Bits32 bits = bit_cast<Bits32>(v);
+  const Bits32 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const Bits32 is_nan = bit_cast<Bits32>(v != v);  // all ones where NaN; rounding could turn a NaN into an infinity
+  const Bits16 narrow = __builtin_convertvector((rounded & ~is_nan) | (is_nan & 0x7fc0u), Bits16);
+  std::memcpy(target, &narrow, sizeof(narrow));
+}
+
+static inline void store(Half* target, Vector<float> v) {
+#if defined(__AVX512F__)
+  const __m256i narrow = _mm512_maskz_cvtps_ph(0xffff, bit_cast<__m512>(v), _MM_FROUND_TO_NEAREST_INT);
+  std::memcpy(target, &narrow, sizeof(narrow));
+#elif defined(__F16C__)
+  const __m128i narrow = _mm256_cvtps_ph(bit_cast<__m256>(v), _MM_FROUND_TO_NEAREST_INT);
+  std::memcpy(target, &narrow, sizeof(narrow));
+#else
+  // Two roundings must not happen, so the float's own addition does the only one: adding a power of two whose last mantissa bit has
+  // the weight of the result's last bit rounds to nearest even in the right place, for normal and subnormal results alike.
+  const Bits32 bits = bit_cast<Bits32>(v);
+  const Bits32 sign = (bits >> 16) & 0x8000u;
+  const Bits32 magnitude = bits & 0x7fffffffu;
+  const Bits32 is_nan = Bits32(magnitude > 0x7f800000u);
+  const Bits32 overflows = Bits32(magnitude >= 0x477ff000u);  // 65520 and above round to infinity
+  const Bits32 is_subnormal = Bits32(magnitude < 0x38800000u);
+  const Bits32 normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  const Bits32 subnormal = bit_cast<Bits32>(bit_cast<Vector<float>>(magnitude) + 0.5f) - 0x3f000000u;
+  Bits32 result = (subnormal & is_subnormal) | (normal & ~is_subnormal);
+  result = (result & ~overflows) | (overflows & 0x7c00u);
+  result = (result & ~is_nan) | (is_nan & 0x7e00u);
+  const Bits16 narrow = __builtin_convertvector(result | sign, Bits16);
+  std::memcpy(target, &narrow, sizeof(narrow));
+#endif
+}
+
+// The last, incomplete step of a row: missing lanes are read as zero and not written.
+
+template <class Element>
+static inline Vector<accumulation_t<Element>> load_first(const Element* source, int64_t count) {
+  Element padded[kLanes<accumulation_t<Element>>] = {};
+  std::memcpy(padded, source, count * sizeof(Element));
+  return load(padded);
+}
+
+template <class Element>
+static inline void store_first(Element* target, Vector<accumulation_t<Element>> v, int64_t count) {
+  Element padded[kLanes<accumulation_t<Element>>];
+  store(padded, v);
+  std::memcpy(target, padded, count * sizeof(Element));
+}
+
+template <class Real>
+static inline Real sum_of_lanes(Vector<Real> v) {
+  Real lanes[kLanes<Real>];
+  std::memcpy(lanes, &v, sizeof(v));
+  for (int width = kLanes<Real> / 2; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) {
+      lanes[i] += lanes[i + width];
+    }
+  }
+  return lanes[0];
+}
+
+}  // namespace peer::cpu::PEER_CAPABILITY

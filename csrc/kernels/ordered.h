@@ -1,0 +1,42 @@
+// Order-preserving integers: a total order on floating-point scores in which selection can neither lose a NaN nor be confused by -0.
+//
+//   NaN (any)  >  +inf  >  finite values  >  -inf,      -0 == +0
+//
+// A comparison of floats is false for NaN, so a filter written on floats may keep fewer than k candidates and leave slots unwritten;
+// on these integers every row yields exactly k.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+namespace peer {
+
+template <class Real>
+struct OrderedInteger;
+template <>
+struct OrderedInteger<float> {
+  using type = int32_t;
+};
+template <>
+struct OrderedInteger<double> {
+  using type = int64_t;
+};
+
+template <class Real>
+using ordered_t = typename OrderedInteger<Real>::type;
+
+template <class Real>
+static inline ordered_t<Real> to_ordered(Real score) {
+  using Integer = ordered_t<Real>;
+  if (score != score) {
+    return std::numeric_limits<Integer>::max();
+  }
+  score += Real(0);  // -0 + 0 is +0
+  Integer bits;
+  std::memcpy(&bits, &score, sizeof(bits));
+  // Negative floats sort backwards as integers: flip all bits but the sign.
+  return bits ^ ((bits >> (8 * sizeof(Integer) - 1)) & std::numeric_limits<Integer>::max());
+}
+
+}  // namespace peer

@@ -1,0 +1,23 @@
+#include "ops/build_info.h"
+
+#include <torch/version.h>
+
+#include <sstream>
+
+#include "kernels/cpu/kernels.h"
+#include "version.h"
+
+namespace peer {
+
+std::string build_info() {
+  std::ostringstream json;
+  json << "{\"peer\": \"" << PEER_VERSION << "\", \"torch\": \"" << TORCH_VERSION << "\", \"compiler\": \"" << PEER_COMPILER
+       << "\", \"cpu_capabilities\": \"" << cpu::compiled_capabilities() << "\", \"cuda\": null}";
+  return json.str();
+}
+
+std::string cpu_capability() {
+  return cpu::capability();
+}
+
+}  // namespace peer

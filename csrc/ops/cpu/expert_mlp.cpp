@@ -1,0 +1,139 @@
+#include "ops/expert_mlp.h"
+
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include "ops/checks.h"
+#include "ops/cpu/glue.h"
+
+namespace peer::ops::cpu {
+
+namespace {
+
+// A token's pass takes tens of microseconds at the paper's sizes, so a few tokens outweigh waking a thread.
+constexpr int64_t kTokensPerTask = 4;
+
+std::tuple<Tensor, Tensor, Tensor> expert_mlp_cpu(const Tensor& x,
+                                                  const Tensor& weights,
+                                                  const Tensor& indices,
+                                                  const Tensor& w_down,
+                                                  const Tensor& w_up,
+                                                  const std::optional<Tensor>& w_gate,
+                                                  std::string_view activation,
+                                                  bool /*sparse_grad*/) {
+  const Activation parsed = check_expert_mlp(x, weights, indices, w_down, w_up, w_gate, activation);
+  const at::ScalarType type = accumulation_type(w_down.scalar_type());
+  const at::TensorOptions accumulated = x.options().dtype(type);
+  const Tensor ids = indices.contiguous();
+  check_index_range("expert_mlp", ids, w_down.size(0));
+  const Tensor inputs = contiguous_as(x, type);
+  const Tensor scales = contiguous_as(weights, type);
+  const Tensor down = with_contiguous_rows(w_down);
+  const Tensor up = with_contiguous_rows(w_up);
+  const Tensor gates = w_gate.has_value() ? with_contiguous_rows(*w_gate) : Tensor();
+
+  const Tensor out = at::empty({x.size(0), w_up.size(1)}, accumulated);
+  const Tensor hidden = at::empty(indices.sizes(), accumulated);
+  const Tensor gate = w_gate.has_value() ? at::empty(indices.sizes(), accumulated) : at::empty({0}, accumulated);
+  with_table_type(w_down.scalar_type(), [&]<class Table>() {
+    using Real = accumulation_t<Table>;
+    const TokenForward<Table> pass = {
+        .experts_per_token = ids.size(1),
+        .dim = x.size(1),
+        .dim_out = w_up.size(1),
+        .activation = parsed,
+        .x = const_data_of<Real>(inputs),
+        .weights = const_data_of<Real>(scales),
+        .indices = ids.const_data_ptr<int64_t>(),
+        .w_down = rows_of<Table>(down),
+        .w_up = rows_of<Table>(up),
+        .w_gate = gates.defined() ? rows_of<Table>(gates) : Rows<const Table>{},
+        .out = data_of<Real>(out),
+        .hidden = data_of<Real>(hidden),
+        .gate = data_of<Real>(gate),
+    };
+    const ExpertKernels<Table>& kernel = kernels().template experts<Table>();
+    at::parallel_for(0, x.size(0), kTokensPerTask, [&](int64_t first, int64_t last) { kernel.token_forward(pass, first, last); });
+  });
+  return {out.to(x.scalar_type()), hidden, gate};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> expert_mlp_backward_cpu(const Tensor& grad_out,
+                                                                           const Tensor& x,
+                                                                           const Tensor& weights,
+                                                                           const Tensor& indices,
+                                                                           const Tensor& w_down,
+                                                                           const Tensor& w_up,
+                                                                           const std::optional<Tensor>& w_gate,
+                                                                           const Tensor& hidden,
+                                                                           const Tensor& gate,
+                                                                           std::string_view activation,
+                                                                           bool sparse_grad,
+                                                                           std::array<bool, 5> output_mask) {
+  const Activation parsed =
+      check_expert_mlp_backward(grad_out, x, weights, indices, w_down, w_up, w_gate, hidden, gate, activation);
+  const at::ScalarType type = accumulation_type(w_down.scalar_type());
+  const at::TensorOptions accumulated = x.options().dtype(type);
+  const Tensor ids = indices.contiguous();
+  check_index_range("expert_mlp_backward", ids, w_down.size(0));
+  const Tensor grads = contiguous_as(grad_out, type);
+  const Tensor scales = contiguous_as(weights, type);
+  const Tensor hidden_values = contiguous_as(hidden, type);
+  const Tensor gate_values = w_gate.has_value() ? contiguous_as(gate, type) : Tensor();
+  const Tensor down = with_contiguous_rows(w_down);
+  const Tensor up = with_contiguous_rows(w_up);
+  const Tensor gates = w_gate.has_value() ? with_contiguous_rows(*w_gate) : Tensor();
+
+  const Tensor grad_x = output_mask[kGradX] ? at::empty(x.sizes(), accumulated) : Tensor();
+  const Tensor grad_weights = at::empty(ids.sizes(), accumulated);
+  const Tensor down_coefficients = at::empty(ids.sizes(), accumulated);
+  const Tensor up_coefficients = at::empty(ids.sizes(), accumulated);
+  const Tensor gate_coefficients = w_gate.has_value() ? at::empty(ids.sizes(), accumulated) : Tensor();
+  with_table_type(w_down.scalar_type(), [&]<class Table>() {
+    using Real = accumulation_t<Table>;
+    const TokenBackward<Table> pass = {
+        .experts_per_token = ids.size(1),
+        .dim = x.size(1),
+        .dim_out = w_up.size(1),
+        .activation = parsed,
+        .grad_out = const_data_of<Real>(grads),
+        .weights = const_data_of<Real>(scales),
+        .indices = ids.const_data_ptr<int64_t>(),
+        .w_down = rows_of<Table>(down),
+        .w_up = rows_of<Table>(up),
+        .w_gate = gates.defined() ? rows_of<Table>(gates) : Rows<const Table>{},
+        .hidden = const_data_of<Real>(hidden_values),
+        .gate = gate_values.defined() ? const_data_of<Real>(gate_values) : nullptr,
+        .grad_x = grad_x.defined() ? data_of<Real>(grad_x) : nullptr,
+        .grad_weights = data_of<Real>(grad_weights),
+        .down_coefficients = data_of<Real>(down_coefficients),
+        .gate_coefficients = gate_coefficients.defined() ? data_of<Real>(gate_coefficients) : nullptr,
+        .up_coefficients = data_of<Real>(up_coefficients),
+    };
+    const ExpertKernels<Table>& kernel = kernels().template experts<Table>();
+    at::parallel_for(0, x.size(0), kTokensPerTask, [&](int64_t first, int64_t last) { kernel.token_backward(pass, first, last); });
+  });
+
+  Tensor grad_down, grad_up, grad_gate;
+  const bool wants_grad_gate = output_mask[kGradGate] && w_gate.has_value();
+  if (output_mask[kGradDown] || output_mask[kGradUp] || wants_grad_gate) {
+    const TableGradient gradient(ids, w_down.size(0), sparse_grad);
+    if (output_mask[kGradDown] || wants_grad_gate) {
+      const Tensor inputs = contiguous_as(x, type);
+      grad_down = output_mask[kGradDown] ? gradient.sum(down_coefficients, inputs, w_down.options()) : Tensor();
+      grad_gate = wants_grad_gate ? gradient.sum(gate_coefficients, inputs, w_gate->options()) : Tensor();
+    }
+    grad_up = output_mask[kGradUp] ? gradient.sum(up_coefficients, grads, w_up.options()) : Tensor();
+  }
+  return {grad_x.defined() ? grad_x.to(x.scalar_type()) : Tensor(),
+          output_mask[kGradWeights] ? grad_weights.to(weights.scalar_type()) : Tensor(), grad_down, grad_up, grad_gate};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(peer, CPU, m) {
+  m.impl("expert_mlp", expert_mlp_cpu);
+  m.impl("expert_mlp_backward", expert_mlp_backward_cpu);
+}
+
+}  // namespace peer::ops::cpu

@@ -1,0 +1,88 @@
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/core/DispatchKeySet.h>
+
+#include <array>
+#include <optional>
+#include <string_view>
+#include <tuple>
+
+#include "kernels/activation.h"
+
+namespace peer::ops {
+
+using at::Tensor;
+
+using ExpertMlp = std::tuple<Tensor, Tensor, Tensor>(const Tensor& x,
+                                                     const Tensor& weights,
+                                                     const Tensor& indices,
+                                                     const Tensor& w_down,
+                                                     const Tensor& w_up,
+                                                     const std::optional<Tensor>& w_gate,
+                                                     std::string_view activation,
+                                                     bool sparse_grad);
+using ExpertMlpBackward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>(const Tensor& grad_out,
+                                                                             const Tensor& x,
+                                                                             const Tensor& weights,
+                                                                             const Tensor& indices,
+                                                                             const Tensor& w_down,
+                                                                             const Tensor& w_up,
+                                                                             const std::optional<Tensor>& w_gate,
+                                                                             const Tensor& hidden,
+                                                                             const Tensor& gate,
+                                                                             std::string_view activation,
+                                                                             bool sparse_grad,
+                                                                             std::array<bool, 5> output_mask);
+
+// Positions in the backward operator's results and its output_mask.
+enum ExpertMlpGradient { kGradX, kGradWeights, kGradDown, kGradUp, kGradGate };
+
+// Through the dispatcher, from the top.
+ExpertMlp expert_mlp;
+ExpertMlpBackward expert_mlp_backward;
+
+// Through the dispatcher, from the keys in `below` on.
+std::tuple<Tensor, Tensor, Tensor> redispatch_expert_mlp(c10::DispatchKeySet below,
+                                                         const Tensor& x,
+                                                         const Tensor& weights,
+                                                         const Tensor& indices,
+                                                         const Tensor& w_down,
+                                                         const Tensor& w_up,
+                                                         const std::optional<Tensor>& w_gate,
+                                                         std::string_view activation,
+                                                         bool sparse_grad);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> redispatch_expert_mlp_backward(c10::DispatchKeySet below,
+                                                                                  const Tensor& grad_out,
+                                                                                  const Tensor& x,
+                                                                                  const Tensor& weights,
+                                                                                  const Tensor& indices,
+                                                                                  const Tensor& w_down,
+                                                                                  const Tensor& w_up,
+                                                                                  const std::optional<Tensor>& w_gate,
+                                                                                  const Tensor& hidden,
+                                                                                  const Tensor& gate,
+                                                                                  std::string_view activation,
+                                                                                  bool sparse_grad,
+                                                                                  std::array<bool, 5> output_mask);
+
+// What every kernel of the operator requires of its arguments, whatever the device. Reads no data. Returns the parsed activation.
+Activation check_expert_mlp(const Tensor& x,
+                            const Tensor& weights,
+                            const Tensor& indices,
+                            const Tensor& w_down,
+                            const Tensor& w_up,
+                            const std::optional<Tensor>& w_gate,
+                            std::string_view activation);
+Activation check_expert_mlp_backward(const Tensor& grad_out,
+                                     const Tensor& x,
+                                     const Tensor& weights,
+                                     const Tensor& indices,
+                                     const Tensor& w_down,
+                                     const Tensor& w_up,
+                                     const std::optional<Tensor>& w_gate,
+                                     const Tensor& hidden,
+                                     const Tensor& gate,
+                                     std::string_view activation);
+
+}  // namespace peer::ops

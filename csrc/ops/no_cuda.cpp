@@ -1,0 +1,17 @@
+// In a build without CUDA, a CUDA tensor gets a sentence instead of the dispatcher's list of keys.
+#include <torch/library.h>
+
+namespace {
+
+void refuse(const c10::OperatorHandle& op, c10::DispatchKeySet, torch::jit::Stack*) {
+  TORCH_CHECK(false, op.schema().name(), ": peer was built without CUDA, so it cannot run on CUDA tensors; move the module and its inputs to the CPU");
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(peer, CUDA, m) {
+  m.impl("product_key_topk", torch::CppFunction::makeFromBoxedFunction<&refuse>());
+  m.impl("product_key_topk_backward", torch::CppFunction::makeFromBoxedFunction<&refuse>());
+  m.impl("expert_mlp", torch::CppFunction::makeFromBoxedFunction<&refuse>());
+  m.impl("expert_mlp_backward", torch::CppFunction::makeFromBoxedFunction<&refuse>());
+}

@@ -1,0 +1,241 @@
+#include "support.h"
+
+using namespace peer;
+using namespace peer::cpu;
+using namespace peer::test;
+
+namespace {
+
+// The oracle's activations, from their definitions.
+double activate(Activation activation, double z) {
+  switch (activation) {
+    case Activation::gelu:
+      return z * 0.5 * std::erfc(-z / std::sqrt(2.0));
+    case Activation::gelu_tanh:
+      return z / (1 + std::exp(-2 * std::sqrt(2 / M_PI) * (z + 0.044715 * z * z * z)));
+    case Activation::relu:
+      return std::max(z, 0.0);
+    case Activation::silu:
+      return z / (1 + std::exp(-z));
+    case Activation::identity:
+      return z;
+    case Activation::relu2:
+      return z > 0 ? z * z : 0;
+  }
+  return NAN;
+}
+
+double derivative(Activation activation, double z) {
+  constexpr double h = 1e-5;
+  if (activation == Activation::relu) {
+    return z > 0;
+  }
+  return (activate(activation, z + h) - activate(activation, z - h)) / (2 * h);
+}
+
+constexpr Activation kActivations[] = {Activation::gelu, Activation::gelu_tanh, Activation::relu,
+                                       Activation::silu, Activation::identity,  Activation::relu2};
+
+template <class Table>
+struct Problem {
+  using Real = accumulation_t<Table>;
+
+  Problem(int64_t tokens, int64_t experts_per_token, int64_t experts, int64_t dim, int64_t dim_out, bool glu, Activation activation, uint64_t seed)
+      : tokens(tokens), experts_per_token(experts_per_token), dim(dim), dim_out(dim_out), glu(glu), activation(activation) {
+    Random random(seed);
+    // Rows lie further apart than they are long.
+    down_stride = dim + 3;
+    up_stride = dim_out + 5;
+    w_down = random.normal<Table>(experts * down_stride);
+    w_up = random.normal<Table>(experts * up_stride);
+    w_gate = random.normal<Table>(experts * down_stride);
+    x = random.normal<Real>(tokens * dim);
+    weights = random.normal<Real>(tokens * experts_per_token);
+    indices = random.integers(tokens * experts_per_token, experts);
+    grad_out = random.normal<Real>(tokens * dim_out);
+    hidden.resize(indices.size());
+    gate.resize(indices.size());
+    out.resize(tokens * dim_out);
+    grad_x.resize(x.size());
+    for (auto* values : {&grad_weights, &down_coefficients, &gate_coefficients, &up_coefficients}) {
+      values->resize(indices.size());
+    }
+  }
+
+  Rows<const Table> gate_rows() const { return glu ? Rows<const Table>{w_gate.data(), down_stride} : Rows<const Table>{}; }
+
+  void forward(const Kernels& kernels) {
+    const TokenForward<Table> pass = {experts_per_token, dim, dim_out, activation, x.data(), weights.data(), indices.data(),
+                                      {w_down.data(), down_stride}, {w_up.data(), up_stride}, gate_rows(), out.data(), hidden.data(), gate.data()};
+    kernels.experts<Table>().token_forward(pass, 0, tokens);
+  }
+
+  void backward(const Kernels& kernels) {
+    const TokenBackward<Table> pass = {experts_per_token,      dim,           dim_out,      activation,         grad_out.data(),
+                                       weights.data(),         indices.data(), {w_down.data(), down_stride}, {w_up.data(), up_stride},
+                                       gate_rows(),            hidden.data(), gate.data(),  grad_x.data(),      grad_weights.data(),
+                                       down_coefficients.data(), gate_coefficients.data(), up_coefficients.data()};
+    kernels.experts<Table>().token_backward(pass, 0, tokens);
+  }
+
+  double dot(const Real* v, const std::vector<Table>& table, int64_t row, int64_t stride, int64_t width) const {
+    double sum = 0;
+    for (int64_t i = 0; i < width; ++i) {
+      sum += double(v[i]) * to_double(table[row * stride + i]);
+    }
+    return sum;
+  }
+
+  int64_t tokens, experts_per_token, dim, dim_out;
+  bool glu;
+  Activation activation;
+  int64_t down_stride, up_stride;
+  std::vector<Table> w_down, w_up, w_gate;
+  std::vector<Real> x, weights, grad_out, hidden, gate, out, grad_x, grad_weights, down_coefficients, gate_coefficients, up_coefficients;
+  std::vector<int64_t> indices;
+};
+
+// Sums of `terms` products of standard normals: rounding stays far below this, a wrong term far above it.
+template <class Real>
+double tolerance(int64_t terms) {
+  return 64 * kEpsilon<Real> * terms + (std::is_same_v<Real, double> ? 1e-8 : 1e-5);
+}
+
+template <class Table>
+void check_against_oracle(const NamedKernels& capability, int64_t dim, int64_t dim_out, int64_t experts_per_token, bool glu, Activation activation) {
+  using Real = accumulation_t<Table>;
+  Problem<Table> p(3, experts_per_token, 50, dim, dim_out, glu, activation, 5);
+  p.forward(*capability.kernels);
+  p.backward(*capability.kernels);
+  const double scale = glu ? 10.0 * dim : 10.0;
+  double worst = 0;
+  const auto compare = [&](double actual, double expected, double magnitude) {
+    worst = std::max(worst, std::abs(actual - expected) / magnitude);
+  };
+  for (int64_t t = 0; t < p.tokens; ++t) {
+    std::vector<double> out(dim_out), grad_x(dim);
+    for (int64_t i = 0; i < experts_per_token; ++i) {
+      const int64_t pair = t * experts_per_token + i;
+      const int64_t e = p.indices[pair];
+      const double z = p.dot(&p.x[t * dim], p.w_down, e, p.down_stride, dim);
+      const double g = glu ? p.dot(&p.x[t * dim], p.w_gate, e, p.down_stride, dim) : 1;
+      const double s = p.dot(&p.grad_out[t * dim_out], p.w_up, e, p.up_stride, dim_out);
+      const double w = p.weights[pair], a = activate(activation, z), d = derivative(activation, z);
+      compare(p.hidden[pair], z, 1);
+      if (glu) {
+        compare(p.gate[pair], g, 1);
+        compare(p.gate_coefficients[pair], s * w * a, scale * dim);
+      }
+      compare(p.grad_weights[pair], s * a * g, scale * dim);
+      compare(p.down_coefficients[pair], s * w * d * g, scale * dim);
+      compare(p.up_coefficients[pair], w * a * g, scale * dim);
+      for (int64_t j = 0; j < dim_out; ++j) {
+        out[j] += w * a * g * to_double(p.w_up[e * p.up_stride + j]);
+      }
+      for (int64_t j = 0; j < dim; ++j) {
+        grad_x[j] += s * w * d * g * to_double(p.w_down[e * p.down_stride + j]);
+        grad_x[j] += glu ? s * w * a * to_double(p.w_gate[e * p.down_stride + j]) : 0;
+      }
+    }
+    for (int64_t j = 0; j < dim_out; ++j) {
+      compare(p.out[t * dim_out + j], out[j], scale * dim);
+    }
+    for (int64_t j = 0; j < dim; ++j) {
+      compare(p.grad_x[t * dim + j], grad_x[j], scale * dim * dim);
+    }
+  }
+  INFO(capability.name << " dim " << dim << " dim_out " << dim_out << " experts " << experts_per_token << " glu " << glu << " activation "
+                       << int(activation));
+  CHECK(worst <= tolerance<Real>(std::max(dim, dim_out)));
+}
+
+}  // namespace
+
+TEMPLATE_TEST_CASE("the token pass agrees with the oracle at every width around the vectors", "[token_pass]", float, double, BFloat16, Half) {
+  for (const NamedKernels& capability : capabilities()) {
+    for (const int64_t dim : {1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 64, 100}) {
+      check_against_oracle<TestType>(capability, dim, 19, 10, false, Activation::gelu);
+      check_against_oracle<TestType>(capability, 19, dim, 10, true, Activation::silu);
+    }
+  }
+}
+
+TEMPLATE_TEST_CASE("the token pass agrees with the oracle for every number of experts around the rows in flight", "[token_pass]", float, BFloat16) {
+  for (const NamedKernels& capability : capabilities()) {
+    for (const int64_t experts : {0, 1, 2, 7, 8, 9, 15, 16, 17, 24}) {
+      check_against_oracle<TestType>(capability, 24, 24, experts, false, Activation::relu);
+    }
+  }
+}
+
+TEMPLATE_TEST_CASE("every activation and its derivative, with and without gate", "[token_pass]", float, double) {
+  for (const NamedKernels& capability : capabilities()) {
+    for (const Activation activation : kActivations) {
+      check_against_oracle<TestType>(capability, 12, 20, 16, false, activation);
+      check_against_oracle<TestType>(capability, 12, 20, 16, true, activation);
+    }
+  }
+}
+
+TEST_CASE("every half-precision value is read and written as itself", "[token_pass]") {
+  // One expert of width 1 with weight 1 and hidden value 1: out is the table's element, widened. The expert pass writes it back.
+  for (const NamedKernels& capability : capabilities()) {
+    int64_t wrong = 0;
+    for (uint32_t bits = 0; bits < 0x10000; ++bits) {
+      Half up{uint16_t(bits)};
+      const Half down{0x3c00};
+      const float one = 1;
+      const int64_t index = 0;
+      float out, hidden;
+      const TokenForward<Half> forward = {1, 1, 1, Activation::identity, &one, &one, &index, {&down, 1}, {&up, 1}, {}, &out, &hidden, nullptr};
+      capability.kernels->experts<Half>().token_forward(forward, 0, 1);
+      const double expected = to_double(up);
+      const bool is_read = std::isnan(expected) ? std::isnan(out) : double(out) == expected;
+
+      const Pair pair{0, 0};
+      const Chunk chunk{0, 1, 0, false};
+      Half written{0x1234};
+      const ExpertPass<Half> pass = {1, 1, &pair, &one, {&out, 1}, &chunk, nullptr, {&written, 1}, {}};
+      capability.kernels->experts<Half>().sum_chunks(pass, 0, 1);
+      const bool is_written = std::isnan(expected) ? std::isnan(to_double(written)) : to_double(written) == expected;
+      wrong += !is_read || !is_written;
+    }
+    INFO(capability.name);
+    CHECK(wrong == 0);
+  }
+}
+
+TEMPLATE_TEST_CASE("sums are rounded to the nearest 16-bit value, ties to even", "[token_pass]", BFloat16, Half) {
+  constexpr double step = kEpsilon<TestType>;
+  const std::pair<double, double> cases[] = {{1 + 0.5 * step, 1},
+                                             {1 + 1.5 * step, 1 + 2 * step},
+                                             {1 + 0.5 * step + 0x1p-20, 1 + step},
+                                             {-(1 + 1.5 * step), -(1 + 2 * step)},
+                                             {0, 0},
+                                             {INFINITY, INFINITY},
+                                             {3e38, std::is_same_v<TestType, Half> ? INFINITY : 0x1.c4p127}};
+  for (const NamedKernels& capability : capabilities()) {
+    for (const auto& [value, expected] : cases) {
+      const float source = value, one = 1;
+      const Pair pair{0, 0};
+      const Chunk chunk{0, 1, 0, false};
+      TestType written;
+      const ExpertPass<TestType> pass = {1, 1, &pair, &one, {&source, 1}, &chunk, nullptr, {&written, 1}, {}};
+      capability.kernels->experts<TestType>().sum_chunks(pass, 0, 1);
+      INFO(capability.name << " " << value);
+      CHECK(to_double(written) == expected);
+    }
+  }
+}
+
+TEMPLATE_TEST_CASE("a weighted sum of rows lands in its strip of the output and nowhere else", "[token_pass]", float, double) {
+  for (const NamedKernels& capability : capabilities()) {
+    const TestType table[] = {1, 2, 3, 10, 20, 30};
+    const TestType coefficients[] = {2, 1, -1, 3};
+    const int64_t indices[] = {0, 1, 1, 1};
+    std::vector<TestType> out(12, -7);
+    const GatherSum<TestType> pass = {2, 3, coefficients, indices, {table, 3}, {out.data() + 2, 6}};
+    capability.kernels->retrieval<TestType>().gather_sum(pass, 0, 2);
+    CHECK(out == std::vector<TestType>{-7, -7, 12, 24, 36, -7, -7, -7, 20, 40, 60, -7});
+  }
+}
