@@ -1,5 +1,6 @@
-// The operators of peer as C++ functions. Each checks its arguments and calls the dispatcher, like torch.ops.peer.* in Python: autograd,
-// autocast and every device for which the library was built are behind it.
+// The operators of peer as C++ functions. Each checks its arguments and calls the dispatcher, like
+// torch.ops.peer.* in Python: autograd, autocast and every device for which the library was built
+// are behind it.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -20,14 +21,16 @@ namespace peer {
 //   row_keys  (R, dim_key / 2) shared by the heads, or (H, R, dim_key / 2)
 //   col_keys  (C, dim_key / 2) or (H, C, dim_key / 2)
 //
-// Returns scores (T, H, k), sorted descending, in float (double for double), and indices (T, H, k), int64; expert (r, c) has the id r·C + c.
+// Returns scores (T, H, k), sorted descending, in float (double for double), and indices (T, H, k),
+// int64; expert (r, c) has the id r·C + c.
 PEER_API std::tuple<at::Tensor, at::Tensor> product_key_topk(const at::Tensor& query,
-                                                    const at::Tensor& row_keys,
-                                                    const at::Tensor& col_keys,
-                                                    int64_t k);
+                                                             const at::Tensor& row_keys,
+                                                             const at::Tensor& col_keys,
+                                                             int64_t k);
 
-// The weighted sum of the retrieved experts:  out[t] = Σ_p weights[t, p]·act(<x[t], w_down[e]>)·w_up[e],  e = indices[t, p];
-// with w_gate, each term is multiplied by <x[t], w_gate[e]>.
+// The weighted sum of the retrieved experts:  out[t] = Σ_p weights[t, p]·act(<x[t],
+// w_down[e]>)·w_up[e],  e = indices[t, p]; with w_gate, each term is multiplied by <x[t],
+// w_gate[e]>.
 //
 //   x (T, D)   weights, indices (T, P)   w_down, w_gate (N, D)   w_up (N, O)
 //   activation: "gelu", "gelu_tanh", "relu", "silu", "identity" or "relu2"
@@ -35,12 +38,12 @@ PEER_API std::tuple<at::Tensor, at::Tensor> product_key_topk(const at::Tensor& q
 //
 // Returns out (T, O) in x's dtype.
 PEER_API at::Tensor expert_mlp(const at::Tensor& x,
-                      const at::Tensor& weights,
-                      const at::Tensor& indices,
-                      const at::Tensor& w_down,
-                      const at::Tensor& w_up,
-                      const std::optional<at::Tensor>& w_gate = std::nullopt,
-                      std::string_view activation = "gelu",
-                      bool sparse_grad = false);
+                               const at::Tensor& weights,
+                               const at::Tensor& indices,
+                               const at::Tensor& w_down,
+                               const at::Tensor& w_up,
+                               const std::optional<at::Tensor>& w_gate = std::nullopt,
+                               std::string_view activation = "gelu",
+                               bool sparse_grad = false);
 
 }  // namespace peer

@@ -1,7 +1,7 @@
 // The activations of an expert and their derivatives.
 //
-// Everything is static: the header is compiled once per CPU capability, and an inline function shared between those objects could
-// put instructions of one capability into the path of another.
+// Everything is static: the header is compiled once per CPU capability, and an inline function
+// shared between those objects could put instructions of one capability into the path of another.
 #pragma once
 
 #include <cmath>
@@ -21,7 +21,8 @@ static inline Real standard_normal_pdf(Real z) {
   return Real(0.39894228040143267794) * std::exp(Real(-0.5) * z * z);
 }
 
-// The argument of the hyperbolic tangent in gelu_tanh, sqrt(2 / pi)·(z + 0.044715·z³), and its derivative.
+// The argument of the hyperbolic tangent in gelu_tanh, sqrt(2 / pi)·(z + 0.044715·z³), and its
+// derivative.
 template <class Real>
 static inline Real gelu_tanh_inner(Real z) {
   return Real(0.79788456080286535588) * (z + Real(0.044715) * z * z * z);
@@ -62,7 +63,8 @@ static inline Real activate_derivative(Real z) {
     return standard_normal_cdf(z) + z * standard_normal_pdf(z);
   } else if constexpr (activation == Activation::gelu_tanh) {
     const Real t = std::tanh(gelu_tanh_inner(z));
-    return Real(0.5) * (Real(1) + t) + Real(0.5) * z * (Real(1) - t * t) * gelu_tanh_inner_derivative(z);
+    return Real(0.5) * (Real(1) + t) +
+           Real(0.5) * z * (Real(1) - t * t) * gelu_tanh_inner_derivative(z);
   } else if constexpr (activation == Activation::relu) {
     return z <= Real(0) ? Real(0) : Real(1);
   } else if constexpr (activation == Activation::silu) {

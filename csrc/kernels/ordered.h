@@ -1,9 +1,10 @@
-// Order-preserving integers: a total order on floating-point scores in which selection can neither lose a NaN nor be confused by -0.
+// Order-preserving integers: a total order on floating-point scores in which selection can neither
+// lose a NaN nor be confused by -0.
 //
 //   NaN (any)  >  +inf  >  finite values  >  -inf,      -0 == +0
 //
-// A comparison of floats is false for NaN, so a filter written on floats may keep fewer than k candidates and leave slots unwritten;
-// on these integers every row yields exactly k.
+// A comparison of floats is false for NaN, so a filter written on floats may keep fewer than k
+// candidates and leave slots unwritten; on these integers every row yields exactly k.
 #pragma once
 
 #include <cstdint>

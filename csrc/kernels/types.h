@@ -1,4 +1,5 @@
-// Element types of the kernels, without Torch: the two 16-bit floats as bit patterns, and the type that each is accumulated in.
+// Element types of the kernels, without Torch: the two 16-bit floats as bit patterns, and the type
+// that each is accumulated in.
 #pragma once
 
 #include <cstdint>

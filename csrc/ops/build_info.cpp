@@ -11,13 +11,12 @@ namespace peer {
 
 std::string build_info() {
   std::ostringstream json;
-  json << "{\"peer\": \"" << PEER_VERSION << "\", \"torch\": \"" << TORCH_VERSION << "\", \"compiler\": \"" << PEER_COMPILER
-       << "\", \"cpu_capabilities\": \"" << cpu::compiled_capabilities() << "\", \"cuda\": null}";
+  json << "{\"peer\": \"" << PEER_VERSION << "\", \"torch\": \"" << TORCH_VERSION
+       << "\", \"compiler\": \"" << PEER_COMPILER << "\", \"cpu_capabilities\": \""
+       << cpu::compiled_capabilities() << "\", \"cuda\": null}";
   return json.str();
 }
 
-std::string cpu_capability() {
-  return cpu::capability();
-}
+std::string cpu_capability() { return cpu::capability(); }
 
 }  // namespace peer

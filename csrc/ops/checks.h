@@ -14,26 +14,39 @@ inline at::ScalarType accumulation_type(at::ScalarType type) {
 
 inline void check_floating(const char* op, const char* name, const at::Tensor& tensor) {
   const at::ScalarType type = tensor.scalar_type();
-  TORCH_CHECK_TYPE(type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf,
-                   "peer::", op, ": expected ", name, " of dtype float32, float64, bfloat16 or float16, got ", type);
+  TORCH_CHECK_TYPE(
+      type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf,
+      "peer::", op, ": expected ", name, " of dtype float32, float64, bfloat16 or float16, got ",
+      type);
 }
 
-inline void check_same_dtype(const char* op, const char* name, const at::Tensor& tensor, const char* other_name, const at::Tensor& other) {
-  TORCH_CHECK_TYPE(tensor.scalar_type() == other.scalar_type(), "peer::", op, ": expected ", name, " of ", other_name, "'s dtype ",
-                   other.scalar_type(), ", got ", tensor.scalar_type());
+inline void check_same_dtype(const char* op,
+                             const char* name,
+                             const at::Tensor& tensor,
+                             const char* other_name,
+                             const at::Tensor& other) {
+  TORCH_CHECK_TYPE(tensor.scalar_type() == other.scalar_type(), "peer::", op, ": expected ", name,
+                   " of ", other_name, "'s dtype ", other.scalar_type(), ", got ",
+                   tensor.scalar_type());
 }
 
-inline void check_same_device(const char* op, const char* name, const at::Tensor& tensor, const char* other_name, const at::Tensor& other) {
-  TORCH_CHECK(tensor.device() == other.device(), "peer::", op, ": expected ", name, " on ", other_name, "'s device ", other.device(), ", got ",
-              tensor.device());
+inline void check_same_device(const char* op,
+                              const char* name,
+                              const at::Tensor& tensor,
+                              const char* other_name,
+                              const at::Tensor& other) {
+  TORCH_CHECK(tensor.device() == other.device(), "peer::", op, ": expected ", name, " on ",
+              other_name, "'s device ", other.device(), ", got ", tensor.device());
 }
 
 inline void check_index_dtype(const char* op, const at::Tensor& indices) {
-  TORCH_CHECK_TYPE(indices.scalar_type() == at::kLong, "peer::", op, ": expected indices of dtype int64, got ", indices.scalar_type());
+  TORCH_CHECK_TYPE(indices.scalar_type() == at::kLong, "peer::", op,
+                   ": expected indices of dtype int64, got ", indices.scalar_type());
 }
 
 inline void check_strided(const char* op, const char* name, const at::Tensor& tensor) {
-  TORCH_CHECK_VALUE(tensor.layout() == at::kStrided, "peer::", op, ": expected ", name, " to be dense, got layout ", tensor.layout());
+  TORCH_CHECK_VALUE(tensor.layout() == at::kStrided, "peer::", op, ": expected ", name,
+                    " to be dense, got layout ", tensor.layout());
 }
 
 }  // namespace peer::ops

@@ -15,7 +15,8 @@ at::Tensor expert_mlp(const at::Tensor& x,
                       const std::optional<at::Tensor>& w_gate,
                       std::string_view activation,
                       bool sparse_grad) {
-  return std::get<0>(ops::expert_mlp(x, weights, indices, w_down, w_up, w_gate, activation, sparse_grad));
+  return std::get<0>(
+      ops::expert_mlp(x, weights, indices, w_down, w_up, w_gate, activation, sparse_grad));
 }
 
 namespace ops {
@@ -23,26 +24,34 @@ namespace ops {
 namespace {
 
 const auto& forward_handle() {
-  static const auto handle = c10::Dispatcher::singleton().findSchemaOrThrow("peer::expert_mlp", "").typed<ExpertMlp>();
+  static const auto handle =
+      c10::Dispatcher::singleton().findSchemaOrThrow("peer::expert_mlp", "").typed<ExpertMlp>();
   return handle;
 }
 
 const auto& backward_handle() {
-  static const auto handle = c10::Dispatcher::singleton().findSchemaOrThrow("peer::expert_mlp_backward", "").typed<ExpertMlpBackward>();
+  static const auto handle = c10::Dispatcher::singleton()
+                                 .findSchemaOrThrow("peer::expert_mlp_backward", "")
+                                 .typed<ExpertMlpBackward>();
   return handle;
 }
 
+constexpr const char* kBackward = "expert_mlp_backward";
+
 Activation parse_activation(const char* op, std::string_view name) {
   constexpr std::pair<std::string_view, Activation> known[] = {
-      {"gelu", Activation::gelu}, {"gelu_tanh", Activation::gelu_tanh}, {"relu", Activation::relu},
-      {"silu", Activation::silu}, {"identity", Activation::identity},   {"relu2", Activation::relu2},
+      {"gelu", Activation::gelu},         {"gelu_tanh", Activation::gelu_tanh},
+      {"relu", Activation::relu},         {"silu", Activation::silu},
+      {"identity", Activation::identity}, {"relu2", Activation::relu2},
   };
   for (const auto& [known_name, activation] : known) {
     if (name == known_name) {
       return activation;
     }
   }
-  TORCH_CHECK_VALUE(false, "peer::", op, ": expected activation gelu, gelu_tanh, relu, silu, identity or relu2, got '", name, "'");
+  TORCH_CHECK_VALUE(false, "peer::", op,
+                    ": expected activation gelu, gelu_tanh, relu, silu, identity or relu2, got '",
+                    name, "'");
 }
 
 Activation check_inputs(const char* op,
@@ -53,24 +62,30 @@ Activation check_inputs(const char* op,
                         const Tensor& w_up,
                         const std::optional<Tensor>& w_gate,
                         std::string_view activation) {
-  TORCH_CHECK_VALUE(x.dim() == 2, "peer::", op, ": expected x of shape [tokens, dim], got ", x.sym_sizes());
-  TORCH_CHECK_VALUE(indices.dim() == 2 && indices.sym_size(0) == x.sym_size(0), "peer::", op, ": expected indices of shape [", x.sym_size(0),
+  TORCH_CHECK_VALUE(x.dim() == 2, "peer::", op, ": expected x of shape [tokens, dim], got ",
+                    x.sym_sizes());
+  TORCH_CHECK_VALUE(indices.dim() == 2 && indices.sym_size(0) == x.sym_size(0), "peer::", op,
+                    ": expected indices of shape [", x.sym_size(0),
                     ", experts per token] to match x, got ", indices.sym_sizes());
-  TORCH_CHECK_VALUE(weights.sym_sizes() == indices.sym_sizes(), "peer::", op, ": expected weights of indices' shape ", indices.sym_sizes(),
-                    ", got ", weights.sym_sizes());
-  TORCH_CHECK_VALUE(w_down.dim() == 2 && w_down.sym_size(1) == x.sym_size(1), "peer::", op, ": expected w_down of shape [experts, ",
-                    x.sym_size(1), "] to match x, got ", w_down.sym_sizes());
-  TORCH_CHECK_VALUE(w_up.dim() == 2 && w_up.sym_size(0) == w_down.sym_size(0), "peer::", op, ": expected w_up of shape [", w_down.sym_size(0),
-                    ", *] to match w_down, got ", w_up.sym_sizes());
+  TORCH_CHECK_VALUE(weights.sym_sizes() == indices.sym_sizes(), "peer::", op,
+                    ": expected weights of indices' shape ", indices.sym_sizes(), ", got ",
+                    weights.sym_sizes());
+  TORCH_CHECK_VALUE(w_down.dim() == 2 && w_down.sym_size(1) == x.sym_size(1), "peer::", op,
+                    ": expected w_down of shape [experts, ", x.sym_size(1), "] to match x, got ",
+                    w_down.sym_sizes());
+  TORCH_CHECK_VALUE(w_up.dim() == 2 && w_up.sym_size(0) == w_down.sym_size(0), "peer::", op,
+                    ": expected w_up of shape [", w_down.sym_size(0), ", *] to match w_down, got ",
+                    w_up.sym_sizes());
   check_index_dtype(op, indices);
   check_floating(op, "x", x);
   check_floating(op, "weights", weights);
   check_floating(op, "w_down", w_down);
   check_same_dtype(op, "w_up", w_up, "w_down", w_down);
   const bool is_double = w_down.scalar_type() == at::kDouble;
-  TORCH_CHECK_TYPE((x.scalar_type() == at::kDouble) == is_double && (weights.scalar_type() == at::kDouble) == is_double, "peer::", op,
-                   ": float64 goes with float64 only, got x ", x.scalar_type(), ", weights ", weights.scalar_type(), " and w_down ",
-                   w_down.scalar_type());
+  TORCH_CHECK_TYPE((x.scalar_type() == at::kDouble) == is_double &&
+                       (weights.scalar_type() == at::kDouble) == is_double,
+                   "peer::", op, ": float64 goes with float64 only, got x ", x.scalar_type(),
+                   ", weights ", weights.scalar_type(), " and w_down ", w_down.scalar_type());
   check_same_device(op, "weights", weights, "x", x);
   check_same_device(op, "indices", indices, "x", x);
   check_same_device(op, "w_down", w_down, "x", x);
@@ -79,8 +94,9 @@ Activation check_inputs(const char* op,
   check_strided(op, "w_down", w_down);
   check_strided(op, "w_up", w_up);
   if (w_gate.has_value()) {
-    TORCH_CHECK_VALUE(w_gate->sym_sizes() == w_down.sym_sizes(), "peer::", op, ": expected w_gate of w_down's shape ", w_down.sym_sizes(),
-                      ", got ", w_gate->sym_sizes());
+    TORCH_CHECK_VALUE(w_gate->sym_sizes() == w_down.sym_sizes(), "peer::", op,
+                      ": expected w_gate of w_down's shape ", w_down.sym_sizes(), ", got ",
+                      w_gate->sym_sizes());
     check_same_dtype(op, "w_gate", *w_gate, "w_down", w_down);
     check_same_device(op, "w_gate", *w_gate, "x", x);
     check_strided(op, "w_gate", *w_gate);
@@ -101,19 +117,21 @@ std::tuple<Tensor, Tensor, Tensor> expert_mlp(const Tensor& x,
   return forward_handle().call(x, weights, indices, w_down, w_up, w_gate, activation, sparse_grad);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> expert_mlp_backward(const Tensor& grad_out,
-                                                                       const Tensor& x,
-                                                                       const Tensor& weights,
-                                                                       const Tensor& indices,
-                                                                       const Tensor& w_down,
-                                                                       const Tensor& w_up,
-                                                                       const std::optional<Tensor>& w_gate,
-                                                                       const Tensor& hidden,
-                                                                       const Tensor& gate,
-                                                                       std::string_view activation,
-                                                                       bool sparse_grad,
-                                                                       std::array<bool, 5> output_mask) {
-  return backward_handle().call(grad_out, x, weights, indices, w_down, w_up, w_gate, hidden, gate, activation, sparse_grad, output_mask);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> expert_mlp_backward(
+    const Tensor& grad_out,
+    const Tensor& x,
+    const Tensor& weights,
+    const Tensor& indices,
+    const Tensor& w_down,
+    const Tensor& w_up,
+    const std::optional<Tensor>& w_gate,
+    const Tensor& hidden,
+    const Tensor& gate,
+    std::string_view activation,
+    bool sparse_grad,
+    std::array<bool, 5> output_mask) {
+  return backward_handle().call(grad_out, x, weights, indices, w_down, w_up, w_gate, hidden, gate,
+                                activation, sparse_grad, output_mask);
 }
 
 std::tuple<Tensor, Tensor, Tensor> redispatch_expert_mlp(c10::DispatchKeySet below,
@@ -125,24 +143,26 @@ std::tuple<Tensor, Tensor, Tensor> redispatch_expert_mlp(c10::DispatchKeySet bel
                                                          const std::optional<Tensor>& w_gate,
                                                          std::string_view activation,
                                                          bool sparse_grad) {
-  return forward_handle().redispatch(below, x, weights, indices, w_down, w_up, w_gate, activation, sparse_grad);
+  return forward_handle().redispatch(below, x, weights, indices, w_down, w_up, w_gate, activation,
+                                     sparse_grad);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> redispatch_expert_mlp_backward(c10::DispatchKeySet below,
-                                                                                  const Tensor& grad_out,
-                                                                                  const Tensor& x,
-                                                                                  const Tensor& weights,
-                                                                                  const Tensor& indices,
-                                                                                  const Tensor& w_down,
-                                                                                  const Tensor& w_up,
-                                                                                  const std::optional<Tensor>& w_gate,
-                                                                                  const Tensor& hidden,
-                                                                                  const Tensor& gate,
-                                                                                  std::string_view activation,
-                                                                                  bool sparse_grad,
-                                                                                  std::array<bool, 5> output_mask) {
-  return backward_handle().redispatch(below, grad_out, x, weights, indices, w_down, w_up, w_gate, hidden, gate, activation, sparse_grad,
-                                      output_mask);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> redispatch_expert_mlp_backward(
+    c10::DispatchKeySet below,
+    const Tensor& grad_out,
+    const Tensor& x,
+    const Tensor& weights,
+    const Tensor& indices,
+    const Tensor& w_down,
+    const Tensor& w_up,
+    const std::optional<Tensor>& w_gate,
+    const Tensor& hidden,
+    const Tensor& gate,
+    std::string_view activation,
+    bool sparse_grad,
+    std::array<bool, 5> output_mask) {
+  return backward_handle().redispatch(below, grad_out, x, weights, indices, w_down, w_up, w_gate,
+                                      hidden, gate, activation, sparse_grad, output_mask);
 }
 
 Activation check_expert_mlp(const Tensor& x,
@@ -155,8 +175,7 @@ Activation check_expert_mlp(const Tensor& x,
   return check_inputs("expert_mlp", x, weights, indices, w_down, w_up, w_gate, activation);
 }
 
-Activation check_expert_mlp_backward(const Tensor& grad_out,
-                                     const Tensor& x,
+Activation check_expert_mlp_backward(const Tensor& x,
                                      const Tensor& weights,
                                      const Tensor& indices,
                                      const Tensor& w_down,
@@ -165,20 +184,28 @@ Activation check_expert_mlp_backward(const Tensor& grad_out,
                                      const Tensor& hidden,
                                      const Tensor& gate,
                                      std::string_view activation) {
-  const char* op = "expert_mlp_backward";
-  const Activation parsed = check_inputs(op, x, weights, indices, w_down, w_up, w_gate, activation);
-  TORCH_CHECK_VALUE(grad_out.dim() == 2 && grad_out.sym_size(0) == x.sym_size(0) && grad_out.sym_size(1) == w_up.sym_size(1), "peer::", op,
-                    ": expected grad_out of shape [", x.sym_size(0), ", ", w_up.sym_size(1), "], got ", grad_out.sym_sizes());
-  TORCH_CHECK_VALUE(hidden.sym_sizes() == indices.sym_sizes(), "peer::", op, ": expected hidden of indices' shape ", indices.sym_sizes(), ", got ",
+  const Activation parsed =
+      check_inputs(kBackward, x, weights, indices, w_down, w_up, w_gate, activation);
+  TORCH_CHECK_VALUE(hidden.sym_sizes() == indices.sym_sizes(), "peer::", kBackward,
+                    ": expected hidden of indices' shape ", indices.sym_sizes(), ", got ",
                     hidden.sym_sizes());
-  TORCH_CHECK_VALUE(!w_gate.has_value() || gate.sym_sizes() == indices.sym_sizes(), "peer::", op, ": expected gate of indices' shape ",
-                    indices.sym_sizes(), ", got ", gate.sym_sizes());
-  check_floating(op, "grad_out", grad_out);
-  check_floating(op, "hidden", hidden);
-  check_same_device(op, "grad_out", grad_out, "x", x);
-  check_same_device(op, "hidden", hidden, "x", x);
-  check_same_device(op, "gate", gate, "x", x);
+  TORCH_CHECK_VALUE(!w_gate.has_value() || gate.sym_sizes() == indices.sym_sizes(),
+                    "peer::", kBackward, ": expected gate of indices' shape ", indices.sym_sizes(),
+                    ", got ", gate.sym_sizes());
+  check_floating(kBackward, "hidden", hidden);
+  check_same_device(kBackward, "hidden", hidden, "x", x);
+  check_same_device(kBackward, "gate", gate, "x", x);
   return parsed;
+}
+
+void check_expert_mlp_grad_out(const Tensor& grad_out, const Tensor& x, const Tensor& w_up) {
+  TORCH_CHECK_VALUE(
+      grad_out.dim() == 2 && grad_out.size(0) == x.size(0) && grad_out.size(1) == w_up.size(1),
+      "peer::", kBackward, ": expected grad_out of shape [", x.size(0), ", ", w_up.size(1),
+      "], got ", grad_out.sizes());
+  check_floating(kBackward, "grad_out", grad_out);
+  check_strided(kBackward, "grad_out", grad_out);
+  check_same_device(kBackward, "grad_out", grad_out, "x", x);
 }
 
 }  // namespace ops

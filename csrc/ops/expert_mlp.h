@@ -22,18 +22,19 @@ using ExpertMlp = std::tuple<Tensor, Tensor, Tensor>(const Tensor& x,
                                                      const std::optional<Tensor>& w_gate,
                                                      std::string_view activation,
                                                      bool sparse_grad);
-using ExpertMlpBackward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>(const Tensor& grad_out,
-                                                                             const Tensor& x,
-                                                                             const Tensor& weights,
-                                                                             const Tensor& indices,
-                                                                             const Tensor& w_down,
-                                                                             const Tensor& w_up,
-                                                                             const std::optional<Tensor>& w_gate,
-                                                                             const Tensor& hidden,
-                                                                             const Tensor& gate,
-                                                                             std::string_view activation,
-                                                                             bool sparse_grad,
-                                                                             std::array<bool, 5> output_mask);
+using ExpertMlpBackward =
+    std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>(const Tensor& grad_out,
+                                                       const Tensor& x,
+                                                       const Tensor& weights,
+                                                       const Tensor& indices,
+                                                       const Tensor& w_down,
+                                                       const Tensor& w_up,
+                                                       const std::optional<Tensor>& w_gate,
+                                                       const Tensor& hidden,
+                                                       const Tensor& gate,
+                                                       std::string_view activation,
+                                                       bool sparse_grad,
+                                                       std::array<bool, 5> output_mask);
 
 // Positions in the backward operator's results and its output_mask.
 enum ExpertMlpGradient { kGradX, kGradWeights, kGradDown, kGradUp, kGradGate };
@@ -52,21 +53,23 @@ std::tuple<Tensor, Tensor, Tensor> redispatch_expert_mlp(c10::DispatchKeySet bel
                                                          const std::optional<Tensor>& w_gate,
                                                          std::string_view activation,
                                                          bool sparse_grad);
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> redispatch_expert_mlp_backward(c10::DispatchKeySet below,
-                                                                                  const Tensor& grad_out,
-                                                                                  const Tensor& x,
-                                                                                  const Tensor& weights,
-                                                                                  const Tensor& indices,
-                                                                                  const Tensor& w_down,
-                                                                                  const Tensor& w_up,
-                                                                                  const std::optional<Tensor>& w_gate,
-                                                                                  const Tensor& hidden,
-                                                                                  const Tensor& gate,
-                                                                                  std::string_view activation,
-                                                                                  bool sparse_grad,
-                                                                                  std::array<bool, 5> output_mask);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> redispatch_expert_mlp_backward(
+    c10::DispatchKeySet below,
+    const Tensor& grad_out,
+    const Tensor& x,
+    const Tensor& weights,
+    const Tensor& indices,
+    const Tensor& w_down,
+    const Tensor& w_up,
+    const std::optional<Tensor>& w_gate,
+    const Tensor& hidden,
+    const Tensor& gate,
+    std::string_view activation,
+    bool sparse_grad,
+    std::array<bool, 5> output_mask);
 
-// What every kernel of the operator requires of its arguments, whatever the device. Reads no data. Returns the parsed activation.
+// What every kernel of the operator requires of its arguments, whatever the device. Reads no data.
+// Returns the parsed activation.
 Activation check_expert_mlp(const Tensor& x,
                             const Tensor& weights,
                             const Tensor& indices,
@@ -74,8 +77,7 @@ Activation check_expert_mlp(const Tensor& x,
                             const Tensor& w_up,
                             const std::optional<Tensor>& w_gate,
                             std::string_view activation);
-Activation check_expert_mlp_backward(const Tensor& grad_out,
-                                     const Tensor& x,
+Activation check_expert_mlp_backward(const Tensor& x,
                                      const Tensor& weights,
                                      const Tensor& indices,
                                      const Tensor& w_down,
@@ -84,5 +86,9 @@ Activation check_expert_mlp_backward(const Tensor& grad_out,
                                      const Tensor& hidden,
                                      const Tensor& gate,
                                      std::string_view activation);
+
+// For the kernels that compute only: while compiled autograd records a graph, the incoming gradient
+// is a stand-in of another shape.
+void check_expert_mlp_grad_out(const Tensor& grad_out, const Tensor& x, const Tensor& w_up);
 
 }  // namespace peer::ops

@@ -4,7 +4,9 @@
 namespace {
 
 void refuse(const c10::OperatorHandle& op, c10::DispatchKeySet, torch::jit::Stack*) {
-  TORCH_CHECK(false, op.schema().name(), ": peer was built without CUDA, so it cannot run on CUDA tensors; move the module and its inputs to the CPU");
+  TORCH_CHECK(false, op.schema().name(),
+              ": peer was built without CUDA, so it cannot run on CUDA tensors; move the module "
+              "and its inputs to the CPU");
 }
 
 }  // namespace

@@ -12,12 +12,13 @@ using ProductKeyTopk = std::tuple<at::Tensor, at::Tensor>(const at::Tensor& quer
                                                           const at::Tensor& row_keys,
                                                           const at::Tensor& col_keys,
                                                           int64_t k);
-using ProductKeyTopkBackward = std::tuple<at::Tensor, at::Tensor, at::Tensor>(const at::Tensor& grad_scores,
-                                                                              const at::Tensor& query,
-                                                                              const at::Tensor& row_keys,
-                                                                              const at::Tensor& col_keys,
-                                                                              const at::Tensor& indices,
-                                                                              std::array<bool, 3> output_mask);
+using ProductKeyTopkBackward =
+    std::tuple<at::Tensor, at::Tensor, at::Tensor>(const at::Tensor& grad_scores,
+                                                   const at::Tensor& query,
+                                                   const at::Tensor& row_keys,
+                                                   const at::Tensor& col_keys,
+                                                   const at::Tensor& indices,
+                                                   std::array<bool, 3> output_mask);
 
 // Through the dispatcher, from the top.
 ProductKeyTopk product_key_topk;
@@ -29,20 +30,27 @@ std::tuple<at::Tensor, at::Tensor> redispatch_product_key_topk(c10::DispatchKeyS
                                                                const at::Tensor& row_keys,
                                                                const at::Tensor& col_keys,
                                                                int64_t k);
-std::tuple<at::Tensor, at::Tensor, at::Tensor> redispatch_product_key_topk_backward(c10::DispatchKeySet below,
-                                                                                    const at::Tensor& grad_scores,
-                                                                                    const at::Tensor& query,
-                                                                                    const at::Tensor& row_keys,
-                                                                                    const at::Tensor& col_keys,
-                                                                                    const at::Tensor& indices,
-                                                                                    std::array<bool, 3> output_mask);
+std::tuple<at::Tensor, at::Tensor, at::Tensor> redispatch_product_key_topk_backward(
+    c10::DispatchKeySet below,
+    const at::Tensor& grad_scores,
+    const at::Tensor& query,
+    const at::Tensor& row_keys,
+    const at::Tensor& col_keys,
+    const at::Tensor& indices,
+    std::array<bool, 3> output_mask);
 
 // What every kernel of the operator requires of its arguments, whatever the device. Reads no data.
-void check_product_key_topk(const at::Tensor& query, const at::Tensor& row_keys, const at::Tensor& col_keys, int64_t k);
-void check_product_key_topk_backward(const at::Tensor& grad_scores,
-                                     const at::Tensor& query,
+void check_product_key_topk(const at::Tensor& query,
+                            const at::Tensor& row_keys,
+                            const at::Tensor& col_keys,
+                            int64_t k);
+void check_product_key_topk_backward(const at::Tensor& query,
                                      const at::Tensor& row_keys,
                                      const at::Tensor& col_keys,
                                      const at::Tensor& indices);
+
+// For the kernels that compute only: while compiled autograd records a graph, the incoming gradient
+// is a stand-in of another shape.
+void check_product_key_topk_grad_scores(const at::Tensor& grad_scores, const at::Tensor& indices);
 
 }  // namespace peer::ops

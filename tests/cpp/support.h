@@ -1,4 +1,5 @@
-// What the kernel tests share: every capability of this processor, element types, seeded data, and loops over threads.
+// What the kernel tests share: every capability of this processor, element types, seeded data, and
+// loops over threads.
 #pragma once
 
 #include <algorithm>
@@ -53,10 +54,12 @@ inline double to_double(Half value) {
   if (exponent == 31) {
     return mantissa ? std::nan("") : sign * INFINITY;
   }
-  return sign * (exponent == 0 ? std::ldexp(mantissa, -24) : std::ldexp(1024 + mantissa, exponent - 25));
+  return sign *
+         (exponent == 0 ? std::ldexp(mantissa, -24) : std::ldexp(1024 + mantissa, exponent - 25));
 }
 
-// Rounds to a value that the type holds exactly, by truncating the float's mantissa; good for making inputs.
+// Rounds to a value that the type holds exactly, by truncating the float's mantissa; good for
+// making inputs.
 template <class Element>
 Element from_double(double value) {
   return Element(value);
@@ -122,7 +125,8 @@ inline ParallelFor on_threads(int threads) {
     std::vector<std::thread> workers;
     const int64_t share = (end - begin + threads - 1) / threads;
     for (int64_t first = begin; first < end; first += share) {
-      workers.emplace_back([&body, first, last = std::min(first + share, end)] { body(first, last); });
+      workers.emplace_back(
+          [&body, first, last = std::min(first + share, end)] { body(first, last); });
     }
     for (std::thread& worker : workers) {
       worker.join();

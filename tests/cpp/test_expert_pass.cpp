@@ -11,11 +11,17 @@ template <class Element>
 struct Problem {
   using Real = accumulation_t<Element>;
 
-  Problem(int64_t rows, int64_t pairs_per_row, int64_t owner_count, int64_t width, int64_t hot_pairs, uint64_t seed)
+  Problem(int64_t rows,
+          int64_t pairs_per_row,
+          int64_t owner_count,
+          int64_t width,
+          int64_t hot_pairs,
+          uint64_t seed)
       : pairs_per_row(pairs_per_row), owner_count(owner_count), width(width) {
     Random random(seed);
     owners = random.integers(rows * pairs_per_row, owner_count);
-    std::fill(owners.begin(), owners.begin() + std::min<int64_t>(hot_pairs, owners.size()), owner_count / 2);
+    std::fill(owners.begin(), owners.begin() + std::min<int64_t>(hot_pairs, owners.size()),
+              owner_count / 2);
     coefficients = random.normal<Real>(owners.size());
     source = random.normal<Real>(rows * width);
   }
@@ -36,8 +42,10 @@ struct Problem {
                                       {out.data(), width},
                                       {partial_sums.data(), width}};
     const ExpertKernels<Element>& kernel = kernels.experts<Element>();
-    parallel_for(0, plan.chunks.size(), 1, [&](int64_t first, int64_t last) { kernel.sum_chunks(pass, first, last); });
-    parallel_for(0, plan.split_runs.size(), 1, [&](int64_t first, int64_t last) { kernel.sum_split_runs(pass, first, last); });
+    parallel_for(0, plan.chunks.size(), 1,
+                 [&](int64_t first, int64_t last) { kernel.sum_chunks(pass, first, last); });
+    parallel_for(0, plan.split_runs.size(), 1,
+                 [&](int64_t first, int64_t last) { kernel.sum_split_runs(pass, first, last); });
     return out;
   }
 
@@ -46,7 +54,8 @@ struct Problem {
     std::vector<double> sums(owner_count * width), magnitudes(owner_count * width);
     for (size_t i = 0; i < owners.size(); ++i) {
       for (int64_t column = 0; column < width; ++column) {
-        const double term = double(coefficients[i]) * double(source[i / pairs_per_row * width + column]);
+        const double term =
+            double(coefficients[i]) * double(source[i / pairs_per_row * width + column]);
         sums[owners[i] * width + column] += term;
         magnitudes[owners[i] * width + column] += std::abs(term);
       }
@@ -61,7 +70,12 @@ struct Problem {
 
 }  // namespace
 
-TEMPLATE_TEST_CASE("a table's gradient is the sum over the pairs of each row", "[expert_pass]", float, double, BFloat16, Half) {
+TEMPLATE_TEST_CASE("a table's gradient is the sum over the pairs of each row",
+                   "[expert_pass]",
+                   float,
+                   double,
+                   BFloat16,
+                   Half) {
   for (const auto& [name, kernels] : capabilities()) {
     for (const int64_t width : {1, 3, 4, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 100, 129}) {
       const Problem<TestType> problem(60, 6, 29, width, 0, 3);
@@ -69,7 +83,8 @@ TEMPLATE_TEST_CASE("a table's gradient is the sum over the pairs of each row", "
       const auto [sums, magnitudes] = problem.oracle();
       double worst = 0;
       for (size_t i = 0; i < sums.size(); ++i) {
-        const double bound = kEpsilon<TestType> * std::abs(sums[i]) + 64 * kEpsilon<accumulation_t<TestType>> * magnitudes[i] + 1e-7;
+        const double bound = kEpsilon<TestType> * std::abs(sums[i]) +
+                             64 * kEpsilon<accumulation_t<TestType>> * magnitudes[i] + 1e-7;
         worst = std::max(worst, std::abs(to_double(result[i]) - sums[i]) / bound);
       }
       INFO(name << " width " << width);
@@ -78,13 +93,17 @@ TEMPLATE_TEST_CASE("a table's gradient is the sum over the pairs of each row", "
   }
 }
 
-TEMPLATE_TEST_CASE("one hot expert is summed right, and the same for any number of threads", "[expert_pass]", float, BFloat16) {
+TEMPLATE_TEST_CASE("one hot expert is summed right, and the same for any number of threads",
+                   "[expert_pass]",
+                   float,
+                   BFloat16) {
   for (const auto& [name, kernels] : capabilities()) {
     const Problem<TestType> problem(300, 10, 50, 37, 2500, 4);
     const std::vector<TestType> one = problem.solve(*kernels, 1);
     const auto [sums, magnitudes] = problem.oracle();
     for (size_t i = 0; i < sums.size(); ++i) {
-      const double bound = kEpsilon<TestType> * std::abs(sums[i]) + 256 * kEpsilon<float> * magnitudes[i] + 1e-7;
+      const double bound =
+          kEpsilon<TestType> * std::abs(sums[i]) + 256 * kEpsilon<float> * magnitudes[i] + 1e-7;
       REQUIRE(std::abs(to_double(one[i]) - sums[i]) <= bound);
     }
     for (const int threads : {2, 3, 8}) {

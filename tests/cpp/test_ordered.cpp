@@ -5,10 +5,15 @@
 
 using peer::to_ordered;
 
-TEMPLATE_TEST_CASE("ordered integers sort as the scores do, with NaN highest", "[ordered]", float, double) {
+TEMPLATE_TEST_CASE("ordered integers sort as the scores do, with NaN highest",
+                   "[ordered]",
+                   float,
+                   double) {
   using limits = std::numeric_limits<TestType>;
-  const TestType ascending[] = {-limits::infinity(), -limits::max(),    TestType(-1), -limits::min(),   -limits::denorm_min(), TestType(0),
-                                limits::denorm_min(), limits::min(), TestType(1),  limits::max(), limits::infinity(),    limits::quiet_NaN()};
+  const TestType ascending[] = {-limits::infinity(),  -limits::max(),        TestType(-1),
+                                -limits::min(),       -limits::denorm_min(), TestType(0),
+                                limits::denorm_min(), limits::min(),         TestType(1),
+                                limits::max(),        limits::infinity(),    limits::quiet_NaN()};
   for (size_t i = 1; i < std::size(ascending); ++i) {
     CHECK(to_ordered(ascending[i - 1]) < to_ordered(ascending[i]));
   }

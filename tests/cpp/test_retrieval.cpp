@@ -21,23 +21,37 @@ struct Problem {
   void solve(const Kernels& kernels, int threads = 1) {
     const RetrievalKernels<Real>& kernel = kernels.retrieval<Real>();
     const auto pack = [&](const std::vector<Real>& keys, int64_t count, std::vector<Real>& packed) {
-      const int64_t padded = (count + kernel.keys_per_panel - 1) / kernel.keys_per_panel * kernel.keys_per_panel;
+      const int64_t padded =
+          (count + kernel.keys_per_panel - 1) / kernel.keys_per_panel * kernel.keys_per_panel;
       const int64_t key_heads = shared ? 1 : heads;
       packed.resize(key_heads * padded * half_width);
       for (int64_t head = 0; head < key_heads; ++head) {
-        kernel.pack_keys(keys.data() + head * count * half_width, count, half_width, packed.data() + head * padded * half_width);
+        kernel.pack_keys(keys.data() + head * count * half_width, count, half_width,
+                         packed.data() + head * padded * half_width);
       }
       return PackedKeys<Real>{packed.data(), count, shared ? 0 : padded * half_width};
     };
     std::vector<Real> packed_rows, packed_columns;
-    Retrieval<Real> retrieval = {tokens, heads, half_width, k, query.data(), pack(row_keys, rows, packed_rows), pack(col_keys, columns, packed_columns),
-                                 scores.data(), indices.data()};
+    Retrieval<Real> retrieval = {tokens,
+                                 heads,
+                                 half_width,
+                                 k,
+                                 query.data(),
+                                 pack(row_keys, rows, packed_rows),
+                                 pack(col_keys, columns, packed_columns),
+                                 scores.data(),
+                                 indices.data()};
     const int64_t items = (tokens + kTokensPerBlock - 1) / kTokensPerBlock * heads;
-    on_threads(threads)(0, items, 1, [&](int64_t first, int64_t last) { kernel.retrieve(retrieval, first, last); });
+    on_threads(threads)(
+        0, items, 1, [&](int64_t first, int64_t last) { kernel.retrieve(retrieval, first, last); });
   }
 
   // Sub-scores in the order of the key's elements; exact for the small integers that the tests use.
-  std::vector<Real> sub_scores(int64_t token, int64_t head, const std::vector<Real>& keys, int64_t count, int64_t half) const {
+  std::vector<Real> sub_scores(int64_t token,
+                               int64_t head,
+                               const std::vector<Real>& keys,
+                               int64_t count,
+                               int64_t half) const {
     std::vector<Real> result(count);
     const Real* q = &query[(token * heads + head) * 2 * half_width + half * half_width];
     for (int64_t i = 0; i < count; ++i) {
@@ -62,7 +76,8 @@ std::vector<int64_t> ranks(const std::vector<Real>& scores) {
   for (size_t i = 0; i < order.size(); ++i) {
     order[i] = i;
   }
-  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return is_above(scores[a], scores[b]); });
+  std::stable_sort(order.begin(), order.end(),
+                   [&](int64_t a, int64_t b) { return is_above(scores[a], scores[b]); });
   for (size_t i = 0; i < order.size(); ++i) {
     rank[order[i]] = i;
   }
@@ -71,7 +86,8 @@ std::vector<int64_t> ranks(const std::vector<Real>& scores) {
 
 // All N pairs, sorted by score and then by (row rank, column rank).
 template <class Real>
-std::vector<std::pair<Real, int64_t>> brute_force(const std::vector<Real>& rows, const std::vector<Real>& columns) {
+std::vector<std::pair<Real, int64_t>> brute_force(const std::vector<Real>& rows,
+                                                  const std::vector<Real>& columns) {
   const std::vector<int64_t> row_ranks = ranks(rows), column_ranks = ranks(columns);
   struct Expert {
     Real score;
@@ -80,7 +96,8 @@ std::vector<std::pair<Real, int64_t>> brute_force(const std::vector<Real>& rows,
   std::vector<Expert> experts;
   for (size_t r = 0; r < rows.size(); ++r) {
     for (size_t c = 0; c < columns.size(); ++c) {
-      experts.push_back({rows[r] + columns[c], row_ranks[r], column_ranks[c], int64_t(r * columns.size() + c)});
+      experts.push_back(
+          {rows[r] + columns[c], row_ranks[r], column_ranks[c], int64_t(r * columns.size() + c)});
     }
   }
   std::sort(experts.begin(), experts.end(), [](const Expert& a, const Expert& b) {
@@ -103,12 +120,14 @@ void check_against_brute_force(Problem<Real> problem, const std::string& what) {
     int64_t wrong = 0;
     for (int64_t t = 0; t < problem.tokens; ++t) {
       for (int64_t h = 0; h < problem.heads; ++h) {
-        const auto expected = brute_force(problem.sub_scores(t, h, problem.row_keys, problem.rows, 0),
-                                          problem.sub_scores(t, h, problem.col_keys, problem.columns, 1));
+        const auto expected =
+            brute_force(problem.sub_scores(t, h, problem.row_keys, problem.rows, 0),
+                        problem.sub_scores(t, h, problem.col_keys, problem.columns, 1));
         for (int64_t i = 0; i < problem.k; ++i) {
           const int64_t position = (t * problem.heads + h) * problem.k + i;
           const Real score = problem.scores[position];
-          const bool same_score = std::isnan(expected[i].first) ? std::isnan(score) : score == expected[i].first;
+          const bool same_score =
+              std::isnan(expected[i].first) ? std::isnan(score) : score == expected[i].first;
           wrong += !same_score || problem.indices[position] != expected[i].second;
         }
       }
@@ -129,52 +148,79 @@ std::vector<Real> small_integers(Random& random, int64_t count, int64_t range) {
 
 }  // namespace
 
-TEMPLATE_TEST_CASE("retrieval equals brute force over all experts, ties included", "[retrieval]", float, double) {
+TEMPLATE_TEST_CASE("retrieval equals brute force over all experts, ties included",
+                   "[retrieval]",
+                   float,
+                   double) {
   Random random(6);
-  for (const auto& [rows, columns] : {std::pair<int64_t, int64_t>{16, 16}, {40, 7}, {3, 300}, {1, 50}, {33, 1}, {300, 20}}) {
+  for (const auto& [rows, columns] :
+       {std::pair<int64_t, int64_t>{16, 16}, {40, 7}, {3, 300}, {1, 50}, {33, 1}, {300, 20}}) {
     for (const int64_t k : {1, 2, 8, 16, 32, 50}) {
       for (const bool shared : {true, false}) {
         if (k > rows * columns) {
           continue;
         }
-        const int64_t tokens = 19, heads = 2, half_width = 5;  // tokens: a whole block and a piece of one
+        const int64_t tokens = 19, heads = 2,
+                      half_width = 5;  // tokens: a whole block and a piece of one
         const int64_t key_heads = shared ? 1 : heads;
         // Few distinct values: most rows have ties at the boundary.
-        check_against_brute_force<TestType>({tokens, heads, half_width, rows, columns, k, shared, small_integers<TestType>(random, tokens * heads * 2 * half_width, 2),
-                                             small_integers<TestType>(random, key_heads * rows * half_width, 2),
-                                             small_integers<TestType>(random, key_heads * columns * half_width, 2)},
-                                            "grid " + std::to_string(rows) + "x" + std::to_string(columns) + " k " + std::to_string(k));
+        check_against_brute_force<TestType>(
+            {tokens, heads, half_width, rows, columns, k, shared,
+             small_integers<TestType>(random, tokens * heads * 2 * half_width, 2),
+             small_integers<TestType>(random, key_heads * rows * half_width, 2),
+             small_integers<TestType>(random, key_heads * columns * half_width, 2)},
+            "grid " + std::to_string(rows) + "x" + std::to_string(columns) + " k " +
+                std::to_string(k));
       }
     }
   }
 }
 
-TEMPLATE_TEST_CASE("retrieval equals brute force where the group filter works", "[retrieval]", float, double) {
+TEMPLATE_TEST_CASE("retrieval equals brute force where the group filter works",
+                   "[retrieval]",
+                   float,
+                   double) {
   Random random(7);
   for (const int64_t range : {1, 100}) {  // many ties, few ties
-    check_against_brute_force<TestType>({4, 1, 3, 1000, 513, 16, true, small_integers<TestType>(random, 4 * 6, 50), small_integers<TestType>(random, 3000, range),
-                                         small_integers<TestType>(random, 513 * 3, range)},
-                                        "range " + std::to_string(range));
+    check_against_brute_force<TestType>(
+        {4, 1, 3, 1000, 513, 16, true, small_integers<TestType>(random, 4 * 6, 50),
+         small_integers<TestType>(random, 3000, range),
+         small_integers<TestType>(random, 513 * 3, range)},
+        "range " + std::to_string(range));
   }
 }
 
 TEMPLATE_TEST_CASE("k may be all experts", "[retrieval]", float, double) {
   Random random(8);
-  check_against_brute_force<TestType>({5, 1, 2, 9, 11, 99, true, small_integers<TestType>(random, 5 * 4, 3), small_integers<TestType>(random, 18, 3),
-                                       small_integers<TestType>(random, 22, 3)},
-                                      "k = N");
+  check_against_brute_force<TestType>(
+      {5, 1, 2, 9, 11, 99, true, small_integers<TestType>(random, 5 * 4, 3),
+       small_integers<TestType>(random, 18, 3), small_integers<TestType>(random, 22, 3)},
+      "k = N");
 }
 
-TEMPLATE_TEST_CASE("NaN, infinities of either sign and minus zero are ordered as brute force orders them", "[retrieval]", float, double) {
+TEMPLATE_TEST_CASE(
+    "NaN, infinities of either sign and minus zero are ordered as brute force orders them",
+    "[retrieval]",
+    float,
+    double) {
   using limits = std::numeric_limits<TestType>;
-  const std::vector<TestType> special = {0, TestType(-0.0), 1, -1, limits::infinity(), -limits::infinity(), limits::quiet_NaN(), limits::max(), limits::lowest(),
+  const std::vector<TestType> special = {0,
+                                         TestType(-0.0),
+                                         1,
+                                         -1,
+                                         limits::infinity(),
+                                         -limits::infinity(),
+                                         limits::quiet_NaN(),
+                                         limits::max(),
+                                         limits::lowest(),
                                          limits::denorm_min()};
   Random random(9);
   // With a query of ones and one key element per half, the keys are the sub-scores.
   for (int repeat = 0; repeat < 200; ++repeat) {
     const int64_t rows = 1 + random.integer(12), columns = 1 + random.integer(12);
     const int64_t k = 1 + random.integer(std::min<int64_t>(rows * columns, 20));
-    const int64_t kinds = 1 + random.integer(special.size());  // few kinds make constant rows and long ties
+    const int64_t kinds =
+        1 + random.integer(special.size());  // few kinds make constant rows and long ties
     const auto draw = [&](int64_t count) {
       std::vector<TestType> values;
       const int64_t first = random.integer(special.size());
@@ -184,29 +230,48 @@ TEMPLATE_TEST_CASE("NaN, infinities of either sign and minus zero are ordered as
       return values;
     };
     const std::vector<TestType> row_keys = draw(rows), col_keys = draw(columns);
-    check_against_brute_force<TestType>({1, 1, 1, rows, columns, k, true, {1, 1}, row_keys, col_keys}, "repeat " + std::to_string(repeat));
+    check_against_brute_force<TestType>(
+        {1, 1, 1, rows, columns, k, true, {1, 1}, row_keys, col_keys},
+        "repeat " + std::to_string(repeat));
   }
 }
 
-TEMPLATE_TEST_CASE("opposite infinities win over finite scores even where one of them is last in its half", "[retrieval]", float, double) {
+TEMPLATE_TEST_CASE(
+    "opposite infinities win over finite scores even where one of them is last in its half",
+    "[retrieval]",
+    float,
+    double) {
   const TestType inf = std::numeric_limits<TestType>::infinity();
   std::vector<TestType> col_keys(300);
   for (int i = 0; i < 300; ++i) {
     col_keys[i] = TestType(i);
   }
   col_keys[123] = -inf;
-  check_against_brute_force<TestType>({1, 1, 1, 3, 300, 4, true, {1, 1}, {1, inf, 2}, col_keys}, "+inf row, -inf column");
-  check_against_brute_force<TestType>({1, 1, 1, 300, 3, 4, true, {1, 1}, col_keys, {1, inf, 2}}, "-inf row, +inf column");
+  check_against_brute_force<TestType>({1, 1, 1, 3, 300, 4, true, {1, 1}, {1, inf, 2}, col_keys},
+                                      "+inf row, -inf column");
+  check_against_brute_force<TestType>({1, 1, 1, 300, 3, 4, true, {1, 1}, col_keys, {1, inf, 2}},
+                                      "-inf row, +inf column");
 }
 
 TEST_CASE("ids are distinct and in range for rows that defeat a filter on floats", "[retrieval]") {
-  const float nan = std::numeric_limits<float>::quiet_NaN(), inf = std::numeric_limits<float>::infinity();
+  const float nan = std::numeric_limits<float>::quiet_NaN(),
+              inf = std::numeric_limits<float>::infinity();
   for (const auto& [name, kernels] : capabilities()) {
     for (const float value : {0.0f, nan, inf, -inf, 1e38f}) {
-      Problem<float> problem{3, 2, 4, 512, 512, 32, true, std::vector<float>(48, value), std::vector<float>(2048, 1), std::vector<float>(2048, 1)};
+      Problem<float> problem{3,
+                             2,
+                             4,
+                             512,
+                             512,
+                             32,
+                             true,
+                             std::vector<float>(48, value),
+                             std::vector<float>(2048, 1),
+                             std::vector<float>(2048, 1)};
       problem.solve(*kernels);
       for (int64_t list = 0; list < 6; ++list) {
-        const std::set<int64_t> ids(problem.indices.begin() + list * 32, problem.indices.begin() + (list + 1) * 32);
+        const std::set<int64_t> ids(problem.indices.begin() + list * 32,
+                                    problem.indices.begin() + (list + 1) * 32);
         INFO(name << " value " << value);
         CHECK(ids.size() == 32);
         CHECK(*ids.begin() >= 0);
@@ -218,7 +283,9 @@ TEST_CASE("ids are distinct and in range for rows that defeat a filter on floats
 
 TEST_CASE("results do not depend on the number of threads", "[retrieval]") {
   Random random(10);
-  const std::vector<float> query = random.normal<float>(100 * 3 * 16), row_keys = random.normal<float>(200 * 8), col_keys = random.normal<float>(300 * 8);
+  const std::vector<float> query = random.normal<float>(100 * 3 * 16),
+                           row_keys = random.normal<float>(200 * 8),
+                           col_keys = random.normal<float>(300 * 8);
   for (const auto& [name, kernels] : capabilities()) {
     Problem<float> one{100, 3, 8, 200, 300, 8, true, query, row_keys, col_keys};
     one.solve(*kernels);
@@ -226,7 +293,8 @@ TEST_CASE("results do not depend on the number of threads", "[retrieval]") {
       Problem<float> many{100, 3, 8, 200, 300, 8, true, query, row_keys, col_keys};
       many.solve(*kernels, threads);
       INFO(name << " threads " << threads);
-      CHECK(std::memcmp(one.scores.data(), many.scores.data(), one.scores.size() * sizeof(float)) == 0);
+      CHECK(std::memcmp(one.scores.data(), many.scores.data(), one.scores.size() * sizeof(float)) ==
+            0);
       CHECK(one.indices == many.indices);
     }
   }

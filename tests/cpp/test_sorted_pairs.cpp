@@ -15,7 +15,8 @@ TEST_CASE("pairs come out by owner, and in their own order within an owner", "[s
 
   std::vector<int64_t> expected(count);
   std::iota(expected.begin(), expected.end(), 0);
-  std::stable_sort(expected.begin(), expected.end(), [&](int64_t a, int64_t b) { return owners[a] < owners[b]; });
+  std::stable_sort(expected.begin(), expected.end(),
+                   [&](int64_t a, int64_t b) { return owners[a] < owners[b]; });
   bool equal = true;
   for (int64_t i = 0; i < count; ++i) {
     equal = equal && pairs[i].number == expected[i] && pairs[i].owner == owners[expected[i]];

@@ -40,8 +40,20 @@ template <class Table>
 struct Problem {
   using Real = accumulation_t<Table>;
 
-  Problem(int64_t tokens, int64_t experts_per_token, int64_t experts, int64_t dim, int64_t dim_out, bool glu, Activation activation, uint64_t seed)
-      : tokens(tokens), experts_per_token(experts_per_token), dim(dim), dim_out(dim_out), glu(glu), activation(activation) {
+  Problem(int64_t tokens,
+          int64_t experts_per_token,
+          int64_t experts,
+          int64_t dim,
+          int64_t dim_out,
+          bool glu,
+          Activation activation,
+          uint64_t seed)
+      : tokens(tokens),
+        experts_per_token(experts_per_token),
+        dim(dim),
+        dim_out(dim_out),
+        glu(glu),
+        activation(activation) {
     Random random(seed);
     // Rows lie further apart than they are long.
     down_stride = dim + 3;
@@ -62,23 +74,53 @@ struct Problem {
     }
   }
 
-  Rows<const Table> gate_rows() const { return glu ? Rows<const Table>{w_gate.data(), down_stride} : Rows<const Table>{}; }
+  Rows<const Table> gate_rows() const {
+    return glu ? Rows<const Table>{w_gate.data(), down_stride} : Rows<const Table>{};
+  }
 
   void forward(const Kernels& kernels) {
-    const TokenForward<Table> pass = {experts_per_token, dim, dim_out, activation, x.data(), weights.data(), indices.data(),
-                                      {w_down.data(), down_stride}, {w_up.data(), up_stride}, gate_rows(), out.data(), hidden.data(), gate.data()};
+    const TokenForward<Table> pass = {experts_per_token,
+                                      dim,
+                                      dim_out,
+                                      activation,
+                                      x.data(),
+                                      weights.data(),
+                                      indices.data(),
+                                      {w_down.data(), down_stride},
+                                      {w_up.data(), up_stride},
+                                      gate_rows(),
+                                      out.data(),
+                                      hidden.data(),
+                                      gate.data()};
     kernels.experts<Table>().token_forward(pass, 0, tokens);
   }
 
   void backward(const Kernels& kernels) {
-    const TokenBackward<Table> pass = {experts_per_token,      dim,           dim_out,      activation,         grad_out.data(),
-                                       weights.data(),         indices.data(), {w_down.data(), down_stride}, {w_up.data(), up_stride},
-                                       gate_rows(),            hidden.data(), gate.data(),  grad_x.data(),      grad_weights.data(),
-                                       down_coefficients.data(), gate_coefficients.data(), up_coefficients.data()};
+    const TokenBackward<Table> pass = {experts_per_token,
+                                       dim,
+                                       dim_out,
+                                       activation,
+                                       grad_out.data(),
+                                       weights.data(),
+                                       indices.data(),
+                                       {w_down.data(), down_stride},
+                                       {w_up.data(), up_stride},
+                                       gate_rows(),
+                                       hidden.data(),
+                                       gate.data(),
+                                       grad_x.data(),
+                                       grad_weights.data(),
+                                       down_coefficients.data(),
+                                       gate_coefficients.data(),
+                                       up_coefficients.data()};
     kernels.experts<Table>().token_backward(pass, 0, tokens);
   }
 
-  double dot(const Real* v, const std::vector<Table>& table, int64_t row, int64_t stride, int64_t width) const {
+  double dot(const Real* v,
+             const std::vector<Table>& table,
+             int64_t row,
+             int64_t stride,
+             int64_t width) const {
     double sum = 0;
     for (int64_t i = 0; i < width; ++i) {
       sum += double(v[i]) * to_double(table[row * stride + i]);
@@ -91,18 +133,25 @@ struct Problem {
   Activation activation;
   int64_t down_stride, up_stride;
   std::vector<Table> w_down, w_up, w_gate;
-  std::vector<Real> x, weights, grad_out, hidden, gate, out, grad_x, grad_weights, down_coefficients, gate_coefficients, up_coefficients;
+  std::vector<Real> x, weights, grad_out, hidden, gate, out, grad_x, grad_weights,
+      down_coefficients, gate_coefficients, up_coefficients;
   std::vector<int64_t> indices;
 };
 
-// Sums of `terms` products of standard normals: rounding stays far below this, a wrong term far above it.
+// Sums of `terms` products of standard normals: rounding stays far below this, a wrong term far
+// above it.
 template <class Real>
 double tolerance(int64_t terms) {
   return 64 * kEpsilon<Real> * terms + (std::is_same_v<Real, double> ? 1e-8 : 1e-5);
 }
 
 template <class Table>
-void check_against_oracle(const NamedKernels& capability, int64_t dim, int64_t dim_out, int64_t experts_per_token, bool glu, Activation activation) {
+void check_against_oracle(const NamedKernels& capability,
+                          int64_t dim,
+                          int64_t dim_out,
+                          int64_t experts_per_token,
+                          bool glu,
+                          Activation activation) {
   using Real = accumulation_t<Table>;
   Problem<Table> p(3, experts_per_token, 50, dim, dim_out, glu, activation, 5);
   p.forward(*capability.kernels);
@@ -144,14 +193,19 @@ void check_against_oracle(const NamedKernels& capability, int64_t dim, int64_t d
       compare(p.grad_x[t * dim + j], grad_x[j], scale * dim * dim);
     }
   }
-  INFO(capability.name << " dim " << dim << " dim_out " << dim_out << " experts " << experts_per_token << " glu " << glu << " activation "
-                       << int(activation));
+  INFO(capability.name << " dim " << dim << " dim_out " << dim_out << " experts "
+                       << experts_per_token << " glu " << glu << " activation " << int(activation));
   CHECK(worst <= tolerance<Real>(std::max(dim, dim_out)));
 }
 
 }  // namespace
 
-TEMPLATE_TEST_CASE("the token pass agrees with the oracle at every width around the vectors", "[token_pass]", float, double, BFloat16, Half) {
+TEMPLATE_TEST_CASE("the token pass agrees with the oracle at every width around the vectors",
+                   "[token_pass]",
+                   float,
+                   double,
+                   BFloat16,
+                   Half) {
   for (const NamedKernels& capability : capabilities()) {
     for (const int64_t dim : {1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 64, 100}) {
       check_against_oracle<TestType>(capability, dim, 19, 10, false, Activation::gelu);
@@ -160,7 +214,11 @@ TEMPLATE_TEST_CASE("the token pass agrees with the oracle at every width around 
   }
 }
 
-TEMPLATE_TEST_CASE("the token pass agrees with the oracle for every number of experts around the rows in flight", "[token_pass]", float, BFloat16) {
+TEMPLATE_TEST_CASE(
+    "the token pass agrees with the oracle for every number of experts around the rows in flight",
+    "[token_pass]",
+    float,
+    BFloat16) {
   for (const NamedKernels& capability : capabilities()) {
     for (const int64_t experts : {0, 1, 2, 7, 8, 9, 15, 16, 17, 24}) {
       check_against_oracle<TestType>(capability, 24, 24, experts, false, Activation::relu);
@@ -168,7 +226,10 @@ TEMPLATE_TEST_CASE("the token pass agrees with the oracle for every number of ex
   }
 }
 
-TEMPLATE_TEST_CASE("every activation and its derivative, with and without gate", "[token_pass]", float, double) {
+TEMPLATE_TEST_CASE("every activation and its derivative, with and without gate",
+                   "[token_pass]",
+                   float,
+                   double) {
   for (const NamedKernels& capability : capabilities()) {
     for (const Activation activation : kActivations) {
       check_against_oracle<TestType>(capability, 12, 20, 16, false, activation);
@@ -178,7 +239,8 @@ TEMPLATE_TEST_CASE("every activation and its derivative, with and without gate",
 }
 
 TEST_CASE("every half-precision value is read and written as itself", "[token_pass]") {
-  // One expert of width 1 with weight 1 and hidden value 1: out is the table's element, widened. The expert pass writes it back.
+  // One expert of width 1 with weight 1 and hidden value 1: out is the table's element, widened.
+  // The expert pass writes it back.
   for (const NamedKernels& capability : capabilities()) {
     int64_t wrong = 0;
     for (uint32_t bits = 0; bits < 0x10000; ++bits) {
@@ -187,7 +249,9 @@ TEST_CASE("every half-precision value is read and written as itself", "[token_pa
       const float one = 1;
       const int64_t index = 0;
       float out, hidden;
-      const TokenForward<Half> forward = {1, 1, 1, Activation::identity, &one, &one, &index, {&down, 1}, {&up, 1}, {}, &out, &hidden, nullptr};
+      const TokenForward<Half> forward = {
+          1,    1,       1,      Activation::identity, &one, &one, &index, {&down, 1}, {&up, 1}, {},
+          &out, &hidden, nullptr};
       capability.kernels->experts<Half>().token_forward(forward, 0, 1);
       const double expected = to_double(up);
       const bool is_read = std::isnan(expected) ? std::isnan(out) : double(out) == expected;
@@ -195,9 +259,11 @@ TEST_CASE("every half-precision value is read and written as itself", "[token_pa
       const Pair pair{0, 0};
       const Chunk chunk{0, 1, 0, false};
       Half written{0x1234};
-      const ExpertPass<Half> pass = {1, 1, &pair, &one, {&out, 1}, &chunk, nullptr, {&written, 1}, {}};
+      const ExpertPass<Half> pass = {1,      1,       &pair,         &one, {&out, 1},
+                                     &chunk, nullptr, {&written, 1}, {}};
       capability.kernels->experts<Half>().sum_chunks(pass, 0, 1);
-      const bool is_written = std::isnan(expected) ? std::isnan(to_double(written)) : to_double(written) == expected;
+      const bool is_written =
+          std::isnan(expected) ? std::isnan(to_double(written)) : to_double(written) == expected;
       wrong += !is_read || !is_written;
     }
     INFO(capability.name);
@@ -205,22 +271,27 @@ TEST_CASE("every half-precision value is read and written as itself", "[token_pa
   }
 }
 
-TEMPLATE_TEST_CASE("sums are rounded to the nearest 16-bit value, ties to even", "[token_pass]", BFloat16, Half) {
+TEMPLATE_TEST_CASE("sums are rounded to the nearest 16-bit value, ties to even",
+                   "[token_pass]",
+                   BFloat16,
+                   Half) {
   constexpr double step = kEpsilon<TestType>;
-  const std::pair<double, double> cases[] = {{1 + 0.5 * step, 1},
-                                             {1 + 1.5 * step, 1 + 2 * step},
-                                             {1 + 0.5 * step + 0x1p-20, 1 + step},
-                                             {-(1 + 1.5 * step), -(1 + 2 * step)},
-                                             {0, 0},
-                                             {INFINITY, INFINITY},
-                                             {3e38, std::is_same_v<TestType, Half> ? INFINITY : 0x1.c4p127}};
+  const std::pair<double, double> cases[] = {
+      {1 + 0.5 * step, 1},
+      {1 + 1.5 * step, 1 + 2 * step},
+      {1 + 0.5 * step + 0x1p-20, 1 + step},
+      {-(1 + 1.5 * step), -(1 + 2 * step)},
+      {0, 0},
+      {INFINITY, INFINITY},
+      {3e38, std::is_same_v<TestType, Half> ? INFINITY : 0x1.c4p127}};
   for (const NamedKernels& capability : capabilities()) {
     for (const auto& [value, expected] : cases) {
       const float source = value, one = 1;
       const Pair pair{0, 0};
       const Chunk chunk{0, 1, 0, false};
       TestType written;
-      const ExpertPass<TestType> pass = {1, 1, &pair, &one, {&source, 1}, &chunk, nullptr, {&written, 1}, {}};
+      const ExpertPass<TestType> pass = {1,      1,       &pair,         &one, {&source, 1},
+                                         &chunk, nullptr, {&written, 1}, {}};
       capability.kernels->experts<TestType>().sum_chunks(pass, 0, 1);
       INFO(capability.name << " " << value);
       CHECK(to_double(written) == expected);
@@ -228,7 +299,10 @@ TEMPLATE_TEST_CASE("sums are rounded to the nearest 16-bit value, ties to even",
   }
 }
 
-TEMPLATE_TEST_CASE("a weighted sum of rows lands in its strip of the output and nowhere else", "[token_pass]", float, double) {
+TEMPLATE_TEST_CASE("a weighted sum of rows lands in its strip of the output and nowhere else",
+                   "[token_pass]",
+                   float,
+                   double) {
   for (const NamedKernels& capability : capabilities()) {
     const TestType table[] = {1, 2, 3, 10, 20, 30};
     const TestType coefficients[] = {2, 1, -1, 3};

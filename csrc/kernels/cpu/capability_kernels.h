@@ -1,4 +1,5 @@
-// What each capability defines, declared in its own namespace. For the sources that are compiled once per capability.
+// What each capability defines, declared in its own namespace. For the sources that are compiled
+// once per capability.
 #pragma once
 
 #include <cstdlib>
@@ -26,13 +27,14 @@ void pack_keys(const Real* keys, int64_t count, int64_t half_width, Real* packed
 template <class Real>
 void retrieve(const Retrieval<Real>&, int64_t first, int64_t last);
 
-// Uninitialised memory for one call, aligned to a cache line. (Not std::vector: its instantiations would be shared between the
-// capabilities, see capability.h.)
+// Uninitialised memory for one call, aligned to a cache line. (Not std::vector: its instantiations
+// would be shared between the capabilities, see capability.h.)
 template <class Element>
 class Scratch {
  public:
   explicit Scratch(int64_t count)
-      : data_(static_cast<Element*>(::operator new(count * sizeof(Element), std::align_val_t(64)))) {}
+      : data_(
+            static_cast<Element*>(::operator new(count * sizeof(Element), std::align_val_t(64)))) {}
   ~Scratch() { ::operator delete(data_, std::align_val_t(64)); }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;

@@ -20,12 +20,8 @@ constexpr RetrievalKernels<Real> retrieval_kernels() {
 
 extern const Kernels kernels;
 constexpr Kernels kernels = {
-    expert_kernels<float>(),
-    expert_kernels<double>(),
-    expert_kernels<BFloat16>(),
-    expert_kernels<Half>(),
-    retrieval_kernels<float>(),
-    retrieval_kernels<double>(),
+    expert_kernels<float>(), expert_kernels<double>(),   expert_kernels<BFloat16>(),
+    expert_kernels<Half>(),  retrieval_kernels<float>(), retrieval_kernels<double>(),
 };
 
 }  // namespace peer::cpu::PEER_CAPABILITY

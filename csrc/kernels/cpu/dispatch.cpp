@@ -28,18 +28,17 @@ extern const Kernels kernels;
 
 namespace {
 
-bool always() {
-  return true;
-}
+bool always() { return true; }
 
 #if PEER_HAS_X86_CAPABILITIES
 bool has_avx2() {
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+         __builtin_cpu_supports("f16c");
 }
 
 bool has_avx512() {
-  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-         __builtin_cpu_supports("avx512vl");
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
 #endif
 
@@ -63,12 +62,14 @@ const Capability& choose() {
     for (const Capability& capability : kCapabilities) {
       if (std::string_view(capability.name) == name) {
         if (!capability.runs_here()) {
-          throw std::invalid_argument("peer: PEER_CPU_CAPABILITY=" + std::string(name) + ", but this processor does not have " + name);
+          throw std::invalid_argument("peer: PEER_CPU_CAPABILITY=" + std::string(name) +
+                                      ", but this processor does not have " + name);
         }
         return capability;
       }
     }
-    throw std::invalid_argument("peer: PEER_CPU_CAPABILITY=" + std::string(name) + " is not one of: " + compiled_capabilities());
+    throw std::invalid_argument("peer: PEER_CPU_CAPABILITY=" + std::string(name) +
+                                " is not one of: " + compiled_capabilities());
   }
   const Capability* best = nullptr;
   for (const Capability& capability : kCapabilities) {
@@ -86,13 +87,9 @@ const Capability& chosen() {
 
 }  // namespace
 
-const Kernels& kernels() {
-  return chosen().kernels;
-}
+const Kernels& kernels() { return chosen().kernels; }
 
-const char* capability() {
-  return chosen().name;
-}
+const char* capability() { return chosen().name; }
 
 const Kernels* kernels_for(const char* name) {
   for (const Capability& capability : kCapabilities) {

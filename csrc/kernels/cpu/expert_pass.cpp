@@ -1,11 +1,14 @@
-// Expert pass: the gradient of every table row is the sum, over the pairs that retrieved it, of a coefficient times a row of x or grad_out.
+// Expert pass: the gradient of every table row is the sum, over the pairs that retrieved it, of a
+// coefficient times a row of x or grad_out.
 //
-// Pairs come sorted by owner, cut into chunks of at most kPairsPerChunk, each summed by one thread. An owner with more pairs than that
-// is the ordered sum of its chunks' partial sums: one hot expert neither serialises the pass nor makes a result depend on the threads.
+// Pairs come sorted by owner, cut into chunks of at most kPairsPerChunk, each summed by one thread.
+// An owner with more pairs than that is the ordered sum of its chunks' partial sums: one hot expert
+// neither serialises the pass nor makes a result depend on the threads.
 //
 // Work item   one chunk; then one split run
-// Traffic     per pair, one row of x or grad_out (which stay in cache); per owner, one row written, rounded once
-// Exactness   sums in the order of the pairs within a chunk, then in the order of the chunks
+// Traffic     per pair, one row of x or grad_out, which stay in cache; per owner, one row written
+// Exactness   sums in the order of the pairs within a chunk, then in the order of the chunks; each
+//             row is rounded once
 #include "kernels/cpu/capability_kernels.h"
 #include "kernels/cpu/vector.h"
 
@@ -24,7 +27,8 @@ void sum_strip(const ExpertPass<Element>& pass, const Chunk& chunk, int64_t colu
   for (int64_t i = chunk.first; i < chunk.last; ++i) {
     const int64_t number = pass.pairs[i].number;
     const Real coefficient = pass.coefficients[number];
-    const Real* source = pass.source.data + (number / pass.pairs_per_row) * pass.source.stride + column;
+    const Real* source =
+        pass.source.data + (number / pass.pairs_per_row) * pass.source.stride + column;
     for (int v = 0; v < vectors; ++v) {
       sum[v] += coefficient * load(source + v * lanes);
     }
@@ -41,7 +45,8 @@ void sum_tail(const ExpertPass<Element>& pass, const Chunk& chunk, int64_t colum
   Vector<Real> sum = {};
   for (int64_t i = chunk.first; i < chunk.last; ++i) {
     const int64_t number = pass.pairs[i].number;
-    const Real* source = pass.source.data + (number / pass.pairs_per_row) * pass.source.stride + column;
+    const Real* source =
+        pass.source.data + (number / pass.pairs_per_row) * pass.source.stride + column;
     sum += pass.coefficients[number] * load_first(source, count);
   }
   store_first(out + column, sum, count);

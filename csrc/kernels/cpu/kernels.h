@@ -1,7 +1,8 @@
-// The CPU kernels as their callers see them: raw pointers and sizes, and one table of functions per capability.
+// The CPU kernels as their callers see them: raw pointers and sizes, and one table of functions per
+// capability.
 //
-// Every function works on a range of independent work items, so the caller decides how many threads share them; no result depends on
-// how the ranges are cut.
+// Every function works on a range of independent work items, so the caller decides how many threads
+// share them; no result depends on how the ranges are cut.
 #pragma once
 
 #include <cstdint>
@@ -21,7 +22,9 @@ struct Rows {
 };
 
 // Token pass, forward. A work item is a token.
-//   hidden = <x, w_down[e]>,  gate = <x, w_gate[e]> (or 1),  out = Σ_p weights·act(hidden)·gate·w_up[e]
+//
+//   hidden = <x, w_down[e]>       gate = <x, w_gate[e]>, or 1 without w_gate
+//   out = Σ_p weights·act(hidden)·gate·w_up[e]
 template <class Table>
 struct TokenForward {
   using Real = accumulation_t<Table>;
@@ -29,19 +32,23 @@ struct TokenForward {
   int64_t dim;                // D
   int64_t dim_out;            // O
   Activation activation;
-  const Real* x;           // (T, D)
-  const Real* weights;     // (T, P)
-  const int64_t* indices;  // (T, P), all in range
+  const Real* x;                           // (T, D)
+  const Real* weights;                     // (T, P)
+  const int64_t* indices;                  // (T, P), all in range
   Rows<const Table> w_down, w_up, w_gate;  // (N, D), (N, O), (N, D) or none
-  Real* out;     // (T, O)
-  Real* hidden;  // (T, P)
-  Real* gate;    // (T, P) where w_gate is given
+  Real* out;                               // (T, O)
+  Real* hidden;                            // (T, P)
+  Real* gate;                              // (T, P) where w_gate is given
 };
 
 // Token pass, backward. A work item is a token. With s = <grad_out, w_up[e]>:
-//   grad_weights = s·act(hidden)·gate
-//   down_coefficients = s·weights·act'(hidden)·gate      grad_x = Σ_p down_coefficients·w_down[e] + gate_coefficients·w_gate[e]
-//   gate_coefficients = s·weights·act(hidden)            up_coefficients = weights·act(hidden)·gate
+//
+//   grad_weights      = s·act(hidden)·gate
+//   down_coefficients = s·weights·act'(hidden)·gate
+//   gate_coefficients = s·weights·act(hidden)
+//   up_coefficients   = weights·act(hidden)·gate
+//   grad_x            = Σ_p down_coefficients·w_down[e] + gate_coefficients·w_gate[e]
+//
 // The coefficients are what the expert pass multiplies x and grad_out by.
 template <class Table>
 struct TokenBackward {
@@ -63,7 +70,9 @@ struct TokenBackward {
   Real* up_coefficients;    // (T, P)
 };
 
-// Weighted sums of rows. A work item is an output row:  out[i] = Σ_p coefficients[i, p]·table[indices[i, p]]
+// Weighted sums of rows. A work item is an output row.
+//
+//   out[i] = Σ_p coefficients[i, p]·table[indices[i, p]]
 template <class Table>
 struct GatherSum {
   using Real = accumulation_t<Table>;
@@ -77,12 +86,12 @@ struct GatherSum {
 
 // A pair is one retrieval: token t's p-th expert has the pair number t·P + p.
 struct Pair {
-  int64_t owner;   // the expert, or whatever row the pair contributes to
+  int64_t owner;  // the expert, or whatever row the pair contributes to
   int64_t number;
 };
 
-// A run of sorted pairs with one owner, of at most kPairsPerChunk pairs. A whole run goes to the owner's row of the output; a piece of
-// a longer run goes to a row of partial sums.
+// A run of sorted pairs with one owner, of at most kPairsPerChunk pairs. A whole run goes to the
+// owner's row of the output; a piece of a longer run goes to a row of partial sums.
 struct Chunk {
   int64_t first, last;  // range of sorted pairs
   int64_t row;          // row of the output, or of the partial sums
@@ -95,7 +104,9 @@ struct SplitRun {
   int64_t row;
 };
 
-// Expert pass. Work items are chunks, then split runs:  out[row] = Σ over the run's pairs of coefficients[pair]·source[pair / pairs_per_row]
+// Expert pass. Work items are chunks, then split runs.
+//
+//   out[row] = Σ over the run's pairs of coefficients[pair]·source[pair / pairs_per_row]
 template <class Element>
 struct ExpertPass {
   using Real = accumulation_t<Element>;
@@ -110,10 +121,12 @@ struct ExpertPass {
   Rows<Real> partial_sums;
 };
 
-// Retrieval by product keys. A work item is a (block of kTokensPerBlock tokens, head); item = block·heads + head.
+// Retrieval by product keys. A work item is a block of kTokensPerBlock tokens and a head: number
+// block·heads + head.
 constexpr int64_t kTokensPerBlock = 16;
 
-// One half of the keys, packed for the sub-score product: panels of `panel` keys, each (half_width, panel), zero-padded at the end.
+// One half of the keys, packed for the sub-score product: panels of keys_per_panel keys, each panel
+// (half_width, keys_per_panel), zero-padded at the end.
 template <class Real>
 struct PackedKeys {
   const Real* data;
@@ -188,8 +201,9 @@ inline const RetrievalKernels<double>& Kernels::retrieval<double>() const {
   return retrieval_double;
 }
 
-// The kernels for this processor, or for the capability that the environment variable PEER_CPU_CAPABILITY names. Read once; throws
-// std::invalid_argument when the name is unknown or the processor lacks it.
+// The kernels for this processor, or for the capability that the environment variable
+// PEER_CPU_CAPABILITY names. Read once; throws std::invalid_argument when the name is unknown or
+// the processor lacks it.
 const Kernels& kernels();
 
 // The name of the capability whose kernels those are: "default", "avx2" or "avx512".

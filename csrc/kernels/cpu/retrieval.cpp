@@ -1,14 +1,17 @@
-// Retrieval by product keys: the k best of R·C experts for every token and head, exactly, without looking at R·C scores.
+// Retrieval by product keys: the k best of R·C experts for every token and head, exactly, without
+// looking at R·C scores.
 //
-//   1. sub-scores   <q1, row_keys[r]> and <q2, col_keys[c]> of a block of tokens, which stay in the second-level cache
+//   1. sub-scores   <q1, row_keys[r]> and <q2, col_keys[c]> of a block of tokens, in cache
 //   2. selection    the k best rows and the k best columns of every token, sorted
 //   3. pairs        of the sums row + column, only those that can be among the k best
 //
 // Work item   a block of kTokensPerBlock tokens and one head
 // Traffic     the packed keys once per work item; nothing of size R or C per token leaves the cache
-// Exactness   every sub-score is summed in the order of the key's elements, whatever the block; a pair's score is one addition. Order:
-//             higher score first; among equal scores the smaller (row rank, column rank), where ranks break ties by the smaller key id.
-//             Scores are compared as ordered integers (ordered.h), so NaN ranks highest and -0 equals 0.
+// Exactness   every sub-score is summed in the order of the key's elements, whatever the block; a
+//             pair's score is one addition
+// Order       higher score first; among equal scores the smaller (row rank, column rank), where
+//             ranks break ties by the smaller key id. Scores are compared as ordered integers
+//             (ordered.h), so NaN ranks highest and -0 equals 0
 #include <algorithm>
 #include <limits>
 
@@ -23,15 +26,19 @@ namespace {
 template <class Real>
 constexpr int64_t kPanel = 2 * kLanes<Real>;
 
-// Tokens whose sub-scores with one panel are held in registers: enough independent sums to hide the latency of multiply-add.
+// Tokens whose sub-scores with one panel are held in registers: enough independent sums to hide the
+// latency of multiply-add.
 constexpr int kTokensInRegisters = 4;
 
-constexpr int64_t divide_up(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
+constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 template <int tokens, class Real>
-void multiply_panel(const Real* query, int64_t query_stride, const Real* panel, int64_t half_width, Real* scores, int64_t scores_stride) {
+void multiply_panel(const Real* query,
+                    int64_t query_stride,
+                    const Real* panel,
+                    int64_t half_width,
+                    Real* scores,
+                    int64_t scores_stride) {
   constexpr int lanes = kLanes<Real>;
   Vector<Real> low[tokens] = {};
   Vector<Real> high[tokens] = {};
@@ -50,18 +57,26 @@ void multiply_panel(const Real* query, int64_t query_stride, const Real* panel, 
   }
 }
 
-// scores[t, r] = <query[t], keys[r]> for a block of tokens; rows of scores are padded to whole panels.
+// scores[t, r] = <query[t], keys[r]> for a block of tokens; rows are padded to whole panels.
 template <class Real>
-void score_keys(const Real* query, int64_t query_stride, int64_t tokens, const Real* panels, int64_t keys, int64_t half_width, Real* scores) {
+void score_keys(const Real* query,
+                int64_t query_stride,
+                int64_t tokens,
+                const Real* panels,
+                int64_t keys,
+                int64_t half_width,
+                Real* scores) {
   const int64_t scores_stride = divide_up(keys, kPanel<Real>) * kPanel<Real>;
   for (int64_t first = 0; first < keys; first += kPanel<Real>) {
     const Real* panel = panels + first * half_width;
     int64_t t = 0;
     for (; t + kTokensInRegisters <= tokens; t += kTokensInRegisters) {
-      multiply_panel<kTokensInRegisters>(query + t * query_stride, query_stride, panel, half_width, scores + t * scores_stride + first, scores_stride);
+      multiply_panel<kTokensInRegisters>(query + t * query_stride, query_stride, panel, half_width,
+                                         scores + t * scores_stride + first, scores_stride);
     }
     for (; t < tokens; ++t) {
-      multiply_panel<1>(query + t * query_stride, query_stride, panel, half_width, scores + t * scores_stride + first, scores_stride);
+      multiply_panel<1>(query + t * query_stride, query_stride, panel, half_width,
+                        scores + t * scores_stride + first, scores_stride);
     }
   }
 }
@@ -91,14 +106,20 @@ template <class Real>
 OrderedVector<Real> to_ordered_vector(Vector<Real> scores) {
   using Integer = ordered_t<Real>;
   const OrderedVector<Real> bits = bit_cast<OrderedVector<Real>>(scores + Real(0));
-  const OrderedVector<Real> order = bits ^ ((bits >> (8 * sizeof(Integer) - 1)) & std::numeric_limits<Integer>::max());
+  const OrderedVector<Real> order =
+      bits ^ ((bits >> (8 * sizeof(Integer) - 1)) & std::numeric_limits<Integer>::max());
   return scores != scores ? OrderedVector<Real>{} + std::numeric_limits<Integer>::max() : order;
 }
 
-// The group-maximum filter. Elements i with equal i mod `groups` form a group. Each maximum is an element, so at least k elements reach
-// the k-th largest maximum, and everything below it can be dropped unseen: of 1024 random scores about k + 2 survive.
+// The group-maximum filter. Elements i with equal i mod `groups` form a group. Each maximum is an
+// element, so at least k elements reach the k-th largest maximum, and everything below it can be
+// dropped unseen: of 1024 random scores about k + 2 survive.
 template <class Real>
-ordered_t<Real> lower_bound_of_kth(const Real* scores, int64_t count, int64_t k, int64_t groups, ordered_t<Real>* maxima) {
+ordered_t<Real> lower_bound_of_kth(const Real* scores,
+                                   int64_t count,
+                                   int64_t k,
+                                   int64_t groups,
+                                   ordered_t<Real>* maxima) {
   constexpr int lanes = kLanes<Real>;
   std::fill(maxima, maxima + groups, std::numeric_limits<ordered_t<Real>>::min());
   int64_t first = 0;
@@ -128,12 +149,17 @@ int64_t filter_groups(int64_t k) {
   return groups;
 }
 
-// The k best of `count` scores, sorted, at the front of `candidates`, which has room for all of them.
+// The k best of `count` scores, sorted, at the front of `candidates`, which has room for all.
 template <class Real>
-void select_keys(const Real* scores, int64_t count, int64_t k, ordered_t<Real>* maxima, Candidate<Real>* candidates) {
+void select_keys(const Real* scores,
+                 int64_t count,
+                 int64_t k,
+                 ordered_t<Real>* maxima,
+                 Candidate<Real>* candidates) {
   const int64_t groups = filter_groups(k);
-  const ordered_t<Real> threshold = count >= 4 * groups ? lower_bound_of_kth(scores, count, k, groups, maxima)
-                                                        : std::numeric_limits<ordered_t<Real>>::min();
+  const ordered_t<Real> threshold = count >= 4 * groups
+                                        ? lower_bound_of_kth(scores, count, k, groups, maxima)
+                                        : std::numeric_limits<ordered_t<Real>>::min();
   int64_t survivors = 0;
   for (int64_t i = 0; i < count; ++i) {
     const ordered_t<Real> order = to_ordered(scores[i]);
@@ -144,8 +170,9 @@ void select_keys(const Real* scores, int64_t count, int64_t k, ordered_t<Real>* 
   keep_best(candidates, survivors, k);
 }
 
-// Pairs that can be among the k best. With both lists sorted, pair (i, j) comes after every (i', j') with i' <= i and j' <= j, since
-// rounding is monotone and equal sums are ordered by rank: if (i + 1)(j + 1) > k there are k better ones.
+// Pairs that can be among the k best. With both lists sorted, pair (i, j) comes after every pair
+// (i', j') with i' <= i and j' <= j, since rounding is monotone and equal sums are ordered by rank:
+// if (i + 1)(j + 1) > k there are k better ones.
 constexpr bool can_be_chosen(int64_t row_rank, int64_t column_rank, int64_t k) {
   return (row_rank + 1) * (column_rank + 1) <= k;
 }
@@ -158,8 +185,9 @@ int64_t count_pairs(int64_t k) {
   return pairs;
 }
 
-// The one case in which a sum of two halves is not monotone: infinities of opposite sign make NaN, which ranks highest although one of
-// its halves may be last in its list. Appends the first k such pairs, in order of rank, that the lists do not already contain.
+// The one case in which a sum of two halves is not monotone: infinities of opposite sign make NaN,
+// which ranks highest although one of its halves may be last in its list. Appends the first k such
+// pairs, in order of rank, that the lists do not already contain.
 template <class Real>
 class OppositeInfinities {
  public:
@@ -167,7 +195,8 @@ class OppositeInfinities {
       : rows_{rows, row_count}, columns_{columns, column_count} {}
 
   bool are_possible() const {
-    return (rows_.contains(kInfinity) && columns_.contains(-kInfinity)) || (rows_.contains(-kInfinity) && columns_.contains(kInfinity));
+    return (rows_.contains(kInfinity) && columns_.contains(-kInfinity)) ||
+           (rows_.contains(-kInfinity) && columns_.contains(kInfinity));
   }
 
   int64_t append(int64_t k, Candidate<Real>* candidates) const {
@@ -182,7 +211,9 @@ class OppositeInfinities {
     const Real* scores;
     int64_t count;
 
-    bool contains(Real value) const { return std::find(scores, scores + count, value) != scores + count; }
+    bool contains(Real value) const {
+      return std::find(scores, scores + count, value) != scores + count;
+    }
 
     int64_t first_rank_of(Real infinity) const {
       int64_t before = 0;
@@ -193,7 +224,10 @@ class OppositeInfinities {
     }
   };
 
-  int64_t append_products(Real row_value, Real column_value, int64_t k, Candidate<Real>* candidates) const {
+  int64_t append_products(Real row_value,
+                          Real column_value,
+                          int64_t k,
+                          Candidate<Real>* candidates) const {
     int64_t appended = 0;
     int64_t visited = 0;
     int64_t row_rank = rows_.first_rank_of(row_value);
@@ -208,7 +242,8 @@ class OppositeInfinities {
         }
         if (!can_be_chosen(row_rank, column_rank, k)) {
           const Real score = row_value + column_value;
-          candidates[appended++] = {to_ordered(score), row_rank * columns_.count + column_rank, r * columns_.count + c, score};
+          candidates[appended++] = {to_ordered(score), row_rank * columns_.count + column_rank,
+                                    r * columns_.count + c, score};
         }
         ++column_rank;
         ++visited;
@@ -229,7 +264,8 @@ void pack_keys(const Real* keys, int64_t count, int64_t half_width, Real* packed
     Real* panel = packed + first * half_width;
     for (int64_t j = 0; j < half_width; ++j) {
       for (int64_t r = 0; r < kPanel<Real>; ++r) {
-        panel[j * kPanel<Real> + r] = first + r < count ? keys[(first + r) * half_width + j] : Real(0);
+        panel[j * kPanel<Real> + r] =
+            first + r < count ? keys[(first + r) * half_width + j] : Real(0);
       }
     }
   }
@@ -259,8 +295,10 @@ void retrieve(const Retrieval<Real>& retrieval, int64_t first, int64_t last) {
     const int64_t first_token = item / retrieval.heads * kTokensPerBlock;
     const int64_t tokens = std::min(kTokensPerBlock, retrieval.tokens - first_token);
     const Real* query = retrieval.query + first_token * query_stride + head * query_width;
-    score_keys(query, query_stride, tokens, retrieval.rows.data + head * retrieval.rows.head_stride, rows, retrieval.half_width, row_scores.data());
-    score_keys(query + retrieval.half_width, query_stride, tokens, retrieval.columns.data + head * retrieval.columns.head_stride, columns,
+    score_keys(query, query_stride, tokens, retrieval.rows.data + head * retrieval.rows.head_stride,
+               rows, retrieval.half_width, row_scores.data());
+    score_keys(query + retrieval.half_width, query_stride, tokens,
+               retrieval.columns.data + head * retrieval.columns.head_stride, columns,
                retrieval.half_width, column_scores.data());
 
     for (int64_t t = 0; t < tokens; ++t) {
@@ -273,7 +311,8 @@ void retrieve(const Retrieval<Real>& retrieval, int64_t first, int64_t last) {
       for (int64_t i = 0; i < row_k; ++i) {
         for (int64_t j = 0; j < column_k && can_be_chosen(i, j, k); ++j) {
           const Real score = best_rows[i].score + best_columns[j].score;
-          pairs[count++] = {to_ordered(score), i * columns + j, best_rows[i].id * columns + best_columns[j].id, score};
+          pairs[count++] = {to_ordered(score), i * columns + j,
+                            best_rows[i].id * columns + best_columns[j].id, score};
         }
       }
       const OppositeInfinities<Real> infinities(token_rows, rows, token_columns, columns);

@@ -8,12 +8,19 @@ namespace peer::cpu {
 
 namespace {
 
-constexpr int kMaxDigitBits = 11;            // 2048 counters: a block's histogram stays in the first-level cache
-constexpr int64_t kPairsPerBlock = 1 << 15;  // fixed, so that the result's construction does not depend on the threads
+constexpr int kMaxDigitBits =
+    11;  // 2048 counters: a block's histogram stays in the first-level cache
+constexpr int64_t kPairsPerBlock =
+    1 << 15;  // fixed, so that the result's construction does not depend on the threads
 
-// One pass of a stable least-significant-digit radix sort: blocks count their digits, a scan over (digit, block) gives every block its
-// own targets, blocks move their pairs there.
-void sort_by_digit(const Pair* source, Pair* target, int64_t count, int shift, int digit_bits, const ParallelFor& parallel_for) {
+// One pass of a stable least-significant-digit radix sort: blocks count their digits, a scan over
+// (digit, block) gives every block its own targets, blocks move their pairs there.
+void sort_by_digit(const Pair* source,
+                   Pair* target,
+                   int64_t count,
+                   int shift,
+                   int digit_bits,
+                   const ParallelFor& parallel_for) {
   const int64_t digits = int64_t(1) << digit_bits;
   const int64_t blocks = (count + kPairsPerBlock - 1) / kPairsPerBlock;
   const auto digit_of = [&](const Pair& pair) { return (pair.owner >> shift) & (digits - 1); };
@@ -22,7 +29,8 @@ void sort_by_digit(const Pair* source, Pair* target, int64_t count, int shift, i
   parallel_for(0, blocks, 1, [&](int64_t first, int64_t last) {
     for (int64_t block = first; block < last; ++block) {
       int64_t* counts = positions.data() + block * digits;
-      for (int64_t i = block * kPairsPerBlock; i < std::min(count, (block + 1) * kPairsPerBlock); ++i) {
+      for (int64_t i = block * kPairsPerBlock; i < std::min(count, (block + 1) * kPairsPerBlock);
+           ++i) {
         ++counts[digit_of(source[i])];
       }
     }
@@ -36,7 +44,8 @@ void sort_by_digit(const Pair* source, Pair* target, int64_t count, int shift, i
   parallel_for(0, blocks, 1, [&](int64_t first, int64_t last) {
     for (int64_t block = first; block < last; ++block) {
       int64_t* next = positions.data() + block * digits;
-      for (int64_t i = block * kPairsPerBlock; i < std::min(count, (block + 1) * kPairsPerBlock); ++i) {
+      for (int64_t i = block * kPairsPerBlock; i < std::min(count, (block + 1) * kPairsPerBlock);
+           ++i) {
         target[next[digit_of(source[i])]++] = source[i];
       }
     }
@@ -45,7 +54,10 @@ void sort_by_digit(const Pair* source, Pair* target, int64_t count, int shift, i
 
 }  // namespace
 
-std::unique_ptr<Pair[]> sort_pairs(const int64_t* owners, int64_t count, int64_t owner_count, const ParallelFor& parallel_for) {
+std::unique_ptr<Pair[]> sort_pairs(const int64_t* owners,
+                                   int64_t count,
+                                   int64_t owner_count,
+                                   const ParallelFor& parallel_for) {
   std::unique_ptr<Pair[]> pairs(new Pair[count]);  // uninitialised, unlike make_unique
   parallel_for(0, count, kPairsPerBlock, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
@@ -81,7 +93,8 @@ ExpertPassPlan plan_expert_pass(const Pair* pairs, int64_t count, OutputRows row
     } else {
       const int64_t first_partial = plan.partial_rows;
       for (int64_t begin = first; begin < last; begin += kPairsPerChunk) {
-        plan.chunks.push_back({begin, std::min(begin + kPairsPerChunk, last), plan.partial_rows++, true});
+        plan.chunks.push_back(
+            {begin, std::min(begin + kPairsPerChunk, last), plan.partial_rows++, true});
       }
       plan.split_runs.push_back({first_partial, plan.partial_rows, row});
     }

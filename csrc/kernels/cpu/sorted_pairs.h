@@ -10,12 +10,16 @@
 
 namespace peer::cpu {
 
-// Long enough that partial sums stay small beside x (at 128 experts per token they never exceed it), short enough to share a hot
-// expert's pairs among many threads.
+// Long enough that partial sums stay small beside x (at 128 experts per token they never exceed
+// it), short enough to share a hot expert's pairs among many threads.
 constexpr int64_t kPairsPerChunk = 128;
 
-// The pairs 0 .. count-1 sorted by owners[pair], pairs of equal owners in their own order. Owners lie in [0, owner_count).
-std::unique_ptr<Pair[]> sort_pairs(const int64_t* owners, int64_t count, int64_t owner_count, const ParallelFor& parallel_for);
+// The pairs 0 .. count-1 sorted by owners[pair], pairs of equal owners in their own order. Owners
+// lie in [0, owner_count).
+std::unique_ptr<Pair[]> sort_pairs(const int64_t* owners,
+                                   int64_t count,
+                                   int64_t owner_count,
+                                   const ParallelFor& parallel_for);
 
 enum class OutputRows {
   by_owner,  // row = owner: a dense gradient

@@ -1,12 +1,16 @@
-// Token pass: for every token, z = rows(A)·v, c = f(z), y = Σ c·rows(B), over the P experts that the token retrieved.
+// Token pass: for every token, z = rows(A)·v, c = f(z), y = Σ c·rows(B), over the P experts that
+// the token retrieved.
 //
-// Forward     A = w_down (and w_gate), v = x,        f = weights·act(z)·gate,   B = w_up
-// Backward    A = w_up,                v = grad_out, f = the chain rule,        B = w_down (and w_gate)
+// Forward     A = w_down, w_gate    v = x          f = weights·act(z)·gate    B = w_up
+// Backward    A = w_up              v = grad_out   f = the chain rule         B = w_down, w_gate
+//
 // Work item   one token, start to end, by one thread
 // Traffic     P·(D + O) table elements a token, each read once; nothing of size P·D is written
-// Exactness   accumulation in float (double for double), in an order fixed by p and the capability's vector width
-#include "kernels/cpu/capability_kernels.h"
+// Exactness   accumulation in float (double for double), in an order fixed by p and by the vector
+//             width of the capability
 #include "kernels/cpu/token_pass.h"
+
+#include "kernels/cpu/capability_kernels.h"
 
 namespace peer::cpu::PEER_CAPABILITY {
 
@@ -63,7 +67,8 @@ void token_backward(const TokenBackward<Table>& pass, int64_t first, int64_t las
     Real* down = pass.down_coefficients + t * experts;
     Real* up = pass.up_coefficients + t * experts;
 
-    dot_with_rows(pass.grad_out + t * pass.dim_out, pass.dim_out, pass.w_up, indices, experts, upstream.data());
+    dot_with_rows(pass.grad_out + t * pass.dim_out, pass.dim_out, pass.w_up, indices, experts,
+                  upstream.data());
     with_activation(pass.activation, [&]<Activation activation>() {
       for (int64_t p = 0; p < experts; ++p) {
         const Real value = activate<activation>(hidden[p]);
@@ -86,7 +91,8 @@ void token_backward(const TokenBackward<Table>& pass, int64_t first, int64_t las
       fill_with_zeros(grad_x, pass.dim);
       add_weighted_rows(down, pass.w_down, indices, experts, pass.dim, grad_x);
       if (gate) {
-        add_weighted_rows(pass.gate_coefficients + t * experts, pass.w_gate, indices, experts, pass.dim, grad_x);
+        add_weighted_rows(pass.gate_coefficients + t * experts, pass.w_gate, indices, experts,
+                          pass.dim, grad_x);
       }
     }
   }
@@ -97,7 +103,8 @@ void gather_sum(const GatherSum<Table>& pass, int64_t first, int64_t last) {
   for (int64_t i = first; i < last; ++i) {
     auto* out = pass.out.data + i * pass.out.stride;
     fill_with_zeros(out, pass.width);
-    add_weighted_rows(pass.coefficients + i * pass.terms, pass.table, pass.indices + i * pass.terms, pass.terms, pass.width, out);
+    add_weighted_rows(pass.coefficients + i * pass.terms, pass.table, pass.indices + i * pass.terms,
+                      pass.terms, pass.width, out);
   }
 }
 

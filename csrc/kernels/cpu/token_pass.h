@@ -1,11 +1,12 @@
 // The two loops over an expert table that every pass over tokens is made of.
 //
-//   dot_with_rows        z[p] = <v, table[indices[p]]>          (forward: x with w_down; backward: grad_out with w_up)
-//   add_weighted_rows    y += Σ_p c[p]·table[indices[p]]        (forward: out from w_up; backward: grad_x from w_down)
+//   dot_with_rows        z[p] = <v, table[indices[p]]>
+//   add_weighted_rows    y += Σ_p c[p]·table[indices[p]]
 //
-// Rows lie anywhere in a table far larger than any cache, so the cost is the latency of DRAM. kRowsInFlight rows are read side by side,
-// each with an accumulator of its own, while the first lines of the next group are requested; the hardware's prefetcher follows from
-// there. The order of every sum is fixed by p and by the lane, whatever the group.
+// Rows lie anywhere in a table far larger than any cache, so the cost is the latency of DRAM.
+// kRowsInFlight rows are read side by side, each with an accumulator of its own, while the first
+// lines of the next group are requested; the hardware's prefetcher follows from there. The order of
+// every sum is fixed by p and by the lane, whatever the group.
 #pragma once
 
 #include "kernels/cpu/kernels.h"
@@ -28,7 +29,11 @@ static inline void prefetch_heads(Rows<const Table> table, const int64_t* indice
 }
 
 template <int rows, class Table, class Real>
-static inline void dot_group(const Real* v, int64_t width, Rows<const Table> table, const int64_t* indices, Real* z) {
+static inline void dot_group(const Real* v,
+                             int64_t width,
+                             Rows<const Table> table,
+                             const int64_t* indices,
+                             Real* z) {
   constexpr int lanes = kLanes<Real>;
   const Table* row[rows];
   Vector<Real> sum[rows];
@@ -55,7 +60,12 @@ static inline void dot_group(const Real* v, int64_t width, Rows<const Table> tab
 }
 
 template <class Table, class Real>
-static inline void dot_with_rows(const Real* v, int64_t width, Rows<const Table> table, const int64_t* indices, int64_t count, Real* z) {
+static inline void dot_with_rows(const Real* v,
+                                 int64_t width,
+                                 Rows<const Table> table,
+                                 const int64_t* indices,
+                                 int64_t count,
+                                 Real* z) {
   int64_t p = 0;
   for (; p + kRowsInFlight <= count; p += kRowsInFlight) {
     prefetch_heads(table, indices + p + kRowsInFlight, count - p - kRowsInFlight);
@@ -67,7 +77,11 @@ static inline void dot_with_rows(const Real* v, int64_t width, Rows<const Table>
 }
 
 template <int rows, class Table, class Real>
-static inline void add_group(const Real* c, Rows<const Table> table, const int64_t* indices, int64_t width, Real* y) {
+static inline void add_group(const Real* c,
+                             Rows<const Table> table,
+                             const int64_t* indices,
+                             int64_t width,
+                             Real* y) {
   constexpr int lanes = kLanes<Real>;
   const Table* row[rows];
   for (int r = 0; r < rows; ++r) {
@@ -91,7 +105,12 @@ static inline void add_group(const Real* c, Rows<const Table> table, const int64
 }
 
 template <class Table, class Real>
-static inline void add_weighted_rows(const Real* c, Rows<const Table> table, const int64_t* indices, int64_t count, int64_t width, Real* y) {
+static inline void add_weighted_rows(const Real* c,
+                                     Rows<const Table> table,
+                                     const int64_t* indices,
+                                     int64_t count,
+                                     int64_t width,
+                                     Real* y) {
   int64_t p = 0;
   for (; p + kRowsInFlight <= count; p += kRowsInFlight) {
     prefetch_heads(table, indices + p + kRowsInFlight, count - p - kRowsInFlight);

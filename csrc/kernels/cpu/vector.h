@@ -1,7 +1,9 @@
-// A vector of accumulators, as wide as the capability that this file is compiled for, in the compiler's own vector extension: kernels
-// are written once over it, and arithmetic, comparison and ?: work lane by lane.
+// A vector of accumulators, as wide as the capability that this file is compiled for, in the
+// compiler's own vector extension: kernels are written once over it, and arithmetic, comparison and
+// ?: work lane by lane.
 //
-// Only for the sources that are compiled once per capability. All of it is static, for the reason given in capability.h.
+// Only for the sources that are compiled once per capability. All of it is static, for the reason
+// given in capability.h.
 #pragma once
 
 #include <cstdint>
@@ -74,8 +76,9 @@ static inline Vector<float> load(const Half* source) {
 #elif defined(__F16C__)
   return bit_cast<Vector<float>>(_mm256_cvtph_ps(bit_cast<__m128i>(bits)));
 #else
-  // Exponent and mantissa move to their places in a float; multiplying by 2^112 corrects the exponent's bias, subnormals included.
-  // Infinity and NaN (exponent all ones) would stay finite, so they get the float's full exponent.
+  // Exponent and mantissa move to their places in a float; multiplying by 2^112 corrects the
+  // exponent's bias, subnormals included. Infinity and NaN (exponent all ones) would stay finite,
+  // so they get the float's full exponent.
   const Bits32 wide = __builtin_convertvector(bits, Bits32);
   const Bits32 magnitude = wide & 0x7fffu;
   const Vector<float> scaled = bit_cast<Vector<float>>(magnitude << 13) * 0x1p112f;
@@ -86,32 +89,31 @@ static inline Vector<float> load(const Half* source) {
 
 // store: kLanes elements, rounded to nearest even.
 
-static inline void store(float* target, Vector<float> v) {
-  std::memcpy(target, &v, sizeof(v));
-}
+static inline void store(float* target, Vector<float> v) { std::memcpy(target, &v, sizeof(v)); }
 
-static inline void store(double* target, Vector<double> v) {
-  std::memcpy(target, &v, sizeof(v));
-}
+static inline void store(double* target, Vector<double> v) { std::memcpy(target, &v, sizeof(v)); }
 
 static inline void store(BFloat16* target, Vector<float> v) {
   const Bits32 bits = bit_cast<Bits32>(v);
   const Bits32 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  const Bits32 is_nan = bit_cast<Bits32>(v != v);  // all ones where NaN; rounding could turn a NaN into an infinity
+  const Bits32 is_nan =
+      bit_cast<Bits32>(v != v);  // all ones where NaN; rounding could turn a NaN into an infinity
   const Bits16 narrow = __builtin_convertvector((rounded & ~is_nan) | (is_nan & 0x7fc0u), Bits16);
   std::memcpy(target, &narrow, sizeof(narrow));
 }
 
 static inline void store(Half* target, Vector<float> v) {
 #if defined(__AVX512F__)
-  const __m256i narrow = _mm512_maskz_cvtps_ph(0xffff, bit_cast<__m512>(v), _MM_FROUND_TO_NEAREST_INT);
+  const __m256i narrow =
+      _mm512_maskz_cvtps_ph(0xffff, bit_cast<__m512>(v), _MM_FROUND_TO_NEAREST_INT);
   std::memcpy(target, &narrow, sizeof(narrow));
 #elif defined(__F16C__)
   const __m128i narrow = _mm256_cvtps_ph(bit_cast<__m256>(v), _MM_FROUND_TO_NEAREST_INT);
   std::memcpy(target, &narrow, sizeof(narrow));
 #else
-  // Two roundings must not happen, so the float's own addition does the only one: adding a power of two whose last mantissa bit has
-  // the weight of the result's last bit rounds to nearest even in the right place, for normal and subnormal results alike.
+  // Two roundings must not happen, so the float's own addition does the only one: adding a power of
+  // two whose last mantissa bit has the weight of the result's last bit rounds to nearest even in
+  // the right place, for normal and subnormal results alike.
   const Bits32 bits = bit_cast<Bits32>(v);
   const Bits32 sign = (bits >> 16) & 0x8000u;
   const Bits32 magnitude = bits & 0x7fffffffu;
@@ -119,7 +121,8 @@ static inline void store(Half* target, Vector<float> v) {
   const Bits32 overflows = Bits32(magnitude >= 0x477ff000u);  // 65520 and above round to infinity
   const Bits32 is_subnormal = Bits32(magnitude < 0x38800000u);
   const Bits32 normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
-  const Bits32 subnormal = bit_cast<Bits32>(bit_cast<Vector<float>>(magnitude) + 0.5f) - 0x3f000000u;
+  const Bits32 subnormal =
+      bit_cast<Bits32>(bit_cast<Vector<float>>(magnitude) + 0.5f) - 0x3f000000u;
   Bits32 result = (subnormal & is_subnormal) | (normal & ~is_subnormal);
   result = (result & ~overflows) | (overflows & 0x7c00u);
   result = (result & ~is_nan) | (is_nan & 0x7e00u);

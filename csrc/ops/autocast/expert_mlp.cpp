@@ -1,5 +1,6 @@
-// Autocast: x is cast, and the output comes in its dtype. The tables are left alone: a cast copy of a million rows would be made, and
-// kept for the whole region, to read a few thousand of them. The routing weights stay as exact as they are.
+// Autocast: x is cast, and the output comes in its dtype. The tables are left alone: a cast copy of
+// a million rows would be made, and kept for the whole region, to read a few thousand of them. The
+// routing weights stay as exact as they are.
 #include "ops/expert_mlp.h"
 
 #include <ATen/autocast_mode.h>
@@ -19,8 +20,8 @@ std::tuple<Tensor, Tensor, Tensor> expert_mlp_autocast(const Tensor& x,
                                                        std::string_view activation,
                                                        bool sparse_grad) {
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::DispatchKeySet{key});
-  return expert_mlp(at::autocast::cached_cast(at::autocast::get_autocast_dtype(device), x, device), weights, indices, w_down, w_up, w_gate,
-                    activation, sparse_grad);
+  return expert_mlp(at::autocast::cached_cast(at::autocast::get_autocast_dtype(device), x, device),
+                    weights, indices, w_down, w_up, w_gate, activation, sparse_grad);
 }
 
 }  // namespace

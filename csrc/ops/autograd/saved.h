@@ -1,7 +1,8 @@
 // What the autograd nodes of the operators share.
 //
-// The nodes are written by hand, in the form that PyTorch's own generated code has, because it is the one form that works everywhere:
-// eager mode, torch.compile and compiled autograd, torch.func transforms, TorchScript and C++ programs without Python.
+// The nodes are written by hand, in the form that PyTorch's own generated code has, because it is
+// the one form that works everywhere: eager mode, torch.compile and compiled autograd, torch.func
+// transforms, TorchScript and C++ programs without Python.
 #pragma once
 
 #include <torch/csrc/autograd/VariableTypeUtils.h>
@@ -19,8 +20,8 @@ using torch::autograd::Node;
 using torch::autograd::SavedVariable;
 using torch::autograd::variable_list;
 
-// A node whose saved tensors are inputs of the operator or residuals without a history. Derived classes list them once, in saved(), and
-// their other arguments in collect_arguments().
+// A node whose saved tensors are inputs of the operator or residuals without a history. Derived
+// classes list them once, in saved(), and their other arguments in collect_arguments().
 class SavingNode : public Node {
  public:
   void release_variables() override {
@@ -36,7 +37,8 @@ class SavingNode : public Node {
     collect_arguments(args);
   }
 
-  variable_list apply_with_saved(const variable_list& inputs, torch::dynamo::autograd::SwapSavedVariables& swap) override {
+  variable_list apply_with_saved(const variable_list& inputs,
+                                 torch::dynamo::autograd::SwapSavedVariables& swap) override {
     for (SavedVariable* variable : saved()) {
       swap.before(*variable);
     }
@@ -63,7 +65,8 @@ class SavingNode : public Node {
 
 template <class... Tensors>
 void refuse_forward_mode(const char* op, const Tensors&... tensors) {
-  TORCH_CHECK_NOT_IMPLEMENTED((!torch::autograd::isFwGradDefined(tensors) && ...), "peer::", op, ": forward-mode AD is not implemented");
+  TORCH_CHECK_NOT_IMPLEMENTED((!torch::autograd::isFwGradDefined(tensors) && ...), "peer::", op,
+                              ": forward-mode AD is not implemented");
 }
 
 }  // namespace peer::ops::autograd

@@ -10,7 +10,8 @@ namespace peer::ops::cpu {
 
 namespace {
 
-// A token's pass takes tens of microseconds at the paper's sizes, so a few tokens outweigh waking a thread.
+// A token's pass takes tens of microseconds at the paper's sizes, so a few tokens outweigh waking a
+// thread.
 constexpr int64_t kTokensPerTask = 4;
 
 std::tuple<Tensor, Tensor, Tensor> expert_mlp_cpu(const Tensor& x,
@@ -34,7 +35,8 @@ std::tuple<Tensor, Tensor, Tensor> expert_mlp_cpu(const Tensor& x,
 
   const Tensor out = at::empty({x.size(0), w_up.size(1)}, accumulated);
   const Tensor hidden = at::empty(indices.sizes(), accumulated);
-  const Tensor gate = w_gate.has_value() ? at::empty(indices.sizes(), accumulated) : at::empty({0}, accumulated);
+  const Tensor gate =
+      w_gate.has_value() ? at::empty(indices.sizes(), accumulated) : at::empty({0}, accumulated);
   with_table_type(w_down.scalar_type(), [&]<class Table>() {
     using Real = accumulation_t<Table>;
     const TokenForward<Table> pass = {
@@ -53,25 +55,28 @@ std::tuple<Tensor, Tensor, Tensor> expert_mlp_cpu(const Tensor& x,
         .gate = data_of<Real>(gate),
     };
     const ExpertKernels<Table>& kernel = kernels().template experts<Table>();
-    at::parallel_for(0, x.size(0), kTokensPerTask, [&](int64_t first, int64_t last) { kernel.token_forward(pass, first, last); });
+    at::parallel_for(0, x.size(0), kTokensPerTask,
+                     [&](int64_t first, int64_t last) { kernel.token_forward(pass, first, last); });
   });
   return {out.to(x.scalar_type()), hidden, gate};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> expert_mlp_backward_cpu(const Tensor& grad_out,
-                                                                           const Tensor& x,
-                                                                           const Tensor& weights,
-                                                                           const Tensor& indices,
-                                                                           const Tensor& w_down,
-                                                                           const Tensor& w_up,
-                                                                           const std::optional<Tensor>& w_gate,
-                                                                           const Tensor& hidden,
-                                                                           const Tensor& gate,
-                                                                           std::string_view activation,
-                                                                           bool sparse_grad,
-                                                                           std::array<bool, 5> output_mask) {
-  const Activation parsed =
-      check_expert_mlp_backward(grad_out, x, weights, indices, w_down, w_up, w_gate, hidden, gate, activation);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> expert_mlp_backward_cpu(
+    const Tensor& grad_out,
+    const Tensor& x,
+    const Tensor& weights,
+    const Tensor& indices,
+    const Tensor& w_down,
+    const Tensor& w_up,
+    const std::optional<Tensor>& w_gate,
+    const Tensor& hidden,
+    const Tensor& gate,
+    std::string_view activation,
+    bool sparse_grad,
+    std::array<bool, 5> output_mask) {
+  const Activation parsed = check_expert_mlp_backward(x, weights, indices, w_down, w_up, w_gate,
+                                                      hidden, gate, activation);
+  check_expert_mlp_grad_out(grad_out, x, w_up);
   const at::ScalarType type = accumulation_type(w_down.scalar_type());
   const at::TensorOptions accumulated = x.options().dtype(type);
   const Tensor ids = indices.contiguous();
@@ -88,7 +93,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> expert_mlp_backward_cpu(const
   const Tensor grad_weights = at::empty(ids.sizes(), accumulated);
   const Tensor down_coefficients = at::empty(ids.sizes(), accumulated);
   const Tensor up_coefficients = at::empty(ids.sizes(), accumulated);
-  const Tensor gate_coefficients = w_gate.has_value() ? at::empty(ids.sizes(), accumulated) : Tensor();
+  const Tensor gate_coefficients =
+      w_gate.has_value() ? at::empty(ids.sizes(), accumulated) : Tensor();
   with_table_type(w_down.scalar_type(), [&]<class Table>() {
     using Real = accumulation_t<Table>;
     const TokenBackward<Table> pass = {
@@ -107,11 +113,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> expert_mlp_backward_cpu(const
         .grad_x = grad_x.defined() ? data_of<Real>(grad_x) : nullptr,
         .grad_weights = data_of<Real>(grad_weights),
         .down_coefficients = data_of<Real>(down_coefficients),
-        .gate_coefficients = gate_coefficients.defined() ? data_of<Real>(gate_coefficients) : nullptr,
+        .gate_coefficients =
+            gate_coefficients.defined() ? data_of<Real>(gate_coefficients) : nullptr,
         .up_coefficients = data_of<Real>(up_coefficients),
     };
     const ExpertKernels<Table>& kernel = kernels().template experts<Table>();
-    at::parallel_for(0, x.size(0), kTokensPerTask, [&](int64_t first, int64_t last) { kernel.token_backward(pass, first, last); });
+    at::parallel_for(0, x.size(0), kTokensPerTask, [&](int64_t first, int64_t last) {
+      kernel.token_backward(pass, first, last);
+    });
   });
 
   Tensor grad_down, grad_up, grad_gate;
@@ -120,13 +129,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> expert_mlp_backward_cpu(const
     const TableGradient gradient(ids, w_down.size(0), sparse_grad);
     if (output_mask[kGradDown] || wants_grad_gate) {
       const Tensor inputs = contiguous_as(x, type);
-      grad_down = output_mask[kGradDown] ? gradient.sum(down_coefficients, inputs, w_down.options()) : Tensor();
-      grad_gate = wants_grad_gate ? gradient.sum(gate_coefficients, inputs, w_gate->options()) : Tensor();
+      grad_down = output_mask[kGradDown] ? gradient.sum(down_coefficients, inputs, w_down.options())
+                                         : Tensor();
+      grad_gate =
+          wants_grad_gate ? gradient.sum(gate_coefficients, inputs, w_gate->options()) : Tensor();
     }
-    grad_up = output_mask[kGradUp] ? gradient.sum(up_coefficients, grads, w_up.options()) : Tensor();
+    grad_up =
+        output_mask[kGradUp] ? gradient.sum(up_coefficients, grads, w_up.options()) : Tensor();
   }
   return {grad_x.defined() ? grad_x.to(x.scalar_type()) : Tensor(),
-          output_mask[kGradWeights] ? grad_weights.to(weights.scalar_type()) : Tensor(), grad_down, grad_up, grad_gate};
+          output_mask[kGradWeights] ? grad_weights.to(weights.scalar_type()) : Tensor(), grad_down,
+          grad_up, grad_gate};
 }
 
 }  // namespace

@@ -15,7 +15,8 @@ void check_index_range(const char* op, const at::Tensor& contiguous_indices, int
   const int64_t total = contiguous_indices.numel();
   std::atomic<int64_t> first_bad = total;
   at::parallel_for(0, total, 1 << 15, [&](int64_t first, int64_t last) {
-    // Unsigned, so that one comparison catches negative ids too; no branch, so that the loop vectorises.
+    // Unsigned, so that one comparison catches negative ids too; no branch, so that the loop
+    // vectorises.
     uint64_t largest = 0;
     for (int64_t i = first; i < last; ++i) {
       largest = std::max(largest, uint64_t(indices[i]));
@@ -38,8 +39,9 @@ void check_index_range(const char* op, const at::Tensor& contiguous_indices, int
       position.push_back(rest / contiguous_indices.stride(axis));
       rest %= contiguous_indices.stride(axis);
     }
-    TORCH_CHECK_INDEX(false, "peer::", op, ": index ", indices[bad], " at position ", at::IntArrayRef(position),
-                      " of indices is out of range for ", count, " experts");
+    TORCH_CHECK_INDEX(false, "peer::", op, ": index ", indices[bad], " at position ",
+                      at::IntArrayRef(position), " of indices is out of range for ", count,
+                      " experts");
   }
 }
 
@@ -48,12 +50,17 @@ TableGradient::TableGradient(const at::Tensor& owners, int64_t owner_count, bool
       count_(owners.numel()),
       sparse_(sparse),
       pairs_(sort_pairs(owners.const_data_ptr<int64_t>(), count_, owner_count, torch_threads())),
-      plan_(plan_expert_pass(pairs_.get(), count_, sparse ? OutputRows::compact : OutputRows::by_owner)) {}
+      plan_(plan_expert_pass(pairs_.get(),
+                             count_,
+                             sparse ? OutputRows::compact : OutputRows::by_owner)) {}
 
-at::Tensor TableGradient::sum(const at::Tensor& coefficients, const at::Tensor& source, const at::TensorOptions& like) const {
+at::Tensor TableGradient::sum(const at::Tensor& coefficients,
+                              const at::Tensor& source,
+                              const at::TensorOptions& like) const {
   const int64_t width = source.size(1);
   const int64_t distinct = plan_.owners.size();
-  const at::Tensor values = sparse_ ? at::empty({distinct, width}, like) : at::zeros({owner_count_, width}, like);
+  const at::Tensor values =
+      sparse_ ? at::empty({distinct, width}, like) : at::zeros({owner_count_, width}, like);
   with_table_type(values.scalar_type(), [&]<class Element>() {
     using Real = accumulation_t<Element>;
     const at::Tensor partial_sums = at::empty({plan_.partial_rows, width}, source.options());
@@ -69,16 +76,20 @@ at::Tensor TableGradient::sum(const at::Tensor& coefficients, const at::Tensor& 
         .partial_sums = {data_of<Real>(partial_sums), width},
     };
     const ExpertKernels<Element>& kernel = kernels().template experts<Element>();
-    at::parallel_for(0, plan_.chunks.size(), 64, [&](int64_t first, int64_t last) { kernel.sum_chunks(pass, first, last); });
-    at::parallel_for(0, plan_.split_runs.size(), 1, [&](int64_t first, int64_t last) { kernel.sum_split_runs(pass, first, last); });
+    at::parallel_for(0, plan_.chunks.size(), 64,
+                     [&](int64_t first, int64_t last) { kernel.sum_chunks(pass, first, last); });
+    at::parallel_for(0, plan_.split_runs.size(), 1, [&](int64_t first, int64_t last) {
+      kernel.sum_split_runs(pass, first, last);
+    });
   });
   if (!sparse_) {
     return values;
   }
   const at::Tensor ids = at::empty({1, distinct}, like.dtype(at::kLong));
   std::copy(plan_.owners.begin(), plan_.owners.end(), ids.mutable_data_ptr<int64_t>());
-  return at::_sparse_coo_tensor_with_dims_and_tensors(/*sparse_dim=*/1, /*dense_dim=*/1, {owner_count_, width}, ids, values,
-                                                      like.layout(at::kSparse), /*is_coalesced=*/true);
+  return at::_sparse_coo_tensor_with_dims_and_tensors(
+      /*sparse_dim=*/1, /*dense_dim=*/1, {owner_count_, width}, ids, values,
+      like.layout(at::kSparse), /*is_coalesced=*/true);
 }
 
 }  // namespace peer::ops::cpu

@@ -1,4 +1,5 @@
-// What the CPU glue of the operators shares: threads, element types, and the expert pass over any owners.
+// What the CPU glue of the operators shares: threads, element types, and the expert pass over any
+// owners.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -15,13 +16,15 @@ namespace peer::ops::cpu {
 using namespace peer::cpu;
 
 inline const ParallelFor& torch_threads() {
-  static const ParallelFor loop = [](int64_t begin, int64_t end, int64_t grain, const RangeBody& body) {
+  static const ParallelFor loop = [](int64_t begin, int64_t end, int64_t grain,
+                                     const RangeBody& body) {
     at::parallel_for(begin, end, grain, body);
   };
   return loop;
 }
 
-// Calls body.template operator()<Table>() for the kernels' element type of a table's dtype, which was checked before.
+// Calls body.template operator()<Table>() for the kernels' element type of a table's dtype, which
+// was checked before.
 template <class Body>
 auto with_table_type(at::ScalarType type, Body&& body) {
   switch (type) {
@@ -67,14 +70,18 @@ Rows<const Element> rows_of(const at::Tensor& table) {
 // Every id must lie in [0, count): reading a row elsewhere would be silent corruption.
 void check_index_range(const char* op, const at::Tensor& contiguous_indices, int64_t count);
 
-// One table's gradient from the pairs that retrieved its rows: row `owner` is the sum of coefficients[pair]·source[pair / pairs_per_row].
-// Dense (owner_count, width), or sparse: coalesced COO with the owners that occur.
+// One table's gradient from the pairs that retrieved its rows: row `owner` is the sum of
+// coefficients[pair]·source[pair / pairs_per_row]. Dense (owner_count, width), or sparse: coalesced
+// COO with the owners that occur.
 class TableGradient {
  public:
   TableGradient(const at::Tensor& owners, int64_t owner_count, bool sparse);
 
-  // coefficients: by pair; source: (rows, width) contiguous rows; both in the accumulation dtype of `like`.
-  at::Tensor sum(const at::Tensor& coefficients, const at::Tensor& source, const at::TensorOptions& like) const;
+  // coefficients: by pair; source: (rows, width) contiguous rows; both in the accumulation dtype of
+  // `like`.
+  at::Tensor sum(const at::Tensor& coefficients,
+                 const at::Tensor& source,
+                 const at::TensorOptions& like) const;
 
  private:
   int64_t owner_count_;

@@ -17,7 +17,8 @@ template <class Real>
 at::Tensor pack(const RetrievalKernels<Real>& kernel, const at::Tensor& keys, int64_t half_width) {
   const int64_t heads = keys.dim() == 3 ? keys.size(0) : 1;
   const int64_t count = keys.size(-2);
-  const int64_t padded = (count + kernel.keys_per_panel - 1) / kernel.keys_per_panel * kernel.keys_per_panel;
+  const int64_t padded =
+      (count + kernel.keys_per_panel - 1) / kernel.keys_per_panel * kernel.keys_per_panel;
   const at::Tensor packed = at::empty({heads, padded, half_width}, keys.options());
   for (int64_t head = 0; head < heads; ++head) {
     kernel.pack_keys(const_data_of<Real>(keys) + head * count * half_width, count, half_width,
@@ -44,7 +45,8 @@ std::tuple<at::Tensor, at::Tensor> product_key_topk_cpu(const at::Tensor& query,
     const at::Tensor rows = pack(kernel, contiguous_as(row_keys, type), half_width);
     const at::Tensor columns = pack(kernel, contiguous_as(col_keys, type), half_width);
     const auto packed_keys = [](const at::Tensor& packed, const at::Tensor& keys) {
-      return PackedKeys<Real>{const_data_of<Real>(packed), keys.size(-2), keys.dim() == 3 ? packed.stride(0) : 0};
+      return PackedKeys<Real>{const_data_of<Real>(packed), keys.size(-2),
+                              keys.dim() == 3 ? packed.stride(0) : 0};
     };
     const Retrieval<Real> retrieval = {
         .tokens = tokens,
@@ -58,19 +60,22 @@ std::tuple<at::Tensor, at::Tensor> product_key_topk_cpu(const at::Tensor& query,
         .indices = data_of<int64_t>(indices),
     };
     const int64_t blocks = (tokens + kTokensPerBlock - 1) / kTokensPerBlock;
-    at::parallel_for(0, blocks * heads, 1, [&](int64_t first, int64_t last) { kernel.retrieve(retrieval, first, last); });
+    at::parallel_for(0, blocks * heads, 1,
+                     [&](int64_t first, int64_t last) { kernel.retrieve(retrieval, first, last); });
   };
   type == at::kDouble ? run.template operator()<double>() : run.template operator()<float>();
   return {scores, indices};
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> product_key_topk_backward_cpu(const at::Tensor& grad_scores,
-                                                                             const at::Tensor& query,
-                                                                             const at::Tensor& row_keys,
-                                                                             const at::Tensor& col_keys,
-                                                                             const at::Tensor& indices,
-                                                                             std::array<bool, 3> output_mask) {
-  check_product_key_topk_backward(grad_scores, query, row_keys, col_keys, indices);
+std::tuple<at::Tensor, at::Tensor, at::Tensor> product_key_topk_backward_cpu(
+    const at::Tensor& grad_scores,
+    const at::Tensor& query,
+    const at::Tensor& row_keys,
+    const at::Tensor& col_keys,
+    const at::Tensor& indices,
+    std::array<bool, 3> output_mask) {
+  check_product_key_topk_backward(query, row_keys, col_keys, indices);
+  check_product_key_topk_grad_scores(grad_scores, indices);
   const int64_t tokens = query.size(0);
   const int64_t heads = query.size(1);
   const int64_t half_width = query.size(2) / 2;
@@ -81,7 +86,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> product_key_topk_backward_cpu(con
   check_index_range("product_key_topk_backward", ids, row_keys.size(-2) * columns);
   const at::Tensor grad = contiguous_as(grad_scores, type);
 
-  // The keys of all heads are one table; a retrieval owns row r (or c) of it, in its head's part where the heads have their own keys.
+  // The keys of all heads are one table; a retrieval owns row r (or c) of it, in its head's part
+  // where the heads have their own keys.
   const at::Tensor row_owners = at::empty_like(ids);
   const at::Tensor column_owners = at::empty_like(ids);
   const int64_t row_head_stride = row_keys.dim() == 3 ? row_keys.size(1) : 0;
@@ -101,8 +107,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> product_key_topk_backward_cpu(con
 
   at::Tensor grad_query;
   if (output_mask[0]) {
-    const at::Tensor sums = at::empty({tokens * heads, 2 * half_width}, query.options().dtype(type));
-    const auto add_half = [&]<class Real>(const at::Tensor& keys, const at::Tensor& owners, int64_t column) {
+    const at::Tensor sums =
+        at::empty({tokens * heads, 2 * half_width}, query.options().dtype(type));
+    const auto add_half = [&]<class Real>(const at::Tensor& keys, const at::Tensor& owners,
+                                          int64_t column) {
       const at::Tensor table = contiguous_as(keys, type).reshape({-1, half_width});
       const GatherSum<Real> pass = {
           .terms = k,
@@ -113,7 +121,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> product_key_topk_backward_cpu(con
           .out = {data_of<Real>(sums) + column, 2 * half_width},
       };
       const auto& kernel = kernels().template retrieval<Real>();
-      at::parallel_for(0, tokens * heads, 64, [&](int64_t first, int64_t last) { kernel.gather_sum(pass, first, last); });
+      at::parallel_for(0, tokens * heads, 64,
+                       [&](int64_t first, int64_t last) { kernel.gather_sum(pass, first, last); });
     };
     const auto run = [&]<class Real>() {
       add_half.template operator()<Real>(row_keys, row_owners, 0);
@@ -123,10 +132,13 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> product_key_topk_backward_cpu(con
     grad_query = sums.view({tokens, heads, 2 * half_width}).to(query.scalar_type());
   }
 
-  const at::Tensor queries = output_mask[1] || output_mask[2] ? contiguous_as(query, type).view({tokens * heads, 2 * half_width}) : at::Tensor();
+  const at::Tensor queries = output_mask[1] || output_mask[2]
+                                 ? contiguous_as(query, type).view({tokens * heads, 2 * half_width})
+                                 : at::Tensor();
   const auto grad_keys = [&](const at::Tensor& keys, const at::Tensor& owners, int64_t column) {
     const TableGradient gradient(owners, keys.numel() / half_width, /*sparse=*/false);
-    return gradient.sum(grad, queries.narrow(1, column, half_width), keys.options()).view(keys.sizes());
+    return gradient.sum(grad, queries.narrow(1, column, half_width), keys.options())
+        .view(keys.sizes());
   };
   return {grad_query, output_mask[1] ? grad_keys(row_keys, row_owners, 0) : at::Tensor(),
           output_mask[2] ? grad_keys(col_keys, column_owners, half_width) : at::Tensor()};

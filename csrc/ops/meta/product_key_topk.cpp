@@ -19,17 +19,19 @@ std::tuple<at::Tensor, at::Tensor> product_key_topk_meta(const at::Tensor& query
           at::empty_symint(shape, query.options().dtype(at::kLong))};
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> product_key_topk_backward_meta(const at::Tensor& grad_scores,
-                                                                              const at::Tensor& query,
-                                                                              const at::Tensor& row_keys,
-                                                                              const at::Tensor& col_keys,
-                                                                              const at::Tensor& indices,
-                                                                              std::array<bool, 3> output_mask) {
-  check_product_key_topk_backward(grad_scores, query, row_keys, col_keys, indices);
+std::tuple<at::Tensor, at::Tensor, at::Tensor> product_key_topk_backward_meta(
+    const at::Tensor& /*grad_scores*/,
+    const at::Tensor& query,
+    const at::Tensor& row_keys,
+    const at::Tensor& col_keys,
+    const at::Tensor& indices,
+    std::array<bool, 3> output_mask) {
+  check_product_key_topk_backward(query, row_keys, col_keys, indices);
   const auto like = [](bool is_wanted, const at::Tensor& tensor) {
     return is_wanted ? at::empty_symint(tensor.sym_sizes(), tensor.options()) : at::Tensor();
   };
-  return {like(output_mask[0], query), like(output_mask[1], row_keys), like(output_mask[2], col_keys)};
+  return {like(output_mask[0], query), like(output_mask[1], row_keys),
+          like(output_mask[2], col_keys)};
 }
 
 }  // namespace

@@ -1,0 +1,40 @@
+# The torch-free kernels as the target peer_kernels, for libpeer.so and for the C++ tests.
+
+set(PEER_CPU_KERNELS
+    csrc/kernels/cpu/capability_table.cpp
+    csrc/kernels/cpu/expert_pass.cpp
+    csrc/kernels/cpu/retrieval.cpp
+    csrc/kernels/cpu/token_pass.cpp)
+
+# Compiled once per capability. The first is what runs on any processor of the architecture.
+set(PEER_CAPABILITIES baseline)
+if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")
+  list(APPEND PEER_CAPABILITIES avx2 avx512)
+endif()
+set(PEER_FLAGS_baseline "")
+set(PEER_FLAGS_avx2 -mavx2 -mfma -mf16c)
+set(PEER_FLAGS_avx512 -mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c)
+
+# -fno-math-errno, -fno-trapping-math: neither errno nor floating-point exceptions are read, and both keep loops from being vectorised.
+# No flag here may reorder sums or assume that NaN and infinity do not occur.
+set(PEER_KERNEL_FLAGS -fno-math-errno -fno-trapping-math)
+if(CMAKE_BUILD_TYPE STREQUAL "Release" AND NOT PEER_SANITIZE)
+  list(APPEND PEER_KERNEL_FLAGS -O3)
+endif()
+
+add_library(peer_kernels_common OBJECT csrc/kernels/cpu/dispatch.cpp csrc/kernels/cpu/sorted_pairs.cpp)
+target_include_directories(peer_kernels_common PRIVATE csrc)
+target_compile_options(peer_kernels_common PRIVATE ${PEER_KERNEL_FLAGS})
+
+# An interface of objects rather than an archive: the linker keeps the first of several weak definitions, so the order of the objects,
+# the baseline first, decides that no function of a newer capability can stand in for one of an older.
+add_library(peer_kernels INTERFACE)
+target_include_directories(peer_kernels INTERFACE csrc)
+target_sources(peer_kernels INTERFACE $<TARGET_OBJECTS:peer_kernels_common>)
+foreach(capability IN LISTS PEER_CAPABILITIES)
+  add_library(peer_kernels_${capability} OBJECT ${PEER_CPU_KERNELS})
+  target_include_directories(peer_kernels_${capability} PRIVATE csrc)
+  target_compile_definitions(peer_kernels_${capability} PRIVATE PEER_CAPABILITY=${capability})
+  target_compile_options(peer_kernels_${capability} PRIVATE ${PEER_KERNEL_FLAGS} ${PEER_FLAGS_${capability}})
+  target_sources(peer_kernels INTERFACE $<TARGET_OBJECTS:peer_kernels_${capability}>)
+endforeach()

@@ -1,0 +1,70 @@
+# libpeer.so: the operators, registered with Torch, over the kernels. It knows nothing of Python.
+
+include(cmake/TorchWithoutCuda.cmake)
+
+add_library(
+  peer SHARED
+  csrc/library.cpp
+  csrc/ops/build_info.cpp
+  csrc/ops/expert_mlp.cpp
+  csrc/ops/no_cuda.cpp
+  csrc/ops/product_key_topk.cpp
+  csrc/ops/autocast/expert_mlp.cpp
+  csrc/ops/autocast/product_key_topk.cpp
+  csrc/ops/autograd/expert_mlp.cpp
+  csrc/ops/autograd/expert_mlp_double_backward.cpp
+  csrc/ops/autograd/product_key_topk.cpp
+  csrc/ops/cpu/expert_mlp.cpp
+  csrc/ops/cpu/glue.cpp
+  csrc/ops/cpu/product_key_topk.cpp
+  csrc/ops/meta/expert_mlp.cpp
+  csrc/ops/meta/product_key_topk.cpp)
+target_link_libraries(peer PRIVATE peer_kernels peer_torch)
+
+configure_file(csrc/version.h.in generated/version.h @ONLY)
+target_include_directories(peer PRIVATE csrc "${CMAKE_CURRENT_BINARY_DIR}/generated")
+set(PEER_COMPILER "${CMAKE_CXX_COMPILER_ID} ${CMAKE_CXX_COMPILER_VERSION}")
+set_source_files_properties(csrc/ops/build_info.cpp PROPERTIES COMPILE_DEFINITIONS "PEER_COMPILER=\"${PEER_COMPILER}\"")
+
+# at::parallel_for is header code, serial unless compiled with OpenMP. The flag is for compiling alone: linking with it would bring in the
+# system's libgomp as a second runtime beside the one that torch ships, and torch.set_num_threads would not reach it. The few GOMP_*
+# symbols are found at load time in the runtime that libtorch_cpu.so brings.
+target_compile_options(peer PRIVATE -fopenmp)
+
+# Installed, the library lies in peer/lib beside torch/lib. In a checkout, or anywhere else, torch has been imported before it is loaded, and the
+# loader takes the libraries that are already there.
+set_target_properties(peer PROPERTIES BUILD_WITH_INSTALL_RPATH ON INSTALL_RPATH "$ORIGIN/../../torch/lib" INSTALL_REMOVE_ENVIRONMENT_RPATH ON)
+
+# Also for `import peer` to compare before it loads the library, and for bug reports.
+set(PEER_CPU_CAPABILITIES "${PEER_CAPABILITIES}")
+list(TRANSFORM PEER_CPU_CAPABILITIES REPLACE "^baseline$" "default")
+list(JOIN PEER_CPU_CAPABILITIES "\", \"" PEER_CPU_CAPABILITIES)
+if(PEER_TORCH_CUDA)
+  set(torch_cuda "\"${PEER_TORCH_CUDA}\"")
+else()
+  set(torch_cuda "null")
+endif()
+string(REGEX REPLACE "([\\\\\"])" "\\\\\\1" cxx_flags "${CMAKE_CXX_FLAGS}")
+file(
+  CONFIGURE
+  OUTPUT generated/_build_info.json
+  CONTENT
+    "{
+  \"peer\": \"@peer_VERSION@\",
+  \"torch\": \"@PEER_TORCH_VERSION@\",
+  \"torch_minor\": \"@PEER_TORCH_MINOR@\",
+  \"torch_cuda\": @torch_cuda@,
+  \"cuda\": null,
+  \"cpu_capabilities\": [\"@PEER_CPU_CAPABILITIES@\"],
+  \"compiler\": \"@PEER_COMPILER@\",
+  \"build_type\": \"@CMAKE_BUILD_TYPE@\",
+  \"cxx_flags\": \"@cxx_flags@\",
+  \"cmake\": \"@CMAKE_VERSION@\"
+}
+"
+  @ONLY)
+
+# The prefix is the Python package's own directory.
+install(TARGETS peer LIBRARY DESTINATION lib)
+install(FILES csrc/peer.h "${CMAKE_CURRENT_BINARY_DIR}/generated/version.h" DESTINATION include/peer)
+install(FILES "${CMAKE_CURRENT_BINARY_DIR}/generated/_build_info.json" DESTINATION .)
