@@ -31,6 +31,12 @@ set_source_files_properties(csrc/ops/build_info.cpp PROPERTIES COMPILE_DEFINITIO
 # symbols are found at load time in the runtime that libtorch_cpu.so brings.
 target_compile_options(peer PRIVATE -fopenmp)
 
+add_custom_command(
+  TARGET peer
+  POST_BUILD
+  COMMAND ${CMAKE_COMMAND} -DNM=${CMAKE_NM} -DLIBRARY=$<TARGET_FILE:peer> -P ${CMAKE_CURRENT_SOURCE_DIR}/cmake/CheckUndefined.cmake
+  VERBATIM)
+
 # Installed, the library lies in peer/lib beside torch/lib. In a checkout, or anywhere else, torch has been imported before it is loaded, and the
 # loader takes the libraries that are already there.
 set_target_properties(peer PROPERTIES BUILD_WITH_INSTALL_RPATH ON INSTALL_RPATH "$ORIGIN/../../torch/lib" INSTALL_REMOVE_ENVIRONMENT_RPATH ON)

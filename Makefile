@@ -1,0 +1,116 @@
+# What people do daily. Everything lives in $(VENV) and build/; `make clean` removes what was built, deleting $(VENV) the rest.
+#
+#   VENV    virtual environment to make and use
+#   TORCH   version of torch to install in it
+#   PYTHON  interpreter to make it from
+#   ARGS    further arguments for the demo, or for pytest
+
+VENV ?= .venv
+TORCH ?= 2.15.*
+PYTHON ?= python3
+ARGS ?=
+# Sanitizers for `make test-cpp`: address,undefined or thread.
+SANITIZE ?=
+
+BIN := $(abspath $(VENV))/bin
+export PATH := $(BIN):$(PATH)
+# Only what is installed in the environment is tested and shown.
+unexport PYTHONPATH
+
+torch := $(VENV)/.made-torch-$(subst *,x,$(TORCH))
+package := $(VENV)/.made-package
+test_tools := $(VENV)/.made-test-tools
+lint_tools := $(VENV)/.made-lint-tools
+demo_tools := $(VENV)/.made-demo-tools
+
+sources := $(shell find csrc cmake build_backend peer -name include -prune -o -name lib -prune -o -type f \
+             \( -name '*.cpp' -o -name '*.h' -o -name '*.in' -o -name '*.cmake' -o -name '*.py' -o -name py.typed \) -print)
+cpp_files = $(shell find csrc tests/cpp -name '*.cpp' -o -name '*.h' -o -name '*.hpp')
+python_files := peer tests examples build_backend setup.py $(wildcard benchmarks)
+
+.PHONY: help demo test test-cpp test-python build lint format clean catch2 compiler
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make demo     train a small language model with a PEER layer beside its dense twin"
+	@echo "make test     C++ and Python tests"
+	@echo "make build    compile in place, so that 'import peer' works from the checkout"
+	@echo "make lint     ruff, mypy and clang-format, changing nothing"
+	@echo "make format   ruff and clang-format, changing files"
+	@echo "make clean    remove what was built"
+	@echo
+	@echo "Variables: VENV=$(VENV) TORCH=$(TORCH) PYTHON=$(PYTHON) ARGS="
+
+# Started in examples/, where the package's source tree does not hide the installed package.
+demo: $(package) $(demo_tools)
+	cd examples && $(BIN)/python -m language_model --out "$(CURDIR)/demo-output" $(ARGS)
+
+test: test-cpp test-python
+
+test_build := build/tests$(if $(SANITIZE),-$(shell echo '$(SANITIZE)' | tr ',' '-'))
+test-cpp: $(test_tools) compiler catch2
+	cmake -S . -B $(test_build) -G Ninja -DPEER_BUILD_LIBRARY=OFF -DPEER_BUILD_TESTS=ON -DPEER_SANITIZE=$(SANITIZE)
+	cmake --build $(test_build)
+	ctest --test-dir $(test_build) --output-on-failure --no-tests=error
+
+# The pytest program, not `python -m pytest`: that would put this directory, with the package's source tree, on the path.
+test-python: $(package) $(test_tools) $(demo_tools)
+	$(BIN)/pytest $(ARGS)
+
+build: $(torch) $(test_tools) compiler
+	$(BIN)/python setup.py build_ext --inplace
+
+lint: $(torch) $(lint_tools)
+	ruff check $(python_files)
+	ruff format --check $(python_files)
+	mypy
+	clang-format --dry-run -Werror $(cpp_files)
+
+format: $(lint_tools)
+	ruff check --fix $(python_files)
+	ruff format $(python_files)
+	clang-format -i $(cpp_files)
+
+clean:
+	rm -rf build peer/lib peer/include peer/_build_info.json peer.egg-info
+	rm -f $(package)
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
+
+# Another torch makes what was built for the last one worthless.
+$(torch): | $(BIN)/python
+	rm -f $(VENV)/.made-torch-* $(package)
+	$(BIN)/python -m pip install 'torch==$(TORCH)'
+	touch $@
+
+$(package): $(torch) $(sources) CMakeLists.txt setup.py pyproject.toml | compiler
+	$(BIN)/python -m pip install .
+	touch $@
+
+$(test_tools): pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --group test
+	touch $@
+
+$(lint_tools): pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --group lint
+	touch $@
+
+$(demo_tools): examples/language_model/requirements.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet -r $<
+	touch $@
+
+compiler:
+	@command -v $(CXX) >/dev/null || { \
+	  echo "A C++20 compiler is needed, such as g++ 11 or newer; on Debian and Ubuntu: sudo apt-get install g++" >&2; exit 1; }
+
+# Whether the compiler finds Catch2; Debian's package if not, where that can be installed.
+catch2:
+	@echo '#include "tests/cpp/catch.hpp"' | $(CXX) -std=c++20 -I. -x c++ -fsyntax-only - 2>/dev/null || \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  apt-get update -qq && apt-get install -y -qq catch2; \
+	else \
+	  echo "The C++ tests need Catch2, version 2 or 3; on Debian and Ubuntu: sudo apt-get install catch2" >&2; exit 1; \
+	fi

@@ -1,0 +1,52 @@
+"""Forward FLOPs per token, counted by hand from the sizes alone.
+
+A multiply-add counts as two. Counted are projections, attention over the context (position i sees
+i + 1 positions, (context + 1) / 2 on average), feed-forward layers and logits; and for PEER the
+query projection, the sub-scores of both halves, a comparison for every sub-score, an addition and a
+comparison for every candidate pair, and the experts. Element-wise work is left out on both sides.
+"""
+
+from __future__ import annotations
+
+from .model import ModelConfig, PeerConfig
+
+
+def count_attention(config: ModelConfig) -> float:
+    """One attention layer: the four projections, scores and weighted values."""
+    projections = 2 * 4 * config.dim**2
+    context = 2 * 2 * config.dim * (config.context + 1) / 2
+    return projections + context
+
+
+def count_feed_forward(dim: int, hidden: int) -> float:
+    """One dense feed-forward layer."""
+    return 2 * 2 * dim * hidden
+
+
+def count_peer(dim: int, settings: PeerConfig) -> dict[str, float]:
+    """One PEER layer, by part."""
+    rows, columns = settings.grid
+    heads, experts = settings.heads, settings.experts_per_head
+    candidates = min(experts, rows) * min(experts, columns)
+    return {
+        "query projection": 2 * dim * heads * settings.dim_key,
+        "sub-scores": 2 * heads * (settings.dim_key // 2) * (rows + columns),
+        "selection": heads * (rows + columns + 2 * candidates),
+        "experts": 2 * (3 if settings.glu else 2) * heads * experts * dim,
+    }
+
+
+def count_model(config: ModelConfig) -> dict[str, float]:
+    """A whole model, by part; the sum of the values is its forward FLOPs per token."""
+    replaced = config.peer.blocks if config.peer else ()
+    parts: dict[str, float] = {
+        "attention": config.blocks * count_attention(config),
+        "feed-forward": (config.blocks - len(replaced))
+        * count_feed_forward(config.dim, config.hidden),
+        "logits": 2 * config.dim * config.vocabulary,
+    }
+    if config.peer:
+        parts["feed-forward"] += len(replaced) * count_feed_forward(config.dim, config.peer.hidden)
+        for part, flops in count_peer(config.dim, config.peer).items():
+            parts[part] = len(replaced) * flops
+    return parts

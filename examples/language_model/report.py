@@ -1,0 +1,185 @@
+"""What a finished pair of runs shows: numbers, curves, a sample of text, and the expert atlas."""
+
+from __future__ import annotations
+
+import csv
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import torch
+
+import peer
+
+from .data import SEPARATOR
+from .flops import count_model
+from .model import sample
+from .train import Run, evaluate
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402
+
+PROMPT = "def "
+NAMES = {"dense": "dense", "peer": "PEER"}
+COLORS = {"dense": "#8a8f98", "peer": "#c2410c"}
+
+
+def count_active(run: Run) -> int:
+    """Parameters that one token uses: all but the expert tables, of those the retrieved rows."""
+    tables = {id(p): p for p in run.model.tables()}
+    active = sum(p.numel() for p in run.model.parameters() if id(p) not in tables)
+    for layer in run.model.peer_layers:
+        per_expert = sum(p[0].numel() for p in layer.experts.parameters())
+        settings = run.settings.peer
+        active += settings.heads * settings.experts_per_head * per_expert
+    return active
+
+
+def finish(run: Run) -> dict[str, Any]:
+    """Results of a trained model: all the held-out text, its experts' use there, and a sample."""
+    settings, model = run.settings, run.model
+    with ExitStack() as stack:
+        trackers = [stack.enter_context(peer.UsageTracker(layer)) for layer in model.peer_layers]
+        bits = evaluate(model, run.corpus, settings.model.context)
+        atlases = [
+            {
+                "mass": tracker.mass.clone(),
+                "usage": float(tracker.usage()),
+                "unevenness": float(tracker.unevenness()),
+            }
+            for tracker in trackers
+        ]
+    model.eval()
+    tokenizer = run.corpus.tokenizer
+    prompt = torch.tensor([tokenizer.token_to_id(SEPARATOR), *tokenizer.encode(PROMPT).ids])
+    written = sample(
+        model, prompt, settings.sample_tokens, torch.Generator().manual_seed(settings.seed)
+    )
+    tokens = run.progress.step * settings.batch * settings.model.context
+    return {
+        "row": {
+            "model": run.name,
+            "seed": settings.seed,
+            "steps": run.progress.step,
+            "tokens": tokens,
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "active_parameters": count_active(run),
+            "flops_per_token": round(sum(count_model(model.config).values())),
+            "bits_per_byte": round(bits, 4),
+            "tokens_per_second": round(tokens / run.progress.seconds),
+            "training_minutes": round(run.progress.seconds / 60, 2),
+            "lr": settings.peer_lr if run.model.peer_layers else settings.dense_lr,
+            "table_lr": settings.table_lr if run.model.peer_layers else "",
+            "torch": str(torch.__version__),
+        },
+        "sample": tokenizer.decode(written[1:].tolist()),
+        "atlases": atlases,
+    }
+
+
+def format_table(rows: list[dict[str, Any]]) -> str:
+    """The rows side by side, for a terminal."""
+    heads = ("", "parameters", "active", "FLOPs/token", "bits per byte", "tokens/s")
+    lines = [heads] + [
+        (
+            NAMES[row["model"]],
+            f"{row['parameters']:,}",
+            f"{row['active_parameters']:,}",
+            f"{row['flops_per_token']:,}",
+            f"{row['bits_per_byte']:.4f}",
+            f"{row['tokens_per_second']:,}",
+        )
+        for row in rows
+    ]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))
+        for line in lines
+    )
+
+
+def draw_curves(runs: list[Run], path: Path) -> None:
+    """Bits per byte over tokens seen, one line a model."""
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for run in runs:
+        tokens, bits = zip(*run.progress.curve, strict=True)
+        millions = [count / 1e6 for count in tokens]
+        axes.plot(
+            millions, bits, color=COLORS[run.name], marker="o", markersize=3, label=NAMES[run.name]
+        )
+        axes.annotate(
+            f"{bits[-1]:.3f}",
+            (millions[-1], bits[-1]),
+            (4, 0),
+            textcoords="offset points",
+            va="center",
+        )
+    axes.set_xlabel("training tokens (millions)")
+    axes.set_ylabel("bits per byte, part of the held-out files")
+    axes.set_title("Dense and PEER language models at equal FLOPs per token")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def draw_atlas(run: Run, path: Path) -> None:
+    """The expert grid, one image a layer: brightness is the log of an expert's router weight."""
+    rows, columns = run.settings.peer.grid
+    atlases = run.progress.results["atlases"]
+    figure, axes = plt.subplots(
+        1, len(atlases), figsize=(7.5 * len(atlases), 7.5), layout="constrained", squeeze=False
+    )
+    for block, atlas, axis in zip(run.settings.peer.blocks, atlases, axes[0], strict=True):
+        mass = atlas["mass"].view(rows, columns)
+        used = mass > 0
+        share = torch.full_like(mass, float("nan"))
+        share[used] = (mass[used] / mass.sum()).log10()
+        axis.set_facecolor("black")
+        image = axis.imshow(share.numpy(), cmap="inferno", interpolation="nearest")
+        axis.set_title(
+            f"block {block}: usage {atlas['usage']:.1%}, unevenness {atlas['unevenness']:.2f}"
+        )
+        axis.set_xlabel("column")
+        axis.set_ylabel("row")
+        figure.colorbar(
+            image,
+            ax=axis,
+            shrink=0.8,
+            label="log10 of the share of router weight (black: never used)",
+        )
+    figure.suptitle(f"Expert atlas: {rows} x {columns} experts on the held-out files")
+    figure.savefig(path, dpi=200)
+    plt.close(figure)
+
+
+def append_rows(rows: list[dict[str, Any]], path: Path) -> None:
+    """Appends one line a model to a CSV file, with a head line if the file is new."""
+    new = not path.exists()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
+        if new:
+            writer.writeheader()
+        writer.writerows(rows)
+
+
+def show(runs: list[Run], folder: Path) -> None:
+    """Prints and draws the results of finished runs."""
+    print("\n" + format_table([run.progress.results["row"] for run in runs]) + "\n")
+    draw_curves(runs, folder / "curves.png")
+    print(f"curves: {folder / 'curves.png'}")
+    for run in runs:
+        if run.model.peer_layers:
+            draw_atlas(run, folder / "atlas.png")
+            print(f"expert atlas: {folder / 'atlas.png'}")
+            for block, atlas in zip(
+                run.settings.peer.blocks, run.progress.results["atlases"], strict=True
+            ):
+                usage, unevenness = atlas["usage"], atlas["unevenness"]
+                print(f"  block {block}: usage {usage:.2%}, unevenness {unevenness:.3f}")
+    written = runs[-1].progress.results["sample"]
+    print(f"\nwritten by the {NAMES[runs[-1].name]} model:\n")
+    print("\n".join("    " + line for line in written.splitlines()))

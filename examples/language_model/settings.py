@@ -1,0 +1,79 @@
+"""What a run is made of: the demo's own values, and a small copy of them for tests."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any
+
+from .model import ModelConfig, PeerConfig
+
+MODELS = ("dense", "peer")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One pair of models, trained on the same tokens in the same order.
+
+    Attributes:
+        seed: seeds initialisation and data order.
+        steps: optimizer steps of each model.
+        batch: windows in a step.
+        model: sizes of the dense model; the PEER model differs only in the blocks named by `peer`.
+        peer: the PEER layers.
+        dense_lr: peak learning rate of the dense model.
+        peer_lr: peak learning rate of everything in the PEER model but the expert tables.
+        table_lr: peak learning rate of the expert tables.
+        weight_decay: of the matrices outside PEER layers.
+        warm_up: steps over which learning rates rise; after them they fall to zero along a cosine.
+        curve_points: evaluations during a run.
+        curve_tokens: held-out tokens that such an evaluation reads; the final one reads them all.
+        sample_tokens: length of the generated sample.
+        megabytes: roughly how much of the library to use, None for all.
+    """
+
+    seed: int = 0
+    steps: int = 1000
+    batch: int = 8
+    model: ModelConfig = field(default_factory=ModelConfig)
+    peer: PeerConfig = field(default_factory=PeerConfig)
+    dense_lr: float = 4e-3
+    peer_lr: float = 4e-3
+    table_lr: float = 1e-2
+    weight_decay: float = 0.1
+    warm_up: int = 50
+    curve_points: int = 10
+    curve_tokens: int = 65_536
+    sample_tokens: int = 160
+    megabytes: float | None = None
+
+    def model_config(self, name: str) -> ModelConfig:
+        """Sizes of the model called `name`."""
+        return replace(self.model, peer=self.peer if name == "peer" else None)
+
+    def describe(self, name: str) -> dict[str, Any]:
+        """What decides the outcome of training the model called `name`, as plain values."""
+        others = {"dense": ("peer", "peer_lr", "table_lr"), "peer": ("dense_lr",)}[name]
+        return {key: value for key, value in asdict(self).items() if key not in others}
+
+
+def smoke() -> Settings:
+    """Small enough for a test: the same path with a 32 x 32 grid and a little of the text."""
+    return Settings(
+        steps=24,
+        batch=4,
+        model=ModelConfig(vocabulary=512, context=64, dim=32, blocks=2, heads=2, hidden=128),
+        peer=PeerConfig(grid=(32, 32), heads=2, experts_per_head=4, dim_key=8, blocks=(1,)),
+        warm_up=4,
+        curve_points=3,
+        curve_tokens=2048,
+        sample_tokens=24,
+        megabytes=2.0,
+    )
+
+
+def differences(kept: dict[str, Any], wanted: dict[str, Any]) -> str:
+    """The settings in which two descriptions differ, for people."""
+    names = [
+        field.name for field in fields(Settings) if kept.get(field.name) != wanted.get(field.name)
+    ]
+    return ", ".join(f"{name} = {kept.get(name)} there, {wanted.get(name)} here" for name in names)

@@ -1,0 +1,219 @@
+"""Trains one model: schedule, optimizers, checkpoints, and a Ctrl-C that loses nothing."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from .data import Corpus, Windows, held_out_batches
+from .model import LanguageModel
+from .settings import Settings, differences
+
+CHECKPOINT_SECONDS = 180.0
+
+
+class OtherRunError(Exception):
+    """The output folder holds a run with other settings."""
+
+
+@dataclass
+class Progress:
+    """Everything that a run has produced so far, the weights and optimizer states apart.
+
+    Attributes:
+        step: optimizer steps done.
+        losses: training loss of every step, in nats per token.
+        curve: (tokens seen, bits per byte) of the evaluations on a part of the held-out text.
+        seconds: time spent in training steps.
+        finished: whether all the steps are done and the final evaluation with them.
+        results: what the final evaluation found.
+    """
+
+    step: int = 0
+    losses: list[float] = field(default_factory=list)
+    curve: list[tuple[int, float]] = field(default_factory=list)
+    seconds: float = 0.0
+    finished: bool = False
+    results: dict[str, Any] = field(default_factory=dict)
+
+
+class Interrupt:
+    """While active, the first Ctrl-C sets `requested`; the second one has its usual effect."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def __enter__(self) -> Interrupt:
+        self.previous = signal.signal(signal.SIGINT, self.handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGINT, self.previous)
+
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        """Notes the wish to stop."""
+        self.requested = True
+        signal.signal(signal.SIGINT, self.previous)
+
+
+def schedule(step: int, settings: Settings) -> float:
+    """Factor on every learning rate: a linear rise, then a cosine to zero."""
+    rise = min(1.0, (step + 1) / settings.warm_up)
+    return rise * 0.5 * (1.0 + math.cos(math.pi * step / settings.steps))
+
+
+def make_optimizers(model: LanguageModel, settings: Settings) -> list[torch.optim.Optimizer]:
+    """AdamW for all but the expert tables; SparseAdam for those, which get row-sparse gradients."""
+    tables = model.tables()
+    apart = {id(p) for p in tables}
+    decayed, others = [], []
+    routers = {id(p) for layer in model.peer_layers for p in layer.router.parameters()}
+    for p in model.parameters():
+        if id(p) not in apart:
+            (decayed if p.dim() > 1 and id(p) not in routers else others).append(p)
+    lr = settings.peer_lr if tables else settings.dense_lr
+    groups = [
+        {"params": decayed, "weight_decay": settings.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95))]
+    if tables:
+        optimizers.append(torch.optim.SparseAdam(tables, lr=settings.table_lr))
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["peak_lr"] = group["lr"]
+    return optimizers
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, corpus: Corpus, context: int, limit: int | None = None) -> float:
+    """Bits per byte of held-out text: code length of its tokens, separators too, over its bytes."""
+    model.eval()
+    nats, size = 0.0, 0
+    for inputs, targets in held_out_batches(corpus.held_out, context, 16, limit):
+        logits = model(inputs)
+        nats += float(F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum"))
+        size += int(corpus.token_bytes[targets].sum())
+    model.train()
+    return nats / math.log(2) / size
+
+
+class Run:
+    """One model, its optimizers and its progress, kept in one file."""
+
+    def __init__(self, name: str, settings: Settings, corpus: Corpus, path: Path) -> None:
+        self.name, self.settings, self.corpus, self.path = name, settings, corpus, path
+        torch.manual_seed(settings.seed)
+        self.model = LanguageModel(settings.model_config(name))
+        self.optimizers = make_optimizers(self.model, settings)
+        self.progress = Progress()
+        self.saved = time.monotonic()
+
+    def save(self) -> None:
+        """Writes the file, whole or not at all. A finished run keeps no optimizer states."""
+        state = {
+            "settings": self.settings.describe(self.name),
+            "progress": vars(self.progress),
+            "model": self.model.state_dict(),
+            "generator": torch.get_rng_state(),
+        }
+        if not self.progress.finished:
+            state["optimizers"] = [optimizer.state_dict() for optimizer in self.optimizers]
+        unfinished = self.path.with_suffix(".tmp")
+        torch.save(state, unfinished)
+        os.replace(unfinished, self.path)
+        self.saved = time.monotonic()
+
+    def load(self) -> None:
+        """Goes on from the file, if there is one.
+
+        Raises:
+            OtherRunError: the file belongs to a run with other settings.
+        """
+        if not self.path.exists():
+            return
+        state = torch.load(self.path, mmap=True, weights_only=True)
+        wanted = self.settings.describe(self.name)
+        if state["settings"] != wanted:
+            raise OtherRunError(
+                f"{self.path} holds a run with other settings "
+                f"({differences(state['settings'], wanted)}): pass --restart to replace it, "
+                "or another folder as --out"
+            )
+        self.progress = Progress(**state["progress"])
+        self.model.load_state_dict(state["model"])
+        if not self.progress.finished:
+            for optimizer, kept in zip(self.optimizers, state["optimizers"], strict=True):
+                optimizer.load_state_dict(kept)
+        torch.set_rng_state(state["generator"])
+
+    def step(self, inputs: Tensor, targets: Tensor) -> float:
+        """One optimizer step; the loss before it, in nats per token."""
+        factor = schedule(self.progress.step, self.settings)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak_lr"] * factor
+        loss = F.cross_entropy(self.model(inputs).flatten(0, 1), targets.flatten())
+        loss.backward()
+        dense = [p for group in self.optimizers[0].param_groups for p in group["params"]]
+        torch.nn.utils.clip_grad_norm_(dense, 1.0)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        return loss.item()
+
+    def train(self, interrupt: Interrupt, finish: Callable[[Run], dict[str, Any]]) -> bool:
+        """Trains to the end, or until Ctrl-C; `finish` makes the results of a run at its end.
+
+        Returns:
+            Whether the run reached its end.
+        """
+        settings, progress = self.settings, self.progress
+        tokens = settings.batch * settings.model.context
+        windows = Windows(self.corpus.train, settings.model.context, settings.batch, settings.seed)
+        every = max(1, settings.steps // settings.curve_points)
+        bar = tqdm(
+            total=settings.steps,
+            initial=progress.step,
+            desc=f"{self.name:>5}",
+            unit="step",
+            bar_format="{desc} {bar} {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}",
+        )
+        with bar:
+            while progress.step < settings.steps and not interrupt.requested:
+                started = time.perf_counter()
+                progress.losses.append(self.step(*windows[progress.step]))
+                progress.seconds += time.perf_counter() - started
+                progress.step += 1
+                recent = progress.losses[-20:]
+                speed = tokens * progress.step / progress.seconds
+                bar.set_postfix_str(
+                    f"loss {sum(recent) / len(recent):.3f}, {speed:,.0f} tokens/s", refresh=False
+                )
+                bar.update()
+                if progress.step % every == 0:
+                    bits = evaluate(
+                        self.model, self.corpus, settings.model.context, settings.curve_tokens
+                    )
+                    progress.curve.append((progress.step * tokens, bits))
+                if time.monotonic() - self.saved > CHECKPOINT_SECONDS:
+                    self.save()
+        if progress.step < settings.steps:
+            self.save()
+            return False
+        progress.results = finish(self)
+        progress.finished = True
+        self.save()
+        return True

@@ -1,0 +1,247 @@
+"""How the operators behave under `torch.vmap`: the batch becomes part of a dimension they have.
+
+A sample of the batch is a call of the operator. Samples that share their keys or tables are more
+tokens; samples with keys of their own are more heads, and with tables of their own more experts.
+Then all samples are one call, a larger problem of the same kind. Only the gradients of tables that
+the samples share are computed sample by sample, because each of them is a whole table.
+
+B is the number of samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Results = tuple[tuple[Tensor | None, ...], tuple[int | None, ...]]
+
+
+def register() -> None:
+    """Registers the rules, once the library has registered the operators."""
+    for rule in product_key_topk, product_key_topk_backward, expert_mlp, expert_mlp_backward:
+        torch.library.register_vmap(f"peer::{rule.__name__}", rule)
+
+
+def product_key_topk(
+    info: Any, in_dims: Sequence[Any], query: Tensor, row_keys: Tensor, col_keys: Tensor, k: int
+) -> Results:
+    """The rule of the operator of this name."""
+    query_dim, row_dim, col_dim, _ = in_dims
+    query = _with_batch(query, query_dim, info)
+    if row_dim is None and col_dim is None:
+        outputs = torch.ops.peer.product_key_topk(_fold(query), row_keys, col_keys, k)
+        return _results(_unfold(output, query.shape) for output in outputs)
+    row_keys = _with_batch(row_keys, row_dim, info)
+    col_keys = _with_batch(col_keys, col_dim, info)
+    heads = _Heads(query, row_keys)
+    outputs = torch.ops.peer.product_key_topk(
+        heads.fold(query), heads.fold_keys(row_keys), heads.fold_keys(col_keys), k
+    )
+    return _results(heads.unfold(output) for output in outputs)
+
+
+def product_key_topk_backward(
+    info: Any,
+    in_dims: Sequence[Any],
+    grad_scores: Tensor,
+    query: Tensor,
+    row_keys: Tensor,
+    col_keys: Tensor,
+    indices: Tensor,
+    output_mask: Sequence[bool],
+) -> Results:
+    """The rule of the operator of this name."""
+    operator = torch.ops.peer.product_key_topk_backward
+    grad_dim, query_dim, row_dim, col_dim, index_dim, _ = in_dims
+    grad_scores = _with_batch(grad_scores, grad_dim, info)
+    query = _with_batch(query, query_dim, info)
+    indices = _with_batch(indices, index_dim, info)
+    _, wants_rows, wants_columns = output_mask
+    if row_dim is None and col_dim is None and not wants_rows and not wants_columns:
+        grad_query, _, _ = operator(
+            _fold(grad_scores), _fold(query), row_keys, col_keys, _fold(indices), output_mask
+        )
+        return _results([_unfold(grad_query, query.shape), None, None])
+    # A gradient for each sample: as if each had keys of its own. Key matrices are small.
+    row_keys = _with_batch(row_keys, row_dim, info)
+    col_keys = _with_batch(col_keys, col_dim, info)
+    heads = _Heads(query, row_keys)
+    grad_query, grad_row_keys, grad_col_keys = operator(
+        heads.fold(grad_scores),
+        heads.fold(query),
+        heads.fold_keys(row_keys),
+        heads.fold_keys(col_keys),
+        heads.fold(indices),
+        output_mask,
+    )
+    of_keys = heads.unfold_keys(grad_row_keys), heads.unfold_keys(grad_col_keys)
+    return _results([heads.unfold(grad_query), *of_keys])
+
+
+def expert_mlp(
+    info: Any,
+    in_dims: Sequence[Any],
+    x: Tensor,
+    weights: Tensor,
+    indices: Tensor,
+    w_down: Tensor,
+    w_up: Tensor,
+    w_gate: Tensor | None,
+    activation: str,
+    sparse_grad: bool = False,
+) -> Results:
+    """The rule of the operator of this name."""
+    x_dim, weight_dim, index_dim, *table_dims = in_dims[:6]
+    x = _with_batch(x, x_dim, info)
+    weights = _with_batch(weights, weight_dim, info)
+    indices = _with_batch(indices, index_dim, info)
+    tables: list[Any] = [w_down, w_up, w_gate]
+    if any(dim is not None for dim in table_dims):
+        tables = [_with_batch(*table, info) for table in zip(tables, table_dims, strict=True)]
+        indices = _point_into_own_tables(indices, tables[0].shape[1])
+        tables = [_fold(table) for table in tables]
+    out, hidden, gate = torch.ops.peer.expert_mlp(
+        _fold(x), _fold(weights), _fold(indices), *tables, activation, sparse_grad
+    )
+    outputs = [_unfold(out, x.shape), _unfold(hidden, x.shape)]
+    if w_gate is None:
+        return (*outputs, gate), (0, 0, None)  # gate is empty, for all samples the same
+    return _results([*outputs, _unfold(gate, x.shape)])
+
+
+def expert_mlp_backward(
+    info: Any,
+    in_dims: Sequence[Any],
+    grad_out: Tensor,
+    x: Tensor,
+    weights: Tensor,
+    indices: Tensor,
+    w_down: Tensor,
+    w_up: Tensor,
+    w_gate: Tensor | None,
+    hidden: Tensor,
+    gate: Tensor,
+    activation: str,
+    sparse_grad: bool,
+    output_mask: Sequence[bool],
+) -> Results:
+    """The rule of the operator of this name."""
+    grad_dim, x_dim, weight_dim, index_dim, *table_dims, hidden_dim, gate_dim = in_dims[:9]
+    if sparse_grad and any(output_mask[2:]):
+        raise NotImplementedError(
+            "peer::expert_mlp: sparse_grad=True does not work under vmap, because samples retrieve "
+            "different numbers of experts; use sparse_grad=False"
+        )
+    grad_out = _with_batch(grad_out, grad_dim, info)
+    x = _with_batch(x, x_dim, info)
+    weights = _with_batch(weights, weight_dim, info)
+    indices = _with_batch(indices, index_dim, info)
+    hidden = _with_batch(hidden, hidden_dim, info)
+    gate = _with_batch(gate, gate_dim, info)
+    tables: list[Any] = [w_down, w_up, w_gate]
+
+    def call(samples: Sequence[Tensor], output_mask: Sequence[bool]) -> list[Any]:
+        *tokens, hidden, gate = samples
+        # In the place of an empty gate, B empty ones are folded into one.
+        arguments = (*tokens, *tables, hidden, gate, activation, sparse_grad, list(output_mask))
+        return list(torch.ops.peer.expert_mlp_backward(*arguments))
+
+    if any(dim is not None for dim in table_dims):
+        tables = [_with_batch(*table, info) for table in zip(tables, table_dims, strict=True)]
+        num_experts = tables[0].shape[1]
+        indices = _point_into_own_tables(indices, num_experts)
+        tables = [_fold(table) for table in tables]
+        samples = [_fold(each) for each in (grad_out, x, weights, indices, hidden, gate)]
+        grads = call(samples, output_mask)
+        of_tokens = [_unfold(grad, x.shape) for grad in grads[:2]]
+        of_tables = [_unfold(grad, (info.batch_size, num_experts)) for grad in grads[2:]]
+        return _results(of_tokens + of_tables)
+
+    samples = [grad_out, x, weights, indices, hidden, gate]
+    of_tokens, of_tables = [None, None], [None, None, None]
+    if any(output_mask[:2]):
+        mask = [*output_mask[:2], False, False, False]
+        grads = call([_fold(each) for each in samples], mask)
+        of_tokens = [_unfold(grad, x.shape) for grad in grads[:2]]
+    if any(output_mask[2:]):
+        mask = [False, False, *output_mask[2:]]
+        of_samples = [call(sample, mask)[2:] for sample in zip(*samples, strict=True)]
+        of_tables = [
+            None if grads[0] is None else torch.stack(grads)
+            for grads in zip(*of_samples, strict=True)
+        ]
+    return _results(of_tokens + of_tables)
+
+
+class _Heads:
+    """Folds samples with keys of their own into heads.
+
+    If a sample's heads share its keys, (B, R, n), the samples become the heads, and each head of a
+    token a token. With keys per head, (B, H, R, n), there are B * H heads.
+    """
+
+    def __init__(self, query: Tensor, keys: Tensor) -> None:
+        self.samples, self.tokens, self.heads = query.shape[:3]
+        self.are_keys_shared = keys.dim() == 3
+
+    def fold(self, tensor: Tensor) -> Tensor:
+        """(B, T, H, n) to (T * H, B, n) or (T, B * H, n)."""
+        if self.are_keys_shared:
+            return tensor.flatten(1, 2).movedim(0, 1)
+        return tensor.movedim(0, 1).flatten(1, 2)
+
+    def unfold(self, tensor: Tensor | None) -> Tensor | None:
+        """The inverse of `fold`."""
+        if tensor is None:
+            return None
+        width = tensor.shape[-1]
+        if self.are_keys_shared:
+            return tensor.view(self.tokens, self.heads, self.samples, width).movedim(2, 0)
+        return tensor.view(self.tokens, self.samples, self.heads, width).movedim(1, 0)
+
+    def fold_keys(self, keys: Tensor) -> Tensor:
+        """(B, R, n) as it is, (B, H, R, n) to (B * H, R, n)."""
+        return keys if self.are_keys_shared else keys.flatten(0, 1)
+
+    def unfold_keys(self, keys: Tensor | None) -> Tensor | None:
+        """The inverse of `fold_keys`."""
+        if keys is None or self.are_keys_shared:
+            return keys
+        return keys.view(self.samples, self.heads, *keys.shape[1:])
+
+
+def _with_batch(tensor: Any, dim: int | None, info: Any) -> Any:
+    """(B, ...): the batch first, expanded where the samples share the tensor; None stays None."""
+    if tensor is None:
+        return None
+    return tensor.expand(info.batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+
+
+def _fold(tensor: Any) -> Any:
+    """(B, n, ...) to (B * n, ...)."""
+    return None if tensor is None else tensor.flatten(0, 1)
+
+
+def _unfold(tensor: Tensor | None, sizes: Sequence[int]) -> Tensor | None:
+    """(B * n, ...) to (B, n, ...), where `sizes` begins with B and n."""
+    return None if tensor is None else tensor.view(*sizes[:2], *tensor.shape[1:])
+
+
+def _point_into_own_tables(indices: Tensor, num_experts: int) -> Tensor:
+    """The ids (B, T, P) of samples with N experts each, in the tables of all B * N experts.
+
+    An id outside [0, N) stays outside of [0, B * N), so that the operator refuses it.
+    """
+    samples = indices.shape[0]
+    first = torch.arange(samples, device=indices.device).view(-1, 1, 1) * num_experts
+    shift = torch.where(indices < num_experts, first, (samples - 1) * num_experts)
+    return torch.where(indices < 0, indices, indices + shift)
+
+
+def _results(outputs: Iterable[Tensor | None]) -> Results:
+    """A rule's results: outputs with the batch first, and None where a gradient is not wanted."""
+    outputs = tuple(outputs)
+    return outputs, tuple(None if output is None else 0 for output in outputs)

@@ -1,0 +1,198 @@
+"""The operators as functions: the layer without its parameters.
+
+Everything here can be scripted, compiled, exported and transformed by `torch.func`.
+"""
+
+import torch
+from torch import Tensor
+
+__all__ = ["ACTIVATIONS", "SCORES", "expert_mlp", "product_key_topk", "router_weights"]
+
+# What an expert may do with its hidden value: GELU by erf and by tanh, ReLU, SiLU, nothing, and
+# the square of ReLU.
+ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu", "identity", "relu2")
+
+# From the scores of the retrieved experts to their weights.
+SCORES = ("softmax", "sigmoid", "relu")
+
+
+def product_key_topk(
+    query: Tensor, row_keys: Tensor, col_keys: Tensor, k: int
+) -> tuple[Tensor, Tensor]:
+    r"""Retrieves the k best experts of a grid for every query.
+
+    Expert :math:`(r, c)` of a grid of R rows and C columns has the id :math:`rC + c`, and for the
+    query :math:`q = [q_1; q_2]` the score
+
+    .. math:: s_{r,c}(q) = q_1^\top \text{row\_keys}_r + q_2^\top \text{col\_keys}_c .
+
+    The result is that of scoring all R·C experts; it takes R + C dot products per query. Sums are
+    in float32, for float64 inputs in float64. Higher scores come first, NaN highest. Of equal
+    scores the one with the smaller pair (row rank, column rank) comes first, where a key's rank is
+    its place among the keys of its half, by score and then by id.
+
+    Gradients flow to the query and to both halves of the keys. Forward-mode differentiation is not
+    implemented.
+
+    Args:
+        query: (..., H, dim_key), the queries of H heads. dim_key is even.
+        row_keys: (R, dim_key / 2) shared by the heads, or (H, R, dim_key / 2). query's dtype.
+        col_keys: (C, dim_key / 2) or (H, C, dim_key / 2), in the same form as `row_keys`.
+        k: experts per head, from 1 to R·C.
+
+    Returns:
+        Scores (..., H, k) in descending order, in the dtype of the sums, and the ids of their
+        experts (..., H, k), int64. The k ids of a head are distinct.
+
+    Raises:
+        ValueError: a shape does not fit, or k is not in [1, R·C].
+        TypeError: a dtype is not supported, or differs between the queries and the keys.
+        RuntimeError: the tensors are on different devices, or on one without an implementation.
+
+    Source: arXiv 2407.04153, equations 1, 4 and 5.
+
+    Example:
+        >>> import torch, peer
+        >>> row_keys, col_keys = torch.tensor([[0.0], [2.0]]), torch.tensor([[0.0], [1.0], [3.0]])
+        >>> scores, indices = peer.functional.product_key_topk(
+        ...     torch.ones(1, 1, 2), row_keys, col_keys, k=3
+        ... )
+        >>> scores.tolist(), indices.tolist()
+        ([[[5.0, 3.0, 3.0]]], [[[5, 4, 2]]])
+    """
+    flat = query
+    if query.dim() > 3:
+        flat = query.flatten(0, -3)
+    elif query.dim() == 2:
+        flat = query.unsqueeze(0)
+    scores, indices = torch.ops.peer.product_key_topk(flat, row_keys, col_keys, k)
+    shape = list(query.shape)
+    shape[-1] = k
+    return scores.view(shape), indices.view(shape)
+
+
+def router_weights(scores: Tensor, function: str = "softmax") -> Tensor:
+    r"""Turns the scores of the retrieved experts into the weights of their outputs.
+
+    Over the k scores :math:`s_1, \dots, s_k` of a head the weights are
+    :math:`e^{s_i} / \sum_j e^{s_j}` (softmax), :math:`1 / (1 + e^{-s_i})` (sigmoid) or
+    :math:`\max(s_i, 0)` (relu). Under softmax the experts of a head compete; under the others
+    each stands alone.
+
+    Args:
+        scores: (..., k).
+        function: "softmax", "sigmoid" or "relu".
+
+    Returns:
+        Weights of scores' shape and dtype.
+
+    Raises:
+        ValueError: the function is unknown.
+
+    Source: arXiv 2407.04153, equation 2.
+
+    Example:
+        >>> import torch, peer
+        >>> peer.functional.router_weights(torch.tensor([2.0, 2.0]), "softmax")
+        tensor([0.5000, 0.5000])
+    """
+    if function == "softmax":
+        return scores.softmax(dim=-1)
+    if function == "sigmoid":
+        return scores.sigmoid()
+    if function == "relu":
+        return scores.relu()
+    raise ValueError(f"router_weights: expected softmax, sigmoid or relu, got {function}")
+
+
+def expert_mlp(
+    x: Tensor,
+    weights: Tensor,
+    indices: Tensor,
+    w_down: Tensor,
+    w_up: Tensor,
+    w_gate: Tensor | None = None,
+    activation: str = "gelu",
+    sparse_grad: bool = False,
+) -> Tensor:
+    r"""Sums the outputs of the experts that each token retrieved.
+
+    An expert is an MLP with one hidden neuron. With the token's weights :math:`g_p` and experts
+    :math:`e_p`,
+
+    .. math:: y = \sum_p g_p\, \sigma(x^\top \text{w\_down}_{e_p})
+              \left[ x^\top \text{w\_gate}_{e_p} \right] \text{w\_up}_{e_p},
+
+    where the factor in brackets is there if `w_gate` is given. An expert that a token names more
+    than once counts each time. Sums are in float32, for float64 in float64, in an order that does
+    not depend on the number of threads.
+
+    Gradients flow to x, the weights and the tables. Forward-mode differentiation is not
+    implemented.
+
+    Args:
+        x: (..., D), float32, bfloat16, float16 or float64.
+        weights: (..., H, K) or (..., P), floating, of any of these dtypes.
+        indices: weights' shape, int64, in [0, N).
+        w_down: (N, D). A table may be of another dtype than x, except that float64 goes with
+            float64 only; and the stride between its rows is free, so that two tables may be views
+            of one (N, 2, D) tensor.
+        w_up: (N, O), w_down's dtype.
+        w_gate: (N, D), w_down's dtype, or None.
+        activation: one of "gelu" (by erf), "gelu_tanh", "relu", "silu", "identity" and "relu2"
+            (the square of ReLU).
+        sparse_grad: whether the tables' gradients are coalesced sparse tensors that hold the
+            retrieved rows, instead of dense ones. In eager mode only, and once differentiable.
+
+    Returns:
+        (..., O), x's dtype.
+
+    Raises:
+        ValueError: a shape does not fit, or the activation is unknown.
+        TypeError: a dtype is not supported in its place.
+        IndexError: an index is outside [0, N).
+        NotImplementedError: sparse gradients are asked for while a graph is traced, or are
+            differentiated again.
+        RuntimeError: the tensors are on different devices, or on one without an implementation.
+
+    Source: arXiv 2407.04153, equations 3, 6 and 7.
+
+    Example:
+        >>> import torch, peer
+        >>> w_down, w_up = torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([[1.0], [10.0]])
+        >>> weights, indices = torch.tensor([[0.5, 1.0]]), torch.tensor([[0, 1]])
+        >>> x = torch.tensor([[2.0, 3.0]])
+        >>> peer.functional.expert_mlp(x, weights, indices, w_down, w_up, activation="relu")
+        tensor([[31.]])
+    """
+    if weights.shape != indices.shape:
+        raise ValueError(
+            f"peer::expert_mlp: expected weights of indices' shape {list(indices.shape)}, "
+            f"got {list(weights.shape)}"
+        )
+    if weights.dim() == x.dim() + 1:
+        weights = weights.flatten(-2)
+        indices = indices.flatten(-2)
+    if weights.dim() == 0 or weights.shape[:-1] != x.shape[:-1]:
+        raise ValueError(
+            f"peer::expert_mlp: expected weights of shape {list(x.shape[:-1])} + [experts per "
+            f"token] or [heads, experts per head] to match x, got {list(weights.shape)}"
+        )
+    out: Tensor = torch.ops.peer.expert_mlp(
+        _as_rows(x),
+        _as_rows(weights),
+        _as_rows(indices),
+        w_down,
+        w_up,
+        w_gate,
+        activation,
+        sparse_grad,
+    )[0]
+    shape = list(x.shape)
+    shape[-1] = w_up.shape[-1]
+    return out.view(shape)
+
+
+def _as_rows(tensor: Tensor) -> Tensor:
+    """(..., n) to (T, n)."""
+    return tensor.flatten(0, -2) if tensor.dim() > 1 else tensor.unsqueeze(0)

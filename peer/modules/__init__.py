@@ -1,0 +1,17 @@
+"""The modules: the layer, its parts, and the normalisations of its queries."""
+
+from peer.modules.experts import ExpertPool
+from peer.modules.norms import BatchQueryNorm, LayerQueryNorm, RMSQueryNorm, make_query_norm
+from peer.modules.peer import PEER
+from peer.modules.router import ProductKeyRouter, fold_query_norm_
+
+__all__ = [
+    "PEER",
+    "BatchQueryNorm",
+    "ExpertPool",
+    "LayerQueryNorm",
+    "ProductKeyRouter",
+    "RMSQueryNorm",
+    "fold_query_norm_",
+    "make_query_norm",
+]

@@ -1,0 +1,248 @@
+"""Normalisations of the queries, over the batch or within each head's query.
+
+Each maps queries (T, H * dim_key) to the same shape and has a weight for every feature.
+"""
+
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["QUERY_NORMS", "BatchQueryNorm", "LayerQueryNorm", "RMSQueryNorm", "make_query_norm"]
+
+QUERY_NORMS = ("batch", "layer", "rms", None)
+
+
+class BatchQueryNorm(nn.BatchNorm1d):
+    r"""Batch normalisation that leaves padding out of its statistics.
+
+    In training a feature :math:`q` becomes :math:`w (q - \mu) / \sqrt{\sigma^2 + \epsilon} + b`,
+    where :math:`\mu` and :math:`\sigma^2` are the mean and the biased variance of the feature over
+    the tokens that are not padding, and the running statistics move by `momentum` towards
+    :math:`\mu` and the unbiased variance. In evaluation the running statistics take their place.
+    Without padding that is `torch.nn.BatchNorm1d`; its state has the same names always.
+
+    Statistics are in float32 for 16-bit queries. In training they depend on all tokens of the
+    batch, so the routing of a token depends on the tokens after it.
+
+    Args:
+        num_features: H * dim_key.
+        eps: added to the variance.
+        momentum: how far the running statistics move; None lets them be the average of all batches.
+        device: of the parameters and buffers.
+        dtype: of the parameters and floating-point buffers.
+
+    Source: arXiv 2407.04153, table 2; arXiv 1907.05242.
+
+    Example:
+        >>> import torch
+        >>> from peer.modules import BatchQueryNorm
+        >>> query = torch.tensor([[1.0, 0.0], [3.0, 8.0], [99.0, 99.0]])
+        >>> normed = BatchQueryNorm(2)(query, torch.tensor([False, False, True]))
+        >>> normed[:2].round().tolist()
+        [[-1.0, -1.0], [1.0, 1.0]]
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(num_features, eps, momentum, device=device, dtype=dtype)
+
+    def forward(self, query: Tensor, padding_mask: Tensor | None = None) -> Tensor:
+        """Normalises queries.
+
+        Args:
+            query: (T, H * dim_key).
+            padding_mask: (T,) bool, True for tokens that are padding. They are normalised like the
+                others. If fewer than two tokens are not padding, there is no variance to learn
+                from, and the running statistics stay as they are.
+
+        Returns:
+            query's shape and dtype.
+
+        Raises:
+            ValueError: there is one token, in training and without a mask.
+        """
+        uses_batch = self.training or self.running_mean is None
+        if uses_batch and padding_mask is not None:
+            return self._normalise_unpadded(query, padding_mask)
+        factor = 0.0
+        if self.training and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+            if self.momentum is None:
+                factor = 1.0 / float(self.num_batches_tracked)
+            else:
+                factor = self.momentum
+        return F.batch_norm(
+            query,
+            self.running_mean,
+            self.running_var,
+            self.weight,
+            self.bias,
+            uses_batch,
+            factor,
+            self.eps,
+        )
+
+    def _normalise_unpadded(self, query: Tensor, padding_mask: Tensor) -> Tensor:
+        # Sums with padding filled by zeros: shapes do not depend on the mask, and what stands in
+        # the padding, NaN included, cannot reach the statistics.
+        values = query
+        if query.dtype == torch.float16 or query.dtype == torch.bfloat16:
+            values = query.float()
+        padding = padding_mask.unsqueeze(-1)
+        count = (~padding_mask).sum().to(values.dtype)
+        divisor = count.clamp(min=1.0)
+        mean = values.masked_fill(padding, 0.0).sum(0) / divisor
+        deviation = values - mean
+        variance = deviation.masked_fill(padding, 0.0).square().sum(0) / divisor
+        if self.training:
+            self._move_running_statistics(mean.detach(), variance.detach(), count)
+        normed = deviation * (variance + self.eps).rsqrt() * self.weight + self.bias
+        return normed.to(query.dtype)
+
+    def _move_running_statistics(self, mean: Tensor, variance: Tensor, count: Tensor) -> None:
+        running_mean, running_var = self.running_mean, self.running_var
+        batches = self.num_batches_tracked
+        if running_mean is None or running_var is None or batches is None:
+            return
+        with torch.no_grad():
+            has_variance = count > 1.0
+            batches.add_(has_variance)
+            factor = 1.0 / batches.clamp(min=1).to(mean.dtype)
+            if self.momentum is not None:
+                factor = torch.full_like(factor, self.momentum)
+            unbiased = variance * (count / (count - 1.0).clamp(min=1.0))
+            _move_(running_mean, mean, factor, has_variance)
+            _move_(running_var, unbiased, factor, has_variance)
+
+
+def _move_(running: Tensor, target: Tensor, factor: Tensor, is_moved: Tensor) -> None:
+    running.copy_(torch.where(is_moved, running + factor * (target - running), running))
+
+
+class _HeadNorm(nn.Module):
+    """What the normalisations of single heads share: sizes, a weight and maybe a bias."""
+
+    has_bias: ClassVar[bool]
+
+    def __init__(
+        self,
+        heads: int,
+        dim_key: int,
+        eps: float = 1e-5,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.heads, self.dim_key, self.eps = heads, dim_key, eps
+        features = heads * dim_key
+        self.weight = nn.Parameter(torch.empty(features, device=device, dtype=dtype))
+        if self.has_bias:
+            self.bias = nn.Parameter(torch.empty(features, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Sets the weight to one and the bias to zero."""
+        nn.init.ones_(self.weight)
+        if self.has_bias:
+            nn.init.zeros_(self.bias)
+
+    def extra_repr(self) -> str:
+        """The sizes, for `repr`."""
+        return f"heads={self.heads}, dim_key={self.dim_key}, eps={self.eps}"
+
+
+class LayerQueryNorm(_HeadNorm):
+    r"""Layer normalisation of each head's query.
+
+    A query :math:`q` of a head becomes
+    :math:`w \odot (q - \mathrm{mean}(q)) / \sqrt{\mathrm{var}(q) + \epsilon} + b`, with a weight
+    and a bias of its own for each head.
+
+    Args:
+        heads: H.
+        dim_key: query width per head.
+        eps: added to the variance.
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Example:
+        >>> import torch
+        >>> from peer.modules import LayerQueryNorm
+        >>> norm = LayerQueryNorm(heads=2, dim_key=2)
+        >>> norm(torch.tensor([[1.0, 3.0, 0.0, 8.0]])).round().tolist()
+        [[-1.0, 1.0, -1.0, 1.0]]
+    """
+
+    has_bias = True
+
+    def forward(self, query: Tensor) -> Tensor:
+        """Normalises queries (T, H * dim_key)."""
+        per_head = query.view(-1, self.heads, self.dim_key)
+        normed = F.layer_norm(per_head, [self.dim_key], None, None, self.eps)
+        return normed.flatten(-2) * self.weight + self.bias
+
+
+class RMSQueryNorm(_HeadNorm):
+    r"""Root-mean-square normalisation of each head's query.
+
+    A query :math:`q` of a head becomes :math:`w \odot q / \sqrt{\mathrm{mean}(q^2) + \epsilon}`,
+    with a weight of its own for each head.
+
+    Args:
+        heads: H.
+        dim_key: query width per head.
+        eps: added to the mean square.
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Example:
+        >>> import torch
+        >>> from peer.modules import RMSQueryNorm
+        >>> norm = RMSQueryNorm(heads=2, dim_key=2)
+        >>> norm(torch.tensor([[1.0, -1.0, 0.0, 8.0]])).square().round().tolist()
+        [[1.0, 1.0, 0.0, 2.0]]
+    """
+
+    has_bias = False
+
+    def forward(self, query: Tensor) -> Tensor:
+        """Normalises queries (T, H * dim_key)."""
+        per_head = query.view(-1, self.heads, self.dim_key)
+        return F.rms_norm(per_head, [self.dim_key], None, self.eps).flatten(-2) * self.weight
+
+
+def make_query_norm(
+    kind: str | None,
+    heads: int,
+    dim_key: int,
+    device: torch.device | str | int | None = None,
+    dtype: torch.dtype | None = None,
+) -> BatchQueryNorm | LayerQueryNorm | RMSQueryNorm | nn.Identity:
+    """The normalisation of H * dim_key query features that goes by the name `kind`.
+
+    Raises:
+        ValueError: the name is unknown.
+
+    Example:
+        >>> from peer.modules import make_query_norm
+        >>> make_query_norm("rms", heads=2, dim_key=4)
+        RMSQueryNorm(heads=2, dim_key=4, eps=1e-05)
+    """
+    if kind == "batch":
+        return BatchQueryNorm(heads * dim_key, device=device, dtype=dtype)
+    if kind == "layer":
+        return LayerQueryNorm(heads, dim_key, device=device, dtype=dtype)
+    if kind == "rms":
+        return RMSQueryNorm(heads, dim_key, device=device, dtype=dtype)
+    if kind is None:
+        return nn.Identity()
+    known = ", ".join(map(repr, QUERY_NORMS))
+    raise ValueError(f"expected query_norm to be one of {known}, got {kind!r}")

@@ -1,0 +1,199 @@
+"""The layer: a router and the pool of experts that it retrieves from."""
+
+import inspect
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from peer.modules.experts import ExpertPool
+from peer.modules.grid import parse_grid
+from peer.modules.router import ProductKeyRouter
+
+__all__ = ["PEER"]
+
+
+class PEER(nn.Module):
+    r"""Parameter Efficient Expert Retrieval: a feed-forward layer with a million tiny experts.
+
+    Each of H heads retrieves K of N experts for a token x by product keys and weighs them by their
+    scores; the experts are MLPs with one hidden neuron, and all heads share them:
+
+    .. math:: y = \sum_{h=1}^{H} \sum_{p=1}^{K} g_{h,p}(x)\,
+              \sigma(x^\top \text{w\_down}_{e_{h,p}})\, \text{w\_up}_{e_{h,p}} .
+
+    The defaults are the paper's layer. It replaces a feed-forward layer: x (..., dim) to
+    (..., dim_out). Of N * (dim + dim_out) parameters in the tables a token reads
+    H * K * (dim + dim_out).
+
+    `layer.router` is a `ProductKeyRouter` and `layer.experts` an `ExpertPool`; their state is the
+    layer's, with the prefixes `router.` and `experts.`.
+
+    Args:
+        dim: input width.
+        num_experts: N, a perfect square, or the grid (rows, columns).
+        heads: H.
+        num_experts_per_head: K, at most N.
+        dim_key: query width per head, even.
+        dim_out: output width, dim unless given.
+        activation: of the experts: "gelu" (by erf), "gelu_tanh", "relu", "silu", "identity" or
+            "relu2" (the square of ReLU).
+        glu: whether the experts have a linear gate, a third table.
+        scores: from the K scores of a head to weights: "softmax", "sigmoid" or "relu".
+        query_norm: "batch", "layer", "rms" or None.
+        query_bias: whether the query network has a bias before the normalisation.
+        share_keys: whether all heads use the same keys.
+        dropout: probability with which, in training, each retrieved expert is left out for a token,
+            independently; the weights of the others are divided by 1 - dropout. As an expert has
+            one hidden neuron, this is dropout of the hidden layer.
+        sparse_grad: whether the tables get coalesced sparse gradients.
+        zero_init_out: whether `w_up` starts at zero, so that the layer's output does.
+        router: an existing router instead of a new one. Options that describe it may be left out.
+        experts: an existing pool instead of a new one, for layers that share one. Options that
+            describe it may be left out.
+        device: of the new parameters.
+        dtype: of the new parameters.
+
+    Raises:
+        ValueError: an option is out of range, or contradicts the given router or pool; or the
+            router and the pool do not fit each other.
+
+    Source: arXiv 2407.04153, algorithm 1 and equation 7.
+
+    Example:
+        >>> import torch, peer
+        >>> layer = peer.PEER(16, num_experts=64, heads=2, num_experts_per_head=4, dim_key=8)
+        >>> y = layer(torch.randn(5, 7, 16))
+        >>> y.shape
+        torch.Size([5, 7, 16])
+        >>> sibling = peer.PEER(16, heads=2, num_experts_per_head=4, experts=layer.experts)
+        >>> sibling.num_experts
+        64
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        num_experts: int | tuple[int, int] = 1024**2,
+        heads: int = 8,
+        num_experts_per_head: int = 16,
+        dim_key: int = 256,
+        dim_out: int | None = None,
+        activation: str = "gelu",
+        glu: bool = False,
+        scores: str = "softmax",
+        query_norm: str | None = "batch",
+        query_bias: bool = False,
+        share_keys: bool = True,
+        dropout: float = 0.0,
+        sparse_grad: bool = False,
+        zero_init_out: bool = False,
+        router: ProductKeyRouter | None = None,
+        experts: ExpertPool | None = None,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if not 0.0 <= dropout <= 1.0:
+            raise ValueError(f"expected dropout between 0 and 1, got {dropout}")
+        routing: dict[str, Any] = {
+            "heads": heads,
+            "num_experts_per_head": num_experts_per_head,
+            "dim_key": dim_key,
+            "scores": scores,
+            "query_norm": query_norm,
+            "query_bias": query_bias,
+            "share_keys": share_keys,
+        }
+        pooling: dict[str, Any] = {
+            "dim_out": dim_out,
+            "activation": activation,
+            "glu": glu,
+            "sparse_grad": sparse_grad,
+            "zero_init_out": zero_init_out,
+        }
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        if router is not None and experts is not None and (device, dtype) != (None, None):
+            raise ValueError("device and dtype are of no use when router and experts are given")
+        if num_experts == _DEFAULTS["num_experts"]:
+            if router is not None:
+                num_experts = (router.rows, router.columns)
+            elif experts is not None:
+                num_experts = experts.num_experts
+        rows, columns = parse_grid(num_experts)
+
+        if router is None:
+            router = ProductKeyRouter(dim, num_experts=(rows, columns), **routing, **factory)
+        else:
+            _require("router", router, {"dim": dim, "rows": rows, "columns": columns})
+            _require("router", router, _without_defaults(routing))
+        if experts is None:
+            experts = ExpertPool(
+                dim,
+                num_experts=rows * columns,
+                num_experts_per_token=router.heads * router.num_experts_per_head,
+                **pooling,
+                **factory,
+            )
+        else:
+            _require("experts", experts, {"dim": dim, "num_experts": rows * columns})
+            _require("experts", experts, _without_defaults(pooling))
+        self.router = router
+        self.experts = experts
+        self.dropout = dropout
+
+    @property
+    def num_experts(self) -> int:
+        """N, the number of experts."""
+        return self.router.num_experts
+
+    def reset_parameters(self) -> None:
+        """Initialises the router and the pool, a shared one included."""
+        self.router.reset_parameters()
+        self.experts.reset_parameters()
+
+    def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> Tensor:
+        """Applies the layer to every token.
+
+        Args:
+            x: (..., dim).
+            padding_mask: (...) bool, True for tokens that are padding. They get outputs like the
+                others, but do not enter the statistics of batch normalisation.
+
+        Returns:
+            (..., dim_out), x's dtype, under autocast the autocast dtype.
+
+        Raises:
+            ValueError: x or the mask has the wrong shape; or there is one token in training under
+                batch normalisation.
+            TypeError: the mask is not bool, or x's dtype does not go with the parameters'.
+        """
+        weights, indices = self.router(x, padding_mask)
+        weights = F.dropout(weights, self.dropout, self.training)
+        out: Tensor = self.experts(x, weights, indices)
+        return out
+
+    def extra_repr(self) -> str:
+        """The layer's own option, for `repr`."""
+        return f"dropout={self.dropout}"
+
+
+def _require(name: str, part: nn.Module, options: dict[str, Any]) -> None:
+    for option, value in options.items():
+        if value != getattr(part, option):
+            raise ValueError(
+                f"{option}={value!r} contradicts the given {name}, which has "
+                f"{option}={getattr(part, option)!r}"
+            )
+
+
+_DEFAULTS = {
+    name: parameter.default
+    for name, parameter in inspect.signature(PEER.__init__).parameters.items()
+}
+
+
+def _without_defaults(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value != _DEFAULTS[name]}

@@ -1,0 +1,288 @@
+"""The router: from a token to the experts that it retrieves and their weights."""
+
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from peer.functional import SCORES, product_key_topk, router_weights
+from peer.modules.grid import parse_grid
+from peer.modules.norms import BatchQueryNorm, make_query_norm
+
+__all__ = ["ProductKeyRouter", "fold_query_norm_"]
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+class ProductKeyRouter(nn.Module):
+    r"""Retrieves experts for tokens by product keys.
+
+    A query network, linear and then normalised, gives each of H heads a query
+    :math:`q = [q_1; q_2]`. Every head takes the K experts with the highest scores
+
+    .. math:: s_{r,c} = q_1^\top \text{row\_keys}_r + q_2^\top \text{col\_keys}_c
+
+    of the grid of R rows and C columns; expert (r, c) has the id r * C + c. Their weights are a
+    function of these K scores.
+
+    State: `query.weight` (H * dim_key, dim) and, if asked for, `query.bias` (H * dim_key);
+    `row_keys` (R, dim_key / 2) and `col_keys` (C, dim_key / 2), with a leading H if they are not
+    shared; of the normalisation `norm.weight` and, not for "rms", `norm.bias`, and for "batch"
+    `norm.running_mean` and `norm.running_var`, all (H * dim_key), and `norm.num_batches_tracked`.
+
+    Args:
+        dim: input width.
+        num_experts: N, a perfect square, or the grid (rows, columns).
+        heads: H, the independent query networks.
+        num_experts_per_head: K, at most N.
+        dim_key: query width per head. One half scores the rows, the other the columns.
+        scores: "softmax", "sigmoid" or "relu", see `peer.functional.router_weights`.
+        query_norm: "batch" normalises each feature over the tokens, see
+            `peer.modules.BatchQueryNorm`; "layer" and "rms" normalise each head's query; None
+            leaves it as it is.
+        query_bias: whether the query network has a bias before the normalisation.
+        share_keys: whether all heads use the same keys, as in the paper.
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Raises:
+        ValueError: an option is out of range, or the router would have no gradient: the softmax
+            over a single expert is 1 whatever its score.
+
+    Source: arXiv 2407.04153, equations 1, 2, 4, 5 and algorithm 1; arXiv 1907.05242.
+
+    Example:
+        >>> import torch, peer
+        >>> router = peer.ProductKeyRouter(
+        ...     8, num_experts=(4, 6), heads=2, num_experts_per_head=3, dim_key=4
+        ... )
+        >>> weights, indices = router(torch.randn(5, 7, 8))
+        >>> weights.shape, indices.shape
+        (torch.Size([5, 7, 2, 3]), torch.Size([5, 7, 2, 3]))
+    """
+
+    __constants__: ClassVar = ["masks_padding"]  # TorchScript drops the call that does not apply
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        num_experts: int | tuple[int, int] = 1024**2,
+        heads: int = 8,
+        num_experts_per_head: int = 16,
+        dim_key: int = 256,
+        scores: str = "softmax",
+        query_norm: str | None = "batch",
+        query_bias: bool = False,
+        share_keys: bool = True,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        rows, columns = parse_grid(num_experts)
+        for name, value in ("dim", dim), ("heads", heads):
+            if value < 1:
+                raise ValueError(f"expected {name} to be positive, got {value}")
+        if dim_key < 2 or dim_key % 2:
+            raise ValueError(
+                f"expected an even dim_key, because its halves score the rows and the columns, "
+                f"got {dim_key}"
+            )
+        if not 1 <= num_experts_per_head <= rows * columns:
+            raise ValueError(
+                f"expected num_experts_per_head between 1 and the number of experts "
+                f"{rows * columns}, got {num_experts_per_head}"
+            )
+        if scores not in SCORES:
+            known = ", ".join(map(repr, SCORES))
+            raise ValueError(f"expected scores to be one of {known}, got {scores!r}")
+        if scores == "softmax" and num_experts_per_head == 1:
+            raise ValueError(
+                "softmax over one expert per head is 1 whatever its score, so the router would get "
+                "no gradient: use scores='sigmoid' or 'relu', or num_experts_per_head > 1"
+            )
+        self.dim = dim
+        self.rows = rows
+        self.columns = columns
+        self.num_experts = rows * columns
+        self.heads = heads
+        self.num_experts_per_head = num_experts_per_head
+        self.dim_key = dim_key
+        self.scores = scores
+        self.query_norm = query_norm
+        self.query_bias = query_bias
+        self.share_keys = share_keys
+
+        self.query = nn.Linear(dim, heads * dim_key, bias=query_bias, device=device, dtype=dtype)
+        self.norm = make_query_norm(query_norm, heads, dim_key, device=device, dtype=dtype)
+        self.masks_padding = isinstance(self.norm, BatchQueryNorm)
+        per_head = () if share_keys else (heads,)
+        half = dim_key // 2
+        self.row_keys = nn.Parameter(torch.empty(*per_head, rows, half, device=device, dtype=dtype))
+        self.col_keys = nn.Parameter(
+            torch.empty(*per_head, columns, half, device=device, dtype=dtype)
+        )
+        self._reset_keys()
+
+    def reset_parameters(self) -> None:
+        """Initialises everything: keys uniform in ±1 / sqrt(dim_key / 2), the rest as in torch."""
+        self.query.reset_parameters()
+        if not isinstance(self.norm, nn.Identity):
+            self.norm.reset_parameters()
+        self._reset_keys()
+
+    def _reset_keys(self) -> None:
+        bound = (self.dim_key / 2) ** -0.5
+        nn.init.uniform_(self.row_keys, -bound, bound)
+        nn.init.uniform_(self.col_keys, -bound, bound)
+
+    def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Retrieves experts.
+
+        Args:
+            x: (..., dim).
+            padding_mask: (...) bool, True for tokens that are padding (as `key_padding_mask` in
+                `torch.nn.MultiheadAttention`). They are routed like the others, but do not enter
+                the statistics of batch normalisation; the other normalisations have none.
+
+        Returns:
+            Weights (..., H, K), floating, and the ids of the experts (..., H, K), int64. A head's
+            experts are distinct and sorted by descending score. Weights are in float32 for 16-bit
+            parameters.
+
+        Raises:
+            ValueError: x or the mask has the wrong shape; or there is one token in training under
+                batch normalisation.
+            TypeError: the mask is not bool.
+        """
+        if x.dim() == 0 or x.shape[-1] != self.dim:
+            raise ValueError(f"expected x of shape [..., {self.dim}], got {list(x.shape)}")
+        if padding_mask is not None:
+            if padding_mask.dtype != torch.bool:
+                raise TypeError(
+                    f"expected padding_mask of dtype bool, True where padding, "
+                    f"got {padding_mask.dtype}"
+                )
+            if padding_mask.shape != x.shape[:-1]:
+                raise ValueError(
+                    f"expected padding_mask of shape {list(x.shape[:-1])} to match x, "
+                    f"got {list(padding_mask.shape)}"
+                )
+        query = self.query(x).reshape(-1, self.heads * self.dim_key)
+        if self.masks_padding and padding_mask is not None:
+            query = self.norm(query, padding_mask.reshape(-1))
+        else:
+            query = self.norm(query)
+        scores, indices = product_key_topk(
+            query.view(-1, self.heads, self.dim_key),
+            self.row_keys,
+            self.col_keys,
+            self.num_experts_per_head,
+        )
+        weights = router_weights(scores, self.scores)
+        shape = list(x.shape)
+        shape[-1] = self.heads
+        shape.append(self.num_experts_per_head)
+        return weights.view(shape), indices.view(shape)
+
+    def extra_repr(self) -> str:
+        """The options, for `repr`."""
+        return (
+            f"dim={self.dim}, num_experts=({self.rows}, {self.columns}), heads={self.heads}, "
+            f"num_experts_per_head={self.num_experts_per_head}, dim_key={self.dim_key}, "
+            f"scores={self.scores!r}, share_keys={self.share_keys}"
+        )
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        names = ("query.weight", "row_keys", "col_keys")
+        saved = [state_dict[prefix + name] for name in names if prefix + name in state_dict]
+        here = [self.query.weight, self.row_keys, self.col_keys]
+        if len(saved) == 3 and [t.shape for t in saved] != [t.shape for t in here]:
+            error_msgs.append(
+                f"{prefix.rstrip('.') or 'router'}: the checkpoint's router has "
+                f"{_describe_sizes(*saved)}, this one {_describe_sizes(*here)}; build the layer "
+                f"with the checkpoint's options."
+            )
+
+
+def _describe_sizes(query_weight: Tensor, row_keys: Tensor, col_keys: Tensor) -> str:
+    dim_key = 2 * row_keys.shape[-1]
+    return (
+        f"dim={query_weight.shape[-1]}, num_experts=({row_keys.shape[-2]}, {col_keys.shape[-2]}), "
+        f"heads={query_weight.shape[0] // dim_key}, dim_key={dim_key}, "
+        f"share_keys={row_keys.dim() == 2}"
+    )
+
+
+@torch.no_grad()
+def fold_query_norm_(module: Module) -> Module:
+    r"""Folds batch normalisation of the queries into the query projections, for inference.
+
+    With the running mean :math:`\mu` and variance :math:`\sigma^2`, a feature of the query
+    :math:`w (a^\top x + c - \mu) / \sqrt{\sigma^2 + \epsilon} + b` is the linear function with
+    weights :math:`g a` and bias :math:`g (c - \mu) + b`, where
+    :math:`g = w / \sqrt{\sigma^2 + \epsilon}`. Outputs stay the same up to rounding; `query` has a
+    bias and `norm` is the identity afterwards, so the state loads into a router that is built with
+    `query_norm=None, query_bias=True`.
+
+    Args:
+        module: a `ProductKeyRouter`, a `PEER` or any module that contains some, in evaluation mode.
+            It is changed in place.
+
+    Returns:
+        The module.
+
+    Raises:
+        ValueError: no router in it normalises by batch statistics, or one is in training mode.
+
+    Source: arXiv 1502.03167, section 3.1.
+
+    Example:
+        >>> import torch, peer
+        >>> layer = peer.PEER(8, num_experts=16, heads=2, num_experts_per_head=4, dim_key=4).eval()
+        >>> x = torch.randn(3, 8)
+        >>> before = layer(x)
+        >>> torch.testing.assert_close(peer.fold_query_norm_(layer)(x), before)
+    """
+    routers = [
+        (part, part.norm)
+        for part in module.modules()
+        if isinstance(part, ProductKeyRouter) and isinstance(part.norm, _BatchNorm)
+    ]
+    if not routers:
+        raise ValueError("expected a module with a router whose query_norm is 'batch', found none")
+    if any(norm.training or norm.running_mean is None for _, norm in routers):
+        raise ValueError(
+            "batch normalisation cannot be folded while it uses the statistics of each batch: call "
+            "eval() first"
+        )
+    for router, norm in routers:
+        query = router.query
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        mean, variance = norm.running_mean.double(), norm.running_var.double()
+        gain = norm.weight.double() * (variance + norm.eps).rsqrt()
+        offset = -mean if query.bias is None else query.bias.double() - mean
+        bias = (gain * offset + norm.bias.double()).to(query.weight.dtype)
+        query.weight.copy_(gain[:, None] * query.weight.double())
+        if query.bias is None:
+            query.bias = nn.Parameter(bias, requires_grad=query.weight.requires_grad)
+        else:
+            query.bias.copy_(bias)
+        router.norm = nn.Identity()
+        router.masks_padding = False
+        router.query_norm, router.query_bias = None, True
+    return module

@@ -1,0 +1,165 @@
+"""What the layer computes, in plain PyTorch: slow, obvious, differentiable.
+
+The functions take the arguments of their counterparts in `peer.functional` and `peer.PEER`. They
+score every expert and gather every retrieved row, so they need memory of size T * H * N and
+T * P * D.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from peer.functional import router_weights
+from peer.modules import PEER, BatchQueryNorm
+
+__all__ = ["ACTIVATIONS", "expert_mlp", "peer", "product_key_topk"]
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"),
+    "relu": F.relu,
+    "silu": F.silu,
+    "identity": lambda z: z,
+    "relu2": lambda z: F.relu(z).square(),
+}
+
+
+def product_key_topk(
+    query: Tensor, row_keys: Tensor, col_keys: Tensor, k: int
+) -> tuple[Tensor, Tensor]:
+    """`peer.functional.product_key_topk` by scoring all experts and sorting them.
+
+    Args:
+        query: (..., H, dim_key).
+        row_keys: (R, dim_key / 2) or (H, R, dim_key / 2).
+        col_keys: (C, dim_key / 2) or (H, C, dim_key / 2).
+        k: experts per head.
+
+    Returns:
+        Scores (..., H, k) and indices (..., H, k).
+
+    Raises:
+        ValueError: k is not in [1, R * C].
+
+    Source: arXiv 2407.04153, equations 1, 4 and 5.
+
+    Example:
+        >>> import torch, peer
+        >>> query, keys = torch.randn(5, 2, 8), torch.randn(6, 4)
+        >>> ours = peer.functional.product_key_topk(query, keys, keys, 10)
+        >>> expected = peer.reference.product_key_topk(query, keys, keys, 10)
+        >>> torch.testing.assert_close(ours[0], expected[0])
+    """
+    num_experts = row_keys.shape[-2] * col_keys.shape[-2]
+    if not 1 <= k <= num_experts:
+        raise ValueError(f"expected k between 1 and the number of experts {num_experts}, got {k}")
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    query, row_keys, col_keys = query.to(dtype), row_keys.to(dtype), col_keys.to(dtype)
+    row_query, col_query = query.chunk(2, dim=-1)
+    row_scores = (row_query.unsqueeze(-2) @ row_keys.mT).squeeze(-2)
+    col_scores = (col_query.unsqueeze(-2) @ col_keys.mT).squeeze(-2)
+
+    # A stable sort puts NaN highest and, of equal scores, the smaller id first. With the keys in
+    # that order, the flat position of a pair is its place among pairs of equal score.
+    row_scores, row_ids = row_scores.sort(dim=-1, descending=True, stable=True)
+    col_scores, col_ids = col_scores.sort(dim=-1, descending=True, stable=True)
+    pair_scores = (row_scores.unsqueeze(-1) + col_scores.unsqueeze(-2)).flatten(-2)
+    pair_ids = (row_ids.unsqueeze(-1) * col_keys.shape[-2] + col_ids.unsqueeze(-2)).flatten(-2)
+    scores, order = pair_scores.sort(dim=-1, descending=True, stable=True)
+    return scores[..., :k], pair_ids.gather(-1, order[..., :k])
+
+
+def expert_mlp(
+    x: Tensor,
+    weights: Tensor,
+    indices: Tensor,
+    w_down: Tensor,
+    w_up: Tensor,
+    w_gate: Tensor | None = None,
+    activation: str = "gelu",
+) -> Tensor:
+    """`peer.functional.expert_mlp` by gathering the rows of all retrieved experts.
+
+    Args:
+        x: (..., D).
+        weights: (..., H, K) or (..., P).
+        indices: weights' shape, int64, in [0, N).
+        w_down: (N, D).
+        w_up: (N, O).
+        w_gate: (N, D) or None.
+        activation: a key of `ACTIVATIONS`.
+
+    Returns:
+        (..., O), x's dtype.
+
+    Source: arXiv 2407.04153, equations 3, 6 and 7.
+
+    Example:
+        >>> import torch, peer
+        >>> arguments = (
+        ...     torch.randn(5, 8), torch.rand(5, 6), torch.randint(9, (5, 6)),
+        ...     torch.randn(9, 8), torch.randn(9, 7),
+        ... )
+        >>> torch.testing.assert_close(
+        ...     peer.functional.expert_mlp(*arguments), peer.reference.expert_mlp(*arguments)
+        ... )
+    """
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    if weights.dim() == x.dim() + 1:
+        weights, indices = weights.flatten(-2), indices.flatten(-2)
+    down, up = w_down[indices].to(dtype), w_up[indices].to(dtype)
+    hidden = ACTIVATIONS[activation](torch.einsum("...d,...pd->...p", x.to(dtype), down))
+    if w_gate is not None:
+        hidden = hidden * torch.einsum("...d,...pd->...p", x.to(dtype), w_gate[indices].to(dtype))
+    return torch.einsum("...p,...p,...po->...o", weights.to(dtype), hidden, up).to(x.dtype)
+
+
+def peer(layer: PEER, x: Tensor, padding_mask: Tensor | None = None) -> Tensor:
+    """What `layer(x, padding_mask)` returns, without moving running statistics.
+
+    Args:
+        layer: with `dropout=0` or in evaluation mode.
+        x: (..., dim).
+        padding_mask: (...) bool, True for tokens that are padding.
+
+    Returns:
+        (..., dim_out).
+
+    Raises:
+        ValueError: the layer would drop experts at random.
+
+    Source: arXiv 2407.04153, algorithm 1.
+
+    Example:
+        >>> import torch, peer
+        >>> layer = peer.PEER(8, num_experts=16, heads=2, num_experts_per_head=4, dim_key=4)
+        >>> x = torch.randn(6, 8)
+        >>> torch.testing.assert_close(layer(x), peer.reference.peer(layer, x))
+    """
+    if layer.training and layer.dropout > 0:
+        raise ValueError("expected a layer in evaluation mode, or without dropout")
+    router, experts = layer.router, layer.experts
+    query = _normalise(router.norm, router.query(x), padding_mask)
+    query = query.unflatten(-1, (router.heads, router.dim_key))
+    k = router.num_experts_per_head
+    scores, indices = product_key_topk(query, router.row_keys, router.col_keys, k)
+    weights = router_weights(scores, router.scores)
+    tables = experts.w_down, experts.w_up, experts.w_gate
+    return expert_mlp(x, weights, indices, *tables, experts.activation)
+
+
+def _normalise(norm: nn.Module, query: Tensor, padding_mask: Tensor | None) -> Tensor:
+    if not isinstance(norm, BatchQueryNorm):
+        return norm(query.reshape(-1, query.shape[-1])).view_as(query)
+    values = query.to(torch.promote_types(query.dtype, torch.float32))
+    if norm.training:
+        tokens = values.flatten(0, -2) if padding_mask is None else values[~padding_mask]
+        mean, variance = tokens.mean(0), tokens.var(0, correction=0)
+    else:
+        mean, variance = norm.get_buffer("running_mean"), norm.get_buffer("running_var")
+    normed = (values - mean) / torch.sqrt(variance + norm.eps) * norm.weight + norm.bias
+    return normed.to(query.dtype)

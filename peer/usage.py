@@ -1,0 +1,125 @@
+"""How evenly the experts are used."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peer.modules import PEER, ProductKeyRouter
+
+__all__ = ["UsageTracker"]
+
+
+class UsageTracker:
+    r"""Accumulates how much each expert is used while data passes through layers.
+
+    Over all tokens x that the layers see from now on, padding excepted, the use of expert e is the
+    sum of its router weights, :math:`z'_e = \sum_x g_e(x)`, where an expert that was not retrieved
+    has weight 0. With :math:`z = z' / \lVert z' \rVert_1`,
+
+    * usage is the fraction of experts with :math:`z_e \ne 0`;
+    * unevenness is :math:`\mathrm{KL}(z \,\|\, \mathrm{uniform}) = \log N + \sum_e z_e \log z_e`
+      in nats: 0 if all experts are used equally, log N if a single one is used.
+
+    Dropout acts after the router and is not seen. Nothing is moved to the host until a number is
+    asked for. The tracker works as a context manager and stops when it is left.
+
+    Args:
+        layers: `PEER` layers or routers. Several of them, with the same number of experts, are
+            tracked together: layers that share a pool are.
+
+    Attributes:
+        mass: (N,) float64, the sums :math:`z'`.
+        counts: (N,) int64, how many times each expert was retrieved.
+
+    Raises:
+        TypeError: something else than a layer or a router, such as a scripted module.
+        ValueError: no layer, or layers with different numbers of experts.
+
+    Source: arXiv 2407.04153, table 2.
+
+    Example:
+        >>> import torch, peer
+        >>> layer = peer.PEER(8, num_experts=16, heads=2, num_experts_per_head=4, dim_key=4)
+        >>> with peer.UsageTracker(layer) as tracker:
+        ...     _ = layer(torch.randn(100, 8))
+        >>> int(tracker.counts.sum()), tracker.unevenness() < math.log(16)
+        (800, True)
+    """
+
+    mass: Tensor
+    counts: Tensor
+
+    def __init__(self, *layers: PEER | ProductKeyRouter) -> None:
+        routers = [layer.router if isinstance(layer, PEER) else layer for layer in layers]
+        for router in routers:
+            if not isinstance(router, ProductKeyRouter):
+                raise TypeError(
+                    f"expected PEER layers or ProductKeyRouters, got {type(router).__name__}"
+                )
+        sizes = {router.num_experts for router in routers}
+        if len(sizes) != 1:
+            raise ValueError(
+                f"expected layers with the same number of experts, got {sorted(sizes)}"
+                if sizes
+                else "expected at least one layer"
+            )
+        (self.num_experts,) = sizes
+        device = routers[0].row_keys.device
+        with torch.inference_mode(False):
+            self.mass = torch.zeros(self.num_experts, dtype=torch.float64, device=device)
+            self.counts = torch.zeros(self.num_experts, dtype=torch.int64, device=device)
+        self._hooks = [
+            router.register_forward_hook(self._observe, with_kwargs=True)
+            for router in dict.fromkeys(routers)
+        ]
+
+    @torch.no_grad()
+    def _observe(
+        self,
+        router: nn.Module,
+        arguments: tuple[Any, ...],
+        keywords: dict[str, Any],
+        output: tuple[Tensor, Tensor],
+    ) -> None:
+        weights, indices = output
+        padding_mask = arguments[1] if len(arguments) > 1 else keywords.get("padding_mask")
+        uses = torch.ones_like(indices)
+        if padding_mask is not None:
+            padding = padding_mask[..., None, None]
+            weights, uses = weights.masked_fill(padding, 0), uses.masked_fill(padding, 0)
+        if self.mass.device != weights.device:
+            self.mass, self.counts = self.mass.to(weights.device), self.counts.to(weights.device)
+        ids = indices.flatten()
+        self.mass.index_add_(0, ids, weights.flatten().double())
+        self.counts.index_add_(0, ids, uses.flatten())
+
+    def usage(self) -> float:
+        """The fraction of experts that were used, in [0, 1]."""
+        return float((self.mass != 0).double().mean())
+
+    def unevenness(self) -> float:
+        """KL(z || uniform) in nats, in [0, log N]; NaN if no expert was used."""
+        z = self.mass / self.mass.sum()
+        divergence = math.log(self.num_experts) + torch.special.xlogy(z, z).sum()
+        return float(divergence.clamp(min=0.0))  # rounding may end below zero
+
+    def reset(self) -> None:
+        """Forgets what was seen."""
+        self.mass.zero_()
+        self.counts.zero_()
+
+    def remove(self) -> None:
+        """Stops tracking; what was seen stays."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+
+    def __enter__(self) -> UsageTracker:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.remove()

@@ -1,0 +1,209 @@
+"""What the tests share: operator inputs, a fresh interpreter, rules for warnings and examples.
+
+Fixtures that build inputs return functions, are seeded, and live as long as the session, so that
+Hypothesis may call them for every example.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import hypothesis
+import pytest
+import torch
+from torch import Tensor
+
+import peer
+
+hypothesis.settings.register_profile(
+    "peer",
+    derandomize=True,  # the same examples in every run, on every machine
+    database=None,
+    deadline=None,
+    max_examples=60,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.data_too_large],
+)
+hypothesis.settings.load_profile("peer")
+
+# What peer, a test or the call of an operator warns of is an error. Torch's deprecation of its own
+# TorchScript is not ours to heed.
+WARNING_FILTERS = (
+    r"error:.*\bpeer\b",
+    r"error:::peer",
+    r"error:::test_",
+    r"error:::torch\._ops",
+    r"ignore:.*torch\.jit\..* is (deprecated|not supported):DeprecationWarning",
+    r"ignore:.*torch\.jit\..* is (deprecated|not supported):FutureWarning",
+)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers", "slow: a heavier sweep, left out unless asked for with -m slow"
+    )
+    for line in WARNING_FILTERS:
+        config.addinivalue_line("filterwarnings", line)
+
+
+@pytest.fixture(autouse=True)
+def two_threads() -> Iterator[None]:
+    """Every test starts with two threads, and leaves no other number behind."""
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(2)
+
+
+@pytest.fixture(params=[torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    """Each dtype that the operators take."""
+    return request.param
+
+
+@pytest.fixture(params=["gelu", "gelu_tanh", "relu", "silu", "identity", "relu2"])
+def activation(request: pytest.FixtureRequest) -> str:
+    """Each activation of an expert."""
+    return request.param
+
+
+@pytest.fixture(params=[False, True], ids=["plain", "glu"])
+def glu(request: pytest.FixtureRequest) -> bool:
+    """Experts without and with a gate."""
+    return request.param
+
+
+class ExpertInputs(NamedTuple):
+    """The tensors of `expert_mlp`, in the operator's order."""
+
+    x: Tensor
+    weights: Tensor
+    indices: Tensor
+    w_down: Tensor
+    w_up: Tensor
+    w_gate: Tensor | None
+
+    def requiring_grad(self) -> ExpertInputs:
+        """The same values as leaves that require gradients."""
+        return ExpertInputs(*(_as_leaf(tensor) for tensor in self))
+
+    def differentiable(self) -> list[Tensor]:
+        """The tensors that have gradients: all but the indices, and w_gate where it is given."""
+        return [t for t in self if t is not None and t.is_floating_point()]
+
+
+class RetrievalInputs(NamedTuple):
+    """The tensors of `product_key_topk`, in the operator's order."""
+
+    query: Tensor
+    row_keys: Tensor
+    col_keys: Tensor
+
+    def requiring_grad(self) -> RetrievalInputs:
+        """The same values as leaves that require gradients."""
+        return RetrievalInputs(*(_as_leaf(tensor) for tensor in self))
+
+
+def _as_leaf(tensor: Tensor | None) -> Tensor | None:
+    if tensor is None or not tensor.is_floating_point():
+        return tensor
+    return tensor.detach().clone().requires_grad_()
+
+
+def _make_expert_inputs(
+    *,
+    tokens: int = 5,
+    per_token: int = 6,
+    experts: int = 11,
+    dim: int = 9,
+    dim_out: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    weights_dtype: torch.dtype | None = None,
+    table_dtype: torch.dtype | None = None,
+    glu: bool = False,
+    seed: int = 0,
+) -> ExpertInputs:
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(rows: int, columns: int, scale: float, kind: torch.dtype | None) -> Tensor:
+        values = torch.randn(rows, columns, generator=generator, dtype=torch.float64) * scale
+        return values.to(kind or dtype)
+
+    dim_out = dim if dim_out is None else dim_out
+    return ExpertInputs(
+        x=normal(tokens, dim, 1.0, dtype),
+        weights=normal(tokens, per_token, 1.0, weights_dtype),
+        indices=torch.randint(experts, (tokens, per_token), generator=generator),
+        w_down=normal(experts, dim, max(dim, 1) ** -0.5, table_dtype),
+        w_up=normal(experts, dim_out, max(per_token, 1) ** -0.5, table_dtype),
+        w_gate=normal(experts, dim, max(dim, 1) ** -0.5, table_dtype) if glu else None,
+    )
+
+
+def _make_retrieval_inputs(
+    *,
+    tokens: int = 5,
+    heads: int = 2,
+    rows: int = 7,
+    columns: int = 6,
+    dim_key: int = 8,
+    shared: bool = True,
+    dtype: torch.dtype = torch.float32,
+    integers: bool = False,
+    seed: int = 0,
+) -> RetrievalInputs:
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        if integers:
+            return torch.randint(-2, 3, shape, generator=generator).to(dtype)
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    per_head = () if shared else (heads,)
+    return RetrievalInputs(
+        query=draw(tokens, heads, dim_key),
+        row_keys=draw(*per_head, rows, dim_key // 2),
+        col_keys=draw(*per_head, columns, dim_key // 2),
+    )
+
+
+@pytest.fixture(scope="session")
+def make_expert_inputs() -> Callable[..., ExpertInputs]:
+    """Random inputs of `expert_mlp`; ids repeat within and across tokens."""
+    return _make_expert_inputs
+
+
+@pytest.fixture(scope="session")
+def make_retrieval_inputs() -> Callable[..., RetrievalInputs]:
+    """Random inputs of `product_key_topk`.
+
+    With `integers=True` all values are small integers: every sub-score is exact whatever the order
+    of summation, ties abound, and ids can be compared exactly.
+    """
+    return _make_retrieval_inputs
+
+
+@pytest.fixture(scope="session")
+def run_python() -> Callable[..., Any]:
+    """Runs a snippet in a new interpreter with the same `peer`; returns the JSON it prints last."""
+
+    def run(snippet: str, *arguments: object, environment: dict[str, str] | None = None) -> Any:
+        package_root = str(Path(peer.__file__).resolve().parent.parent)
+        inherited = os.environ.get("PYTHONPATH")
+        path = os.pathsep.join([package_root, inherited] if inherited else [package_root])
+        result = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", snippet, *map(str, arguments)],
+            env={**os.environ, "PYTHONPATH": path, **(environment or {})},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if result.returncode != 0:
+            pytest.fail(f"the new interpreter exited with {result.returncode}:\n{result.stderr}")
+        return json.loads(result.stdout.splitlines()[-1])
+
+    return run

@@ -1,0 +1,242 @@
+"""How far a result may be from the exact one: an error analysis of `expert_mlp`.
+
+A `Bounded` holds what a quantity is and how far a computation that rounds every operation may be
+from it. The model of an operation is the standard one, fl(a ∘ b) = (a ∘ b)(1 + δ) with |δ| ≤ u; a
+sum of n products in any order, with or without fused multiply-add, is off by at most g·Σ|a·b|
+where g = n·u / (1 - n·u).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# The oracle computes in float64 and rounds too, so its unit roundoff is added to the operator's.
+_ORACLE_ROUNDOFF = 2.0**-53
+
+
+class Bounded(NamedTuple):
+    """Exact values (float64) and a bound on a computation's distance from them."""
+
+    value: Tensor
+    error: Tensor
+
+    @property
+    def largest(self) -> Tensor:
+        """A bound on the magnitude of what was computed."""
+        return self.value.abs() + self.error
+
+
+def exact(tensor: Tensor) -> Bounded:
+    """An input: every supported dtype is exact in its accumulation dtype."""
+    value = tensor.detach().double()
+    return Bounded(value, torch.zeros_like(value))
+
+
+class Arithmetic:
+    """Operations on `Bounded` values in the accumulation dtype that belongs to `dtype`."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        accumulation = torch.float64 if dtype == torch.float64 else torch.float32
+        self.unit = torch.finfo(accumulation).eps / 2 + _ORACLE_ROUNDOFF
+
+    def multiply(self, a: Bounded, b: Bounded) -> Bounded:
+        """a · b, elementwise."""
+        propagated = a.largest * b.largest - a.value.abs() * b.value.abs()
+        return Bounded(a.value * b.value, propagated + self.unit * a.largest * b.largest)
+
+    def add(self, a: Bounded, b: Bounded) -> Bounded:
+        """a + b, elementwise."""
+        return Bounded(a.value + b.value, a.error + b.error + self.unit * (a.largest + b.largest))
+
+    def sum_of_products(self, equation: str, a: Bounded, b: Bounded, terms: int) -> Bounded:
+        """An einsum whose outputs are sums of at most `terms` products, in any order."""
+        magnitude = torch.einsum(equation, a.largest, b.largest)
+        propagated = magnitude - torch.einsum(equation, a.value.abs(), b.value.abs())
+        gamma = terms * self.unit / (1 - terms * self.unit)
+        return Bounded(torch.einsum(equation, a.value, b.value), propagated + gamma * magnitude)
+
+    def store(self, a: Bounded, dtype: torch.dtype) -> Bounded:
+        """a rounded once to `dtype`; half of the smallest subnormal covers what underflows."""
+        info = torch.finfo(dtype)
+        rounding = info.eps / 2 * a.largest + info.smallest_normal * info.eps / 2
+        return Bounded(a.value, a.error + rounding)
+
+    def activate(self, name: str, z: Bounded) -> Bounded:
+        """The activation: its slope times z's error, and 16 roundoffs of z for evaluating it."""
+        steepest = {
+            "gelu": 1.13,
+            "gelu_tanh": 1.13,
+            "silu": 1.1,
+            "relu": 1.0,
+            "identity": 1.0,
+        }
+        slope = (
+            2 * z.largest if name == "relu2" else torch.full_like(z.value, steepest.get(name, 0))
+        )
+        evaluation = 16 * self.unit * (z.largest**2 if name == "relu2" else z.largest)
+        return Bounded(activations[name](z.value), slope * z.error + evaluation)
+
+    def activate_derivative(self, name: str, z: Bounded) -> Bounded:
+        """The activation's derivative.
+
+        At the kink of relu it may take either value where z's sign is not certain.
+        """
+        curvature = {
+            "gelu": 0.8,
+            "gelu_tanh": 0.9,
+            "silu": 0.5,
+            "relu": 0.0,
+            "identity": 0.0,
+            "relu2": 2.0,
+        }
+        # 1 - tanh² loses digits, and gelu_tanh multiplies it by z times a quadratic of z.
+        growth = z.largest**3 if name == "gelu_tanh" else z.largest
+        error = curvature[name] * z.error + 16 * self.unit * (1 + growth)
+        if name == "relu":
+            error = ((z.value.abs() <= z.error) & (z.error > 0)).double()
+        return Bounded(_derivative(name, z.value), error)
+
+
+def _gelu(z: Tensor) -> Tensor:
+    return torch.nn.functional.gelu(z)
+
+
+def _gelu_tanh(z: Tensor) -> Tensor:
+    return torch.nn.functional.gelu(z, approximate="tanh")
+
+
+activations = {
+    "gelu": _gelu,
+    "gelu_tanh": _gelu_tanh,
+    "relu": torch.relu,
+    "silu": torch.nn.functional.silu,
+    "identity": torch.clone,
+    "relu2": lambda z: torch.relu(z) ** 2,
+}
+
+
+def _derivative(name: str, z: Tensor) -> Tensor:
+    z = z.detach().clone().requires_grad_()
+    (slope,) = torch.autograd.grad(activations[name](z).sum(), z)
+    return slope
+
+
+class ExpertMlpResults(NamedTuple):
+    """What `expert_mlp` and its backward return; gate and grad_w_gate are None without w_gate."""
+
+    out: Bounded
+    hidden: Bounded
+    gate: Bounded | None
+    grad_x: Bounded
+    grad_weights: Bounded
+    grad_w_down: Bounded
+    grad_w_up: Bounded
+    grad_w_gate: Bounded | None
+
+    @property
+    def gradients(self) -> list[Bounded]:
+        """Gradients in the order of the operator's floating-point arguments."""
+        every = (
+            self.grad_x,
+            self.grad_weights,
+            self.grad_w_down,
+            self.grad_w_up,
+            self.grad_w_gate,
+        )
+        return [gradient for gradient in every if gradient is not None]
+
+
+def analyse_expert_mlp(
+    x: Tensor,
+    weights: Tensor,
+    indices: Tensor,
+    w_down: Tensor,
+    w_up: Tensor,
+    w_gate: Tensor | None,
+    activation: str,
+    grad_out: Tensor,
+) -> ExpertMlpResults:
+    """Exact results of the operator and its backward, and how far the operator may be from them.
+
+    It assumes of the operator only what it promises: inputs are read exactly, sums and products
+    happen in the accumulation dtype in some order, and every result is rounded once to its dtype.
+    """
+    arithmetic = Arithmetic(w_down.dtype)
+    multiply, store = arithmetic.multiply, arithmetic.store
+    tokens, per_token = indices.shape
+    dim, dim_out = x.shape[1], w_up.shape[1]
+
+    def rows_of(table: Tensor) -> Bounded:
+        return exact(table.detach().double()[indices])
+
+    def sum_by_expert(coefficients: Bounded, source: Bounded, experts: int) -> Bounded:
+        products = multiply(
+            Bounded(*(part[:, :, None] for part in coefficients)),
+            Bounded(*(part[:, None, :] for part in source)),
+        )
+
+        def gather(pairs: Tensor) -> Tensor:
+            table = torch.zeros(experts, pairs.shape[-1], dtype=pairs.dtype)
+            return table.index_add(0, indices.flatten(), pairs.flatten(0, 1))
+
+        terms = tokens * per_token
+        gamma = terms * arithmetic.unit / (1 - terms * arithmetic.unit)
+        return Bounded(
+            gather(products.value), gather(products.error) + gamma * gather(products.largest)
+        )
+
+    source, upstream_rows = exact(x), exact(grad_out)
+    pair_weights = exact(weights)
+    down, up = rows_of(w_down), rows_of(w_up)
+    hidden = arithmetic.sum_of_products("td,tpd->tp", source, down, dim)
+    activated = arithmetic.activate(activation, hidden)
+    slope = arithmetic.activate_derivative(activation, hidden)
+    upstream = arithmetic.sum_of_products("to,tpo->tp", upstream_rows, up, dim_out)
+
+    up_coefficients = multiply(pair_weights, activated)
+    grad_weights = multiply(upstream, activated)
+    down_coefficients = multiply(multiply(upstream, pair_weights), slope)
+    gate = gate_coefficients = None
+    if w_gate is not None:
+        gate = arithmetic.sum_of_products("td,tpd->tp", source, rows_of(w_gate), dim)
+        gate_coefficients = multiply(upstream, up_coefficients)
+        up_coefficients = multiply(up_coefficients, gate)
+        grad_weights = multiply(grad_weights, gate)
+        down_coefficients = multiply(down_coefficients, gate)
+
+    out = arithmetic.sum_of_products("tp,tpo->to", up_coefficients, up, per_token)
+    terms = per_token if w_gate is None else 2 * per_token
+    grad_x = arithmetic.sum_of_products("tp,tpd->td", down_coefficients, down, terms)
+    grad_w_gate = None
+    if w_gate is not None:
+        through_gate = arithmetic.sum_of_products(
+            "tp,tpd->td", gate_coefficients, rows_of(w_gate), terms
+        )
+        grad_x = arithmetic.add(grad_x, through_gate)
+        grad_w_gate = store(sum_by_expert(gate_coefficients, source, w_gate.shape[0]), w_gate.dtype)
+    return ExpertMlpResults(
+        out=store(out, x.dtype),
+        hidden=hidden,
+        gate=gate,
+        grad_x=store(grad_x, x.dtype),
+        grad_weights=store(grad_weights, weights.dtype),
+        grad_w_down=store(sum_by_expert(down_coefficients, source, w_down.shape[0]), w_down.dtype),
+        grad_w_up=store(sum_by_expert(up_coefficients, upstream_rows, w_up.shape[0]), w_up.dtype),
+        grad_w_gate=grad_w_gate,
+    )
+
+
+def assert_within(actual: Tensor, expected: Tensor, error: Tensor) -> None:
+    """Asserts |actual - expected| <= error, elementwise, and says where it does not hold."""
+    assert actual.shape == expected.shape, f"shape {actual.shape}, expected {expected.shape}"
+    distance = (actual.detach().double() - expected.detach()).abs()
+    outside = ~(distance <= error)  # NaN is outside
+    if outside.any():
+        place = tuple(outside.nonzero()[0].tolist())
+        raise AssertionError(
+            f"{int(outside.sum())} of {outside.numel()} elements are too far off; at {place}: got "
+            f"{actual[place].item()}, expected {expected[place].item()} ± {error[place].item():.3e}"
+        )

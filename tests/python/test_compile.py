@@ -1,0 +1,175 @@
+"""`torch.compile`: one graph for any number of tokens, and the gradients of eager."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+# None equals another dimension: equal sizes in the first call would be one symbol.
+SIZES = (10, 19, 23)
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        yield
+    torch._dynamo.reset()
+
+
+def experts(*inputs):
+    x, weights, indices, w_down, w_up, *gate = inputs
+    w_gate = gate[0] if gate else None
+    out = torch.ops.peer.expert_mlp(
+        x, weights.softmax(-1), indices, w_down, w_up, w_gate, "gelu", False
+    )[0]
+    return out.square().sum()
+
+
+def retrieval(query, row_keys, col_keys):
+    scores, indices = torch.ops.peer.product_key_topk(query * 2, row_keys, col_keys, 4)
+    return scores.sigmoid().sum() + (indices % 2).sum()
+
+
+def layer(x, query, row_keys, col_keys, w_down, w_up):
+    scores, indices = torch.ops.peer.product_key_topk(query, row_keys, col_keys, 4)
+    out = torch.ops.peer.expert_mlp(
+        x, scores.softmax(-1).flatten(1), indices.flatten(1), w_down, w_up, None, "silu", False
+    )[0]
+    return out.square().sum()
+
+
+def assert_one_graph_with_the_gradients_of_eager(function, make_arguments, backend) -> None:
+    counter = CompileCounterWithBackend(backend)
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=counter)
+    for tokens in SIZES:
+        ours, theirs = make_arguments(tokens), make_arguments(tokens)
+        result, expected = compiled(*ours), function(*theirs)
+        result.backward()
+        expected.backward()
+        torch.testing.assert_close(result, expected)
+        for a, b in zip(ours, theirs, strict=True):
+            if a.requires_grad:
+                torch.testing.assert_close(a.grad, b.grad)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_experts_compile_to_one_graph_for_three_sizes(make_expert_inputs, backend, glu):
+    def make(tokens):
+        inputs = make_expert_inputs(tokens=tokens, glu=glu, dim_out=5).requiring_grad()
+        return [tensor for tensor in inputs if tensor is not None]
+
+    assert_one_graph_with_the_gradients_of_eager(experts, make, backend)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_retrieval_compiles_to_one_graph_for_three_sizes(make_retrieval_inputs, backend):
+    def make(tokens):
+        return make_retrieval_inputs(tokens=tokens).requiring_grad()
+
+    assert_one_graph_with_the_gradients_of_eager(retrieval, make, backend)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_retrieval_and_experts_compile_together(make_retrieval_inputs, make_expert_inputs, backend):
+    def make(tokens):
+        keys = make_retrieval_inputs(tokens=tokens).requiring_grad()
+        pool = make_expert_inputs(tokens=tokens, experts=42).requiring_grad()
+        return [pool.x, *keys, pool.w_down, pool.w_up]
+
+    assert_one_graph_with_the_gradients_of_eager(layer, make, backend)
+
+
+@pytest.mark.parametrize("tokens", [0, 1])
+def test_zero_tokens_and_one_compile(make_expert_inputs, tokens):
+    compiled = torch.compile(experts, fullgraph=True, backend="aot_eager")
+    ours, theirs = (make_expert_inputs(tokens=tokens, glu=True).requiring_grad() for _ in range(2))
+    compiled(*ours).backward()
+    experts(*theirs).backward()
+    for a, b in zip(ours.differentiable(), theirs.differentiable(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+
+
+def test_frozen_tables_compile(make_expert_inputs):
+    compiled = torch.compile(experts, fullgraph=True, backend="aot_eager")
+    ours, theirs = make_expert_inputs(glu=True), make_expert_inputs(glu=True)
+    ours.x.requires_grad_()
+    theirs.x.requires_grad_()
+    compiled(*ours).backward()
+    experts(*theirs).backward()
+    torch.testing.assert_close(ours.x.grad, theirs.x.grad)
+    assert ours.w_down.grad is None
+
+
+def test_compiles_under_autocast(make_expert_inputs):
+    def mixed(*inputs):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return experts(*inputs)
+
+    def make(tokens):
+        return list(make_expert_inputs(tokens=tokens, glu=True).requiring_grad())
+
+    assert_one_graph_with_the_gradients_of_eager(mixed, make, "aot_eager")
+
+
+def test_sparse_gradients_are_refused_by_sentence(make_expert_inputs):
+    def loss(*inputs):
+        return torch.ops.peer.expert_mlp(*inputs, "gelu", True)[0].sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    with pytest.raises(Exception, match=r"peer::expert_mlp: sparse_grad=True .*eager"):
+        compiled(*make_expert_inputs().requiring_grad()).backward()
+
+
+def test_sparse_grad_compiles_where_the_tables_are_frozen(make_expert_inputs):
+    def loss(*inputs):
+        return torch.ops.peer.expert_mlp(*inputs, "gelu", True)[0].sum()
+
+    ours, theirs = make_expert_inputs(), make_expert_inputs()
+    ours.x.requires_grad_()
+    theirs.x.requires_grad_()
+    torch.compile(loss, fullgraph=True, backend="aot_eager")(*ours).backward()
+    loss(*theirs).backward()
+    torch.testing.assert_close(ours.x.grad, theirs.x.grad)
+
+
+@pytest.mark.parametrize("sparse_grad", [False, True], ids=["dense", "sparse"])
+def test_compiled_autograd_gives_the_gradients_of_eager(
+    make_expert_inputs, make_retrieval_inputs, sparse_grad
+):
+    def run(keys, pool):
+        scores, indices = torch.ops.peer.product_key_topk(*keys, 3)
+        out = torch.ops.peer.expert_mlp(
+            pool.x,
+            scores.softmax(-1).flatten(1),
+            indices.flatten(1),
+            *pool[3:],
+            "gelu",
+            sparse_grad,
+        )[0]
+        out.square().sum().backward()
+        return [*keys, pool.x, pool.w_down, pool.w_up, pool.w_gate]
+
+    def make():
+        return (
+            make_retrieval_inputs().requiring_grad(),
+            make_expert_inputs(experts=42, glu=True).requiring_grad(),
+        )
+
+    theirs = run(*make())
+    compiler = torch.compile(backend="eager", fullgraph=True)
+    if sparse_grad:
+        with (
+            torch._dynamo.compiled_autograd._enable(compiler),
+            pytest.raises(Exception, match=r"peer::expert_mlp: sparse_grad=True .*eager"),
+        ):
+            run(*make())
+        return
+    with torch._dynamo.compiled_autograd._enable(compiler):
+        ours = run(*make())
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a.grad, b.grad)

@@ -1,0 +1,150 @@
+"""Peak memory: what a pass needs beyond its inputs and results, measured in a new process.
+
+A step runs once at a small size, so that threads, kernels and autograd exist, then at the size in
+question. Afterwards temporaries are gone and results are there: the peak beyond what is resident
+then is what the step needed in between. Large blocks are always mapped and unmapped on their own
+(MALLOC_MMAP_THRESHOLD_), so freed memory does not linger and hide.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+MIB = 2**20
+
+pytestmark = pytest.mark.skipif(
+    not Path("/proc/self/status").exists() or "VmHWM" not in Path("/proc/self/status").read_text(),
+    reason="the system does not tell a process its peak memory",
+)
+
+MEASURE = """
+import gc, json, sys, torch, peer
+from pathlib import Path
+
+torch.set_num_threads(2)
+torch.manual_seed(0)
+
+def status(field):
+    line = next(l for l in Path("/proc/self/status").read_text().splitlines() if field in l)
+    return int(line.split()[1]) * 1024
+
+def measure(make, *sizes):
+    step = make(*(8 for _ in sizes))
+    step()
+    step = make(*sizes)
+    kept = step()
+    gc.collect()
+    print(json.dumps({"extra": status("VmHWM") - status("VmRSS")}))
+"""
+
+LAYER = """
+def make(tokens, root):
+    layer = peer.PEER(256, num_experts=max(root, 16) ** 2, sparse_grad=sys.argv[1] == "sparse")
+    x = torch.randn(tokens, 256, requires_grad=True)
+    def step():
+        layer(x).square().mean().backward()
+        return x.grad
+    return step
+
+measure(make, 2048, 1024)
+"""
+
+EXPERTS = """
+def make(tokens, per_token, experts, dim):
+    x = torch.randn(tokens, dim, requires_grad=True)
+    weights = torch.rand(tokens, per_token, requires_grad=True)
+    indices = torch.randint(experts, (tokens, per_token))
+    tables = [torch.randn(experts, dim).requires_grad_() for _ in range(3)]
+    def step():
+        sparse = sys.argv[1] == "sparse"
+        out = torch.ops.peer.expert_mlp(x, weights, indices, *tables, "gelu", sparse)[0]
+        out.sum().backward()
+    return step
+
+measure(make, *map(int, sys.argv[2:]))
+"""
+
+LITTLE_ROOM = """
+# Pages that nobody writes are not resident, so a buffer of zeros would not show in the peak. Here
+# the address space has no room for one: a dense gradient of one table is 256 MiB.
+import resource
+
+def make(experts):
+    table = torch.randn(experts, 64).requires_grad_()
+    frozen = table.detach()
+    def step(sparse_grad):
+        x, weights = torch.randn(16, 64), torch.rand(16, 8)
+        indices = torch.randint(experts, (16, 8))
+        out = torch.ops.peer.expert_mlp(
+            x, weights, indices, table, frozen, frozen, "gelu", sparse_grad)[0]
+        torch.autograd.grad(out.sum(), table)
+    return step
+
+for sparse_grad in (True, False):
+    make(8)(sparse_grad)
+step = make(2**20)
+limit = status("VmSize") + 192 * 2**20
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+def fits(sparse_grad):
+    try:
+        step(sparse_grad)
+    except RuntimeError as error:
+        assert "memory" in str(error)
+        return False
+    return True
+
+print(json.dumps({"sparse": fits(True), "dense": fits(False)}))
+"""
+
+RETRIEVAL = """
+def make(tokens, heads, keys):
+    query = torch.randn(tokens, heads, 256, requires_grad=True)
+    row_keys, col_keys = (torch.randn(keys, 128, requires_grad=True) for _ in range(2))
+    def step():
+        scores, indices = torch.ops.peer.product_key_topk(query, row_keys, col_keys, 16)
+        scores.sum().backward()
+    return step
+
+measure(make, 2048, 8, 1024)
+"""
+
+
+@pytest.fixture
+def peak(run_python):
+    def measure(snippet: str, *arguments: object) -> int:
+        environment = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+        return run_python(MEASURE + snippet, *arguments, environment=environment)["extra"]
+
+    return measure
+
+
+@pytest.mark.parametrize("gradients", ["dense", "sparse"])
+def test_the_layer_of_a_million_experts_needs_less_than_128_mib_beyond_its_gradients(
+    peak, gradients
+):
+    extra = peak(LAYER, gradients)
+    assert extra < 128 * MIB
+    assert extra > 16 * MIB, "the queries alone take 16 MiB: nothing was measured"
+
+
+@pytest.mark.parametrize("gradients", ["dense", "sparse"])
+def test_experts_keep_nothing_of_size_tokens_times_experts_per_token_times_dim(peak, gradients):
+    # 2048 · 128 · 256 floats are 256 MiB. With 500 experts, gradients of the tables are small.
+    extra = peak(EXPERTS, gradients, 2048, 128, 500, 256)
+    assert extra < 48 * MIB
+    assert extra > MIB, "the pre-activations alone take 1 MiB: nothing was measured"
+
+
+def test_sparse_gradients_make_no_dense_buffer(run_python):
+    room = run_python(MEASURE + LITTLE_ROOM)
+    assert room == {"sparse": True, "dense": False}
+
+
+def test_retrieval_keeps_no_sub_scores(peak):
+    # 2048 · 8 · 2 · 1024 floats are 128 MiB.
+    extra = peak(RETRIEVAL)
+    assert extra < 64 * MIB
+    assert extra > MIB, "the indices alone take 2 MiB: nothing was measured"

@@ -1,0 +1,289 @@
+"""The package as it is installed: versions, reports, and what it says when the library does not fit."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import importlib.metadata
+import json
+import os
+import pkgutil
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import peer
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+PACKAGE = Path(peer.__file__).resolve().parent
+
+
+def run(
+    *arguments: str, package: Path = PACKAGE, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Runs Python with this copy of the package, in the directory that holds it."""
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=package.parent,
+        env={**os.environ, "PYTHONPATH": str(package.parent), **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.fixture
+def copied_package(tmp_path: Path) -> Path:
+    """A copy of the package that a test may damage."""
+    return Path(shutil.copytree(PACKAGE, tmp_path / "peer"))
+
+
+@pytest.fixture
+def package_for_another_torch(copied_package: Path) -> Path:
+    """A copy whose record says that it was built for torch 2.3."""
+    record = copied_package / "_build_info.json"
+    built = json.loads(record.read_text())
+    record.write_text(json.dumps({**built, "torch": "2.3.1+cpu", "torch_minor": "2.3"}))
+    return copied_package
+
+
+def test_version_is_the_metadata_s():
+    try:
+        version = importlib.metadata.version("peer")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("the package runs from the source tree, without metadata")
+    assert peer.__version__ == version
+
+
+def test_library_and_its_record_agree():
+    library = json.loads(torch.ops.peer.build_info())
+    record = json.loads((PACKAGE / "_build_info.json").read_text())
+    assert library["peer"] == record["peer"] == peer.__version__
+    assert library["compiler"] == record["compiler"]
+    assert library["cpu_capabilities"].split() == record["cpu_capabilities"]
+    assert record["torch"].startswith(library["torch"].split("+")[0])
+    assert library["cuda"] is record["cuda"] is None
+
+
+def test_show_config_prints_versions_build_and_capability(capsys: pytest.CaptureFixture[str]):
+    peer.show_config()
+    lines = dict(re.split(r"\s{2,}| (?=\d)", line, maxsplit=1) for line in _lines(capsys))
+    assert lines["peer"].startswith(f"{peer.__version__}, {PACKAGE}")
+    assert lines["torch"] == torch.__version__
+    assert lines["CPU kernels"].split()[0] == torch.ops.peer.cpu_capability()
+    assert lines["threads"] == str(torch.get_num_threads())
+    assert lines["CUDA"].startswith("not built")
+    assert "not usable" not in lines
+
+
+def _lines(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    return capsys.readouterr().out.strip().splitlines()
+
+
+def test_collect_env_reports_package_torch_and_machine():
+    report = run("-m", "peer.collect_env")
+    assert report.returncode == 0, report.stderr
+    assert f"{peer.__version__}, {PACKAGE}" in report.stdout
+    assert f"{torch.__version__}, {Path(torch.__file__).parent}" in report.stdout
+    assert sys.executable in report.stdout
+    assert "CPU kernels" in report.stdout
+    assert "not usable" not in report.stdout
+
+
+def test_collect_env_works_where_the_library_does_not_load(package_for_another_torch: Path):
+    report = run("-m", "peer.collect_env", package=package_for_another_torch)
+    assert report.returncode == 0, report.stderr
+    assert re.search(r"not usable +peer was built for PyTorch 2\.3\.1\+cpu", report.stdout)
+    assert report.stdout.count("== torch") == 1
+
+
+def test_another_torch_is_named_with_what_to_type(package_for_another_torch: Path):
+    result = run("-c", "import peer", package=package_for_another_torch)
+    assert result.returncode != 0
+    error = result.stderr.splitlines()[-1]
+    assert error.startswith("peer._library.BinaryMismatchError: peer was built for PyTorch 2.3.1")
+    assert f"but this is PyTorch {torch.__version__}" in error
+    assert f"{sys.executable} -m pip install" in error
+
+
+def test_another_torch_is_an_import_error():
+    assert issubclass(peer.BinaryMismatchError, ImportError)
+
+
+def test_missing_library_says_what_to_type(copied_package: Path):
+    (copied_package / "lib" / "libpeer.so").unlink()
+    result = run("-c", "import peer", package=copied_package)
+    assert result.returncode != 0
+    error = result.stderr.splitlines()[-1]
+    assert error.startswith("ImportError: peer: this installation in")
+    assert "lib/libpeer.so is missing" in error
+    assert "pip install" in error
+
+
+def test_source_tree_in_which_nothing_is_compiled_says_so(copied_package: Path):
+    shutil.rmtree(copied_package / "lib")
+    (copied_package / "_build_info.json").unlink()
+    (copied_package.parent / "CMakeLists.txt").touch()
+    result = run("-c", "import peer", package=copied_package)
+    assert result.returncode != 0
+    error = result.stderr.splitlines()[-1]
+    assert "is the source tree, in which nothing is compiled" in error
+    assert "make build" in error
+
+
+def test_library_that_the_loader_refuses_keeps_the_reason(copied_package: Path):
+    (copied_package / "lib" / "libpeer.so").write_bytes(b"no library")
+    result = run("-c", "import peer", package=copied_package)
+    assert result.returncode != 0
+    error = result.stderr.splitlines()[-1]
+    assert error.startswith("ImportError: peer: the loader refused")
+    assert "invalid ELF header" in error or "file too short" in error
+    assert "direct cause" in result.stderr
+
+
+CAPABILITY = "import peer, torch; print(torch.ops.peer.cpu_capability())"
+
+
+def test_capability_can_be_lowered():
+    result = run("-c", CAPABILITY, PEER_CPU_CAPABILITY="default")
+    assert result.stdout.strip() == "default", result.stderr
+
+
+def test_unknown_capability_lists_the_known_ones():
+    result = run("-c", CAPABILITY, PEER_CPU_CAPABILITY="sse9")
+    assert result.returncode != 0
+    error = result.stderr.splitlines()[-1]
+    assert error.startswith("ValueError: peer: PEER_CPU_CAPABILITY=sse9 is not one of: default")
+
+
+def test_unknown_capability_does_not_keep_show_config_from_reporting():
+    result = run("-c", "import peer; peer.show_config()", PEER_CPU_CAPABILITY="sse9")
+    assert result.returncode == 0, result.stderr
+    assert "PEER_CPU_CAPABILITY=sse9 is not one of" in result.stdout
+
+
+@pytest.mark.skipif(
+    "avx512vl" in Path("/proc/cpuinfo").read_text(), reason="this processor has every capability"
+)
+def test_capability_that_the_processor_lacks_is_refused():
+    if "avx512" not in json.loads(torch.ops.peer.build_info())["cpu_capabilities"]:
+        pytest.skip("not compiled for this architecture")
+    result = run("-c", CAPABILITY, PEER_CPU_CAPABILITY="avx512")
+    assert result.returncode != 0
+    assert "but this processor does not have avx512" in result.stderr.splitlines()[-1]
+
+
+def test_one_openmp_runtime_serves_torch_and_peer(run_python: Callable[..., Any]):
+    runtimes = run_python("""
+import json, re, peer
+maps = open("/proc/self/maps").read()
+print(json.dumps(sorted(set(re.findall(r"/\\S*lib(?:g|i)?omp\\S*", maps)))))
+""")
+    assert len(runtimes) == 1, runtimes
+
+
+def test_torch_s_number_of_threads_governs_the_operators(run_python: Callable[..., Any]):
+    started = run_python("""
+import json, os, peer, torch
+
+x, table = torch.ones(512, 32), torch.ones(64, 32)
+weights, indices = torch.ones(512, 8), torch.zeros(512, 8, dtype=torch.int64)
+threads = []
+for count in (1, 4):
+    torch.set_num_threads(count)
+    torch.ops.peer.expert_mlp(x, weights, indices, table, table, None, "relu")
+    threads.append(len(os.listdir("/proc/self/task")))
+print(json.dumps(threads[1] - threads[0]))
+""")
+    assert started == 3
+
+
+def _modules() -> list[str]:
+    found = pkgutil.walk_packages(peer.__path__, "peer.")
+    return ["peer", *(module.name for module in found)]
+
+
+@pytest.mark.parametrize("name", _modules())
+def test_examples_in_docstrings_hold(name: str):
+    torch.manual_seed(0)
+    assert doctest.testmod(importlib.import_module(name)).failed == 0
+
+
+@pytest.mark.skipif(not (CHECKOUT / "README.md").exists(), reason="not in a checkout")
+def test_readme_s_example_runs():
+    class Block(torch.nn.Module):
+        def __init__(self, dim: int) -> None:
+            super().__init__()
+            self.mlp = torch.nn.Linear(dim, dim)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + self.mlp(x)
+
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = torch.nn.Sequential(*(Block(16) for _ in range(3)))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.blocks(x)
+
+    examples = re.findall(
+        r"^```python\n(.*?)^```", (CHECKOUT / "README.md").read_text(), re.M | re.S
+    )
+    assert examples
+    torch.manual_seed(0)
+    names = {"model": Model(), "dim": 16, "x": torch.randn(4, 8, 16), "y": torch.randn(4, 8, 16)}
+    for example in examples:
+        exec(compile(example, "README.md", "exec"), names)
+    replaced = [m for m in names["model"].modules() if isinstance(m, peer.PEER)]
+    assert replaced
+    assert all(p.grad is not None for layer in replaced for p in layer.parameters())
+
+
+class TestBuild:
+    """What the build says, without building."""
+
+    pytestmark = pytest.mark.skipif(
+        not (CHECKOUT / "setup.py").exists(), reason="not in a checkout"
+    )
+    find = (
+        f"import sys; sys.path.insert(0, {str(CHECKOUT / 'build_backend')!r}); "
+        "from torch_location import find_torch; print(find_torch())"
+    )
+
+    def test_torch_is_found_from_an_isolated_build(self):
+        # -S: without site-packages, as in a build that a front end isolates.
+        result = run("-S", "-c", self.find, PYTHONPATH="")
+        assert result.stdout.strip() == str(Path(torch.__file__).parent), result.stderr
+
+    def test_no_torch_says_what_to_type(self, tmp_path: Path):
+        result = run("-c", self.find, TORCH_DIR=str(tmp_path))
+        assert result.returncode != 0
+        assert f"{sys.executable} -m pip install torch" in result.stderr
+
+    def test_too_old_a_torch_is_refused(self, tmp_path: Path):
+        (tmp_path / "version.py").write_text("__version__ = '2.10.1+cpu'\n")
+        result = run("-c", self.find, TORCH_DIR=str(tmp_path))
+        assert result.returncode != 0
+        assert "peer needs torch 2.11 or newer" in result.stderr
+
+    @pytest.mark.parametrize("variable", ["PEER_CUDA", "FORCE_CUDA"])
+    def test_asking_for_cuda_is_refused(self, variable: str):
+        pytest.importorskip("setuptools")
+        result = subprocess.run(
+            [sys.executable, "setup.py", "build_ext", "--inplace"],
+            cwd=CHECKOUT,
+            env={**os.environ, variable: "1"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert result.returncode != 0
+        assert f"{variable}=1, but there are no CUDA kernels yet" in result.stderr
