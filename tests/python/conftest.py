@@ -44,9 +44,6 @@ WARNING_FILTERS = (
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line(
-        "markers", "slow: a heavier sweep, left out unless asked for with -m slow"
-    )
     for line in WARNING_FILTERS:
         config.addinivalue_line("filterwarnings", line)
 

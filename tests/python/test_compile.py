@@ -116,6 +116,8 @@ def test_compiles_under_autocast(make_expert_inputs):
     assert_one_graph_with_the_gradients_of_eager(mixed, make, "aot_eager")
 
 
+# Torch adds the traceback of the forward call in a warning of its own.
+@pytest.mark.filterwarnings("ignore:Error detected in Peer:UserWarning")
 def test_sparse_gradients_are_refused_by_sentence(make_expert_inputs):
     def loss(*inputs):
         return torch.ops.peer.expert_mlp(*inputs, "gelu", True)[0].sum()
