@@ -84,7 +84,9 @@ def test_every_parameter_gets_a_gradient(norm, scores):
 
 def test_random_tokens_reach_every_expert_of_a_rectangular_grid():
     # Wide keys: of few-dimensional ones, those inside the others' convex hull win for no query.
-    router = make_router(num_experts=(32, 24), dim_key=64, query_norm="layer")
+    router = make_router(
+        num_experts=(32, 24), num_experts_per_head=16, dim_key=64, query_norm="layer"
+    )
     _, indices = router(torch.randn(20_000, 10))
     assert torch.equal(indices.unique(), torch.arange(32 * 24))
 
