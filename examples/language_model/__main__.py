@@ -7,14 +7,14 @@ import os
 # Huge pages for large tensors: tables are read at random, and each step allocates many megabytes.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
-import argparse  # noqa: E402
-import sys  # noqa: E402
-from dataclasses import replace  # noqa: E402
-from pathlib import Path  # noqa: E402
+import argparse
+import sys
+from dataclasses import replace
+from pathlib import Path
 
-from . import data, report  # noqa: E402
-from .settings import MODELS, Settings, smoke  # noqa: E402
-from .train import Interrupt, OtherRunError, Run  # noqa: E402
+from . import data, report
+from .settings import MODELS, Settings, smoke
+from .train import Interrupt, OtherRunError, Run
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:

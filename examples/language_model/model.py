@@ -77,7 +77,7 @@ class Attention(nn.Module):
         return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (batch, length, dim) to the same shape."""
+        """X (batch, length, dim) to the same shape."""
         q, k, v = (
             part.unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for part in self.qkv(x).chunk(3, dim=-1)
@@ -95,7 +95,7 @@ class FeedForward(nn.Module):
         self.down = nn.Linear(hidden, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (..., dim) to the same shape."""
+        """X (..., dim) to the same shape."""
         return self.down(F.gelu(self.up(x)))
 
 
@@ -110,7 +110,7 @@ class Block(nn.Module):
         self.mixers = nn.ModuleList(mixers)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (batch, length, dim) to the same shape."""
+        """X (batch, length, dim) to the same shape."""
         x = x + self.attention(self.attention_norm(x))
         y = self.mixer_norm(x)
         for mixer in self.mixers:

@@ -18,7 +18,7 @@ from .model import sample
 from .train import Run, evaluate
 
 matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib import pyplot as plt
 
 PROMPT = "def "
 NAMES = {"dense": "dense", "peer": "PEER"}

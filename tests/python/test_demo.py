@@ -19,12 +19,12 @@ for requirement in ("matplotlib", "tokenizers", "tqdm"):
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 sys.path.append(str(EXAMPLES))
 
-from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
-
-import peer  # noqa: E402
 from language_model import data, flops, train  # noqa: E402
 from language_model.model import LanguageModel  # noqa: E402
 from language_model.settings import Settings, smoke  # noqa: E402
+from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
+
+import peer  # noqa: E402
 
 COMMAND = (sys.executable, "-m", "language_model", "--smoke")
 ENVIRONMENT = {
@@ -38,7 +38,13 @@ def run_demo(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     """Runs the smoke demo to its end."""
     command = (*COMMAND, *map(str, arguments))
     return subprocess.run(
-        command, cwd=EXAMPLES, env=ENVIRONMENT, capture_output=True, text=True, timeout=600, check=False
+        command,
+        cwd=EXAMPLES,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
     )
 
 
@@ -92,7 +98,8 @@ def test_copies_never_cross_the_split() -> None:
     ]
     train_files, held_out = data.split(copies + near)
     assert sum(file.text == text for file in train_files + held_out) == 1
-    assert train_files and not held_out
+    assert train_files
+    assert not held_out
 
 
 # Tokens and bytes.
@@ -192,7 +199,8 @@ def test_the_smoke_run_shows_table_sample_and_pictures(
     folder, result = finished
     for words in ("bits per byte", "tokens/s", "usage", "unevenness", "written by the PEER model"):
         assert words in result.stdout
-    assert "tokens/s" in result.stderr and "loss" in result.stderr
+    assert "tokens/s" in result.stderr
+    assert "loss" in result.stderr
     for picture in ("curves.png", "atlas.png"):
         assert (folder / picture).read_bytes().startswith(b"\x89PNG")
     with (folder / "rows.csv").open() as file:
@@ -219,7 +227,8 @@ def test_a_folder_with_other_settings_is_refused_until_restart(
     assert run_demo("--out", folder, "--models", "dense", "--steps", "4").returncode == 0
     refused = run_demo("--out", folder, "--models", "dense", "--steps", "5")
     assert refused.returncode == 2
-    assert "steps = 4 there, 5 here" in refused.stderr and "--restart" in refused.stderr
+    assert "steps = 4 there, 5 here" in refused.stderr
+    assert "--restart" in refused.stderr
     restarted = run_demo("--out", folder, "--models", "dense", "--steps", "5", "--restart")
     assert restarted.returncode == 0
     assert len(read_losses(folder / "dense.pt")) == 5
@@ -236,7 +245,8 @@ def test_a_run_that_ctrl_c_stopped_resumes_as_if_nothing_had_happened(tmp_path: 
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     ) as process:
-        assert process.stdout is not None and process.stderr is not None
+        assert process.stdout is not None
+        assert process.stderr is not None
         shown = b""
         while b"tokens/s" not in shown:
             piece = process.stderr.read1()

@@ -91,9 +91,7 @@ def test_tables_start_normal_with_the_documented_scales():
     for table, scale in (pool.w_down, 1 / 8), (pool.w_gate, 1 / 8), (pool.w_up, 1 / 4):
         assert abs(table.mean()) < 0.01 * scale
         torch.testing.assert_close(table.std().item(), scale, rtol=0.01, atol=0)
-        torch.testing.assert_close(
-            (table / scale).pow(4).mean().item(), 3.0, rtol=0.05, atol=0
-        )
+        torch.testing.assert_close((table / scale).pow(4).mean().item(), 3.0, rtol=0.05, atol=0)
 
 
 def test_zero_init_out_starts_at_zero_and_learns():
@@ -197,9 +195,9 @@ def test_a_checkpoint_of_other_options_says_what_it_holds(options):
 
 
 def test_a_checkpoint_with_or_without_gates_names_the_table_that_is_in_the_way():
-    with pytest.raises(RuntimeError, match='Unexpected.*"w_gate"'):
+    with pytest.raises(RuntimeError, match=r'Unexpected.*"w_gate"'):
         make_pool().load_state_dict(make_pool(glu=True).state_dict())
-    with pytest.raises(RuntimeError, match='Missing.*"w_gate"'):
+    with pytest.raises(RuntimeError, match=r'Missing.*"w_gate"'):
         make_pool(glu=True).load_state_dict(make_pool().state_dict())
 
 

@@ -120,9 +120,7 @@ def test_layer_norm_equals_torch_on_each_heads_query():
     nn.init.normal_(norm.weight)
     nn.init.normal_(norm.bias)
     expected = [
-        nn.functional.layer_norm(
-            query[:, head], (8,), norm.weight[head], norm.bias[head], norm.eps
-        )
+        nn.functional.layer_norm(query[:, head], (8,), norm.weight[head], norm.bias[head], norm.eps)
         for head in (slice(0, 8), slice(8, 16), slice(16, 24))
     ]
     torch.testing.assert_close(norm(query), torch.cat(expected, -1))
@@ -308,9 +306,7 @@ def test_keys_start_uniform_within_one_over_the_root_of_their_width():
 
 @pytest.mark.parametrize("norm", NORMS)
 def test_factory_arguments_reach_every_tensor(norm):
-    router = make_router(
-        query_norm=norm, query_bias=True, device="meta", dtype=torch.bfloat16
-    )
+    router = make_router(query_norm=norm, query_bias=True, device="meta", dtype=torch.bfloat16)
     for name, tensor in router.state_dict().items():
         assert tensor.device.type == "meta", name
         assert tensor.dtype == (torch.int64 if "num_batches" in name else torch.bfloat16), name
@@ -409,7 +405,7 @@ def test_a_mask_of_another_shape_is_named():
 
 
 def test_a_mask_that_is_not_bool_is_refused():
-    with pytest.raises(TypeError, match="dtype bool, True where padding, got torch.int64"):
+    with pytest.raises(TypeError, match=r"dtype bool, True where padding, got torch.int64"):
         make_router()(torch.randn(2, 3, 10), torch.ones(2, 3, dtype=torch.int64))
 
 
@@ -428,7 +424,9 @@ def test_a_checkpoint_of_other_options_says_what_it_holds(options):
         make_router().load_state_dict(saved)
     theirs, ours = str(caught.value).split("the checkpoint's router has ")[1].split("this one")
     assert f"{option}={value}" in theirs
-    assert f"{option}={getattr(make_router(), option) if option != 'num_experts' else (8, 6)}" in ours
+    assert (
+        f"{option}={getattr(make_router(), option) if option != 'num_experts' else (8, 6)}" in ours
+    )
     assert "build the layer with the checkpoint's options" in ours
 
 

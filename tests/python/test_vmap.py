@@ -25,9 +25,7 @@ def batch(tensor: Tensor, dim: int, seed: int) -> Tensor:
             for _ in range(SAMPLES)
         ]
     else:  # ids: a permutation of the tokens' ids keeps them in range
-        samples = [
-            tensor[torch.randperm(len(tensor), generator=generator)] for _ in range(SAMPLES)
-        ]
+        samples = [tensor[torch.randperm(len(tensor), generator=generator)] for _ in range(SAMPLES)]
     return torch.stack(samples, dim)
 
 
@@ -38,9 +36,7 @@ def loop(function, in_dims, *arguments):
         return argument if dim is None else argument.select(dim, sample)
 
     results = [
-        function(
-            *(select(a, d, sample) for a, d in zip(arguments, in_dims, strict=True))
-        )
+        function(*(select(a, d, sample) for a, d in zip(arguments, in_dims, strict=True)))
         for sample in range(SAMPLES)
     ]
     return [torch.stack(outputs) for outputs in zip(*results, strict=True)]
@@ -94,7 +90,9 @@ def test_gradients_of_retrieval_equal_a_loop(make_retrieval_inputs, in_dims, sha
     assert_equals_loop(gradients, in_dims, *inputs)
 
 
-@pytest.mark.parametrize("wanted", [(True, False, False), (False, True, False), (False, False, True)])
+@pytest.mark.parametrize(
+    "wanted", [(True, False, False), (False, True, False), (False, False, True)]
+)
 @pytest.mark.parametrize("in_dims", [(0, 1, None, None, 0), (None, 0, 1, None, 1)], ids=str)
 def test_unwanted_gradients_of_retrieval_stay_undefined(make_retrieval_inputs, in_dims, wanted):
     query, row_keys, col_keys = make_retrieval_inputs(dtype=torch.float64)
@@ -191,9 +189,9 @@ def test_nested_vmap_of_retrieval_equals_nested_loops(make_retrieval_inputs):
     query, row_keys, col_keys = make_retrieval_inputs(dtype=torch.float64)
     query = torch.stack([batch(query, 1, seed) for seed in range(4)])
     row_keys = batch(row_keys, 0, 7)
-    ours = torch.vmap(
-        torch.vmap(lambda q, r: retrieve(q, r, col_keys, 3), (1, 0)), (0, None)
-    )(query, row_keys)
+    ours = torch.vmap(torch.vmap(lambda q, r: retrieve(q, r, col_keys, 3), (1, 0)), (0, None))(
+        query, row_keys
+    )
     for outer, inner in itertools.product(range(4), range(3)):
         expected = retrieve(query[outer, :, inner], row_keys[inner], col_keys, 3)
         torch.testing.assert_close(ours[0][outer, inner], expected[0])
@@ -221,9 +219,9 @@ def test_autograd_outside_of_vmap_equals_autograd_through_the_loop(make_expert_i
 
 def test_no_tokens_in_a_sample(make_expert_inputs, make_retrieval_inputs):
     inputs = batched(make_expert_inputs(tokens=0)[:5], (0, 0, 0, 0, 0))
-    out, hidden, _ = torch.vmap(lambda *args: apply_experts(*args, None, "gelu"), out_dims=(0, 0, None))(
-        *inputs
-    )
+    out, hidden, _ = torch.vmap(
+        lambda *args: apply_experts(*args, None, "gelu"), out_dims=(0, 0, None)
+    )(*inputs)
     assert out.shape == (3, 0, 9)
     assert hidden.shape == (3, 0, 6)
     inputs = batched(make_retrieval_inputs(tokens=0), (0, 0, 0))
