@@ -22,6 +22,7 @@ NORMS = ["batch", "layer", "rms", None]
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+    torch._dynamo.reset()
 
 
 def make_layer(**options):
@@ -127,8 +128,8 @@ def test_the_scale_of_outputs_does_not_depend_on_the_number_of_experts(scores):
 
     scales = [measure(side) for side in (8, 32, 128)]
     assert max(scales) < 1.5 * min(scales)
-    assert min(scales) > 0.05
-    assert max(scales) < 2
+    assert min(scales) > 0.03
+    assert max(scales) < 1
 
 
 def test_zero_init_out_adds_nothing_at_first():
@@ -412,12 +413,13 @@ def test_a_scripted_layer_names_an_input_of_another_width():
 
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@torch._dynamo.config.patch(error_on_recompile=True)
 def test_a_layer_compiles_to_one_graph_for_all_sizes(norm, training):
-    torch._dynamo.reset()
     layer = make_layer(query_norm=norm).train(training)
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(copy.deepcopy(layer), backend=counter, fullgraph=True, dynamic=True)
-    for length in 7, 9, 12:
+    compiled = torch.compile(
+        copy.deepcopy(layer), backend="aot_eager", fullgraph=True, dynamic=True
+    )
+    for length in 7, 9, 12:  # a second graph would be an error
         x, mask = draw_padded(length=length)
         ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
         y, expected = compiled(ours, mask), layer(theirs, mask)
@@ -425,7 +427,6 @@ def test_a_layer_compiles_to_one_graph_for_all_sizes(norm, training):
         y.square().sum().backward()
         expected.square().sum().backward()
         torch.testing.assert_close(ours.grad, theirs.grad)
-    assert counter.frame_count == 1
     for name, tensor in layer.state_dict().items():
         torch.testing.assert_close(compiled.state_dict()[f"_orig_mod.{name}"], tensor)
 

@@ -53,11 +53,9 @@ def test_padding_is_not_counted(by_keyword):
 
 
 def test_usage_is_the_fraction_of_experts_with_weight():
-    layer = make_layer(scores="relu")
+    layer = make_layer(scores="relu", num_experts_per_head=40)
     with peer.UsageTracker(layer) as tracker:
-        layer(torch.randn(3, 10))
-    mass, _ = sum_by_expert(*layer.router(torch.randn(0, 10)))
-    assert mass.sum() == 0
+        layer(torch.randn(1, 10))
     assert tracker.usage() == (tracker.mass > 0).sum().item() / 48
     assert tracker.usage() < (tracker.counts > 0).sum().item() / 48  # ReLU gave some of them 0
 
