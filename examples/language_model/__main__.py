@@ -21,7 +21,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Reads the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m language_model",
-        description="Trains a dense language model and its PEER twin on Python's standard library.",
+        description="Trains a dense language model and its PEER twin on Python's standard library. "
+        "The twin takes 4 GB of memory; its checkpoint takes 3 GB while it trains, 1 GB after.",
     )
     parser.add_argument(
         "--out", type=Path, default=Path("demo-output"), help="folder for checkpoints and pictures"
@@ -33,8 +34,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, help="optimizer steps of each model")
     parser.add_argument("--dense-lr", type=float, help="learning rate of the dense model")
     parser.add_argument(
-        "--peer-lr", type=float, help="learning rate of the PEER model without its tables"
+        "--peer-lr", type=float, help="learning rate of the PEER model outside its PEER layer"
     )
+    parser.add_argument("--router-lr", type=float, help="learning rate of queries and keys")
     parser.add_argument("--table-lr", type=float, help="learning rate of the expert tables")
     parser.add_argument("--csv", type=Path, help="file to append the results to, one line a model")
     parser.add_argument(
@@ -44,15 +46,15 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--restart", action="store_true", help="start over instead of resuming")
     options = parser.parse_args(arguments)
-    options.models = tuple(name for name in MODELS if name in options.models.split(","))
-    if not options.models:
-        parser.error("--models must name dense, peer or both")
+    options.models = options.models.split(",")
+    if not set(options.models) <= set(MODELS):
+        parser.error(f"--models takes names out of {', '.join(MODELS)}")
     return options
 
 
 def make_settings(options: argparse.Namespace) -> Settings:
     """The demo's settings with what the command line says instead."""
-    names = ("seed", "steps", "dense_lr", "peer_lr", "table_lr")
+    names = ("seed", "steps", "dense_lr", "peer_lr", "router_lr", "table_lr")
     given = {name: value for name in names if (value := getattr(options, name)) is not None}
     return replace(smoke() if options.smoke else Settings(), **given)
 

@@ -44,6 +44,7 @@ class Corpus:
         tokenizer: byte-level BPE, trained on the training files alone.
         train_files: number of training files.
         held_out_files: number of held-out files.
+        fingerprint: digest of the text and of how it was split and encoded.
     """
 
     train: Tensor
@@ -52,6 +53,7 @@ class Corpus:
     tokenizer: Tokenizer
     train_files: int
     held_out_files: int
+    fingerprint: str
 
     @property
     def vocabulary(self) -> int:
@@ -173,7 +175,7 @@ def prepare(cache: Path, vocabulary: int, megabytes: float | None = None) -> Cor
     fingerprint = digest.hexdigest()
     if cache.exists():
         kept = torch.load(cache)
-        if kept.pop("fingerprint") == fingerprint:
+        if kept["fingerprint"] == fingerprint:
             return Corpus(tokenizer=Tokenizer.from_str(kept.pop("tokenizer")), **kept)
     train, held_out = split(files)
     tokenizer = train_tokenizer((file.text for file in train), vocabulary)
@@ -184,9 +186,10 @@ def prepare(cache: Path, vocabulary: int, megabytes: float | None = None) -> Cor
         tokenizer=tokenizer,
         train_files=len(train),
         held_out_files=len(held_out),
+        fingerprint=fingerprint,
     )
     cache.parent.mkdir(parents=True, exist_ok=True)
-    torch.save({**vars(corpus), "tokenizer": tokenizer.to_str(), "fingerprint": fingerprint}, cache)
+    torch.save({**vars(corpus), "tokenizer": tokenizer.to_str()}, cache)
     return corpus
 
 

@@ -32,21 +32,19 @@ def count_peer(dim: int, settings: PeerConfig) -> dict[str, float]:
         "query projection": 2 * dim * heads * settings.dim_key,
         "sub-scores": 2 * heads * (settings.dim_key // 2) * (rows + columns),
         "selection": heads * (rows + columns + 2 * candidates),
-        "experts": 2 * (3 if settings.glu else 2) * heads * experts * dim,
+        "experts": 2 * 2 * heads * experts * dim,
     }
 
 
 def count_model(config: ModelConfig) -> dict[str, float]:
     """A whole model, by part; the sum of the values is its forward FLOPs per token."""
-    replaced = config.peer.blocks if config.peer else ()
-    parts: dict[str, float] = {
+    full = config.blocks - (config.peer is not None)
+    parts = {
         "attention": config.blocks * count_attention(config),
-        "feed-forward": (config.blocks - len(replaced))
-        * count_feed_forward(config.dim, config.hidden),
-        "logits": 2 * config.dim * config.vocabulary,
+        "feed-forward": full * count_feed_forward(config.dim, config.hidden),
+        "logits": 2.0 * config.dim * config.vocabulary,
     }
     if config.peer:
-        parts["feed-forward"] += len(replaced) * count_feed_forward(config.dim, config.peer.hidden)
-        for part, flops in count_peer(config.dim, config.peer).items():
-            parts[part] = len(replaced) * flops
+        parts["feed-forward"] += count_feed_forward(config.dim, config.peer.hidden)
+        parts |= count_peer(config.dim, config.peer)
     return parts

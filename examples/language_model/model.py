@@ -1,4 +1,4 @@
-"""A small Transformer language model whose feed-forward layers can be replaced by PEER layers."""
+"""A small Transformer language model; a PEER layer can stand in for most of a feed-forward one."""
 
 from __future__ import annotations
 
@@ -13,34 +13,25 @@ import peer
 
 @dataclass(frozen=True)
 class PeerConfig:
-    """The PEER layers of a model: where they sit and what they are made of.
+    """A model's PEER layer: where it sits and what it is made of.
 
     Attributes:
-        blocks: indices of the blocks whose feed-forward layer is replaced.
+        block: index of the block whose feed-forward layer it replaces.
         grid: rows and columns of the expert grid.
         heads: routing heads.
         experts_per_head: experts retrieved per head.
         dim_key: query width per head.
         activation: the experts' activation.
-        glu: whether experts are gated.
-        share_pool: whether all the layers use the first one's experts.
-        hidden: width of a thinner feed-forward layer kept beside each PEER layer; 0 for none.
+        hidden: width of the thin feed-forward layer that stays beside it.
     """
 
-    blocks: tuple[int, ...] = (1,)
+    block: int = 1
     grid: tuple[int, int] = (1024, 1024)
     heads: int = 4
     experts_per_head: int = 16
     dim_key: int = 16
-    activation: str = "gelu"
-    glu: bool = False
-    share_pool: bool = True
-    hidden: int = 0
-    query_norm: str | None = "batch"
-    query_bias: bool = False
-    share_keys: bool = True
-    scores: str = "softmax"
-    zero_init_out: bool = False
+    activation: str = "identity"
+    hidden: int = 128
 
 
 @dataclass(frozen=True)
@@ -58,6 +49,9 @@ class ModelConfig:
 
 class Attention(nn.Module):
     """Causal self-attention with rotary positions."""
+
+    cos: Tensor
+    sin: Tensor
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -77,7 +71,7 @@ class Attention(nn.Module):
         return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """X (batch, length, dim) to the same shape."""
+        """x (batch, length, dim) to the same shape."""
         q, k, v = (
             part.unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for part in self.qkv(x).chunk(3, dim=-1)
@@ -95,27 +89,41 @@ class FeedForward(nn.Module):
         self.down = nn.Linear(hidden, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """X (..., dim) to the same shape."""
+        """x (..., dim) to the same shape."""
         return self.down(F.gelu(self.up(x)))
 
 
 class Block(nn.Module):
-    """Pre-norm Transformer block: attention, then the sum of the layers in `mixers`."""
+    """Pre-norm Transformer block: attention, then a feed-forward layer, or a thin one and PEER."""
 
-    def __init__(self, config: ModelConfig, mixers: list[nn.Module]) -> None:
+    def __init__(self, config: ModelConfig, settings: PeerConfig | None) -> None:
         super().__init__()
         self.attention_norm = nn.LayerNorm(config.dim, bias=False)
         self.attention = Attention(config)
-        self.mixer_norm = nn.LayerNorm(config.dim, bias=False)
-        self.mixers = nn.ModuleList(mixers)
+        self.feed_forward_norm = nn.LayerNorm(config.dim, bias=False)
+        self.feed_forward = FeedForward(config.dim, settings.hidden if settings else config.hidden)
+        self.peer = make_peer(config.dim, settings) if settings else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """X (batch, length, dim) to the same shape."""
+        """x (batch, length, dim) to the same shape."""
         x = x + self.attention(self.attention_norm(x))
-        y = self.mixer_norm(x)
-        for mixer in self.mixers:
-            x = x + mixer(y)
-        return x
+        y = self.feed_forward_norm(x)
+        x = x + self.feed_forward(y)
+        return x if self.peer is None else x + self.peer(y)
+
+
+def make_peer(dim: int, settings: PeerConfig) -> peer.PEER:
+    """The PEER layer, with keys of its own for every head and row-sparse table gradients."""
+    return peer.PEER(
+        dim,
+        num_experts=settings.grid,
+        heads=settings.heads,
+        num_experts_per_head=settings.experts_per_head,
+        dim_key=settings.dim_key,
+        activation=settings.activation,
+        share_keys=False,
+        sparse_grad=True,
+    )
 
 
 class LanguageModel(nn.Module):
@@ -126,61 +134,27 @@ class LanguageModel(nn.Module):
         self.config = config
         self.embedding = nn.Embedding(config.vocabulary, config.dim)
         self.blocks = nn.ModuleList(
-            Block(config, self.make_mixers(config, index)) for index in range(config.blocks)
+            Block(config, config.peer if config.peer and config.peer.block == index else None)
+            for index in range(config.blocks)
         )
         self.norm = nn.LayerNorm(config.dim, bias=False)
-        if config.peer is not None and config.peer.share_pool:
-            for layer in self.peer_layers[1:]:
-                layer.experts = self.peer_layers[0].experts
         self.reset_dense_parameters()
 
-    @staticmethod
-    def make_mixers(config: ModelConfig, index: int) -> list[nn.Module]:
-        """What stands in block `index` after its attention."""
-        settings = config.peer
-        if settings is None or index not in settings.blocks:
-            return [FeedForward(config.dim, config.hidden)]
-        layer = peer.PEER(
-            config.dim,
-            num_experts=settings.grid,
-            heads=settings.heads,
-            num_experts_per_head=settings.experts_per_head,
-            dim_key=settings.dim_key,
-            activation=settings.activation,
-            glu=settings.glu,
-            query_norm=settings.query_norm,
-            query_bias=settings.query_bias,
-            share_keys=settings.share_keys,
-            scores=settings.scores,
-            zero_init_out=settings.zero_init_out,
-            sparse_grad=True,
-        )
-        return [layer] + ([FeedForward(config.dim, settings.hidden)] if settings.hidden else [])
-
     def reset_dense_parameters(self) -> None:
-        """Initialises all but the PEER layers; what ends in the residual stream starts smaller."""
+        """Initialises all but the PEER layer; what ends in the residual stream starts smaller."""
         dim, residual = self.config.dim, (2 * self.config.blocks) ** -0.5
         nn.init.normal_(self.embedding.weight, std=dim**-0.5)
         for block in self.blocks:
+            down = block.feed_forward.down
             nn.init.normal_(block.attention.qkv.weight, std=dim**-0.5)
             nn.init.normal_(block.attention.out.weight, std=residual * dim**-0.5)
-            for mixer in block.mixers:
-                if isinstance(mixer, FeedForward):
-                    nn.init.normal_(mixer.up.weight, std=dim**-0.5)
-                    nn.init.normal_(mixer.down.weight, std=residual * mixer.down.in_features**-0.5)
+            nn.init.normal_(block.feed_forward.up.weight, std=dim**-0.5)
+            nn.init.normal_(down.weight, std=residual * down.in_features**-0.5)
 
     @property
-    def peer_layers(self) -> list[peer.PEER]:
-        """The PEER layers, in the order of the blocks."""
-        return [
-            mixer for block in self.blocks for mixer in block.mixers if isinstance(mixer, peer.PEER)
-        ]
-
-    def tables(self) -> list[nn.Parameter]:
-        """The expert tables: the parameters with sparse gradients."""
-        return list(
-            dict.fromkeys(p for layer in self.peer_layers for p in layer.experts.parameters())
-        )
+    def peer(self) -> peer.PEER | None:
+        """The PEER layer, if there is one."""
+        return self.blocks[self.config.peer.block].peer if self.config.peer else None
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits (batch, length, vocabulary) of the token after each of tokens (batch, length)."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -27,29 +26,33 @@ COLORS = {"dense": "#8a8f98", "peer": "#c2410c"}
 
 def count_active(run: Run) -> int:
     """Parameters that one token uses: all but the expert tables, of those the retrieved rows."""
-    tables = {id(p): p for p in run.model.tables()}
-    active = sum(p.numel() for p in run.model.parameters() if id(p) not in tables)
-    for layer in run.model.peer_layers:
-        per_expert = sum(p[0].numel() for p in layer.experts.parameters())
-        settings = run.settings.peer
-        active += settings.heads * settings.experts_per_head * per_expert
-    return active
+    total = sum(p.numel() for p in run.model.parameters())
+    layer, settings = run.model.peer, run.settings.peer
+    if layer is None:
+        return total
+    tables = sum(p.numel() for p in layer.experts.parameters())
+    per_expert = tables // layer.num_experts
+    return total - tables + settings.heads * settings.experts_per_head * per_expert
+
+
+def evaluate_usage(run: Run) -> tuple[float, dict[str, Any] | None]:
+    """Bits per byte of all the held-out text, and how its tokens used the experts, if any."""
+    context = run.settings.model.context
+    if run.model.peer is None:
+        return evaluate(run.model, run.corpus, context), None
+    with peer.UsageTracker(run.model.peer) as tracker:
+        bits = evaluate(run.model, run.corpus, context)
+    return bits, {
+        "mass": tracker.mass.clone(),
+        "usage": float(tracker.usage()),
+        "unevenness": float(tracker.unevenness()),
+    }
 
 
 def finish(run: Run) -> dict[str, Any]:
     """Results of a trained model: all the held-out text, its experts' use there, and a sample."""
     settings, model = run.settings, run.model
-    with ExitStack() as stack:
-        trackers = [stack.enter_context(peer.UsageTracker(layer)) for layer in model.peer_layers]
-        bits = evaluate(model, run.corpus, settings.model.context)
-        atlases = [
-            {
-                "mass": tracker.mass.clone(),
-                "usage": float(tracker.usage()),
-                "unevenness": float(tracker.unevenness()),
-            }
-            for tracker in trackers
-        ]
+    bits, atlas = evaluate_usage(run)
     model.eval()
     tokenizer = run.corpus.tokenizer
     prompt = torch.tensor([tokenizer.token_to_id(SEPARATOR), *tokenizer.encode(PROMPT).ids])
@@ -69,18 +72,21 @@ def finish(run: Run) -> dict[str, Any]:
             "bits_per_byte": round(bits, 4),
             "tokens_per_second": round(tokens / run.progress.seconds),
             "training_minutes": round(run.progress.seconds / 60, 2),
-            "lr": settings.peer_lr if run.model.peer_layers else settings.dense_lr,
-            "table_lr": settings.table_lr if run.model.peer_layers else "",
+            "usage": round(atlas["usage"], 4) if atlas else "",
+            "unevenness": round(atlas["unevenness"], 3) if atlas else "",
+            "lr": settings.peer_lr if atlas else settings.dense_lr,
+            "router_lr": settings.router_lr if atlas else "",
+            "table_lr": settings.table_lr if atlas else "",
             "torch": str(torch.__version__),
         },
         "sample": tokenizer.decode(written[1:].tolist()),
-        "atlases": atlases,
+        "atlas": atlas,
     }
 
 
 def format_table(rows: list[dict[str, Any]]) -> str:
     """The rows side by side, for a terminal."""
-    heads = ("", "parameters", "active", "FLOPs/token", "bits per byte", "tokens/s")
+    heads = ("", "parameters", "active", "FLOPs/token", "bits per byte", "tokens/s", "minutes")
     lines = [heads] + [
         (
             NAMES[row["model"]],
@@ -89,6 +95,7 @@ def format_table(rows: list[dict[str, Any]]) -> str:
             f"{row['flops_per_token']:,}",
             f"{row['bits_per_byte']:.4f}",
             f"{row['tokens_per_second']:,}",
+            f"{row['training_minutes']:.1f}",
         )
         for row in rows
     ]
@@ -126,31 +133,23 @@ def draw_curves(runs: list[Run], path: Path) -> None:
 
 
 def draw_atlas(run: Run, path: Path) -> None:
-    """The expert grid, one image a layer: brightness is the log of an expert's router weight."""
+    """The expert grid as an image: brightness is the log of an expert's share of router weight."""
     rows, columns = run.settings.peer.grid
-    atlases = run.progress.results["atlases"]
-    figure, axes = plt.subplots(
-        1, len(atlases), figsize=(7.5 * len(atlases), 7.5), layout="constrained", squeeze=False
+    atlas = run.progress.results["atlas"]
+    mass = atlas["mass"].view(rows, columns)
+    share = torch.full_like(mass, float("nan"))
+    share[mass > 0] = (mass[mass > 0] / mass.sum()).log10()
+    figure, axes = plt.subplots(figsize=(8.5, 8), layout="constrained")
+    axes.set_facecolor("black")
+    image = axes.imshow(share.numpy(), cmap="inferno", interpolation="nearest")
+    axes.set_title(
+        f"Expert atlas: {rows} x {columns} experts on the held-out files\n"
+        f"usage {atlas['usage']:.1%}, unevenness {atlas['unevenness']:.2f} nats"
     )
-    for block, atlas, axis in zip(run.settings.peer.blocks, atlases, axes[0], strict=True):
-        mass = atlas["mass"].view(rows, columns)
-        used = mass > 0
-        share = torch.full_like(mass, float("nan"))
-        share[used] = (mass[used] / mass.sum()).log10()
-        axis.set_facecolor("black")
-        image = axis.imshow(share.numpy(), cmap="inferno", interpolation="nearest")
-        axis.set_title(
-            f"block {block}: usage {atlas['usage']:.1%}, unevenness {atlas['unevenness']:.2f}"
-        )
-        axis.set_xlabel("column")
-        axis.set_ylabel("row")
-        figure.colorbar(
-            image,
-            ax=axis,
-            shrink=0.8,
-            label="log10 of the share of router weight (black: never used)",
-        )
-    figure.suptitle(f"Expert atlas: {rows} x {columns} experts on the held-out files")
+    axes.set_xlabel("column")
+    axes.set_ylabel("row")
+    label = "log10 of the share of router weight (black: never used)"
+    figure.colorbar(image, ax=axes, shrink=0.8, label=label)
     figure.savefig(path, dpi=200)
     plt.close(figure)
 
@@ -168,18 +167,16 @@ def append_rows(rows: list[dict[str, Any]], path: Path) -> None:
 
 def show(runs: list[Run], folder: Path) -> None:
     """Prints and draws the results of finished runs."""
-    print("\n" + format_table([run.progress.results["row"] for run in runs]) + "\n")
+    rows = [run.progress.results["row"] for run in runs]
+    print("\n" + format_table(rows) + "\n")
     draw_curves(runs, folder / "curves.png")
     print(f"curves: {folder / 'curves.png'}")
     for run in runs:
-        if run.model.peer_layers:
+        if atlas := run.progress.results["atlas"]:
             draw_atlas(run, folder / "atlas.png")
+            usage, unevenness = atlas["usage"], atlas["unevenness"]
             print(f"expert atlas: {folder / 'atlas.png'}")
-            for block, atlas in zip(
-                run.settings.peer.blocks, run.progress.results["atlases"], strict=True
-            ):
-                usage, unevenness = atlas["usage"], atlas["unevenness"]
-                print(f"  block {block}: usage {usage:.2%}, unevenness {unevenness:.3f}")
+            print(f"expert usage {usage:.1%}, unevenness {unevenness:.3f} nats")
     written = runs[-1].progress.results["sample"]
     print(f"\nwritten by the {NAMES[runs[-1].name]} model:\n")
     print("\n".join("    " + line for line in written.splitlines()))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from .model import ModelConfig, PeerConfig
@@ -18,12 +18,13 @@ class Settings:
         seed: seeds initialisation and data order.
         steps: optimizer steps of each model.
         batch: windows in a step.
-        model: sizes of the dense model; the PEER model differs only in the blocks named by `peer`.
-        peer: the PEER layers.
+        model: sizes of the dense model; the PEER model differs in one block.
+        peer: the PEER layer.
         dense_lr: peak learning rate of the dense model.
-        peer_lr: peak learning rate of everything in the PEER model but the expert tables.
+        peer_lr: peak learning rate of the PEER model outside its PEER layer.
+        router_lr: peak learning rate of the layer's query network and keys.
         table_lr: peak learning rate of the expert tables.
-        weight_decay: of the matrices outside PEER layers.
+        weight_decay: of the matrices outside the PEER layer.
         warm_up: steps over which learning rates rise; after them they fall to zero along a cosine.
         curve_points: evaluations during a run.
         curve_tokens: held-out tokens that such an evaluation reads; the final one reads them all.
@@ -38,6 +39,7 @@ class Settings:
     peer: PeerConfig = field(default_factory=PeerConfig)
     dense_lr: float = 4e-3
     peer_lr: float = 4e-3
+    router_lr: float = 8e-4
     table_lr: float = 1e-2
     weight_decay: float = 0.1
     warm_up: int = 50
@@ -52,7 +54,9 @@ class Settings:
 
     def describe(self, name: str) -> dict[str, Any]:
         """What decides the outcome of training the model called `name`, as plain values."""
-        others = {"dense": ("peer", "peer_lr", "table_lr"), "peer": ("dense_lr",)}[name]
+        others = {"dense": ("peer", "peer_lr", "router_lr", "table_lr"), "peer": ("dense_lr",)}[
+            name
+        ]
         return {key: value for key, value in asdict(self).items() if key not in others}
 
 
@@ -62,7 +66,7 @@ def smoke() -> Settings:
         steps=24,
         batch=4,
         model=ModelConfig(vocabulary=512, context=64, dim=32, blocks=2, heads=2, hidden=128),
-        peer=PeerConfig(grid=(32, 32), heads=2, experts_per_head=4, dim_key=8, blocks=(1,)),
+        peer=PeerConfig(grid=(32, 32), heads=2, experts_per_head=4, dim_key=8, hidden=32),
         warm_up=4,
         curve_points=3,
         curve_tokens=2048,
@@ -73,7 +77,5 @@ def smoke() -> Settings:
 
 def differences(kept: dict[str, Any], wanted: dict[str, Any]) -> str:
     """The settings in which two descriptions differ, for people."""
-    names = [
-        field.name for field in fields(Settings) if kept.get(field.name) != wanted.get(field.name)
-    ]
+    names = sorted(name for name in kept | wanted if kept.get(name) != wanted.get(name))
     return ", ".join(f"{name} = {kept.get(name)} there, {wanted.get(name)} here" for name in names)

@@ -76,20 +76,20 @@ def schedule(step: int, settings: Settings) -> float:
 
 def make_optimizers(model: LanguageModel, settings: Settings) -> list[torch.optim.Optimizer]:
     """AdamW for all but the expert tables; SparseAdam for those, which get row-sparse gradients."""
-    tables = model.tables()
-    apart = {id(p) for p in tables}
-    decayed, others = [], []
-    routers = {id(p) for layer in model.peer_layers for p in layer.router.parameters()}
-    for p in model.parameters():
-        if id(p) not in apart:
-            (decayed if p.dim() > 1 and id(p) not in routers else others).append(p)
-    lr = settings.peer_lr if tables else settings.dense_lr
+    layer = model.peer
+    router = list(layer.router.parameters()) if layer else []
+    tables = list(layer.experts.parameters()) if layer else []
+    apart = {id(p) for p in router + tables}
+    outside = [p for p in model.parameters() if id(p) not in apart]
+    lr = settings.peer_lr if layer else settings.dense_lr
     groups = [
-        {"params": decayed, "weight_decay": settings.weight_decay},
-        {"params": others, "weight_decay": 0.0},
+        {"params": [p for p in outside if p.dim() > 1], "weight_decay": settings.weight_decay},
+        {"params": [p for p in outside if p.dim() == 1], "weight_decay": 0.0},
     ]
+    if layer:
+        groups.append({"params": router, "weight_decay": 0.0, "lr": settings.router_lr})
     optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95))]
-    if tables:
+    if layer:
         optimizers.append(torch.optim.SparseAdam(tables, lr=settings.table_lr))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -121,10 +121,14 @@ class Run:
         self.progress = Progress()
         self.saved = time.monotonic()
 
+    def describe(self) -> dict[str, Any]:
+        """What decides the outcome: the settings that this model reads, and the text."""
+        return {**self.settings.describe(self.name), "corpus": self.corpus.fingerprint[:12]}
+
     def save(self) -> None:
         """Writes the file, whole or not at all. A finished run keeps no optimizer states."""
         state = {
-            "settings": self.settings.describe(self.name),
+            "settings": self.describe(),
             "progress": vars(self.progress),
             "model": self.model.state_dict(),
             "generator": torch.get_rng_state(),
@@ -145,7 +149,7 @@ class Run:
         if not self.path.exists():
             return
         state = torch.load(self.path, mmap=True, weights_only=True)
-        wanted = self.settings.describe(self.name)
+        wanted = self.describe()
         if state["settings"] != wanted:
             raise OtherRunError(
                 f"{self.path} holds a run with other settings "

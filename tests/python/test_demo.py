@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -119,7 +118,7 @@ def test_a_model_that_knows_nothing_needs_log2_of_the_vocabulary_per_token() -> 
             return torch.zeros(*tokens.shape, 256)
 
     tokens = torch.randint(256, (1001,), generator=torch.Generator().manual_seed(0))
-    corpus = data.Corpus(tokens, tokens, torch.full((256,), 2), None, 1, 1)  # type: ignore[arg-type]
+    corpus = data.Corpus(tokens, tokens, torch.full((256,), 2), None, 1, 1, "")  # type: ignore[arg-type]
     assert train.evaluate(Uniform(), corpus, context=10) == pytest.approx(8 / 2)
 
 
@@ -164,9 +163,8 @@ def test_the_dense_count_is_what_torch_counts() -> None:
     assert total / (3 * config.context) == sum(flops.count_model(config).values())
 
 
-@pytest.mark.parametrize("glu", [False, True])
-def test_the_peer_count_is_what_torch_counts_for_plain_operations(glu: bool) -> None:
-    settings = replace(smoke().peer, glu=glu)
+def test_the_peer_count_is_what_torch_counts_for_plain_operations() -> None:
+    settings = smoke().peer
     dim, tokens = 32, 5
     layer = peer.PEER(
         dim,
@@ -174,7 +172,6 @@ def test_the_peer_count_is_what_torch_counts_for_plain_operations(glu: bool) -> 
         heads=settings.heads,
         num_experts_per_head=settings.experts_per_head,
         dim_key=settings.dim_key,
-        glu=glu,
     )
     x = torch.randn(tokens, dim)
     weights, indices = layer.router(x)
@@ -184,7 +181,7 @@ def test_the_peer_count_is_what_torch_counts_for_plain_operations(glu: bool) -> 
         torch.einsum("thd,cd->thc", query[:, :, 1], layer.router.col_keys)
         experts = layer.experts
         peer.reference.expert_mlp(
-            x, weights.flatten(1), indices.flatten(1), experts.w_down, experts.w_up, experts.w_gate
+            x, weights.flatten(1), indices.flatten(1), experts.w_down, experts.w_up
         )
     parts = flops.count_peer(dim, settings)
     assert counter.get_total_flops() / tokens == sum(parts.values()) - parts["selection"]
