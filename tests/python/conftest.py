@@ -194,6 +194,8 @@ def run_python() -> Callable[..., Any]:
         path = os.pathsep.join([package_root, inherited] if inherited else [package_root])
         result = subprocess.run(
             [sys.executable, "-W", "ignore", "-c", snippet, *map(str, arguments)],
+            # Not in the checkout, where the package's source tree would hide the installed one.
+            cwd=Path(__file__).parent,
             env={**os.environ, "PYTHONPATH": path, **(environment or {})},
             capture_output=True,
             text=True,
