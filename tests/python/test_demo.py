@@ -21,7 +21,7 @@ sys.path.append(str(EXAMPLES))
 from language_model import data, flops, train  # noqa: E402
 from language_model.model import LanguageModel  # noqa: E402
 from language_model.settings import Settings, smoke  # noqa: E402
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 import peer  # noqa: E402
