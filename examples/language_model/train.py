@@ -217,6 +217,7 @@ class Run:
         if progress.step < settings.steps:
             self.save()
             return False
+        print(f"{self.name}: reading all the held-out files")
         progress.results = finish(self)
         progress.finished = True
         self.save()

@@ -62,14 +62,14 @@ const Capability& choose() {
     for (const Capability& capability : kCapabilities) {
       if (std::string_view(capability.name) == name) {
         if (!capability.runs_here()) {
-          throw std::invalid_argument("peer: PEER_CPU_CAPABILITY=" + std::string(name) +
-                                      ", but this processor does not have " + name);
+          throw std::runtime_error("peer: PEER_CPU_CAPABILITY=" + std::string(name) +
+                                   ", but this processor does not have " + name);
         }
         return capability;
       }
     }
-    throw std::invalid_argument("peer: PEER_CPU_CAPABILITY=" + std::string(name) +
-                                " is not one of: " + compiled_capabilities());
+    throw std::runtime_error("peer: PEER_CPU_CAPABILITY=" + std::string(name) +
+                             " is not one of: " + compiled_capabilities());
   }
   const Capability* best = nullptr;
   for (const Capability& capability : kCapabilities) {

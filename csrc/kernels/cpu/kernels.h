@@ -202,7 +202,7 @@ inline const RetrievalKernels<double>& Kernels::retrieval<double>() const {
 }
 
 // The kernels for this processor, or for the capability that the environment variable
-// PEER_CPU_CAPABILITY names. Read once; throws std::invalid_argument when the name is unknown or
+// PEER_CPU_CAPABILITY names. Read once; throws std::runtime_error when the name is unknown or
 // the processor lacks it.
 const Kernels& kernels();
 
