@@ -124,7 +124,7 @@ def draw_curves(runs: list[Run], path: Path) -> None:
         )
     axes.set_xlabel("training tokens (millions)")
     axes.set_ylabel("bits per byte, part of the held-out files")
-    axes.set_title("Dense and PEER language models at equal FLOPs per token")
+    axes.set_title("Python of the held-out files: the dense model and its PEER twin")
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
