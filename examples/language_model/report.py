@@ -118,9 +118,10 @@ def draw_curves(runs: list[Run], path: Path) -> None:
         axes.annotate(
             f"{bits[-1]:.3f}",
             (millions[-1], bits[-1]),
-            (4, 0),
+            (4, 6 if run.name == "dense" else -6),
             textcoords="offset points",
             va="center",
+            color=COLORS[run.name],
         )
     axes.set_xlabel("training tokens (millions)")
     axes.set_ylabel("bits per byte, part of the held-out files")
