@@ -19,9 +19,8 @@ from torch import Tensor
 
 SEPARATOR = "<|file|>"
 HELD_OUT_IN = 20  # one file in so many is held out
-LONG_LINE = (
-    20  # characters; shorter lines ("else:", "return None") say nothing about where they came from
-)
+# Characters. Shorter lines, such as "return None", say nothing about where they came from.
+LONG_LINE = 20
 COPIED_SHARE = 0.5
 
 
@@ -84,10 +83,8 @@ def read_library(root: Path | None = None) -> list[SourceFile]:
             continue
         try:
             text = path.read_text(encoding="utf-8")
-        except (
-            UnicodeDecodeError,
-            OSError,
-        ):  # the test suite holds files in other encodings on purpose
+        except (UnicodeDecodeError, OSError):
+            # Python's own tests hold files in other encodings on purpose.
             continue
         if text.strip():
             files.append(SourceFile(relative.as_posix(), text))

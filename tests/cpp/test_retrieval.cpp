@@ -253,6 +253,26 @@ TEMPLATE_TEST_CASE(
                                       "-inf row, +inf column");
 }
 
+TEMPLATE_TEST_CASE(
+    "NaNs that hide an infinity from the list of the best fill the result themselves",
+    "[retrieval]",
+    float,
+    double) {
+  const TestType inf = std::numeric_limits<TestType>::infinity();
+  const TestType nan = std::numeric_limits<TestType>::quiet_NaN();
+  const std::vector<TestType> hidden = {1, inf, nan, nan, 2, nan, nan, nan, -inf};
+  for (const int64_t k : {1, 3, 4, 5, 6, 7}) {
+    for (const std::vector<TestType>& other :
+         {std::vector<TestType>{1, -inf, 2}, {-inf, inf}, {nan, -inf, nan, inf, nan, nan, nan}}) {
+      const int64_t count = other.size();
+      check_against_brute_force<TestType>({1, 1, 1, 9, count, k, true, {1, 1}, hidden, other},
+                                          "hidden row, k " + std::to_string(k));
+      check_against_brute_force<TestType>({1, 1, 1, count, 9, k, true, {1, 1}, other, hidden},
+                                          "hidden column, k " + std::to_string(k));
+    }
+  }
+}
+
 TEST_CASE("ids are distinct and in range for rows that defeat a filter on floats", "[retrieval]") {
   const float nan = std::numeric_limits<float>::quiet_NaN(),
               inf = std::numeric_limits<float>::infinity();

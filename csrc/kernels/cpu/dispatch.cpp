@@ -101,11 +101,15 @@ const Kernels* kernels_for(const char* name) {
 }
 
 const char* compiled_capabilities() {
-#if PEER_HAS_X86_CAPABILITIES
-  return "default avx2 avx512";
-#else
-  return "default";
-#endif
+  static const std::string names = [] {
+    std::string joined;
+    for (const Capability& capability : kCapabilities) {
+      joined += joined.empty() ? "" : " ";
+      joined += capability.name;
+    }
+    return joined;
+  }();
+  return names.c_str();
 }
 
 }  // namespace peer::cpu

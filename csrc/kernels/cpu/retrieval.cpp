@@ -194,11 +194,6 @@ class OppositeInfinities {
   OppositeInfinities(const Real* rows, int64_t row_count, const Real* columns, int64_t column_count)
       : rows_{rows, row_count}, columns_{columns, column_count} {}
 
-  bool are_possible() const {
-    return (rows_.contains(kInfinity) && columns_.contains(-kInfinity)) ||
-           (rows_.contains(-kInfinity) && columns_.contains(kInfinity));
-  }
-
   int64_t append(int64_t k, Candidate<Real>* candidates) const {
     const int64_t count = append_products(kInfinity, -kInfinity, k, candidates);
     return count + append_products(-kInfinity, kInfinity, k, candidates + count);
@@ -210,10 +205,6 @@ class OppositeInfinities {
   struct Half {
     const Real* scores;
     int64_t count;
-
-    bool contains(Real value) const {
-      return std::find(scores, scores + count, value) != scores + count;
-    }
 
     int64_t first_rank_of(Real infinity) const {
       int64_t before = 0;
@@ -255,6 +246,16 @@ class OppositeInfinities {
 
   Half rows_, columns_;
 };
+
+// Whether a half can take part in such a pair with +inf, told from its sorted list: +inf stands
+// behind NaN only, and where k NaNs hide it, their pairs fill the result.
+template <class Real>
+bool has_positive_infinity(const Candidate<Real>* best, int64_t count) {
+  const auto is_infinite = [](const Candidate<Real>& key) {
+    return key.score == std::numeric_limits<Real>::infinity();
+  };
+  return std::any_of(best, best + count, is_infinite);
+}
 
 }  // namespace
 
@@ -315,8 +316,9 @@ void retrieve(const Retrieval<Real>& retrieval, int64_t first, int64_t last) {
                             best_rows[i].id * columns + best_columns[j].id, score};
         }
       }
-      const OppositeInfinities<Real> infinities(token_rows, rows, token_columns, columns);
-      if (infinities.are_possible()) {
+      if (has_positive_infinity(best_rows.data(), row_k) ||
+          has_positive_infinity(best_columns.data(), column_k)) {
+        const OppositeInfinities<Real> infinities(token_rows, rows, token_columns, columns);
         count += infinities.append(k, pairs.data() + count);
       }
       keep_best(pairs.data(), count, k);

@@ -14,6 +14,31 @@ namespace {
 // thread.
 constexpr int64_t kTokensPerTask = 4;
 
+// What the token pass reads in both directions, as the kernels want it.
+struct Experts {
+  Experts(const char* op,
+          const Tensor& given_indices,
+          const Tensor& given_weights,
+          const Tensor& given_down,
+          const Tensor& given_up,
+          const std::optional<Tensor>& given_gate)
+      : indices(given_indices.contiguous()),
+        weights(contiguous_as(given_weights, accumulation_type(given_down.scalar_type()))),
+        w_down(with_contiguous_rows(given_down)),
+        w_up(with_contiguous_rows(given_up)),
+        w_gate(given_gate.has_value() ? with_contiguous_rows(*given_gate) : Tensor()) {
+    check_index_range(op, indices, given_down.size(0));
+  }
+
+  template <class Table>
+  Rows<const Table> gate_rows() const {
+    return w_gate.defined() ? rows_of<Table>(w_gate) : Rows<const Table>{};
+  }
+
+  Tensor indices, weights, w_down, w_up;
+  Tensor w_gate;  // undefined without one
+};
+
 std::tuple<Tensor, Tensor, Tensor> expert_mlp_cpu(const Tensor& x,
                                                   const Tensor& weights,
                                                   const Tensor& indices,
@@ -25,13 +50,8 @@ std::tuple<Tensor, Tensor, Tensor> expert_mlp_cpu(const Tensor& x,
   const Activation parsed = check_expert_mlp(x, weights, indices, w_down, w_up, w_gate, activation);
   const at::ScalarType type = accumulation_type(w_down.scalar_type());
   const at::TensorOptions accumulated = x.options().dtype(type);
-  const Tensor ids = indices.contiguous();
-  check_index_range("expert_mlp", ids, w_down.size(0));
+  const Experts experts("expert_mlp", indices, weights, w_down, w_up, w_gate);
   const Tensor inputs = contiguous_as(x, type);
-  const Tensor scales = contiguous_as(weights, type);
-  const Tensor down = with_contiguous_rows(w_down);
-  const Tensor up = with_contiguous_rows(w_up);
-  const Tensor gates = w_gate.has_value() ? with_contiguous_rows(*w_gate) : Tensor();
 
   const Tensor out = at::empty({x.size(0), w_up.size(1)}, accumulated);
   const Tensor hidden = at::empty(indices.sizes(), accumulated);
@@ -40,16 +60,16 @@ std::tuple<Tensor, Tensor, Tensor> expert_mlp_cpu(const Tensor& x,
   with_table_type(w_down.scalar_type(), [&]<class Table>() {
     using Real = accumulation_t<Table>;
     const TokenForward<Table> pass = {
-        .experts_per_token = ids.size(1),
+        .experts_per_token = indices.size(1),
         .dim = x.size(1),
         .dim_out = w_up.size(1),
         .activation = parsed,
         .x = const_data_of<Real>(inputs),
-        .weights = const_data_of<Real>(scales),
-        .indices = ids.const_data_ptr<int64_t>(),
-        .w_down = rows_of<Table>(down),
-        .w_up = rows_of<Table>(up),
-        .w_gate = gates.defined() ? rows_of<Table>(gates) : Rows<const Table>{},
+        .weights = const_data_of<Real>(experts.weights),
+        .indices = experts.indices.const_data_ptr<int64_t>(),
+        .w_down = rows_of<Table>(experts.w_down),
+        .w_up = rows_of<Table>(experts.w_up),
+        .w_gate = experts.gate_rows<Table>(),
         .out = data_of<Real>(out),
         .hidden = data_of<Real>(hidden),
         .gate = data_of<Real>(gate),
@@ -79,35 +99,30 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> expert_mlp_backward_cpu(
   check_expert_mlp_grad_out(grad_out, x, w_up);
   const at::ScalarType type = accumulation_type(w_down.scalar_type());
   const at::TensorOptions accumulated = x.options().dtype(type);
-  const Tensor ids = indices.contiguous();
-  check_index_range("expert_mlp_backward", ids, w_down.size(0));
+  const Experts experts("expert_mlp_backward", indices, weights, w_down, w_up, w_gate);
   const Tensor grads = contiguous_as(grad_out, type);
-  const Tensor scales = contiguous_as(weights, type);
   const Tensor hidden_values = contiguous_as(hidden, type);
   const Tensor gate_values = w_gate.has_value() ? contiguous_as(gate, type) : Tensor();
-  const Tensor down = with_contiguous_rows(w_down);
-  const Tensor up = with_contiguous_rows(w_up);
-  const Tensor gates = w_gate.has_value() ? with_contiguous_rows(*w_gate) : Tensor();
 
   const Tensor grad_x = output_mask[kGradX] ? at::empty(x.sizes(), accumulated) : Tensor();
-  const Tensor grad_weights = at::empty(ids.sizes(), accumulated);
-  const Tensor down_coefficients = at::empty(ids.sizes(), accumulated);
-  const Tensor up_coefficients = at::empty(ids.sizes(), accumulated);
+  const Tensor grad_weights = at::empty(indices.sizes(), accumulated);
+  const Tensor down_coefficients = at::empty(indices.sizes(), accumulated);
+  const Tensor up_coefficients = at::empty(indices.sizes(), accumulated);
   const Tensor gate_coefficients =
-      w_gate.has_value() ? at::empty(ids.sizes(), accumulated) : Tensor();
+      w_gate.has_value() ? at::empty(indices.sizes(), accumulated) : Tensor();
   with_table_type(w_down.scalar_type(), [&]<class Table>() {
     using Real = accumulation_t<Table>;
     const TokenBackward<Table> pass = {
-        .experts_per_token = ids.size(1),
+        .experts_per_token = indices.size(1),
         .dim = x.size(1),
         .dim_out = w_up.size(1),
         .activation = parsed,
         .grad_out = const_data_of<Real>(grads),
-        .weights = const_data_of<Real>(scales),
-        .indices = ids.const_data_ptr<int64_t>(),
-        .w_down = rows_of<Table>(down),
-        .w_up = rows_of<Table>(up),
-        .w_gate = gates.defined() ? rows_of<Table>(gates) : Rows<const Table>{},
+        .weights = const_data_of<Real>(experts.weights),
+        .indices = experts.indices.const_data_ptr<int64_t>(),
+        .w_down = rows_of<Table>(experts.w_down),
+        .w_up = rows_of<Table>(experts.w_up),
+        .w_gate = experts.gate_rows<Table>(),
         .hidden = const_data_of<Real>(hidden_values),
         .gate = gate_values.defined() ? const_data_of<Real>(gate_values) : nullptr,
         .grad_x = grad_x.defined() ? data_of<Real>(grad_x) : nullptr,
@@ -126,7 +141,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> expert_mlp_backward_cpu(
   Tensor grad_down, grad_up, grad_gate;
   const bool wants_grad_gate = output_mask[kGradGate] && w_gate.has_value();
   if (output_mask[kGradDown] || output_mask[kGradUp] || wants_grad_gate) {
-    const TableGradient gradient(ids, w_down.size(0), sparse_grad);
+    const TableGradient gradient(experts.indices, w_down.size(0), sparse_grad);
     if (output_mask[kGradDown] || wants_grad_gate) {
       const Tensor inputs = contiguous_as(x, type);
       grad_down = output_mask[kGradDown] ? gradient.sum(down_coefficients, inputs, w_down.options())
