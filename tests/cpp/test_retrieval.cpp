@@ -17,31 +17,33 @@ struct Problem {
   std::vector<Real> query, row_keys, col_keys;
   std::vector<Real> scores = std::vector<Real>(tokens * heads * k, Real(-1));
   std::vector<int64_t> indices = std::vector<int64_t>(tokens * heads * k, -1);
+  int64_t tokens_per_block = kMostTokensPerBlock;
 
   void solve(const Kernels& kernels, int threads = 1) {
     const RetrievalKernels<Real>& kernel = kernels.retrieval<Real>();
     const auto pack = [&](const std::vector<Real>& keys, int64_t count, std::vector<Real>& packed) {
-      const int64_t padded =
-          (count + kernel.keys_per_panel - 1) / kernel.keys_per_panel * kernel.keys_per_panel;
+      const int64_t panels = (count + kernel.keys_per_panel - 1) / kernel.keys_per_panel;
       const int64_t key_heads = shared ? 1 : heads;
-      packed.resize(key_heads * padded * half_width);
-      for (int64_t head = 0; head < key_heads; ++head) {
-        kernel.pack_keys(keys.data() + head * count * half_width, count, half_width,
-                         packed.data() + head * padded * half_width);
-      }
-      return PackedKeys<Real>{packed.data(), count, shared ? 0 : padded * half_width};
+      packed.assign(key_heads * panels * kernel.keys_per_panel * half_width, Real(NAN));
+      const PackKeys<Real> pass = {count, half_width, keys.data(), packed.data()};
+      on_threads(threads)(0, key_heads * panels, 1, [&](int64_t first, int64_t last) {
+        kernel.pack_keys(pass, first, last);
+      });
+      return PackedKeys<Real>{packed.data(), count,
+                              shared ? 0 : panels * kernel.keys_per_panel * half_width};
     };
     std::vector<Real> packed_rows, packed_columns;
     Retrieval<Real> retrieval = {tokens,
                                  heads,
                                  half_width,
                                  k,
+                                 tokens_per_block,
                                  query.data(),
                                  pack(row_keys, rows, packed_rows),
                                  pack(col_keys, columns, packed_columns),
                                  scores.data(),
                                  indices.data()};
-    const int64_t items = (tokens + kTokensPerBlock - 1) / kTokensPerBlock * heads;
+    const int64_t items = (tokens + tokens_per_block - 1) / tokens_per_block * heads;
     on_threads(threads)(
         0, items, 1, [&](int64_t first, int64_t last) { kernel.retrieve(retrieval, first, last); });
   }

@@ -23,7 +23,7 @@ template <class Element>
 void sum_split_runs(const ExpertPass<Element>&, int64_t first, int64_t last);
 
 template <class Real>
-void pack_keys(const Real* keys, int64_t count, int64_t half_width, Real* packed);
+void pack_keys(const PackKeys<Real>&, int64_t first, int64_t last);
 template <class Real>
 void retrieve(const Retrieval<Real>&, int64_t first, int64_t last);
 
@@ -40,7 +40,9 @@ class Scratch {
   Scratch& operator=(const Scratch&) = delete;
 
   Element* data() { return data_; }
+  const Element* data() const { return data_; }
   Element& operator[](int64_t i) { return data_[i]; }
+  const Element& operator[](int64_t i) const { return data_[i]; }
 
  private:
   Element* data_;

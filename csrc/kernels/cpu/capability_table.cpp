@@ -1,6 +1,6 @@
 // The table of one capability's kernels, as dispatch.cpp offers it.
 #include "kernels/cpu/capability_kernels.h"
-#include "kernels/cpu/vector.h"
+#include "kernels/cpu/sub_scores.h"
 
 namespace peer::cpu::PEER_CAPABILITY {
 
@@ -13,7 +13,7 @@ constexpr ExpertKernels<Table> expert_kernels() {
 
 template <class Real>
 constexpr RetrievalKernels<Real> retrieval_kernels() {
-  return {2 * kLanes<Real>, pack_keys<Real>, retrieve<Real>, gather_sum<Real>};
+  return {kPanel<Real>, pack_keys<Real>, retrieve<Real>, gather_sum<Real>};
 }
 
 }  // namespace

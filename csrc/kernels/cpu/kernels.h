@@ -121,12 +121,17 @@ struct ExpertPass {
   Rows<Real> partial_sums;
 };
 
-// Retrieval by product keys. A work item is a block of kTokensPerBlock tokens and a head: number
-// block·heads + head.
-constexpr int64_t kTokensPerBlock = 16;
+// Keys of one half, to be packed for the sub-score product: panels of keys_per_panel keys, each
+// panel (half_width, keys_per_panel), zero-padded at the end. A work item is a panel of a head:
+// number head·panels + panel.
+template <class Real>
+struct PackKeys {
+  int64_t count;  // keys per head
+  int64_t half_width;
+  const Real* keys;  // (heads, count, half_width)
+  Real* packed;      // (heads, count rounded up to whole panels, half_width)
+};
 
-// One half of the keys, packed for the sub-score product: panels of keys_per_panel keys, each panel
-// (half_width, keys_per_panel), zero-padded at the end.
 template <class Real>
 struct PackedKeys {
   const Real* data;
@@ -134,12 +139,19 @@ struct PackedKeys {
   int64_t head_stride;  // 0 where the heads share their keys
 };
 
+// Enough queries to read every key from memory seldom, few enough that their sub-scores stay in the
+// second-level cache.
+constexpr int64_t kMostTokensPerBlock = 16;
+
+// Retrieval by product keys. A work item is a block of tokens_per_block tokens and a head: number
+// block·heads + head.
 template <class Real>
 struct Retrieval {
   int64_t tokens;
   int64_t heads;
   int64_t half_width;  // dim_key / 2
   int64_t k;
+  int64_t tokens_per_block;
   const Real* query;  // (T, H, dim_key)
   PackedKeys<Real> rows, columns;
   Real* scores;      // (T, H, k)
@@ -157,7 +169,7 @@ struct ExpertKernels {
 template <class Real>
 struct RetrievalKernels {
   int64_t keys_per_panel;
-  void (*pack_keys)(const Real* keys, int64_t count, int64_t half_width, Real* packed);
+  void (*pack_keys)(const PackKeys<Real>&, int64_t first, int64_t last);
   void (*retrieve)(const Retrieval<Real>&, int64_t first, int64_t last);
   void (*gather_sum)(const GatherSum<Real>&, int64_t first, int64_t last);
 };

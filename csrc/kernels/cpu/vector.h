@@ -8,8 +8,10 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
+#include <utility>
 
-#if defined(__F16C__)
+#if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
@@ -157,6 +159,36 @@ static inline Real sum_of_lanes(Vector<Real> v) {
     }
   }
   return lanes[0];
+}
+
+// The two halves of the sequence a0 b0 a1 b1 ...
+template <class V, class Indices, size_t... i>
+static inline void interleave(V a, V b, V& low, V& high, std::index_sequence<i...>) {
+  constexpr size_t lanes = sizeof...(i);
+#if defined(__clang__)
+  low = __builtin_shufflevector(a, b, int(i / 2 + i % 2 * lanes)...);
+  high = __builtin_shufflevector(a, b, int(lanes / 2 + i / 2 + i % 2 * lanes)...);
+#else
+  low = __builtin_shuffle(a, b, Indices{(i / 2 + i % 2 * lanes)...});
+  high = __builtin_shuffle(a, b, Indices{(lanes / 2 + i / 2 + i % 2 * lanes)...});
+#endif
+}
+
+// Transposes a square of kLanes rows: every round of interleaving row i with row i + kLanes / 2
+// moves one bit of the column number into the row number.
+template <class Real>
+static inline void transpose(Vector<Real> (&rows)[kLanes<Real>]) {
+  constexpr int lanes = kLanes<Real>;
+  using Index = std::conditional_t<sizeof(Real) == 4, int32_t, int64_t>;
+  for (int round = 1; round < lanes; round *= 2) {
+    Vector<Real> next[lanes];
+    for (int i = 0; i < lanes / 2; ++i) {
+      interleave<Vector<Real>, typename VectorOf<Index, lanes>::type>(
+          rows[i], rows[i + lanes / 2], next[2 * i], next[2 * i + 1],
+          std::make_index_sequence<lanes>{});
+    }
+    std::memcpy(rows, next, sizeof(next));
+  }
 }
 
 }  // namespace peer::cpu::PEER_CAPABILITY
