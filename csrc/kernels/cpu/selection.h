@@ -57,14 +57,15 @@ static inline uint64_t bits_above(const ordered_t<Real>* scores, ordered_t<Real>
   return bits;
 }
 
-// How many comparisons held, of sums of their results: true is -1.
-template <class Real>
-static inline int64_t count_true(OrderedVector<Real> sums) {
-  ordered_t<Real> total = 0;
-  for (int i = 0; i < kLanes<Real>; ++i) {
-    total -= sums[i];
+// Folds all lanes into one by an operation on two vectors.
+template <class Real, int width = kLanes<Real> / 2, class Operation>
+static inline ordered_t<Real> fold(OrderedVector<Real> v, const Operation& operation) {
+  v = operation(v, rotate<width>(v, std::make_index_sequence<kLanes<Real>>{}));
+  if constexpr (width > 1) {
+    return fold<Real, width / 2>(v, operation);
+  } else {
+    return v[0];
   }
-  return total;
 }
 
 // A bound that at least k of `padded` scores reach, found by bisecting the integers between the
@@ -75,29 +76,27 @@ static inline ordered_t<Real> bound_of_kth(const ordered_t<Real>* scores,
                                            int64_t k) {
   using Integer = ordered_t<Real>;
   using Unsigned = std::make_unsigned_t<Integer>;
+  using Integers = OrderedVector<Real>;
   constexpr int lanes = kLanes<Real>;
-  OrderedVector<Real> least = load_ordered<Real>(scores);
-  OrderedVector<Real> greatest = least;
+  const auto smaller = [](Integers a, Integers b) { return a < b ? a : b; };
+  const auto greater = [](Integers a, Integers b) { return a > b ? a : b; };
+  Integers least = load_ordered<Real>(scores);
+  Integers greatest = least;
   for (int64_t i = lanes; i < padded; i += lanes) {
-    const OrderedVector<Real> v = load_ordered<Real>(scores + i);
-    least = v < least ? v : least;
-    greatest = v > greatest ? v : greatest;
+    const Integers v = load_ordered<Real>(scores + i);
+    least = smaller(least, v);
+    greatest = greater(greatest, v);
   }
-  Integer low = least[0];
-  Integer high = greatest[0];
-  for (int i = 1; i < lanes; ++i) {
-    low = least[i] < low ? least[i] : low;
-    high = greatest[i] > high ? greatest[i] : high;
-  }
-  low = low == kBelowAll<Real> ? low + 1 : low;
+  Integer low = std::max(fold<Real>(least, smaller), Integer(kBelowAll<Real> + 1));
+  Integer high = fold<Real>(greatest, greater);
   const int64_t enough = k + k / 8 + 1;
   while (low < high) {
     const Integer middle = Integer(Unsigned(high) - (Unsigned(high) - Unsigned(low)) / 2);
-    OrderedVector<Real> reaching = {};
+    Integers reaching = {};  // counts down: true is -1
     for (int64_t i = 0; i < padded; i += lanes) {
       reaching += load_ordered<Real>(scores + i) > middle - 1;
     }
-    const int64_t count = count_true<Real>(reaching);
+    const int64_t count = -fold<Real>(reaching, [](Integers a, Integers b) { return a + b; });
     if (count < k) {
       high = middle - 1;
       continue;
@@ -179,31 +178,38 @@ class Selection {
   }
 
  private:
+  // Lanes are survivors, and count those that come before them: the better ones and, of equal ones,
+  // those at smaller positions.
   void rank(int64_t survivors, int64_t k, int32_t* best_positions, ordered_t<Real>* best_orders) {
+    using Integers = OrderedVector<Real>;
     constexpr int lanes = kLanes<Real>;
-    const int64_t padded = round_up(survivors, lanes);
-    std::fill(survivors_.data() + survivors, survivors_.data() + padded, kBelowAll<Real>);
-    OrderedVector<Real> lane;
+    std::fill(survivors_.data() + survivors, survivors_.data() + round_up(survivors, lanes),
+              kBelowAll<Real>);
+    Integers lane;
     for (int i = 0; i < lanes; ++i) {
       lane[i] = i;
     }
+    for (int64_t first = 0; first < survivors; first += lanes) {
+      const Integers own = load_ordered<Real>(survivors_.data() + first);
+      Integers before = Integers{} - ordered_t<Real>(first);  // counts down: true is -1
+      for (int64_t j = 0; j < first; ++j) {
+        before -= own > survivors_[j];
+      }
+      for (int64_t j = 0; j < lanes; ++j) {
+        const Integers other = Integers{} + survivors_[first + j];
+        before += (other > own) | ((other == own) & (lane > ordered_t<Real>(j)));
+      }
+      for (int64_t j = first + lanes; j < survivors; ++j) {
+        before += survivors_[j] > own;
+      }
+      store_ordered<Real>(ranks_ + first, -before);
+    }
     for (int64_t i = 0; i < survivors; ++i) {
-      const ordered_t<Real> order = survivors_[i];
-      const int64_t own = i / lanes * lanes;
-      OrderedVector<Real> better = {};
-      for (int64_t j = 0; j < own; j += lanes) {
-        better += load_ordered<Real>(survivors_.data() + j) > order - 1;
-      }
-      const OrderedVector<Real> beside = load_ordered<Real>(survivors_.data() + own);
-      better += (beside > order) | ((beside == order) & (lane < ordered_t<Real>(i - own)));
-      for (int64_t j = own + lanes; j < padded; j += lanes) {
-        better += load_ordered<Real>(survivors_.data() + j) > order;
-      }
-      const int64_t rank = count_true<Real>(better);
-      if (rank < k) {
-        best_positions[rank] = positions_[i];
-        best_orders[rank] = order;
-      }
+      ranked_[ranks_[i]] = int32_t(i);
+    }
+    for (int64_t i = 0; i < k; ++i) {
+      best_positions[i] = positions_[ranked_[i]];
+      best_orders[i] = survivors_[ranked_[i]];
     }
   }
 
@@ -227,6 +233,8 @@ class Selection {
   Scratch<int32_t> positions_;
   Scratch<ordered_t<Real>> survivors_;
   Scratch<ordered_t<Real>> maxima_;
+  ordered_t<Real> ranks_[kMostRanked];
+  int32_t ranked_[kMostRanked];
 };
 
 }  // namespace peer::cpu::PEER_CAPABILITY

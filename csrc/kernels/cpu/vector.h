@@ -161,6 +161,17 @@ static inline Real sum_of_lanes(Vector<Real> v) {
   return lanes[0];
 }
 
+// Lane i of the result is lane i + width of v, around the end.
+template <size_t width, class V, size_t... i>
+static inline V rotate(V v, std::index_sequence<i...>) {
+  constexpr size_t lanes = sizeof...(i);
+#if defined(__clang__)
+  return __builtin_shufflevector(v, v, int((i + width) % lanes)...);
+#else
+  return __builtin_shuffle(v, V{(i + width) % lanes...});
+#endif
+}
+
 // The two halves of the sequence a0 b0 a1 b1 ...
 template <class V, class Indices, size_t... i>
 static inline void interleave(V a, V b, V& low, V& high, std::index_sequence<i...>) {
