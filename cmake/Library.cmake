@@ -16,6 +16,7 @@ add_library(
   csrc/ops/autograd/product_key_topk.cpp
   csrc/ops/cpu/expert_mlp.cpp
   csrc/ops/cpu/glue.cpp
+  csrc/ops/cpu/huge_pages.cpp
   csrc/ops/cpu/product_key_topk.cpp
   csrc/ops/meta/expert_mlp.cpp
   csrc/ops/meta/product_key_topk.cpp)

@@ -2,6 +2,7 @@
 #include <torch/library.h>
 
 #include "ops/build_info.h"
+#include "peer.h"
 
 TORCH_LIBRARY(peer, m) {
   m.def(
@@ -24,6 +25,7 @@ TORCH_LIBRARY(peer, m) {
       "Tensor hidden, Tensor gate, str activation, bool sparse_grad, bool[5] output_mask) -> "
       "(Tensor, Tensor, Tensor, Tensor, Tensor)",
       {at::Tag::pt2_compliant_tag});
+  m.def("empty_huge(int[] size, ScalarType dtype) -> Tensor", &peer::empty_huge);
   m.def("build_info() -> str", &peer::build_info);
   m.def("cpu_capability() -> str", &peer::cpu_capability);
 }

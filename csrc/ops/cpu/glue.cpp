@@ -2,11 +2,11 @@
 
 #include <ATen/ops/_sparse_coo_tensor_with_dims_and_tensors.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
 
 #include <atomic>
 
 #include "ops/checks.h"
+#include "ops/cpu/huge_pages.h"
 
 namespace peer::ops::cpu {
 
@@ -59,8 +59,9 @@ at::Tensor TableGradient::sum(const at::Tensor& coefficients,
                               const at::TensorOptions& like) const {
   const int64_t width = source.size(1);
   const int64_t distinct = plan_.owners.size();
-  const at::Tensor values =
-      sparse_ ? at::empty({distinct, width}, like) : at::zeros({owner_count_, width}, like);
+  const at::ScalarType dtype = c10::typeMetaToScalarType(like.dtype());
+  const at::Tensor values = sparse_ ? empty_in(recycled_huge_pages(), {distinct, width}, dtype)
+                                    : zeros_in_huge_pages({owner_count_, width}, dtype);
   with_table_type(values.scalar_type(), [&]<class Element>() {
     using Real = accumulation_t<Element>;
     const at::Tensor partial_sums = at::empty({plan_.partial_rows, width}, source.options());
