@@ -14,6 +14,7 @@ from peer import _library, _vmap, functional, modules, reference
 from peer._library import BinaryMismatchError
 from peer._version import __version__
 from peer.config import show_config
+from peer.memory import empty_huge
 from peer.modules import PEER, ExpertPool, ProductKeyRouter, fold_query_norm_
 from peer.usage import UsageTracker
 
@@ -24,6 +25,7 @@ __all__ = [
     "ProductKeyRouter",
     "UsageTracker",
     "__version__",
+    "empty_huge",
     "fold_query_norm_",
     "functional",
     "modules",

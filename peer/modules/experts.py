@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from peer.functional import ACTIVATIONS, expert_mlp
+from peer.memory import empty_huge
 from peer.modules.grid import parse_grid
 
 __all__ = ["ExpertPool"]
@@ -88,11 +89,12 @@ class ExpertPool(nn.Module):
         self.sparse_grad = sparse_grad
         self.zero_init_out = zero_init_out
 
-        self.w_down = nn.Parameter(torch.empty(num_experts, dim, device=device, dtype=dtype))
-        self.w_up = nn.Parameter(torch.empty(num_experts, dim_out, device=device, dtype=dtype))
-        self.w_gate = (
-            nn.Parameter(torch.empty(num_experts, dim, device=device, dtype=dtype)) if glu else None
-        )
+        def table(width: int) -> nn.Parameter:
+            return nn.Parameter(empty_huge(num_experts, width, device=device, dtype=dtype))
+
+        self.w_down = table(dim)
+        self.w_up = table(dim_out)
+        self.w_gate = table(dim) if glu else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
