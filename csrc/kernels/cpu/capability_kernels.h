@@ -13,6 +13,10 @@ namespace peer::cpu::PEER_CAPABILITY {
 template <class Table>
 void token_forward(const TokenForward<Table>&, int64_t first, int64_t last);
 template <class Table>
+void token_parts_forward(const TokenForward<Table>&, int64_t first, int64_t last);
+template <class Table>
+void add_token_parts(const TokenForward<Table>&, int64_t first, int64_t last);
+template <class Table>
 void token_backward(const TokenBackward<Table>&, int64_t first, int64_t last);
 template <class Table>
 void gather_sum(const GatherSum<Table>&, int64_t first, int64_t last);

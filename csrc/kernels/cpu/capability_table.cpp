@@ -8,7 +8,8 @@ namespace {
 
 template <class Table>
 constexpr ExpertKernels<Table> expert_kernels() {
-  return {token_forward<Table>, token_backward<Table>, sum_chunks<Table>, sum_split_runs<Table>};
+  return {token_forward<Table>,  token_parts_forward<Table>, add_token_parts<Table>,
+          token_backward<Table>, sum_chunks<Table>,          sum_split_runs<Table>};
 }
 
 template <class Real>

@@ -21,7 +21,17 @@ struct Rows {
   explicit operator bool() const { return data != nullptr; }
 };
 
-// Token pass, forward. A work item is a token.
+// A token's output is the sum of its parts, each the sum over so many of its experts: where there are
+// fewer tokens than threads, parts are shared out. Fixed, so that a token's result does not depend on
+// the others.
+constexpr int64_t kExpertsPerPart = 32;
+
+constexpr int64_t parts_per_token(int64_t experts_per_token) {
+  return (experts_per_token + kExpertsPerPart - 1) / kExpertsPerPart;
+}
+
+// Token pass, forward. A work item is a token; for token_parts_forward a part of one, number
+// token·parts + part, whose sum is left in parts_out.
 //
 //   hidden = <x, w_down[e]>       gate = <x, w_gate[e]>, or 1 without w_gate
 //   out = Σ_p weights·act(hidden)·gate·w_up[e]
@@ -39,6 +49,7 @@ struct TokenForward {
   Real* out;                               // (T, O)
   Real* hidden;                            // (T, P)
   Real* gate;                              // (T, P) where w_gate is given
+  Real* parts_out;                         // (T, parts, O), for token_parts_forward alone
 };
 
 // Token pass, backward. A work item is a token. With s = <grad_out, w_up[e]>:
@@ -161,6 +172,9 @@ struct Retrieval {
 template <class Table>
 struct ExpertKernels {
   void (*token_forward)(const TokenForward<Table>&, int64_t first, int64_t last);
+  void (*token_parts_forward)(const TokenForward<Table>&, int64_t first, int64_t last);
+  // Adds up the parts of a token, of which there is one at least. A work item is a token.
+  void (*add_token_parts)(const TokenForward<Table>&, int64_t first, int64_t last);
   void (*token_backward)(const TokenBackward<Table>&, int64_t first, int64_t last);
   void (*sum_chunks)(const ExpertPass<Table>&, int64_t first, int64_t last);
   void (*sum_split_runs)(const ExpertPass<Table>&, int64_t first, int64_t last);

@@ -14,6 +14,9 @@ namespace {
 // thread.
 constexpr int64_t kTokensPerTask = 4;
 
+// Fewer tokens than this are cut into parts, so that even one gives work to several threads.
+constexpr int64_t kFewTokens = 8;
+
 // What the token pass reads in both directions, as the kernels want it.
 struct Experts {
   Experts(const char* op,
@@ -51,9 +54,13 @@ std::tuple<Tensor, Tensor, Tensor> expert_mlp_cpu(const Tensor& x,
   const at::ScalarType type = accumulation_type(w_down.scalar_type());
   const at::TensorOptions accumulated = x.options().dtype(type);
   const Experts experts("expert_mlp", indices, weights, w_down, w_up, w_gate);
+  const int64_t parts = parts_per_token(indices.size(1));
+  const bool shares_tokens = x.size(0) < kFewTokens && parts > 1;
   const Tensor inputs = contiguous_as(x, type);
 
   const Tensor out = at::empty({x.size(0), w_up.size(1)}, accumulated);
+  const Tensor parts_out =
+      at::empty({shares_tokens ? x.size(0) * parts : 0, w_up.size(1)}, accumulated);
   const Tensor hidden = at::empty(indices.sizes(), accumulated);
   const Tensor gate =
       w_gate.has_value() ? at::empty(indices.sizes(), accumulated) : at::empty({0}, accumulated);
@@ -73,10 +80,19 @@ std::tuple<Tensor, Tensor, Tensor> expert_mlp_cpu(const Tensor& x,
         .out = data_of<Real>(out),
         .hidden = data_of<Real>(hidden),
         .gate = data_of<Real>(gate),
+        .parts_out = data_of<Real>(parts_out),
     };
     const ExpertKernels<Table>& kernel = kernels().template experts<Table>();
-    at::parallel_for(0, x.size(0), kTokensPerTask,
-                     [&](int64_t first, int64_t last) { kernel.token_forward(pass, first, last); });
+    if (shares_tokens) {
+      at::parallel_for(0, x.size(0) * parts, 1, [&](int64_t first, int64_t last) {
+        kernel.token_parts_forward(pass, first, last);
+      });
+      kernel.add_token_parts(pass, 0, x.size(0));
+    } else {
+      at::parallel_for(0, x.size(0), kTokensPerTask, [&](int64_t first, int64_t last) {
+        kernel.token_forward(pass, first, last);
+      });
+    }
   });
   return {out.to(x.scalar_type()), hidden, gate};
 }
