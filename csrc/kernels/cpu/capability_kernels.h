@@ -26,6 +26,13 @@ void sum_chunks(const ExpertPass<Element>&, int64_t first, int64_t last);
 template <class Element>
 void sum_split_runs(const ExpertPass<Element>&, int64_t first, int64_t last);
 
+template <class Table, class Source>
+void update_rows(const RowUpdate<Table, Source>&, int64_t first, int64_t last);
+template <class Table, class Source>
+void update_chunks(const RowUpdate<Table, Source>&, int64_t first, int64_t last);
+template <class Table, class Source>
+void update_split_runs(const RowUpdate<Table, Source>&, int64_t first, int64_t last);
+
 template <class Real>
 void pack_keys(const PackKeys<Real>&, int64_t first, int64_t last);
 template <class Real>

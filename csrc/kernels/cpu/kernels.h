@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "kernels/activation.h"
 #include "kernels/types.h"
@@ -132,6 +133,55 @@ struct ExpertPass {
   Rows<Real> partial_sums;
 };
 
+// How a row's gradient g changes the row w and its state. Before anything else, w is multiplied by
+// `kept`, 1 - (learning rate)·(weight decay). With s, v and t the row's own numbers and m its row
+// of momentum:
+//
+//   rowwise_adagrad   s += mean(g²)
+//                     w -= lr·g / (sqrt(s) + eps)
+//   sgd               m = beta1·m + g, where momentum is given; else m stands for g
+//                     w -= lr·m, with nesterov lr·(g + beta1·m)
+//   rowwise_adam      t += 1
+//                     m = beta1·m + (1 - beta1)·g
+//                     v = beta2·v + (1 - beta2)·mean(g²)
+//                     w -= lr·m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps)
+enum class Rule : int32_t { rowwise_adagrad, sgd, rowwise_adam };
+
+template <class Table>
+struct UpdateRule {
+  using Real = accumulation_t<Table>;
+  Rule rule;
+  bool nesterov;
+  double lr, kept, eps, beta1, beta2;
+  Real* second_moments;  // (N): s or v
+  int32_t* row_steps;    // (N): t
+  Rows<Table> momentum;  // (N, width), or none
+};
+
+// Updates the rows of a table by sums that are not stored. A work item is a row of source for
+// update_rows, which takes the rows of source as the gradients of the rows `ids`, all distinct; for
+// the others it is as in the expert pass, whose sums the gradients are.
+//
+// Rounding to a 16-bit table and momentum is to nearest, or stochastic, with random bits from the
+// key, the row and the column.
+template <class Table, class Source>
+struct RowUpdate {
+  using Real = accumulation_t<Table>;
+  int64_t width;
+  const int64_t* ids;  // for update_rows: null where row i belongs to row i
+  int64_t pairs_per_row;
+  const Pair* pairs;         // sorted by owner, stable
+  const Real* coefficients;  // by pair number, or null: all one
+  Rows<const Source> source;
+  const Chunk* chunks;
+  const SplitRun* split_runs;
+  Rows<Real> partial_sums;
+  Rows<Table> table;
+  UpdateRule<Table> rule;
+  bool stochastic_rounding;
+  uint64_t key;
+};
+
 // Keys of one half, to be packed for the sub-score product: panels of keys_per_panel keys, each
 // panel (half_width, keys_per_panel), zero-padded at the end. A work item is a panel of a head:
 // number head·panels + panel.
@@ -169,6 +219,13 @@ struct Retrieval {
   int64_t* indices;  // (T, H, k)
 };
 
+template <class Table, class Source>
+struct UpdateKernels {
+  void (*update_rows)(const RowUpdate<Table, Source>&, int64_t first, int64_t last);
+  void (*update_chunks)(const RowUpdate<Table, Source>&, int64_t first, int64_t last);
+  void (*update_split_runs)(const RowUpdate<Table, Source>&, int64_t first, int64_t last);
+};
+
 template <class Table>
 struct ExpertKernels {
   void (*token_forward)(const TokenForward<Table>&, int64_t first, int64_t last);
@@ -178,6 +235,17 @@ struct ExpertKernels {
   void (*token_backward)(const TokenBackward<Table>&, int64_t first, int64_t last);
   void (*sum_chunks)(const ExpertPass<Table>&, int64_t first, int64_t last);
   void (*sum_split_runs)(const ExpertPass<Table>&, int64_t first, int64_t last);
+  UpdateKernels<Table, accumulation_t<Table>> update_by_wide;  // source in the accumulation type
+  UpdateKernels<Table, Table> update_by_narrow;                // source in the table's own type
+
+  template <class Source>
+  const UpdateKernels<Table, Source>& update() const {
+    if constexpr (std::is_same_v<Source, Table>) {
+      return update_by_narrow;
+    } else {
+      return update_by_wide;
+    }
+  }
 };
 
 template <class Real>
