@@ -285,9 +285,10 @@ TEST_CASE("every half-precision value is read and written as itself", "[token_pa
       const float one = 1;
       const int64_t index = 0;
       float out, hidden;
-      const TokenForward<Half> forward = {
-          1,         1,  1,    Activation::identity, &one,   &one,   &index, {&down, 1},
-          {&up, 1}, {}, &out, &hidden,              nullptr, nullptr};
+      const TokenForward<Half> forward = {1,        1,      1,      Activation::identity,
+                                          &one,     &one,   &index, {&down, 1},
+                                          {&up, 1}, {},     &out,   &hidden,
+                                          nullptr,  nullptr};
       capability.kernels->experts<Half>().token_forward(forward, 0, 1);
       const double expected = to_double(up);
       const bool is_read = std::isnan(expected) ? std::isnan(out) : double(out) == expected;
@@ -296,7 +297,7 @@ TEST_CASE("every half-precision value is read and written as itself", "[token_pa
       const Chunk chunk{0, 1, 0, false};
       Half written{0x1234};
       const ExpertPass<Half> pass = {1,      1,       &pair,         &one, {&out, 1},
-                                     &chunk, nullptr, {&written, 1}, {}};
+                                     &chunk, nullptr, {&written, 1}, {},   false};
       capability.kernels->experts<Half>().sum_chunks(pass, 0, 1);
       const bool is_written =
           std::isnan(expected) ? std::isnan(to_double(written)) : to_double(written) == expected;
@@ -327,7 +328,7 @@ TEMPLATE_TEST_CASE("sums are rounded to the nearest 16-bit value, ties to even",
       const Chunk chunk{0, 1, 0, false};
       TestType written;
       const ExpertPass<TestType> pass = {1,      1,       &pair,         &one, {&source, 1},
-                                         &chunk, nullptr, {&written, 1}, {}};
+                                         &chunk, nullptr, {&written, 1}, {},   false};
       capability.kernels->experts<TestType>().sum_chunks(pass, 0, 1);
       INFO(capability.name << " " << value);
       CHECK(to_double(written) == expected);

@@ -2,7 +2,8 @@
 // the pass that updates the row by it (row_update.cpp).
 //
 // Both passes name their parts alike: width, pairs, pairs_per_row, coefficients, source and
-// partial_sums. Not weighted means that every coefficient is one.
+// partial_sums. Not weighted means that every coefficient is one; streamed, that rows are written
+// past the caches, which needs aligned ones.
 #pragma once
 
 #include "kernels/cpu/kernels.h"
@@ -18,7 +19,7 @@ static inline auto* source_of_pair(const Pass& pass, int64_t number) {
   return pass.source.data + (number / pass.pairs_per_row) * pass.source.stride;
 }
 
-template <int vectors, bool weighted, class Pass, class Target>
+template <int vectors, bool weighted, bool streamed, class Pass, class Target>
 static inline void sum_strip(const Pass& pass, const Chunk& chunk, int64_t column, Target* out) {
   using Real = typename Pass::Real;
   constexpr int lanes = kLanes<Real>;
@@ -38,7 +39,11 @@ static inline void sum_strip(const Pass& pass, const Chunk& chunk, int64_t colum
     }
   }
   for (int v = 0; v < vectors; ++v) {
-    store(out + column + v * lanes, sum[v]);
+    if constexpr (streamed) {
+      stream(out + column + v * lanes, sum[v]);
+    } else {
+      store(out + column + v * lanes, sum[v]);
+    }
   }
 }
 
@@ -59,15 +64,15 @@ static inline void sum_tail(const Pass& pass, const Chunk& chunk, int64_t column
   store_first(out + column, sum, count);
 }
 
-template <bool weighted, class Pass, class Target>
+template <bool weighted, bool streamed = false, class Pass, class Target>
 static inline void sum_chunk(const Pass& pass, const Chunk& chunk, Target* out) {
   constexpr int lanes = kLanes<typename Pass::Real>;
   int64_t column = 0;
   for (; column + kVectorsPerStrip * lanes <= pass.width; column += kVectorsPerStrip * lanes) {
-    sum_strip<kVectorsPerStrip, weighted>(pass, chunk, column, out);
+    sum_strip<kVectorsPerStrip, weighted, streamed>(pass, chunk, column, out);
   }
   for (; column + lanes <= pass.width; column += lanes) {
-    sum_strip<1, weighted>(pass, chunk, column, out);
+    sum_strip<1, weighted, streamed>(pass, chunk, column, out);
   }
   if (column < pass.width) {
     sum_tail<weighted>(pass, chunk, column, out);

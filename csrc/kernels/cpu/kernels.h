@@ -22,9 +22,9 @@ struct Rows {
   explicit operator bool() const { return data != nullptr; }
 };
 
-// A token's output is the sum of its parts, each the sum over so many of its experts: where there are
-// fewer tokens than threads, parts are shared out. Fixed, so that a token's result does not depend on
-// the others.
+// A token's output is the sum of its parts, each the sum over so many of its experts: where there
+// are fewer tokens than threads, parts are shared out. Fixed, so that a token's result does not
+// depend on the others.
 constexpr int64_t kExpertsPerPart = 32;
 
 constexpr int64_t parts_per_token(int64_t experts_per_token) {
@@ -131,6 +131,7 @@ struct ExpertPass {
   const SplitRun* split_runs;
   Rows<Element> out;
   Rows<Real> partial_sums;
+  bool exceeds_caches;  // whether the rows of out that are written do, all together
 };
 
 // How a row's gradient g changes the row w and its state. Before anything else, w is multiplied by

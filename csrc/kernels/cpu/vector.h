@@ -133,6 +133,39 @@ static inline void store(Half* target, Vector<float> v) {
 #endif
 }
 
+// store past the caches, to an address aligned to the vector as it is stored. What is written this
+// way is in order with other stores only after finish_streaming().
+template <class Element>
+static inline void stream(Element* target, Vector<accumulation_t<Element>> v) {
+  Element stored[kLanes<accumulation_t<Element>>];
+  store(stored, v);
+#if defined(__AVX512F__)
+  if constexpr (sizeof(stored) == 64) {
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(target), bit_cast<__m512i>(stored));
+    return;
+  }
+#endif
+#if defined(__AVX2__)
+  if constexpr (sizeof(stored) == 32) {
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(target), bit_cast<__m256i>(stored));
+    return;
+  }
+#endif
+#if defined(__SSE2__)
+  if constexpr (sizeof(stored) == 16) {
+    _mm_stream_si128(reinterpret_cast<__m128i*>(target), bit_cast<__m128i>(stored));
+    return;
+  }
+#endif
+  std::memcpy(target, stored, sizeof(stored));
+}
+
+static inline void finish_streaming() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
+
 // The last, incomplete step of a row: missing lanes are read as zero and not written.
 
 template <class Element>

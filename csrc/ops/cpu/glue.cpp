@@ -10,6 +10,13 @@
 
 namespace peer::ops::cpu {
 
+namespace {
+
+// More than a processor's last cache lends to one program, roughly.
+constexpr int64_t kCaches = int64_t(16) << 20;
+
+}  // namespace
+
 void check_index_range(const char* op, const at::Tensor& contiguous_indices, int64_t count) {
   const int64_t* indices = contiguous_indices.const_data_ptr<int64_t>();
   const int64_t total = contiguous_indices.numel();
@@ -80,6 +87,7 @@ at::Tensor TableGradient::sum(const at::Tensor& coefficients,
         .split_runs = plan.split_runs.data(),
         .out = {data_of<Element>(values), width},
         .partial_sums = {data_of<Real>(partial_sums), width},
+        .exceeds_caches = int64_t(plan.chunks.size() * width * sizeof(Element)) > kCaches,
     };
     const ExpertKernels<Element>& kernel = kernels().template experts<Element>();
     at::parallel_for(0, plan.chunks.size(), 64,

@@ -34,8 +34,8 @@ size_t round_to_pages(size_t bytes) { return (bytes + kHugePage - 1) / kHugePage
 Block map(size_t bytes) {
   bytes = round_to_pages(bytes);
   // One page more than needed, of which the ends before and after the aligned part go back.
-  void* mapped = mmap(nullptr, bytes + kHugePage, PROT_READ | PROT_WRITE,
-                      MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  void* mapped =
+      mmap(nullptr, bytes + kHugePage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   TORCH_CHECK_WITH(OutOfMemoryError, mapped != MAP_FAILED, "peer: cannot allocate ", bytes,
                    " bytes: ", std::strerror(errno));
   char* const start = static_cast<char*>(mapped);
