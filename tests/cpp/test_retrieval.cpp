@@ -192,6 +192,36 @@ TEMPLATE_TEST_CASE("retrieval equals brute force where the group filter works",
   }
 }
 
+TEMPLATE_TEST_CASE("retrieval equals brute force at every key width and number around the panels",
+                   "[retrieval]",
+                   float,
+                   double) {
+  Random random(9);
+  for (const int64_t half_width : {1, 3, 4, 7, 8, 9, 15, 16, 17, 33}) {
+    for (const int64_t rows : {11, 12, 13, 23, 24, 25, 47, 48, 49, 63, 64, 65, 97}) {
+      const int64_t columns = 20, k = 9;
+      check_against_brute_force<TestType>(
+          {6, 2, half_width, rows, columns, k, false,
+           small_integers<TestType>(random, 6 * 2 * 2 * half_width, 20),
+           small_integers<TestType>(random, 2 * rows * half_width, 20),
+           small_integers<TestType>(random, 2 * columns * half_width, 20)},
+          "half width " + std::to_string(half_width) + " rows " + std::to_string(rows));
+    }
+  }
+}
+
+TEMPLATE_TEST_CASE("a block may hold any number of tokens", "[retrieval]", float, double) {
+  Random random(10);
+  const auto query = small_integers<TestType>(random, 21 * 3 * 14, 20);
+  const auto row_keys = small_integers<TestType>(random, 90 * 7, 20);
+  const auto col_keys = small_integers<TestType>(random, 30 * 7, 20);
+  for (const int64_t block : {1, 2, 3, 4, 5, 7, 12, 16, 64}) {
+    Problem<TestType> problem{21, 3, 7, 90, 30, 6, true, query, row_keys, col_keys};
+    problem.tokens_per_block = block;
+    check_against_brute_force<TestType>(problem, "block of " + std::to_string(block));
+  }
+}
+
 TEMPLATE_TEST_CASE("k may be all experts", "[retrieval]", float, double) {
   Random random(8);
   check_against_brute_force<TestType>(
