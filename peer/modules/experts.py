@@ -127,11 +127,11 @@ class ExpertPool(nn.Module):
             TypeError: a dtype is not supported in its place.
             IndexError: an index is outside [0, N).
         """
-        # TorchScript compiles nothing of this.
-        is_eager = not torch.jit.is_scripting()  # type: ignore[attr-defined]
-        if is_eager and self.fused_update is not None and torch.is_grad_enabled():
-            fused: Tensor = self.fused_update.forward(self, x, weights, indices)
-            return fused
+        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+            update = self.fused_update
+            if update is not None and torch.is_grad_enabled():
+                fused: Tensor = update.forward(self, x, weights, indices)
+                return fused
         return expert_mlp(
             x,
             weights,

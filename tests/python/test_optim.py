@@ -77,7 +77,8 @@ class Reference:
     def step(self, gradient: Tensor) -> None:
         touched = range(ROWS)
         if gradient.is_sparse:
-            touched, gradient = gradient._indices()[0].unique().tolist(), gradient.to_dense()
+            touched = gradient._indices()[0].unique().tolist()
+            gradient = gradient.double().to_dense()
         for row in touched:
             self.table[row] = self.update(row, self.table[row], gradient[row].double())
 
@@ -224,7 +225,6 @@ def test_gradients_that_accumulate_over_micro_batches_count_as_their_sum(kind):
     x, weights, indices = torch.randn(6, 9), torch.rand(6, 4), torch.randint(20, (6, 4))
     for half in (slice(0, 3), slice(3, 6)):
         pools[0](x[half], weights[half], indices[half]).square().sum().backward()
-    assert pools[0].w_down.grad._nnz() > len(indices.unique())
     pools[1](x, weights, indices).square().sum().backward()
     for pool in pools:
         make_optimizer(kind, pool.parameters()).step()
@@ -521,17 +521,13 @@ def test_a_bad_option_gets_a_sentence(case):
     assert len(good.param_groups) == 1
 
 
-def test_a_gradient_of_another_layout_is_refused(kind):
+def test_a_gradient_that_is_sparse_by_elements_is_refused(kind):
     table = make_table()
-    for gradient in (torch.ones(ROWS, WIDTH).to_sparse(), torch.ones(ROWS, WIDTH).to_sparse_csr()):
-        other = nn.Parameter(table.detach().clone())
-        try:
-            other.grad = gradient
-        except RuntimeError:
-            continue  # this torch does not let a parameter have it
-        with pytest.raises(ValueError, match="dense gradient, or a sparse COO gradient with one"):
-            make_optimizer(kind, [other]).step()
-        assert_same_bits(other, table)
+    before = table.detach().clone()
+    table.grad = torch.ones(ROWS, WIDTH).to_sparse()
+    with pytest.raises(ValueError, match="sparse COO gradient with one sparse dimension, got "):
+        make_optimizer(kind, [table]).step()
+    assert_same_bits(table, before)
 
 
 # --- the operators -------------------------------------------------------------------------------
@@ -663,6 +659,10 @@ BAD_STATE = {
 }
 
 
+def on_meta(tensor):
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+
+
 def assert_refused_unchanged(name, given, error, message):
     before = {key: value.clone() for key, value in given.items() if isinstance(value, Tensor)}
     with pytest.raises(error, match=f"^peer::{name}: .*{message}"):
@@ -678,7 +678,7 @@ def test_a_bad_argument_is_named_and_changes_nothing(name, case):
     assert_refused_unchanged(name, arguments(name, **changes), error, message)
     if error is not IndexError:
         given = arguments(name, **changes)
-        given = {k: v.to("meta") if isinstance(v, Tensor) else v for k, v in given.items()}
+        given = {k: on_meta(v) if isinstance(v, Tensor) else v for k, v in given.items()}
         with pytest.raises(error, match=f"^peer::{name}: .*{message}"):
             getattr(torch.ops.peer, name)(**given)
 
@@ -708,7 +708,7 @@ def test_a_bad_gradient_in_a_step_changes_nothing(kind):
 @pytest.mark.parametrize("name", NAMES)
 def test_what_is_written_gets_a_new_version(name):
     given = arguments(name)
-    written = [each for each in getattr(torch.ops.peer, name).default._schema.arguments]
+    written = list(getattr(torch.ops.peer, name).default._schema.arguments)
     written = [each.name for each in written if each.alias_info and each.alias_info.is_write]
     versions = {key: v._version for key, v in given.items() if isinstance(v, Tensor)}
     getattr(torch.ops.peer, name)(**given)
