@@ -1,6 +1,6 @@
-// The operators that update tables have no derivative, nor has the one that prepares an update. They
-// write in place: autograd has to know that what it saved for a backward pass is no longer what it
-// saved.
+// The operators that update tables have no derivative, nor has the one that prepares an update.
+// They write in place: autograd has to know that what it saved for a backward pass is no longer
+// what it saved.
 #include <torch/csrc/autograd/VariableTypeUtils.h>
 #include <torch/library.h>
 
