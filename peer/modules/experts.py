@@ -129,9 +129,10 @@ class ExpertPool(nn.Module):
             TypeError: a dtype is not supported in its place.
             IndexError: an index is outside [0, N).
         """
-        if not torch.jit.is_scripting():
-            if self.fused_update is not None and torch.is_grad_enabled():
-                fused: Tensor = self.fused_update.forward(self, x, weights, indices)
+        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+            update = self.fused_update
+            if update is not None and torch.is_grad_enabled():
+                fused: Tensor = update.forward(self, x, weights, indices)
                 return fused
         return expert_mlp(
             x,

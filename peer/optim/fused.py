@@ -73,7 +73,7 @@ class FusedUpdate:
     def __exit__(self, *exception: object) -> None:
         self.remove()
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, pool: ExpertPool, x: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
         """What the pool returns, with a backward pass that updates its tables.
 
@@ -89,7 +89,7 @@ class FusedUpdate:
         Raises:
             RuntimeError: the call is being traced, or a table no longer requires grad.
         """
-        if torch.compiler.is_exporting() or torch.jit.is_tracing():
+        if torch.compiler.is_exporting() or torch.jit.is_tracing():  # type: ignore[attr-defined]
             raise RuntimeError(
                 "a pool whose update is fused into its backward pass cannot be traced or exported; "
                 "call remove() on what fuse_into_backward returned, or trace under torch.no_grad()"

@@ -46,7 +46,9 @@ class SGD(TableOptimizer):
         >>> import torch, peer
         >>> table = torch.nn.Parameter(torch.zeros(3, 2))
         >>> optimizer = peer.optim.SGD([table], lr=0.5)
-        >>> table.grad = torch.sparse_coo_tensor([[1, 1]], [[3.0, 3.0], [1.0, 1.0]], (3, 2), check_invariants=True)
+        >>> table.grad = torch.sparse_coo_tensor(
+        ...     [[1, 1]], [[3.0, 3.0], [1.0, 1.0]], (3, 2), check_invariants=True
+        ... )
         >>> optimizer.step()
         >>> table.tolist()
         [[0.0, 0.0], [-2.0, -2.0], [0.0, 0.0]]

@@ -229,6 +229,10 @@ def _rows_and_values(gradient: Tensor) -> tuple[Tensor | None, Tensor]:
         # ids are distinct and ascending, and sum the rows of equal ids if not.
         return gradient._indices()[0], gradient._values()
     raise ValueError(
-        f"expected a dense gradient, or a sparse COO gradient with one sparse dimension, got "
-        f"{gradient.layout}"
+        "expected a dense gradient, or a sparse COO gradient with one sparse dimension, got "
+        + (
+            f"{gradient.sparse_dim()} sparse dimensions"
+            if gradient.layout == torch.sparse_coo
+            else str(gradient.layout)
+        )
     )

@@ -21,13 +21,15 @@
 
 namespace peer::cpu::PEER_CAPABILITY {
 
-// The random words of the columns that start at `column`.
+// The random words of the columns that start at `column`: those of the columns 0, 1, ... of a key
+// whose place in the Weyl sequence is that much further, so that the lanes' numbers are constants.
 static inline Bits32 random_words(uint64_t row_key, int64_t column) {
-  Bits32 columns;
+  Bits32 lanes;
   for (int i = 0; i < kLanes<float>; ++i) {
-    columns[i] = uint32_t(column) + i;
+    lanes[i] = i;
   }
-  return random_word(row_key, columns);
+  const uint32_t place = uint32_t(row_key) + uint32_t(column) * kWeylStep;
+  return random_word((row_key >> 32 << 32) | place, lanes);
 }
 
 static inline Bits32 select(Bits32 mask, Bits32 yes, Bits32 no) {

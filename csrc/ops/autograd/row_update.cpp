@@ -1,5 +1,6 @@
-// The operators that update tables have no derivative, and write in place: autograd has to know
-// that what it saved for a backward pass is no longer what it saved.
+// The operators that update tables have no derivative, nor has the one that prepares an update.
+// They write in place: autograd has to know that what it saved for a backward pass is no longer
+// what it saved.
 #include <torch/csrc/autograd/VariableTypeUtils.h>
 #include <torch/library.h>
 
@@ -58,6 +59,8 @@ TORCH_LIBRARY_IMPL(peer, Autograd, m) {
   for (const char* name : kOperators) {
     m.impl(name, torch::CppFunction::makeFromBoxedFunction<&refuse_gradients>());
   }
+  m.impl("expert_mlp_backward_coefficients",
+         torch::CppFunction::makeFromBoxedFunction<&refuse_gradients>());
 }
 
 TORCH_LIBRARY_IMPL(peer, ADInplaceOrView, m) {
