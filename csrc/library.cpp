@@ -49,6 +49,7 @@ TORCH_LIBRARY(peer, m) {
       "-> ()",
       {at::Tag::pt2_compliant_tag});
   m.def("empty_huge(int[] size, ScalarType dtype) -> Tensor", &peer::empty_huge);
+  m.def("zeros_huge(int[] size, ScalarType dtype) -> Tensor", &peer::zeros_huge);
   m.def("build_info() -> str", &peer::build_info);
   m.def("cpu_capability() -> str", &peer::cpu_capability);
 }

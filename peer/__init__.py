@@ -14,7 +14,7 @@ from peer import _library, _vmap, functional, modules, optim, reference
 from peer._library import BinaryMismatchError
 from peer._version import __version__
 from peer.config import show_config
-from peer.memory import empty_huge
+from peer.memory import empty_huge, zeros_huge
 from peer.modules import PEER, ExpertPool, ProductKeyRouter, fold_query_norm_
 from peer.param_groups import param_groups
 from peer.usage import UsageTracker
@@ -34,6 +34,7 @@ __all__ = [
     "param_groups",
     "reference",
     "show_config",
+    "zeros_huge",
 ]
 
 _library.load_on_import()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["empty_huge"]
+__all__ = ["empty_huge", "zeros_huge"]
 
 
 def empty_huge(
@@ -16,9 +16,8 @@ def empty_huge(
     """An uninitialised tensor on pages of 2 MB, for a table whose rows are read at random.
 
     On pages of 4 KB almost every row of a large table misses the processor's translation cache.
-    Elements that were never written read as zero, and take no memory until they are. Where the
-    system grants no large pages the tensor is on small ones, and is the same otherwise. For small
-    tensors and on devices other than the CPU this is `torch.empty`.
+    Where the system grants no large pages the tensor is on small ones, and is the same otherwise.
+    For small tensors and on devices other than the CPU this is `torch.empty`.
 
     `peer.ExpertPool` allocates its tables so. Operations that allocate anew, such as `to`, `clone`
     and `copy.deepcopy`, do not keep the pages.
@@ -37,9 +36,48 @@ def empty_huge(
         >>> table.shape, table.dtype
         (torch.Size([1024, 512]), torch.bfloat16)
     """
-    # What torch would make here, under the default device and any mode that is active.
-    example = torch.empty(0, dtype=dtype, device=device)
-    if example.device.type != "cpu" or type(example) is not Tensor:
+    place = _cpu_dtype(dtype, device)
+    if place is None:
         return torch.empty(size, dtype=dtype, device=device)
-    table: Tensor = torch.ops.peer.empty_huge(size, example.dtype)
+    table: Tensor = torch.ops.peer.empty_huge(size, place)
     return table
+
+
+def zeros_huge(
+    *size: int,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | int | None = None,
+) -> Tensor:
+    """A tensor of zeros on pages of 2 MB, which take no memory until they are written.
+
+    For the state of an optimizer that touches few rows of a table.
+
+    Args:
+        size: of the tensor.
+        dtype: by default torch's.
+        device: by default torch's. Elsewhere than on the CPU this is `torch.zeros`.
+
+    Raises:
+        RuntimeError: there is not enough memory, or a size is negative.
+
+    Example:
+        >>> import torch, peer
+        >>> int(peer.zeros_huge(1024, 512).count_nonzero())
+        0
+    """
+    place = _cpu_dtype(dtype, device)
+    if place is None:
+        return torch.zeros(size, dtype=dtype, device=device)
+    table: Tensor = torch.ops.peer.zeros_huge(size, place)
+    return table
+
+
+def _cpu_dtype(
+    dtype: torch.dtype | None, device: torch.device | str | int | None
+) -> torch.dtype | None:
+    """The dtype of what torch would make under the default device and any mode that is active.
+
+    None where that is no ordinary CPU tensor.
+    """
+    example = torch.empty(0, dtype=dtype, device=device)
+    return example.dtype if example.device.type == "cpu" and type(example) is Tensor else None

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from peer.memory import zeros_huge
 from peer.optim.table_optimizer import TableOptimizer, number_per_row, require
 
 __all__ = ["RowwiseAdam"]
@@ -95,7 +96,7 @@ class RowwiseAdam(TableOptimizer):
         rounding: dict[str, int | None],
     ) -> None:
         if "first_moment" not in state:
-            state["first_moment"] = torch.zeros(table.shape, dtype=table.dtype, device=table.device)
+            state["first_moment"] = zeros_huge(*table.shape, dtype=table.dtype, device=table.device)
             state["second_moment"] = number_per_row(table, 0.0)
             state["row_steps"] = number_per_row(table, 0, torch.int32)
         beta1, beta2 = group["betas"]

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from peer.memory import zeros_huge
 from peer.optim.table_optimizer import TableOptimizer, require
 
 __all__ = ["SGD"]
@@ -96,8 +97,8 @@ class SGD(TableOptimizer):
         rounding: dict[str, int | None],
     ) -> None:
         if group["momentum"] != 0 and "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros(
-                table.shape, dtype=table.dtype, device=table.device
+            state["momentum_buffer"] = zeros_huge(
+                *table.shape, dtype=table.dtype, device=table.device
             )
         torch.ops.peer.sgd_(
             table,

@@ -83,14 +83,24 @@ struct Stochastically {
   }
 };
 
+// Four sums side by side hide the latency of multiply-add.
 template <class Real, class Gradient>
 Real mean_of_squares(const Gradient* gradient, int64_t width) {
-  Vector<Real> sum = {};
-  for_each_vector<Real>(width, [&](int64_t column, auto part) {
-    const Vector<Real> g = read(gradient + column, part);
-    sum += g * g;
+  constexpr int lanes = kLanes<Real>;
+  constexpr int chains = 4;
+  Vector<Real> sums[chains] = {};
+  int64_t column = 0;
+  for (; column + chains * lanes <= width; column += chains * lanes) {
+    for (int c = 0; c < chains; ++c) {
+      const Vector<Real> g = load(gradient + column + c * lanes);
+      sums[c] += g * g;
+    }
+  }
+  for_each_vector<Real>(width - column, [&](int64_t rest, auto part) {
+    const Vector<Real> g = read(gradient + column + rest, part);
+    sums[0] += g * g;
   });
-  return sum_of_lanes<Real>(sum) / Real(width);
+  return sum_of_lanes<Real>((sums[0] + sums[1]) + (sums[2] + sums[3])) / Real(width);
 }
 
 // w = kept·w - scale·g

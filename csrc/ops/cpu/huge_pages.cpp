@@ -178,4 +178,8 @@ at::Tensor empty_huge(at::IntArrayRef size, at::ScalarType dtype) {
   return ops::cpu::empty_in(ops::cpu::huge_pages(), size, dtype);
 }
 
+at::Tensor zeros_huge(at::IntArrayRef size, at::ScalarType dtype) {
+  return ops::cpu::zeros_in_huge_pages(size, dtype);
+}
+
 }  // namespace peer
