@@ -3,7 +3,7 @@
 #   VENV    virtual environment to make and use
 #   TORCH   version of torch to install in it
 #   PYTHON  interpreter to make it from
-#   ARGS    further arguments for the demo, or for pytest
+#   ARGS    further arguments for the demo, for the benchmarks, or for pytest
 
 VENV ?= .venv
 TORCH ?= 2.15.*
@@ -22,19 +22,21 @@ package := $(VENV)/.made-package
 test_tools := $(VENV)/.made-test-tools
 lint_tools := $(VENV)/.made-lint-tools
 demo_tools := $(VENV)/.made-demo-tools
+bench_tools := $(VENV)/.made-bench-tools
 
 sources := $(shell find csrc cmake build_backend peer -name include -prune -o -name lib -prune -o -type f \
              \( -name '*.cpp' -o -name '*.h' -o -name '*.in' -o -name '*.cmake' -o -name '*.py' -o -name py.typed \) -print)
 cpp_files = $(shell find csrc tests/cpp -name '*.cpp' -o -name '*.h' -o -name '*.hpp')
 python_files := peer tests examples build_backend setup.py $(wildcard benchmarks)
 
-.PHONY: help demo test test-cpp test-python build lint format clean catch2 compiler
+.PHONY: help demo bench test test-cpp test-python build lint format clean catch2 compiler
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo     train a small language model with a PEER layer beside its dense twin"
 	@echo "make test     C++ and Python tests"
+	@echo "make bench    measure the layer beside what it replaces, against its targets"
 	@echo "make build    compile in place, so that 'import peer' works from the checkout"
 	@echo "make lint     ruff, mypy and clang-format, changing nothing"
 	@echo "make format   ruff and clang-format, changing files"
@@ -45,6 +47,10 @@ help:
 # Started in examples/, where the package's source tree does not hide the installed package.
 demo: $(package) $(demo_tools)
 	cd examples && $(BIN)/python -m language_model --out "$(CURDIR)/demo-output" $(ARGS)
+
+# Started in benchmarks/, for the same reason.
+bench: $(package) $(bench_tools)
+	cd benchmarks && $(BIN)/python -m peer.bench --preset targets --csv "$(CURDIR)/benchmark-rows.csv" $(ARGS)
 
 test: test-cpp test-python
 
@@ -100,6 +106,11 @@ $(lint_tools): pyproject.toml | $(BIN)/python
 
 $(demo_tools): examples/language_model/requirements.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet -r $<
+	touch $@
+
+# The extra's requirements alone: the package is installed already, and not from an index.
+$(bench_tools): pyproject.toml $(package)
+	$(BIN)/python -m pip install --quiet '.[bench]'
 	touch $@
 
 compiler:

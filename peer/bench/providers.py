@@ -24,6 +24,7 @@ from peer.bench.works import (
     SelectionWork,
     Stepper,
     Work,
+    compile_whole,
 )
 
 __all__ = ["LEARNING_RATE", "PROVIDERS", "TABLE_LEARNING_RATE", "Provider"]
@@ -225,10 +226,10 @@ class Plain(Provider):
     def build(self, shared: Shared, distribution: str, mode: str, spelling: str) -> Work:
         """Routing and experts of `peer.bench.spellings`."""
         if mode == "retrieval":
-            function = torch.compile(retrieve, dynamic=False) if self.compiled else retrieve
+            function = compile_whole(retrieve) if self.compiled else retrieve
             return RetrievalWork(shared, distribution, function)
         if mode == "selection":
-            chosen = torch.compile(select, dynamic=False) if self.compiled else select
+            chosen = compile_whole(select) if self.compiled else select
             return SelectionWork(shared, distribution, chosen, from_scores=True)
         experts = EXPERTS[spelling]
         if mode in EXPERTS_ALONE:

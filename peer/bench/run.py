@@ -159,9 +159,10 @@ class _Run:
         self.on_progress(f"tables: {plan.case.describe()}", 0)
         shared = Shared(plan.case, plan.distributions)
         for mode in plan.modes:
+            if any(listing.provider == "compiled" for listing in listed):
+                torch.compiler.reset()  # so that no earlier mode counts against its limits
             self._measure_mode([li for li in listed if li.mode == mode], shared, stream)
         del shared
-        torch.compiler.reset()
         release()
 
     def _stream(self, threads: int) -> Stream:

@@ -23,6 +23,7 @@ __all__ = [
     "RetrievalWork",
     "SelectionWork",
     "Work",
+    "compile_whole",
 ]
 
 
@@ -38,6 +39,11 @@ class Stepper(Protocol):
 
 # From a layer to its optimizers and what must be undone when its turn ends.
 Optimizers = Callable[[nn.Module], "tuple[Sequence[Stepper], Callable[[], None]]"]
+
+
+def compile_whole(function: Any) -> Any:
+    """Compiles all of a function for the shapes it gets; an error if a part would run eagerly."""
+    return torch.compile(function, dynamic=False, fullgraph=True)
 
 
 class Work:
@@ -86,9 +92,7 @@ class LayerWork(Work):
         super().__init__(shared, distribution)
         self.mode = mode
         self.layers = layers
-        self.calls: list[Any] = [
-            torch.compile(layer, dynamic=False) if compiled else layer for layer in layers
-        ]
+        self.calls: list[Any] = [compile_whole(layer) if compiled else layer for layer in layers]
         self.make_optimizers = make_optimizers
         self.optimizers: Sequence[Stepper] = ()
         self._undo: Callable[[], None] | None = None
@@ -150,7 +154,7 @@ class ExpertsWork(Work):
     ) -> None:
         super().__init__(shared, distribution)
         self.mode = mode
-        self.experts: Any = torch.compile(experts, dynamic=False) if compiled else experts
+        self.experts: Any = compile_whole(experts) if compiled else experts
         self.weights = shared.weights.flatten(-2)
         self._inputs: tuple[Tensor, ...] = ()
         self._out: Tensor | None = None
