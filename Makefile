@@ -61,7 +61,7 @@ test-cpp: $(test_tools) compiler catch2
 	ctest --test-dir $(test_build) --output-on-failure --no-tests=error
 
 # The pytest program, not `python -m pytest`: that would put this directory, with the package's source tree, on the path.
-test-python: $(package) $(test_tools) $(demo_tools)
+test-python: $(package) $(test_tools) $(demo_tools) $(bench_tools)
 	$(BIN)/pytest $(ARGS)
 
 build: $(torch) $(test_tools) compiler
@@ -108,9 +108,9 @@ $(demo_tools): examples/language_model/requirements.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet -r $<
 	touch $@
 
-# The extra's requirements alone: the package is installed already, and not from an index.
-$(bench_tools): pyproject.toml $(package)
-	$(BIN)/python -m pip install --quiet '.[bench]'
+# Its requirements include torch, so torch comes first.
+$(bench_tools): pyproject.toml $(torch)
+	$(BIN)/python -m pip install --quiet --group bench
 	touch $@
 
 compiler:
