@@ -17,6 +17,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.ticker import LogLocator
 
 SIZES = ("num_experts", "tokens", "dim", "heads", "k", "dim_key", "dtype", "threads")
 AXES = {
@@ -166,7 +167,8 @@ def draw_sweeps(rows: list[Row], folder: Path) -> list[Path]:
 
 
 def _order(value: str) -> tuple[float, str]:
-    return (float(value), "") if value.isdigit() else (0.0, value)
+    """Numbers by size; the router after drawn ids, the others by name."""
+    return (float(value), "") if value.isdigit() else (float(value == "router"), value)
 
 
 def _draw_sweep(field: str, rows: list[Row], path: Path) -> bool:
@@ -203,6 +205,9 @@ def _draw_sweep(field: str, rows: list[Row], path: Path) -> bool:
                 bottom.plot(xs, shares, **style)
         top.set_title(MODES[mode], fontsize=10)
         top.set_yscale("log")
+        top.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        top.yaxis.set_major_formatter(lambda seconds, _: spell_time(seconds))
+        top.tick_params(axis="y", labelsize=8)
         bottom.set_ylim(bottom=0)
         bottom.set_xlabel(AXES[field])
         for axes in (top, bottom):
@@ -215,7 +220,7 @@ def _draw_sweep(field: str, rows: list[Row], path: Path) -> bool:
             else:
                 axes.set_xticks(range(len(values)), values, fontsize=7, rotation=45)
             axes.minorticks_off()
-    grid[0][0].set_ylabel("seconds, median over rounds")
+    grid[0][0].set_ylabel("time, median over rounds")
     grid[1][0].set_ylabel("algorithmic bytes per second,\n% of stream bandwidth")
     handles: dict[str, object] = {}
     for axes in grid[0]:
