@@ -29,6 +29,18 @@ HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"
 CAPABILITY = "PEER_CPU_CAPABILITY"
 GIB = 2**30
 
+SIZES = ("num_experts", "tokens", "dim", "heads", "k", "dim_key", "threads")
+PASSED_ON = (
+    *SIZES,
+    "dtype",
+    "providers",
+    "modes",
+    "rounds",
+    "min_time",
+    "stream_mib",
+    "max_memory",
+)
+
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Reads the command line."""
@@ -91,7 +103,7 @@ def _distributions(text: str | None) -> tuple[str, ...]:
 
 def _sizes(options: argparse.Namespace) -> dict[str, tuple[int | str, ...]]:
     sizes: dict[str, tuple[int | str, ...]] = {}
-    for name in ("num_experts", "tokens", "dim", "heads", "k", "dim_key", "threads"):
+    for name in SIZES:
         if text := getattr(options, name):
             sizes[name] = tuple(int(value) for value in text.split(","))
     if options.dtype:
@@ -140,7 +152,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.preset == "targets":
         console.print(report.make_targets_table(evaluate(rows)))
         if torch.ops.peer.cpu_capability() == "avx512":
-            console.print(report.make_rows_table(_measure_as("avx2", options)))
+            console.print(report.make_rows_table(measure_as("avx2", options)))
     return 0
 
 
@@ -149,17 +161,15 @@ def count_turns(listings: list[Listing], rounds: int) -> int:
     return len(listings) * (rounds + 2)
 
 
-def _measure_as(capability: str, options: argparse.Namespace) -> list[csv_rows.Row]:
+def measure_as(capability: str, options: argparse.Namespace) -> list[csv_rows.Row]:
     """Rows of the preset `capability` from a process that runs the kernels of another one."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rows.csv"
         command = [sys.executable, "-m", "peer.bench", "--preset", "capability"]
-        command += ["--csv", str(path), "--rounds", str(options.rounds)]
-        command += ["--min-time", str(options.min_time)]
-        if options.max_memory is not None:
-            command += ["--max-memory", str(options.max_memory)]
-        if options.stream_mib is not None:
-            command += ["--stream-mib", str(options.stream_mib)]
+        command += ["--csv", str(path)]
+        for name in PASSED_ON:
+            if (value := getattr(options, name)) is not None:
+                command += [f"--{name.replace('_', '-')}", str(value)]
         environment = {**os.environ, CAPABILITY: capability}
         subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, check=False)
         rows = csv_rows.read(path) if path.exists() else []

@@ -78,16 +78,16 @@ class OurLayer(Layer):
         self.row_keys, self.col_keys = router.row_keys, router.col_keys
         self._ids: Tensor | None = None
         self._chosen: Tensor | None = None
-        layer.router.register_forward_hook(self._replace)
 
     def _replace(self, _: nn.Module, __: Any, output: tuple[Tensor, Tensor]) -> Any:
         self._chosen = output[1]
         return None if self._ids is None else (output[0], self._ids)
 
     def forward(self, x: Tensor, ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Applies the layer."""
+        """Applies the layer. The hook is there for this call alone; `peer` is what users have."""
         self._ids = ids
-        out = self.peer(x)
+        with self.peer.router.register_forward_hook(self._replace):
+            out = self.peer(x)
         chosen, self._chosen = self._chosen, None
         return out, cast(Tensor, chosen)
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import peer
 from peer.bench import rows, stream, traffic
-from peer.bench.__main__ import count_turns, parse
+from peer.bench.__main__ import count_turns, measure_as, parse
 from peer.bench.cases import MODES, PRESETS, Case, Plan, list_plans
 from peer.bench.check import WrongResultError, check
 from peer.bench.distributions import draw_ids, parse_exponent, zipf_probabilities
@@ -155,6 +155,21 @@ def test_without_rich_a_sentence_says_what_to_install(tmp_path: Path) -> None:
     )
     assert result.returncode == 2
     assert result.stderr.splitlines()[-1] == "peer.bench needs rich: pip install 'peer[bench]'"
+
+
+def test_another_capability_is_measured_in_a_process_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("rich")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
+    monkeypatch.chdir(Path(__file__).parent)
+    sizes = ["--num-experts", "256", "--tokens", "8", "--dim", "8", "--dim-key", "8"]
+    timing = ["--rounds", "1", "--min-time", "0", "--stream-mib", "1"]
+    path = tmp_path / "rows.csv"
+    command = ["--preset", "targets", "--modes", "selection", "--csv", str(path), *sizes, *timing]
+    (row,) = measure_as("default", parse(command))
+    assert (row.capability, row.preset, row.dim) == ("default", "capability", 8)
+    assert len(rows.read(path)) == 1
 
 
 # Wrong providers.
