@@ -30,16 +30,8 @@ CAPABILITY = "PEER_CPU_CAPABILITY"
 GIB = 2**30
 
 SIZES = ("num_experts", "tokens", "dim", "heads", "k", "dim_key", "threads")
-PASSED_ON = (
-    *SIZES,
-    "dtype",
-    "providers",
-    "modes",
-    "rounds",
-    "min_time",
-    "stream_mib",
-    "max_memory",
-)
+TIMING = ("rounds", "min_time", "stream_mib", "max_memory")
+PASSED_ON = (*SIZES, "dtype", "providers", "modes", *TIMING)
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:

@@ -156,6 +156,10 @@ def _targets() -> list[Plan]:
     return plans
 
 
+def _stages() -> list[Plan]:
+    return [Plan(canonical(dim=dim), MODES, ALL) for dim in (512, 1024)]
+
+
 def _capability() -> list[Plan]:
     modes = ("experts-forward", "experts-backward", "selection", "step")
     return [Plan(canonical(dim=dim), modes, OURS) for dim in (512, 1024)]
@@ -195,12 +199,13 @@ def _distributions() -> list[Plan]:
 PRESETS: dict[str, Callable[[], list[Plan]]] = {
     "targets": _targets,
     "quick": _quick,
+    "stages": _stages,
     "capability": _capability,
     "sweep-num-experts": _sweep(
         "num_experts", tuple(root**2 for root in (128, 256, 512, 1024, 2048))
     ),
     "sweep-tokens": _sweep("tokens", (2, 8, 32, 128, 512, 1024, 4096, 16384)),
-    "sweep-dim": _sweep("dim", (128, 256, 512, 1024)),
+    "sweep-dim": _sweep("dim", (128, 256, 512, 1024, 2048)),
     "sweep-heads": _sweep("heads", (1, 2, 4, 8, 16)),
     "sweep-k": _sweep("k", (4, 8, 16, 32)),
     "sweep-dtype": _sweep("dtype", tuple(DTYPES)),

@@ -52,9 +52,12 @@ class Provider:
     name: ClassVar[str]
     modes: ClassVar[tuple[str, ...]]
     gradients: str = "dense"
+    normalises = True
 
     def missing(self, case: Case, mode: str) -> str | None:
         """Why it cannot run, or None."""
+        if self.normalises and case.tokens == 1 and mode in ("backward", "step", "optimizer"):
+            return "batch normalisation learns from two tokens or more"
         return None
 
     def spellings(self, mode: str) -> tuple[str, ...]:
@@ -113,7 +116,7 @@ class Ours(Provider):
         """Optimizers are needed for steps."""
         if mode in ("step", "optimizer") and not hasattr(peer, "optim"):
             return "not available: this peer has no optimizers"
-        return None
+        return Provider.missing(self, case, mode)
 
     def build(self, shared: Shared, distribution: str, mode: str, spelling: str) -> Work:
         """Operators by `peer.functional`, the layer by `peer.PEER`."""
@@ -165,7 +168,7 @@ class OursDense(Ours):
 
     def missing(self, case: Case, mode: str) -> str | None:
         """Torch's optimizers are always there."""
-        return None
+        return Provider.missing(self, case, mode)
 
     def make_optimizers(self, layer: nn.Module) -> tuple[Sequence[Stepper], Callable[[], None]]:
         """Fused Adam for everything."""
@@ -275,7 +278,9 @@ class Compiled(Plain):
 
     def missing(self, case: Case, mode: str) -> str | None:
         """Many routers would be compiled one by one; that measures nothing new."""
-        return "not run with several routers in turn" if case.routers > 1 else None
+        if case.routers > 1:
+            return "not run with several routers in turn"
+        return super().missing(case, mode)
 
     def spellings(self, mode: str) -> tuple[str, ...]:
         """Of the experts; bags are of use forward."""
@@ -288,13 +293,14 @@ class Published(Plain):
     """The package PEER-pytorch with `non_competing_scores=False`."""
 
     name = "PEER-pytorch"
+    normalises = False
     modes: ClassVar[tuple[str, ...]] = LAYER
 
     def missing(self, case: Case, mode: str) -> str | None:
         """It is an optional dependency."""
         if any(importlib.util.find_spec(name) is None for name in ("PEER_pytorch", "einx")):
             return "not installed: pip install PEER-pytorch"
-        return None
+        return super().missing(case, mode)
 
     def spellings(self, mode: str) -> tuple[str, ...]:
         """It has one."""
@@ -310,6 +316,7 @@ class Dense(Provider):
     """A feed-forward layer, four times as wide inside as outside."""
 
     name = "dense-4d"
+    normalises = False
     modes: ClassVar[tuple[str, ...]] = LAYER
 
     def hidden(self, case: Case) -> int:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
-from rich.console import Console
+from rich.box import SIMPLE_HEAD
+from rich.console import Console, Group
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -81,33 +83,25 @@ def _gib(value: int | None) -> str:
     return "" if value is None else f"{value / GIB:.3f}"
 
 
-def make_rows_table(rows: list[Row]) -> Table:
-    """The rows, grouped by case and mode; the fastest spelling of a provider has a star."""
-    table = Table(title="median over rounds", title_justify="left")
-    for name in ("mode", "provider", "ids", "median", "min", "max"):
-        table.add_column(name, justify="left" if name in ("mode", "provider", "ids") else "right")
-    for name in ("GB/s", "of stream", "peak GiB"):
-        table.add_column(name, justify="right")
+def make_rows_table(rows: list[Row]) -> Group:
+    """A table a case; of a provider with several spellings the fastest has a star."""
     best: dict[tuple[object, ...], float] = {}
     spellings: dict[tuple[object, ...], set[str]] = {}
     for row in rows:
         spellings.setdefault(_key(row), set()).add(row.spelling)
         if row.median_s is not None:
             best[_key(row)] = min(row.median_s, best.get(_key(row), row.median_s))
-    case = None
+    tables: list[Table] = []
+    case: tuple[object, ...] = ()
     for row in rows:
-        if row.case != case:
-            case = row.case
-            table.add_section()
-            table.add_row(f"[bold]{case.describe()}[/bold]")
+        if (row.case, row.capability) != case:
+            case = (row.case, row.capability)
+            tables.append(_make_table(f"{row.case.describe()}, {row.capability}", ROW_COLUMNS))
         name = f"{row.provider} {row.spelling}".strip()
-        if row.median_s is None:
-            table.add_row(row.mode, name, row.distribution, f"[dim]{row.skipped}[/dim]")
-            continue
-        if len(spellings[_key(row)]) > 1 and row.median_s == best[_key(row)]:
+        if len(spellings[_key(row)]) > 1 and row.median_s == best.get(_key(row)):
             name += " *"
         share = "" if row.stream_share is None else f"{100 * row.stream_share:.0f} %"
-        table.add_row(
+        tables[-1].add_row(
             row.mode,
             name,
             row.distribution,
@@ -117,7 +111,29 @@ def make_rows_table(rows: list[Row]) -> Table:
             _number(row.gb_per_s),
             share,
             _gib(row.peak_bytes),
+            row.skipped,
         )
+    return Group(*tables)
+
+
+ROW_COLUMNS = {
+    "mode": "left",
+    "provider": "left",
+    "ids": "left",
+    "median": "right",
+    "min": "right",
+    "max": "right",
+    "GB/s": "right",
+    "of stream": "right",
+    "peak GiB": "right",
+    "skipped": "left",
+}
+
+
+def _make_table(title: str, columns: dict[str, Any]) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
+    for name, justify in columns.items():
+        table.add_column(name, justify=justify)
     return table
 
 
@@ -127,9 +143,8 @@ def _key(row: Row) -> tuple[object, ...]:
 
 def make_targets_table(verdicts: list[Verdict]) -> Table:
     """Targets with what was measured."""
-    table = Table(title="targets", title_justify="left")
-    for name in ("", "D", "target", "measured", "met", "from"):
-        table.add_column(name, justify="right" if name in ("D", "target", "measured") else "left")
+    columns = {"": "left", "D": "right", "target": "right", "measured": "right"}
+    table = _make_table("targets", {**columns, "met": "left", "from": "left"})
     for verdict in verdicts:
         target = verdict.target
         measured = "" if verdict.measured is None else format_number(verdict.measured, target.unit)
@@ -138,19 +153,17 @@ def make_targets_table(verdicts: list[Verdict]) -> Table:
     return table
 
 
-def make_listing_table(listings: list[Listing]) -> Table:
-    """What would run, with estimates of memory."""
-    table = Table(title="dry run: nothing is allocated", title_justify="left")
-    for name in ("mode", "provider", "ids", "estimated GiB", ""):
-        table.add_column(name, justify="right" if "GiB" in name else "left")
+def make_listing_table(listings: list[Listing]) -> Group:
+    """What would run, with estimates of memory; a table a case."""
+    columns = {"mode": "left", "provider": "left", "ids": "left", "estimated GiB": "right"}
+    tables: list[Table] = []
     case = None
     for listing in listings:
         if listing.case != case:
             case = listing.case
-            table.add_section()
-            table.add_row(f"[bold]{case.describe()}[/bold]")
+            tables.append(_make_table(case.describe(), {**columns, "skipped": "left"}))
         name = f"{listing.provider} {listing.spelling}".strip()
-        table.add_row(
+        tables[-1].add_row(
             listing.mode, name, listing.distribution, _gib(listing.estimate), listing.skipped
         )
-    return table
+    return Group(*tables)
