@@ -4,6 +4,7 @@ set(PEER_CPU_KERNELS
     csrc/kernels/cpu/capability_table.cpp
     csrc/kernels/cpu/expert_pass.cpp
     csrc/kernels/cpu/retrieval.cpp
+    csrc/kernels/cpu/row_update.cpp
     csrc/kernels/cpu/token_pass.cpp)
 
 # Compiled once per capability. The first is what runs on any processor of the architecture.

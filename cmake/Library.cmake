@@ -9,16 +9,21 @@ add_library(
   csrc/ops/expert_mlp.cpp
   csrc/ops/no_cuda.cpp
   csrc/ops/product_key_topk.cpp
+  csrc/ops/row_update.cpp
   csrc/ops/autocast/expert_mlp.cpp
   csrc/ops/autocast/product_key_topk.cpp
   csrc/ops/autograd/expert_mlp.cpp
   csrc/ops/autograd/expert_mlp_double_backward.cpp
   csrc/ops/autograd/product_key_topk.cpp
+  csrc/ops/autograd/row_update.cpp
   csrc/ops/cpu/expert_mlp.cpp
   csrc/ops/cpu/glue.cpp
+  csrc/ops/cpu/huge_pages.cpp
   csrc/ops/cpu/product_key_topk.cpp
+  csrc/ops/cpu/row_update.cpp
   csrc/ops/meta/expert_mlp.cpp
-  csrc/ops/meta/product_key_topk.cpp)
+  csrc/ops/meta/product_key_topk.cpp
+  csrc/ops/meta/row_update.cpp)
 target_link_libraries(peer PRIVATE peer_kernels peer_torch)
 
 configure_file(csrc/version.h.in generated/version.h @ONLY)

@@ -2,6 +2,7 @@
 #include <torch/library.h>
 
 #include "ops/build_info.h"
+#include "peer.h"
 
 TORCH_LIBRARY(peer, m) {
   m.def(
@@ -24,6 +25,30 @@ TORCH_LIBRARY(peer, m) {
       "Tensor hidden, Tensor gate, str activation, bool sparse_grad, bool[5] output_mask) -> "
       "(Tensor, Tensor, Tensor, Tensor, Tensor)",
       {at::Tag::pt2_compliant_tag});
+  m.def(
+      "expert_mlp_backward_coefficients(Tensor grad_out, Tensor x, Tensor weights, Tensor indices, "
+      "Tensor w_down, Tensor w_up, Tensor? w_gate, Tensor hidden, Tensor gate, str activation) -> "
+      "(Tensor grad_x, Tensor grad_weights, Tensor down_coefficients, Tensor up_coefficients, "
+      "Tensor gate_coefficients)",
+      {at::Tag::pt2_compliant_tag});
+  m.def(
+      "rowwise_adagrad_(Tensor(a!) table, Tensor(b!) sum_of_squares, Tensor? indices, Tensor "
+      "source, Tensor? coefficients, float lr, float eps, float weight_decay, int? seed=None, int "
+      "step=0, int stream=0) -> ()",
+      {at::Tag::pt2_compliant_tag});
+  m.def(
+      "sgd_(Tensor(a!) table, Tensor(b!)? momentum_buffer, Tensor? indices, Tensor source, Tensor? "
+      "coefficients, float lr, float momentum, bool nesterov, float weight_decay, int? seed=None, "
+      "int step=0, int stream=0) -> ()",
+      {at::Tag::pt2_compliant_tag});
+  m.def(
+      "rowwise_adam_(Tensor(a!) table, Tensor(b!) first_moment, Tensor(c!) second_moment, "
+      "Tensor(d!) row_steps, Tensor? indices, Tensor source, Tensor? coefficients, float lr, float "
+      "beta1, float beta2, float eps, float weight_decay, int? seed=None, int step=0, int "
+      "stream=0) "
+      "-> ()",
+      {at::Tag::pt2_compliant_tag});
+  m.def("empty_huge(int[] size, ScalarType dtype) -> Tensor", &peer::empty_huge);
   m.def("build_info() -> str", &peer::build_info);
   m.def("cpu_capability() -> str", &peer::cpu_capability);
 }

@@ -46,4 +46,9 @@ PEER_API at::Tensor expert_mlp(const at::Tensor& x,
                                std::string_view activation = "gelu",
                                bool sparse_grad = false);
 
+// An uninitialised CPU tensor on pages of 2 MB where the system grants them: for tables whose rows
+// are read at random. Elements that were never written read as zero, and take no memory until they
+// are.
+PEER_API at::Tensor empty_huge(at::IntArrayRef size, at::ScalarType dtype = at::kFloat);
+
 }  // namespace peer

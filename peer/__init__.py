@@ -10,11 +10,13 @@ Example:
     torch.Size([3, 16])
 """
 
-from peer import _library, _vmap, functional, modules, reference
+from peer import _library, _vmap, functional, modules, optim, reference
 from peer._library import BinaryMismatchError
 from peer._version import __version__
 from peer.config import show_config
+from peer.memory import empty_huge
 from peer.modules import PEER, ExpertPool, ProductKeyRouter, fold_query_norm_
+from peer.param_groups import param_groups
 from peer.usage import UsageTracker
 
 __all__ = [
@@ -24,9 +26,12 @@ __all__ = [
     "ProductKeyRouter",
     "UsageTracker",
     "__version__",
+    "empty_huge",
     "fold_query_norm_",
     "functional",
     "modules",
+    "optim",
+    "param_groups",
     "reference",
     "show_config",
 ]

@@ -165,6 +165,36 @@ def expert_mlp(
         >>> peer.functional.expert_mlp(x, weights, indices, w_down, w_up, activation="relu")
         tensor([[31.]])
     """
+    rows, row_weights, row_indices = flatten_tokens(x, weights, indices)
+    out: Tensor = torch.ops.peer.expert_mlp(
+        rows,
+        row_weights,
+        row_indices,
+        w_down,
+        w_up,
+        w_gate,
+        activation,
+        sparse_grad,
+    )[0]
+    shape = list(x.shape)
+    shape[-1] = w_up.shape[-1]
+    return out.view(shape)
+
+
+def flatten_tokens(x: Tensor, weights: Tensor, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The arguments of `expert_mlp` in the operator's form.
+
+    Args:
+        x: (..., D).
+        weights: (..., H, K) or (..., P).
+        indices: weights' shape.
+
+    Returns:
+        x (T, D), weights (T, P) and indices (T, P).
+
+    Raises:
+        ValueError: a shape does not fit.
+    """
     if weights.shape != indices.shape:
         raise ValueError(
             f"peer::expert_mlp: expected weights of indices' shape {list(indices.shape)}, "
@@ -178,19 +208,7 @@ def expert_mlp(
             f"peer::expert_mlp: expected weights of shape {list(x.shape[:-1])} + [experts per "
             f"token] or [heads, experts per head] to match x, got {list(weights.shape)}"
         )
-    out: Tensor = torch.ops.peer.expert_mlp(
-        _as_rows(x),
-        _as_rows(weights),
-        _as_rows(indices),
-        w_down,
-        w_up,
-        w_gate,
-        activation,
-        sparse_grad,
-    )[0]
-    shape = list(x.shape)
-    shape[-1] = w_up.shape[-1]
-    return out.view(shape)
+    return _as_rows(x), _as_rows(weights), _as_rows(indices)
 
 
 def _as_rows(tensor: Tensor) -> Tensor:

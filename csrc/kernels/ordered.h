@@ -40,4 +40,15 @@ static inline ordered_t<Real> to_ordered(Real score) {
   return bits ^ ((bits >> (8 * sizeof(Integer) - 1)) & std::numeric_limits<Integer>::max());
 }
 
+// The score of which an integer is the order; of a NaN, some NaN, and of -0, 0.
+template <class Real>
+static inline Real from_ordered(ordered_t<Real> order) {
+  using Integer = ordered_t<Real>;
+  const Integer bits =
+      order ^ ((order >> (8 * sizeof(Integer) - 1)) & std::numeric_limits<Integer>::max());
+  Real score;
+  std::memcpy(&score, &bits, sizeof(score));
+  return score;
+}
+
 }  // namespace peer

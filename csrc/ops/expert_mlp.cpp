@@ -36,8 +36,6 @@ const auto& backward_handle() {
   return handle;
 }
 
-constexpr const char* kBackward = "expert_mlp_backward";
-
 Activation parse_activation(const char* op, std::string_view name) {
   constexpr std::pair<std::string_view, Activation> known[] = {
       {"gelu", Activation::gelu},         {"gelu_tanh", Activation::gelu_tanh},
@@ -175,7 +173,8 @@ Activation check_expert_mlp(const Tensor& x,
   return check_inputs("expert_mlp", x, weights, indices, w_down, w_up, w_gate, activation);
 }
 
-Activation check_expert_mlp_backward(const Tensor& x,
+Activation check_expert_mlp_backward(const char* op,
+                                     const Tensor& x,
                                      const Tensor& weights,
                                      const Tensor& indices,
                                      const Tensor& w_down,
@@ -184,28 +183,30 @@ Activation check_expert_mlp_backward(const Tensor& x,
                                      const Tensor& hidden,
                                      const Tensor& gate,
                                      std::string_view activation) {
-  const Activation parsed =
-      check_inputs(kBackward, x, weights, indices, w_down, w_up, w_gate, activation);
-  TORCH_CHECK_VALUE(hidden.sym_sizes() == indices.sym_sizes(), "peer::", kBackward,
+  const Activation parsed = check_inputs(op, x, weights, indices, w_down, w_up, w_gate, activation);
+  TORCH_CHECK_VALUE(hidden.sym_sizes() == indices.sym_sizes(), "peer::", op,
                     ": expected hidden of indices' shape ", indices.sym_sizes(), ", got ",
                     hidden.sym_sizes());
-  TORCH_CHECK_VALUE(!w_gate.has_value() || gate.sym_sizes() == indices.sym_sizes(),
-                    "peer::", kBackward, ": expected gate of indices' shape ", indices.sym_sizes(),
-                    ", got ", gate.sym_sizes());
-  check_floating(kBackward, "hidden", hidden);
-  check_same_device(kBackward, "hidden", hidden, "x", x);
-  check_same_device(kBackward, "gate", gate, "x", x);
+  TORCH_CHECK_VALUE(!w_gate.has_value() || gate.sym_sizes() == indices.sym_sizes(), "peer::", op,
+                    ": expected gate of indices' shape ", indices.sym_sizes(), ", got ",
+                    gate.sym_sizes());
+  check_floating(op, "hidden", hidden);
+  check_same_device(op, "hidden", hidden, "x", x);
+  check_same_device(op, "gate", gate, "x", x);
   return parsed;
 }
 
-void check_expert_mlp_grad_out(const Tensor& grad_out, const Tensor& x, const Tensor& w_up) {
+void check_expert_mlp_grad_out(const char* op,
+                               const Tensor& grad_out,
+                               const Tensor& x,
+                               const Tensor& w_up) {
   TORCH_CHECK_VALUE(
       grad_out.dim() == 2 && grad_out.size(0) == x.size(0) && grad_out.size(1) == w_up.size(1),
-      "peer::", kBackward, ": expected grad_out of shape [", x.size(0), ", ", w_up.size(1),
-      "], got ", grad_out.sizes());
-  check_floating(kBackward, "grad_out", grad_out);
-  check_strided(kBackward, "grad_out", grad_out);
-  check_same_device(kBackward, "grad_out", grad_out, "x", x);
+      "peer::", op, ": expected grad_out of shape [", x.size(0), ", ", w_up.size(1), "], got ",
+      grad_out.sizes());
+  check_floating(op, "grad_out", grad_out);
+  check_strided(op, "grad_out", grad_out);
+  check_same_device(op, "grad_out", grad_out, "x", x);
 }
 
 }  // namespace ops

@@ -36,6 +36,18 @@ using ExpertMlpBackward =
                                                        bool sparse_grad,
                                                        std::array<bool, 5> output_mask);
 
+using ExpertMlpBackwardCoefficients =
+    std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>(const Tensor& grad_out,
+                                                       const Tensor& x,
+                                                       const Tensor& weights,
+                                                       const Tensor& indices,
+                                                       const Tensor& w_down,
+                                                       const Tensor& w_up,
+                                                       const std::optional<Tensor>& w_gate,
+                                                       const Tensor& hidden,
+                                                       const Tensor& gate,
+                                                       std::string_view activation);
+
 // Positions in the backward operator's results and its output_mask.
 enum ExpertMlpGradient { kGradX, kGradWeights, kGradDown, kGradUp, kGradGate };
 
@@ -77,7 +89,8 @@ Activation check_expert_mlp(const Tensor& x,
                             const Tensor& w_up,
                             const std::optional<Tensor>& w_gate,
                             std::string_view activation);
-Activation check_expert_mlp_backward(const Tensor& x,
+Activation check_expert_mlp_backward(const char* op,
+                                     const Tensor& x,
                                      const Tensor& weights,
                                      const Tensor& indices,
                                      const Tensor& w_down,
@@ -89,6 +102,9 @@ Activation check_expert_mlp_backward(const Tensor& x,
 
 // For the kernels that compute only: while compiled autograd records a graph, the incoming gradient
 // is a stand-in of another shape.
-void check_expert_mlp_grad_out(const Tensor& grad_out, const Tensor& x, const Tensor& w_up);
+void check_expert_mlp_grad_out(const char* op,
+                               const Tensor& grad_out,
+                               const Tensor& x,
+                               const Tensor& w_up);
 
 }  // namespace peer::ops

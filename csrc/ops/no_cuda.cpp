@@ -12,8 +12,9 @@ void refuse(const c10::OperatorHandle& op, c10::DispatchKeySet, torch::jit::Stac
 }  // namespace
 
 TORCH_LIBRARY_IMPL(peer, CUDA, m) {
-  m.impl("product_key_topk", torch::CppFunction::makeFromBoxedFunction<&refuse>());
-  m.impl("product_key_topk_backward", torch::CppFunction::makeFromBoxedFunction<&refuse>());
-  m.impl("expert_mlp", torch::CppFunction::makeFromBoxedFunction<&refuse>());
-  m.impl("expert_mlp_backward", torch::CppFunction::makeFromBoxedFunction<&refuse>());
+  for (const char* name :
+       {"product_key_topk", "product_key_topk_backward", "expert_mlp", "expert_mlp_backward",
+        "expert_mlp_backward_coefficients", "rowwise_adagrad_", "sgd_", "rowwise_adam_"}) {
+    m.impl(name, torch::CppFunction::makeFromBoxedFunction<&refuse>());
+  }
 }

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from peer.functional import ACTIVATIONS, expert_mlp
+from peer.memory import empty_huge
 from peer.modules.grid import parse_grid
 
 __all__ = ["ExpertPool"]
@@ -29,8 +30,8 @@ class ExpertPool(nn.Module):
         glu: whether the experts have a linear gate.
         num_experts_per_token: P, for how many experts of a token the initialisation is scaled.
         sparse_grad: whether the tables get coalesced sparse gradients, which hold the retrieved
-            rows and need an optimizer that takes them, such as `torch.optim.SparseAdam`. In eager
-            mode only.
+            rows and need an optimizer that takes them, such as `peer.optim.RowwiseAdagrad`. In
+            eager mode only.
         zero_init_out: whether `w_up` starts at zero, so that a layer added to a trained model
             changes nothing at first.
         device: of the parameters.
@@ -87,12 +88,15 @@ class ExpertPool(nn.Module):
         self.num_experts_per_token = num_experts_per_token
         self.sparse_grad = sparse_grad
         self.zero_init_out = zero_init_out
+        # What updates the tables in the backward pass, while an optimizer is fused into it.
+        self.fused_update: Any = None
 
-        self.w_down = nn.Parameter(torch.empty(num_experts, dim, device=device, dtype=dtype))
-        self.w_up = nn.Parameter(torch.empty(num_experts, dim_out, device=device, dtype=dtype))
-        self.w_gate = (
-            nn.Parameter(torch.empty(num_experts, dim, device=device, dtype=dtype)) if glu else None
-        )
+        def table(width: int) -> nn.Parameter:
+            return nn.Parameter(empty_huge(num_experts, width, device=device, dtype=dtype))
+
+        self.w_down = table(dim)
+        self.w_up = table(dim_out)
+        self.w_gate = table(dim) if glu else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -125,6 +129,11 @@ class ExpertPool(nn.Module):
             TypeError: a dtype is not supported in its place.
             IndexError: an index is outside [0, N).
         """
+        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+            update = self.fused_update
+            if update is not None and torch.is_grad_enabled():
+                fused: Tensor = update.forward(self, x, weights, indices)
+                return fused
         return expert_mlp(
             x,
             weights,
@@ -142,6 +151,10 @@ class ExpertPool(nn.Module):
             f"dim={self.dim}, num_experts={self.num_experts}, dim_out={self.dim_out}, "
             f"activation={self.activation!r}, glu={self.glu}, sparse_grad={self.sparse_grad}"
         )
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy has tables of its own, which no optimizer knows.
+        return {**self.__dict__, "fused_update": None}
 
     def _load_from_state_dict(
         self,

@@ -26,11 +26,18 @@ struct Problem {
     source = random.normal<Real>(rows * width);
   }
 
-  std::vector<Element> solve(const Kernels& kernels, int threads) const {
+  // `offset` elements before the rows, which then start at an aligned address only where it is 0.
+  std::vector<Element> solve(const Kernels& kernels,
+                             int threads,
+                             bool exceeds_caches = false,
+                             int64_t offset = 0) const {
     const ParallelFor parallel_for = on_threads(threads);
     const auto pairs = sort_pairs(owners.data(), owners.size(), owner_count, parallel_for);
     const ExpertPassPlan plan = plan_expert_pass(pairs.get(), owners.size(), OutputRows::by_owner);
-    std::vector<Element> out(owner_count * width, Element{});
+    std::vector<Element> memory(owner_count * width + offset + 64, Element{});
+    const int64_t misaligned = reinterpret_cast<uintptr_t>(memory.data()) % 64 / sizeof(Element);
+    Element* out =
+        memory.data() + (misaligned == 0 ? 0 : 64 / sizeof(Element) - misaligned) + offset;
     std::vector<Real> partial_sums(plan.partial_rows * width);
     const ExpertPass<Element> pass = {width,
                                       pairs_per_row,
@@ -39,14 +46,15 @@ struct Problem {
                                       {source.data(), width},
                                       plan.chunks.data(),
                                       plan.split_runs.data(),
-                                      {out.data(), width},
-                                      {partial_sums.data(), width}};
+                                      {out, width},
+                                      {partial_sums.data(), width},
+                                      exceeds_caches};
     const ExpertKernels<Element>& kernel = kernels.experts<Element>();
     parallel_for(0, plan.chunks.size(), 1,
                  [&](int64_t first, int64_t last) { kernel.sum_chunks(pass, first, last); });
     parallel_for(0, plan.split_runs.size(), 1,
                  [&](int64_t first, int64_t last) { kernel.sum_split_runs(pass, first, last); });
-    return out;
+    return {out, out + owner_count * width};
   }
 
   // The sums, and the sums of absolute values, which bound the rounding.
@@ -110,6 +118,25 @@ TEMPLATE_TEST_CASE("one hot expert is summed right, and the same for any number 
       const std::vector<TestType> many = problem.solve(*kernels, threads);
       INFO(name << " threads " << threads);
       CHECK(std::memcmp(one.data(), many.data(), one.size() * sizeof(TestType)) == 0);
+    }
+  }
+}
+
+TEMPLATE_TEST_CASE("rows written past the caches hold the same bits",
+                   "[expert_pass]",
+                   float,
+                   double,
+                   BFloat16,
+                   Half) {
+  for (const auto& [name, kernels] : capabilities()) {
+    for (const int64_t width : {1, 16, 40, 64, 100, 128, 192}) {
+      const Problem<TestType> problem(60, 6, 29, width, 200, 5);
+      const std::vector<TestType> stored = problem.solve(*kernels, 1);
+      for (const int64_t offset : {0, 1}) {
+        const std::vector<TestType> streamed = problem.solve(*kernels, 3, true, offset);
+        INFO(name << " width " << width << " offset " << offset);
+        CHECK(std::memcmp(stored.data(), streamed.data(), stored.size() * sizeof(TestType)) == 0);
+      }
     }
   }
 }

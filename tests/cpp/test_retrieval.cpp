@@ -17,31 +17,33 @@ struct Problem {
   std::vector<Real> query, row_keys, col_keys;
   std::vector<Real> scores = std::vector<Real>(tokens * heads * k, Real(-1));
   std::vector<int64_t> indices = std::vector<int64_t>(tokens * heads * k, -1);
+  int64_t tokens_per_block = kMostTokensPerBlock;
 
   void solve(const Kernels& kernels, int threads = 1) {
     const RetrievalKernels<Real>& kernel = kernels.retrieval<Real>();
     const auto pack = [&](const std::vector<Real>& keys, int64_t count, std::vector<Real>& packed) {
-      const int64_t padded =
-          (count + kernel.keys_per_panel - 1) / kernel.keys_per_panel * kernel.keys_per_panel;
+      const int64_t panels = (count + kernel.keys_per_panel - 1) / kernel.keys_per_panel;
       const int64_t key_heads = shared ? 1 : heads;
-      packed.resize(key_heads * padded * half_width);
-      for (int64_t head = 0; head < key_heads; ++head) {
-        kernel.pack_keys(keys.data() + head * count * half_width, count, half_width,
-                         packed.data() + head * padded * half_width);
-      }
-      return PackedKeys<Real>{packed.data(), count, shared ? 0 : padded * half_width};
+      packed.assign(key_heads * panels * kernel.keys_per_panel * half_width, Real(NAN));
+      const PackKeys<Real> pass = {count, half_width, keys.data(), packed.data()};
+      on_threads(threads)(0, key_heads * panels, 1, [&](int64_t first, int64_t last) {
+        kernel.pack_keys(pass, first, last);
+      });
+      return PackedKeys<Real>{packed.data(), count,
+                              shared ? 0 : panels * kernel.keys_per_panel * half_width};
     };
     std::vector<Real> packed_rows, packed_columns;
     Retrieval<Real> retrieval = {tokens,
                                  heads,
                                  half_width,
                                  k,
+                                 tokens_per_block,
                                  query.data(),
                                  pack(row_keys, rows, packed_rows),
                                  pack(col_keys, columns, packed_columns),
                                  scores.data(),
                                  indices.data()};
-    const int64_t items = (tokens + kTokensPerBlock - 1) / kTokensPerBlock * heads;
+    const int64_t items = (tokens + tokens_per_block - 1) / tokens_per_block * heads;
     on_threads(threads)(
         0, items, 1, [&](int64_t first, int64_t last) { kernel.retrieve(retrieval, first, last); });
   }
@@ -187,6 +189,36 @@ TEMPLATE_TEST_CASE("retrieval equals brute force where the group filter works",
          small_integers<TestType>(random, 3000, range),
          small_integers<TestType>(random, 513 * 3, range)},
         "range " + std::to_string(range));
+  }
+}
+
+TEMPLATE_TEST_CASE("retrieval equals brute force at every key width and number around the panels",
+                   "[retrieval]",
+                   float,
+                   double) {
+  Random random(9);
+  for (const int64_t half_width : {1, 3, 4, 7, 8, 9, 15, 16, 17, 33}) {
+    for (const int64_t rows : {11, 12, 13, 23, 24, 25, 47, 48, 49, 63, 64, 65, 97}) {
+      const int64_t columns = 20, k = 9;
+      check_against_brute_force<TestType>(
+          {6, 2, half_width, rows, columns, k, false,
+           small_integers<TestType>(random, 6 * 2 * 2 * half_width, 20),
+           small_integers<TestType>(random, 2 * rows * half_width, 20),
+           small_integers<TestType>(random, 2 * columns * half_width, 20)},
+          "half width " + std::to_string(half_width) + " rows " + std::to_string(rows));
+    }
+  }
+}
+
+TEMPLATE_TEST_CASE("a block may hold any number of tokens", "[retrieval]", float, double) {
+  Random random(10);
+  const auto query = small_integers<TestType>(random, 21 * 3 * 14, 20);
+  const auto row_keys = small_integers<TestType>(random, 90 * 7, 20);
+  const auto col_keys = small_integers<TestType>(random, 30 * 7, 20);
+  for (const int64_t block : {1, 2, 3, 4, 5, 7, 12, 16, 64}) {
+    Problem<TestType> problem{21, 3, 7, 90, 30, 6, true, query, row_keys, col_keys};
+    problem.tokens_per_block = block;
+    check_against_brute_force<TestType>(problem, "block of " + std::to_string(block));
   }
 }
 

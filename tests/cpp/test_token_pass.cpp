@@ -79,20 +79,35 @@ struct Problem {
   }
 
   void forward(const Kernels& kernels) {
-    const TokenForward<Table> pass = {experts_per_token,
-                                      dim,
-                                      dim_out,
-                                      activation,
-                                      x.data(),
-                                      weights.data(),
-                                      indices.data(),
-                                      {w_down.data(), down_stride},
-                                      {w_up.data(), up_stride},
-                                      gate_rows(),
-                                      out.data(),
-                                      hidden.data(),
-                                      gate.data()};
-    kernels.experts<Table>().token_forward(pass, 0, tokens);
+    kernels.experts<Table>().token_forward(forward_pass(), 0, tokens);
+  }
+
+  // Part by part, as with few tokens.
+  void forward_in_parts(const Kernels& kernels) {
+    const int64_t parts = parts_per_token(experts_per_token);
+    parts_out.assign(tokens * parts * dim_out, Real(NAN));
+    const TokenForward<Table> pass = forward_pass();
+    for (int64_t item = tokens * parts; item-- > 0;) {
+      kernels.experts<Table>().token_parts_forward(pass, item, item + 1);
+    }
+    kernels.experts<Table>().add_token_parts(pass, 0, tokens);
+  }
+
+  TokenForward<Table> forward_pass() {
+    return {experts_per_token,
+            dim,
+            dim_out,
+            activation,
+            x.data(),
+            weights.data(),
+            indices.data(),
+            {w_down.data(), down_stride},
+            {w_up.data(), up_stride},
+            gate_rows(),
+            out.data(),
+            hidden.data(),
+            gate.data(),
+            parts_out.data()};
   }
 
   void backward(const Kernels& kernels) {
@@ -133,6 +148,7 @@ struct Problem {
   Activation activation;
   int64_t down_stride, up_stride;
   std::vector<Table> w_down, w_up, w_gate;
+  std::vector<Real> parts_out;
   std::vector<Real> x, weights, grad_out, hidden, gate, out, grad_x, grad_weights,
       down_coefficients, gate_coefficients, up_coefficients;
   std::vector<int64_t> indices;
@@ -220,8 +236,28 @@ TEMPLATE_TEST_CASE(
     float,
     BFloat16) {
   for (const NamedKernels& capability : capabilities()) {
-    for (const int64_t experts : {0, 1, 2, 7, 8, 9, 15, 16, 17, 24}) {
+    for (const int64_t experts : {0, 1, 2, 7, 8, 9, 15, 16, 17, 24, 31, 32, 33, 70}) {
       check_against_oracle<TestType>(capability, 24, 24, experts, false, Activation::relu);
+    }
+  }
+}
+
+TEMPLATE_TEST_CASE("a token's parts add up to the same bits as the token",
+                   "[token_pass]",
+                   float,
+                   double,
+                   BFloat16,
+                   Half) {
+  for (const NamedKernels& capability : capabilities()) {
+    for (const int64_t experts : {1, 31, 32, 33, 64, 100}) {
+      Problem<TestType> whole(5, experts, 50, 19, 33, true, Activation::gelu, 3);
+      Problem<TestType> parts = whole;
+      whole.forward(*capability.kernels);
+      parts.forward_in_parts(*capability.kernels);
+      INFO(capability.name << ", " << experts << " experts");
+      CHECK(parts.hidden == whole.hidden);
+      CHECK(parts.gate == whole.gate);
+      CHECK(parts.out == whole.out);
     }
   }
 }
@@ -249,9 +285,10 @@ TEST_CASE("every half-precision value is read and written as itself", "[token_pa
       const float one = 1;
       const int64_t index = 0;
       float out, hidden;
-      const TokenForward<Half> forward = {
-          1,    1,       1,      Activation::identity, &one, &one, &index, {&down, 1}, {&up, 1}, {},
-          &out, &hidden, nullptr};
+      const TokenForward<Half> forward = {1,        1,      1,      Activation::identity,
+                                          &one,     &one,   &index, {&down, 1},
+                                          {&up, 1}, {},     &out,   &hidden,
+                                          nullptr,  nullptr};
       capability.kernels->experts<Half>().token_forward(forward, 0, 1);
       const double expected = to_double(up);
       const bool is_read = std::isnan(expected) ? std::isnan(out) : double(out) == expected;
@@ -260,7 +297,7 @@ TEST_CASE("every half-precision value is read and written as itself", "[token_pa
       const Chunk chunk{0, 1, 0, false};
       Half written{0x1234};
       const ExpertPass<Half> pass = {1,      1,       &pair,         &one, {&out, 1},
-                                     &chunk, nullptr, {&written, 1}, {}};
+                                     &chunk, nullptr, {&written, 1}, {},   false};
       capability.kernels->experts<Half>().sum_chunks(pass, 0, 1);
       const bool is_written =
           std::isnan(expected) ? std::isnan(to_double(written)) : to_double(written) == expected;
@@ -291,7 +328,7 @@ TEMPLATE_TEST_CASE("sums are rounded to the nearest 16-bit value, ties to even",
       const Chunk chunk{0, 1, 0, false};
       TestType written;
       const ExpertPass<TestType> pass = {1,      1,       &pair,         &one, {&source, 1},
-                                         &chunk, nullptr, {&written, 1}, {}};
+                                         &chunk, nullptr, {&written, 1}, {},   false};
       capability.kernels->experts<TestType>().sum_chunks(pass, 0, 1);
       INFO(capability.name << " " << value);
       CHECK(to_double(written) == expected);

@@ -48,6 +48,15 @@ def test_experts_forward(make_expert_inputs, dtype, glu):
     assert_same_bits(function)
 
 
+def test_experts_of_few_tokens(make_expert_inputs, dtype):
+    inputs = make_expert_inputs(tokens=3, per_token=100, dim=37, dim_out=29, dtype=dtype)
+
+    def function():
+        return torch.ops.peer.expert_mlp(*inputs, "gelu", False)
+
+    assert_same_bits(function)
+
+
 @pytest.mark.parametrize("hot", [False, True], ids=["spread", "hot expert"])
 @pytest.mark.parametrize("sparse_grad", [False, True], ids=["dense", "sparse"])
 def test_experts_backward(make_expert_inputs, dtype, sparse_grad, hot):
@@ -105,7 +114,8 @@ def test_retrieval_backward(make_retrieval_inputs, dtype, shared):
 def test_a_token_gets_the_same_bits_alone_and_in_a_batch(
     make_expert_inputs, make_retrieval_inputs, dtype
 ):
-    inputs = make_expert_inputs(tokens=30, dim=37, dtype=dtype, glu=True)
+    # More experts than one part of a token has.
+    inputs = make_expert_inputs(tokens=30, per_token=70, dim=37, dtype=dtype, glu=True)
     together = torch.ops.peer.expert_mlp(*inputs, "gelu", False)[0]
     x, weights, indices, *tables = inputs
     alone = [

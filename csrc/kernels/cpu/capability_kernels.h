@@ -13,6 +13,10 @@ namespace peer::cpu::PEER_CAPABILITY {
 template <class Table>
 void token_forward(const TokenForward<Table>&, int64_t first, int64_t last);
 template <class Table>
+void token_parts_forward(const TokenForward<Table>&, int64_t first, int64_t last);
+template <class Table>
+void add_token_parts(const TokenForward<Table>&, int64_t first, int64_t last);
+template <class Table>
 void token_backward(const TokenBackward<Table>&, int64_t first, int64_t last);
 template <class Table>
 void gather_sum(const GatherSum<Table>&, int64_t first, int64_t last);
@@ -22,8 +26,15 @@ void sum_chunks(const ExpertPass<Element>&, int64_t first, int64_t last);
 template <class Element>
 void sum_split_runs(const ExpertPass<Element>&, int64_t first, int64_t last);
 
+template <class Table, class Source>
+void update_rows(const RowUpdate<Table, Source>&, int64_t first, int64_t last);
+template <class Table, class Source>
+void update_chunks(const RowUpdate<Table, Source>&, int64_t first, int64_t last);
+template <class Table, class Source>
+void update_split_runs(const RowUpdate<Table, Source>&, int64_t first, int64_t last);
+
 template <class Real>
-void pack_keys(const Real* keys, int64_t count, int64_t half_width, Real* packed);
+void pack_keys(const PackKeys<Real>&, int64_t first, int64_t last);
 template <class Real>
 void retrieve(const Retrieval<Real>&, int64_t first, int64_t last);
 
@@ -40,7 +51,9 @@ class Scratch {
   Scratch& operator=(const Scratch&) = delete;
 
   Element* data() { return data_; }
+  const Element* data() const { return data_; }
   Element& operator[](int64_t i) { return data_[i]; }
+  const Element& operator[](int64_t i) const { return data_[i]; }
 
  private:
   Element* data_;

@@ -1,19 +1,34 @@
 // The table of one capability's kernels, as dispatch.cpp offers it.
 #include "kernels/cpu/capability_kernels.h"
-#include "kernels/cpu/vector.h"
+#include "kernels/cpu/sub_scores.h"
 
 namespace peer::cpu::PEER_CAPABILITY {
 
 namespace {
 
+template <class Table, class Source>
+constexpr UpdateKernels<Table, Source> update_kernels() {
+  return {update_rows<Table, Source>, update_chunks<Table, Source>,
+          update_split_runs<Table, Source>};
+}
+
 template <class Table>
 constexpr ExpertKernels<Table> expert_kernels() {
-  return {token_forward<Table>, token_backward<Table>, sum_chunks<Table>, sum_split_runs<Table>};
+  return {
+      token_forward<Table>,
+      token_parts_forward<Table>,
+      add_token_parts<Table>,
+      token_backward<Table>,
+      sum_chunks<Table>,
+      sum_split_runs<Table>,
+      update_kernels<Table, accumulation_t<Table>>(),
+      update_kernels<Table, Table>(),
+  };
 }
 
 template <class Real>
 constexpr RetrievalKernels<Real> retrieval_kernels() {
-  return {2 * kLanes<Real>, pack_keys<Real>, retrieve<Real>, gather_sum<Real>};
+  return {kPanel<Real>, pack_keys<Real>, retrieve<Real>, gather_sum<Real>};
 }
 
 }  // namespace

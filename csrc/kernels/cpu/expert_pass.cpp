@@ -6,97 +6,49 @@
 // neither serialises the pass nor makes a result depend on the threads.
 //
 // Work item   one chunk; then one split run
-// Traffic     per pair, one row of x or grad_out, which stay in cache; per owner, one row written
+// Traffic     per pair, one row of x or grad_out, which stay in cache; per owner, one row written,
+//             past the caches where all rows are larger than these: reading a row from memory
+//             before overwriting it would double the traffic
 // Exactness   sums in the order of the pairs within a chunk, then in the order of the chunks; each
 //             row is rounded once
 #include "kernels/cpu/capability_kernels.h"
-#include "kernels/cpu/vector.h"
+#include "kernels/cpu/expert_sums.h"
 
 namespace peer::cpu::PEER_CAPABILITY {
 
 namespace {
 
-// A strip of a row that stays in registers while the pairs of a chunk pass by.
-constexpr int kVectorsPerStrip = 4;
-
-template <int vectors, class Element, class Target>
-void sum_strip(const ExpertPass<Element>& pass, const Chunk& chunk, int64_t column, Target* out) {
-  using Real = accumulation_t<Element>;
-  constexpr int lanes = kLanes<Real>;
-  Vector<Real> sum[vectors] = {};
-  for (int64_t i = chunk.first; i < chunk.last; ++i) {
-    const int64_t number = pass.pairs[i].number;
-    const Real coefficient = pass.coefficients[number];
-    const Real* source =
-        pass.source.data + (number / pass.pairs_per_row) * pass.source.stride + column;
-    for (int v = 0; v < vectors; ++v) {
-      sum[v] += coefficient * load(source + v * lanes);
-    }
-  }
-  for (int v = 0; v < vectors; ++v) {
-    store(out + column + v * lanes, sum[v]);
-  }
-}
-
-template <class Element, class Target>
-void sum_tail(const ExpertPass<Element>& pass, const Chunk& chunk, int64_t column, Target* out) {
-  using Real = accumulation_t<Element>;
-  const int64_t count = pass.width - column;
-  Vector<Real> sum = {};
-  for (int64_t i = chunk.first; i < chunk.last; ++i) {
-    const int64_t number = pass.pairs[i].number;
-    const Real* source =
-        pass.source.data + (number / pass.pairs_per_row) * pass.source.stride + column;
-    sum += pass.coefficients[number] * load_first(source, count);
-  }
-  store_first(out + column, sum, count);
-}
-
-template <class Element, class Target>
-void sum_chunk(const ExpertPass<Element>& pass, const Chunk& chunk, Target* out) {
-  constexpr int lanes = kLanes<accumulation_t<Element>>;
-  int64_t column = 0;
-  for (; column + kVectorsPerStrip * lanes <= pass.width; column += kVectorsPerStrip * lanes) {
-    sum_strip<kVectorsPerStrip>(pass, chunk, column, out);
-  }
-  for (; column + lanes <= pass.width; column += lanes) {
-    sum_strip<1>(pass, chunk, column, out);
-  }
-  if (column < pass.width) {
-    sum_tail(pass, chunk, column, out);
-  }
+template <class Element>
+bool rows_are_aligned(Rows<Element> rows) {
+  return reinterpret_cast<uintptr_t>(rows.data) % kVectorBytes == 0 &&
+         rows.stride * sizeof(Element) % kVectorBytes == 0;
 }
 
 }  // namespace
 
 template <class Element>
 void sum_chunks(const ExpertPass<Element>& pass, int64_t first, int64_t last) {
+  const bool streamed = pass.exceeds_caches && rows_are_aligned(pass.out);
   for (int64_t c = first; c < last; ++c) {
     const Chunk& chunk = pass.chunks[c];
     if (chunk.is_partial) {
-      sum_chunk(pass, chunk, pass.partial_sums.data + chunk.row * pass.partial_sums.stride);
+      sum_chunk<true>(pass, chunk, pass.partial_sums.data + chunk.row * pass.partial_sums.stride);
+    } else if (streamed) {
+      sum_chunk<true, true>(pass, chunk, pass.out.data + chunk.row * pass.out.stride);
     } else {
-      sum_chunk(pass, chunk, pass.out.data + chunk.row * pass.out.stride);
+      sum_chunk<true>(pass, chunk, pass.out.data + chunk.row * pass.out.stride);
     }
+  }
+  if (streamed) {
+    finish_streaming();
   }
 }
 
 template <class Element>
 void sum_split_runs(const ExpertPass<Element>& pass, int64_t first, int64_t last) {
-  using Real = accumulation_t<Element>;
-  constexpr int lanes = kLanes<Real>;
   for (int64_t r = first; r < last; ++r) {
     const SplitRun& run = pass.split_runs[r];
-    const Real* partial = pass.partial_sums.data + run.first * pass.partial_sums.stride;
-    Element* out = pass.out.data + run.row * pass.out.stride;
-    for (int64_t column = 0; column < pass.width; column += lanes) {
-      const int64_t count = pass.width - column < lanes ? pass.width - column : lanes;
-      Vector<Real> sum = {};
-      for (int64_t i = 0; i < run.last - run.first; ++i) {
-        sum += load_first(partial + i * pass.partial_sums.stride + column, count);
-      }
-      store_first(out + column, sum, count);
-    }
+    sum_split_run(pass, run, pass.out.data + run.row * pass.out.stride);
   }
 }
 

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "kernels/activation.h"
 #include "kernels/types.h"
@@ -21,7 +22,17 @@ struct Rows {
   explicit operator bool() const { return data != nullptr; }
 };
 
-// Token pass, forward. A work item is a token.
+// A token's output is the sum of its parts, each the sum over so many of its experts: where there
+// are fewer tokens than threads, parts are shared out. Fixed, so that a token's result does not
+// depend on the others.
+constexpr int64_t kExpertsPerPart = 32;
+
+constexpr int64_t parts_per_token(int64_t experts_per_token) {
+  return (experts_per_token + kExpertsPerPart - 1) / kExpertsPerPart;
+}
+
+// Token pass, forward. A work item is a token; for token_parts_forward a part of one, number
+// token·parts + part, whose sum is left in parts_out.
 //
 //   hidden = <x, w_down[e]>       gate = <x, w_gate[e]>, or 1 without w_gate
 //   out = Σ_p weights·act(hidden)·gate·w_up[e]
@@ -39,6 +50,7 @@ struct TokenForward {
   Real* out;                               // (T, O)
   Real* hidden;                            // (T, P)
   Real* gate;                              // (T, P) where w_gate is given
+  Real* parts_out;                         // (T, parts, O), for token_parts_forward alone
 };
 
 // Token pass, backward. A work item is a token. With s = <grad_out, w_up[e]>:
@@ -119,14 +131,69 @@ struct ExpertPass {
   const SplitRun* split_runs;
   Rows<Element> out;
   Rows<Real> partial_sums;
+  bool exceeds_caches;  // whether the rows of out that are written do, all together
 };
 
-// Retrieval by product keys. A work item is a block of kTokensPerBlock tokens and a head: number
-// block·heads + head.
-constexpr int64_t kTokensPerBlock = 16;
+// How a row's gradient g changes the row w and its state. Before anything else, w is multiplied by
+// `kept`, 1 - (learning rate)·(weight decay). With s, v and t the row's own numbers and m its row
+// of momentum:
+//
+//   rowwise_adagrad   s += mean(g²)
+//                     w -= lr·g / (sqrt(s) + eps)
+//   sgd               m = beta1·m + g, where momentum is given; else m stands for g
+//                     w -= lr·m, with nesterov lr·(g + beta1·m)
+//   rowwise_adam      t += 1
+//                     m = beta1·m + (1 - beta1)·g
+//                     v = beta2·v + (1 - beta2)·mean(g²)
+//                     w -= lr·m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps)
+enum class Rule : int32_t { rowwise_adagrad, sgd, rowwise_adam };
 
-// One half of the keys, packed for the sub-score product: panels of keys_per_panel keys, each panel
-// (half_width, keys_per_panel), zero-padded at the end.
+template <class Table>
+struct UpdateRule {
+  using Real = accumulation_t<Table>;
+  Rule rule;
+  bool nesterov;
+  double lr, kept, eps, beta1, beta2;
+  Real* second_moments;  // (N): s or v
+  int32_t* row_steps;    // (N): t
+  Rows<Table> momentum;  // (N, width), or none
+};
+
+// Updates the rows of a table by sums that are not stored. A work item is a row of source for
+// update_rows, which takes the rows of source as the gradients of the rows `ids`, all distinct; for
+// the others it is as in the expert pass, whose sums the gradients are.
+//
+// Rounding to a 16-bit table and momentum is to nearest, or stochastic, with random bits from the
+// key, the row and the column.
+template <class Table, class Source>
+struct RowUpdate {
+  using Real = accumulation_t<Table>;
+  int64_t width;
+  const int64_t* ids;  // for update_rows: null where row i belongs to row i
+  int64_t pairs_per_row;
+  const Pair* pairs;         // sorted by owner, stable
+  const Real* coefficients;  // by pair number, or null: all one
+  Rows<const Source> source;
+  const Chunk* chunks;
+  const SplitRun* split_runs;
+  Rows<Real> partial_sums;
+  Rows<Table> table;
+  UpdateRule<Table> rule;
+  bool stochastic_rounding;
+  uint64_t key;
+};
+
+// Keys of one half, to be packed for the sub-score product: panels of keys_per_panel keys, each
+// panel (half_width, keys_per_panel), zero-padded at the end. A work item is a panel of a head:
+// number head·panels + panel.
+template <class Real>
+struct PackKeys {
+  int64_t count;  // keys per head
+  int64_t half_width;
+  const Real* keys;  // (heads, count, half_width)
+  Real* packed;      // (heads, count rounded up to whole panels, half_width)
+};
+
 template <class Real>
 struct PackedKeys {
   const Real* data;
@@ -134,30 +201,58 @@ struct PackedKeys {
   int64_t head_stride;  // 0 where the heads share their keys
 };
 
+// Enough queries to read every key from memory seldom, few enough that their sub-scores stay in the
+// second-level cache.
+constexpr int64_t kMostTokensPerBlock = 16;
+
+// Retrieval by product keys. A work item is a block of tokens_per_block tokens and a head: number
+// block·heads + head.
 template <class Real>
 struct Retrieval {
   int64_t tokens;
   int64_t heads;
   int64_t half_width;  // dim_key / 2
   int64_t k;
+  int64_t tokens_per_block;
   const Real* query;  // (T, H, dim_key)
   PackedKeys<Real> rows, columns;
   Real* scores;      // (T, H, k)
   int64_t* indices;  // (T, H, k)
 };
 
+template <class Table, class Source>
+struct UpdateKernels {
+  void (*update_rows)(const RowUpdate<Table, Source>&, int64_t first, int64_t last);
+  void (*update_chunks)(const RowUpdate<Table, Source>&, int64_t first, int64_t last);
+  void (*update_split_runs)(const RowUpdate<Table, Source>&, int64_t first, int64_t last);
+};
+
 template <class Table>
 struct ExpertKernels {
   void (*token_forward)(const TokenForward<Table>&, int64_t first, int64_t last);
+  void (*token_parts_forward)(const TokenForward<Table>&, int64_t first, int64_t last);
+  // Adds up the parts of a token, of which there is one at least. A work item is a token.
+  void (*add_token_parts)(const TokenForward<Table>&, int64_t first, int64_t last);
   void (*token_backward)(const TokenBackward<Table>&, int64_t first, int64_t last);
   void (*sum_chunks)(const ExpertPass<Table>&, int64_t first, int64_t last);
   void (*sum_split_runs)(const ExpertPass<Table>&, int64_t first, int64_t last);
+  UpdateKernels<Table, accumulation_t<Table>> update_by_wide;  // source in the accumulation type
+  UpdateKernels<Table, Table> update_by_narrow;                // source in the table's own type
+
+  template <class Source>
+  const UpdateKernels<Table, Source>& update() const {
+    if constexpr (std::is_same_v<Source, Table>) {
+      return update_by_narrow;
+    } else {
+      return update_by_wide;
+    }
+  }
 };
 
 template <class Real>
 struct RetrievalKernels {
   int64_t keys_per_panel;
-  void (*pack_keys)(const Real* keys, int64_t count, int64_t half_width, Real* packed);
+  void (*pack_keys)(const PackKeys<Real>&, int64_t first, int64_t last);
   void (*retrieve)(const Retrieval<Real>&, int64_t first, int64_t last);
   void (*gather_sum)(const GatherSum<Real>&, int64_t first, int64_t last);
 };

@@ -2,10 +2,11 @@
 // looking at R·C scores.
 //
 //   1. sub-scores   <q1, row_keys[r]> and <q2, col_keys[c]> of a block of tokens, in cache
-//   2. selection    the k best rows and the k best columns of every token, sorted
+//                   (sub_scores.h)
+//   2. selection    the k best rows and the k best columns of every token, sorted (selection.h)
 //   3. pairs        of the sums row + column, only those that can be among the k best
 //
-// Work item   a block of kTokensPerBlock tokens and one head
+// Work item   a block of tokens and one head
 // Traffic     the packed keys once per work item; nothing of size R or C per token leaves the cache
 // Exactness   every sub-score is summed in the order of the key's elements, whatever the block; a
 //             pair's score is one addition
@@ -16,159 +17,14 @@
 #include <limits>
 
 #include "kernels/cpu/capability_kernels.h"
+#include "kernels/cpu/selection.h"
+#include "kernels/cpu/sub_scores.h"
 #include "kernels/cpu/vector.h"
 #include "kernels/ordered.h"
 
 namespace peer::cpu::PEER_CAPABILITY {
 
 namespace {
-
-template <class Real>
-constexpr int64_t kPanel = 2 * kLanes<Real>;
-
-// Tokens whose sub-scores with one panel are held in registers: enough independent sums to hide the
-// latency of multiply-add.
-constexpr int kTokensInRegisters = 4;
-
-constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-template <int tokens, class Real>
-void multiply_panel(const Real* query,
-                    int64_t query_stride,
-                    const Real* panel,
-                    int64_t half_width,
-                    Real* scores,
-                    int64_t scores_stride) {
-  constexpr int lanes = kLanes<Real>;
-  Vector<Real> low[tokens] = {};
-  Vector<Real> high[tokens] = {};
-  for (int64_t j = 0; j < half_width; ++j) {
-    const Vector<Real> keys_low = load(panel + j * kPanel<Real>);
-    const Vector<Real> keys_high = load(panel + j * kPanel<Real> + lanes);
-    for (int t = 0; t < tokens; ++t) {
-      const Real q = query[t * query_stride + j];
-      low[t] += q * keys_low;
-      high[t] += q * keys_high;
-    }
-  }
-  for (int t = 0; t < tokens; ++t) {
-    store(scores + t * scores_stride, low[t]);
-    store(scores + t * scores_stride + lanes, high[t]);
-  }
-}
-
-// scores[t, r] = <query[t], keys[r]> for a block of tokens; rows are padded to whole panels.
-template <class Real>
-void score_keys(const Real* query,
-                int64_t query_stride,
-                int64_t tokens,
-                const Real* panels,
-                int64_t keys,
-                int64_t half_width,
-                Real* scores) {
-  const int64_t scores_stride = divide_up(keys, kPanel<Real>) * kPanel<Real>;
-  for (int64_t first = 0; first < keys; first += kPanel<Real>) {
-    const Real* panel = panels + first * half_width;
-    int64_t t = 0;
-    for (; t + kTokensInRegisters <= tokens; t += kTokensInRegisters) {
-      multiply_panel<kTokensInRegisters>(query + t * query_stride, query_stride, panel, half_width,
-                                         scores + t * scores_stride + first, scores_stride);
-    }
-    for (; t < tokens; ++t) {
-      multiply_panel<1>(query + t * query_stride, query_stride, panel, half_width,
-                        scores + t * scores_stride + first, scores_stride);
-    }
-  }
-}
-
-// A key of one half, or a pair of keys, as selection sees it.
-template <class Real>
-struct Candidate {
-  ordered_t<Real> order;
-  int64_t rank;  // decides between equal scores: the key's id, or row rank · C + column rank
-  int64_t id;
-  Real score;
-};
-
-// Leaves the k best candidates, sorted, at the front.
-template <class Real>
-void keep_best(Candidate<Real>* candidates, int64_t count, int64_t k) {
-  const auto is_better = [](const Candidate<Real>& a, const Candidate<Real>& b) {
-    return a.order != b.order ? a.order > b.order : a.rank < b.rank;
-  };
-  std::partial_sort(candidates, candidates + k, candidates + count, is_better);
-}
-
-template <class Real>
-using OrderedVector = typename VectorOf<ordered_t<Real>, kLanes<Real>>::type;
-
-template <class Real>
-OrderedVector<Real> to_ordered_vector(Vector<Real> scores) {
-  using Integer = ordered_t<Real>;
-  const OrderedVector<Real> bits = bit_cast<OrderedVector<Real>>(scores + Real(0));
-  const OrderedVector<Real> order =
-      bits ^ ((bits >> (8 * sizeof(Integer) - 1)) & std::numeric_limits<Integer>::max());
-  return scores != scores ? OrderedVector<Real>{} + std::numeric_limits<Integer>::max() : order;
-}
-
-// The group-maximum filter. Elements i with equal i mod `groups` form a group. Each maximum is an
-// element, so at least k elements reach the k-th largest maximum, and everything below it can be
-// dropped unseen: of 1024 random scores about k + 2 survive.
-template <class Real>
-ordered_t<Real> lower_bound_of_kth(const Real* scores,
-                                   int64_t count,
-                                   int64_t k,
-                                   int64_t groups,
-                                   ordered_t<Real>* maxima) {
-  constexpr int lanes = kLanes<Real>;
-  std::fill(maxima, maxima + groups, std::numeric_limits<ordered_t<Real>>::min());
-  int64_t first = 0;
-  for (; first + groups <= count; first += groups) {
-    for (int64_t g = 0; g < groups; g += lanes) {
-      const OrderedVector<Real> order = to_ordered_vector<Real>(load(scores + first + g));
-      OrderedVector<Real> maximum;
-      std::memcpy(&maximum, maxima + g, sizeof(maximum));
-      maximum = order > maximum ? order : maximum;
-      std::memcpy(maxima + g, &maximum, sizeof(maximum));
-    }
-  }
-  for (int64_t i = first; i < count; ++i) {
-    const ordered_t<Real> order = to_ordered(scores[i]);
-    maxima[i - first] = order > maxima[i - first] ? order : maxima[i - first];
-  }
-  const auto descending = [](ordered_t<Real> a, ordered_t<Real> b) { return a > b; };
-  std::nth_element(maxima, maxima + k - 1, maxima + groups, descending);
-  return maxima[k - 1];
-}
-
-int64_t filter_groups(int64_t k) {
-  int64_t groups = 64;
-  while (groups < 2 * k) {
-    groups *= 2;
-  }
-  return groups;
-}
-
-// The k best of `count` scores, sorted, at the front of `candidates`, which has room for all.
-template <class Real>
-void select_keys(const Real* scores,
-                 int64_t count,
-                 int64_t k,
-                 ordered_t<Real>* maxima,
-                 Candidate<Real>* candidates) {
-  const int64_t groups = filter_groups(k);
-  const ordered_t<Real> threshold = count >= 4 * groups
-                                        ? lower_bound_of_kth(scores, count, k, groups, maxima)
-                                        : std::numeric_limits<ordered_t<Real>>::min();
-  int64_t survivors = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    const ordered_t<Real> order = to_ordered(scores[i]);
-    if (order >= threshold) {
-      candidates[survivors++] = {order, i, i, scores[i]};
-    }
-  }
-  keep_best(candidates, survivors, k);
-}
 
 // Pairs that can be among the k best. With both lists sorted, pair (i, j) comes after every pair
 // (i', j') with i' <= i and j' <= j, since rounding is monotone and equal sums are ordered by rank:
@@ -177,64 +33,169 @@ constexpr bool can_be_chosen(int64_t row_rank, int64_t column_rank, int64_t k) {
   return (row_rank + 1) * (column_rank + 1) <= k;
 }
 
-int64_t count_pairs(int64_t k) {
-  int64_t pairs = 0;
-  for (int64_t i = 1; i <= k; ++i) {
-    pairs += k / i;
+// The pairs of ranks that can be chosen, in order of (row rank, column rank): so a pair's position
+// decides between equal scores.
+struct PairRanks {
+  PairRanks(int64_t row_count, int64_t column_count, int64_t k)
+      : count(count_pairs(row_count, column_count, k)), rows(count), columns(count) {
+    int64_t position = 0;
+    for (int64_t i = 0; i < row_count; ++i) {
+      for (int64_t j = 0; j < column_count && can_be_chosen(i, j, k); ++j) {
+        rows[position] = int32_t(i);
+        columns[position++] = int32_t(j);
+      }
+    }
   }
-  return pairs;
+
+  int64_t count;
+  Scratch<int32_t> rows, columns;
+
+ private:
+  static int64_t count_pairs(int64_t row_count, int64_t column_count, int64_t k) {
+    int64_t pairs = 0;
+    for (int64_t i = 0; i < std::min(row_count, k); ++i) {
+      pairs += std::min(column_count, k / (i + 1));
+    }
+    return pairs;
+  }
+};
+
+// One half of a token's candidates: the best keys, sorted. Padded, so that whole vectors of scores
+// can be read from any place.
+template <class Real>
+struct BestKeys {
+  explicit BestKeys(int64_t count)
+      : count(count), ids(count), orders(count), scores(count + kLanes<Real>) {
+    std::fill(scores.data(), scores.data() + count + kLanes<Real>, Real(0));
+  }
+
+  void select_from(Selection<Real>& selection, const ordered_t<Real>* key_scores, int64_t keys) {
+    selection.select(key_scores, keys, count, ids.data(), orders.data());
+    for (int64_t i = 0; i < count; ++i) {
+      scores[i] = from_ordered<Real>(orders[i]);
+    }
+  }
+
+  int64_t count;
+  Scratch<int32_t> ids;
+  Scratch<ordered_t<Real>> orders;
+  Scratch<Real> scores;
+};
+
+// The sums of all pairs in PairRanks' order. Every row rank's sums are stored in whole vectors; the
+// next one's overwrite what is too much.
+template <class Real>
+void add_pairs(const BestKeys<Real>& rows,
+               const BestKeys<Real>& columns,
+               int64_t k,
+               int64_t count,
+               ordered_t<Real>* sums) {
+  constexpr int lanes = kLanes<Real>;
+  int64_t position = 0;
+  for (int64_t i = 0; position < count; ++i) {
+    const int64_t partners = std::min(columns.count, k / (i + 1));
+    for (int64_t j = 0; j < partners; j += lanes) {
+      const Vector<Real> sum = rows.scores[i] + load(columns.scores.data() + j);
+      store_ordered<Real>(sums + position + j, to_ordered_vector<Real>(sum));
+    }
+    position += partners;
+  }
+  std::fill(sums + count, sums + round_up(count, kScoresPerWord), kBelowAll<Real>);
 }
 
 // The one case in which a sum of two halves is not monotone: infinities of opposite sign make NaN,
-// which ranks highest although one of its halves may be last in its list. Appends the first k such
-// pairs, in order of rank, that the lists do not already contain.
+// which ranks highest although one of its halves may be last in its list. Then the candidates are
+// the pairs of ranks and, of such pairs, the first k that are not among them.
 template <class Real>
 class OppositeInfinities {
  public:
-  OppositeInfinities(const Real* rows, int64_t row_count, const Real* columns, int64_t column_count)
-      : rows_{rows, row_count}, columns_{columns, column_count} {}
+  // Whether there may be such pairs, told from the sorted lists: +inf stands behind NaN only, and
+  // where k NaNs hide it, their pairs fill the result.
+  static bool possible(const BestKeys<Real>& rows, const BestKeys<Real>& columns) {
+    return has_positive_infinity(rows) || has_positive_infinity(columns);
+  }
 
-  int64_t append(int64_t k, Candidate<Real>* candidates) const {
-    const int64_t count = append_products(kInfinity, -kInfinity, k, candidates);
-    return count + append_products(-kInfinity, kInfinity, k, candidates + count);
+  OppositeInfinities(const ordered_t<Real>* rows,
+                     int64_t row_count,
+                     const ordered_t<Real>* columns,
+                     int64_t column_count,
+                     int64_t k)
+      : rows_{rows, row_count}, columns_{columns, column_count}, k_(k) {}
+
+  // Writes the k best of `sums` and of the pairs that PairRanks leaves out.
+  void select(const PairRanks& ranks,
+              const ordered_t<Real>* sums,
+              const BestKeys<Real>& best_rows,
+              const BestKeys<Real>& best_columns,
+              Real* scores,
+              int64_t* indices) const {
+    Scratch<Candidate> candidates(ranks.count + 2 * k_);
+    int64_t count = 0;
+    for (; count < ranks.count; ++count) {
+      const int64_t i = ranks.rows[count], j = ranks.columns[count];
+      candidates[count] = {sums[count], i * columns_.count + j,
+                           best_rows.ids[i] * columns_.count + best_columns.ids[j]};
+    }
+    count += append_products(kInfinity, -kInfinity, candidates.data() + count);
+    count += append_products(-kInfinity, kInfinity, candidates.data() + count);
+    const auto is_better = [](const Candidate& a, const Candidate& b) {
+      return a.order != b.order ? a.order > b.order : a.rank < b.rank;
+    };
+    std::partial_sort(candidates.data(), candidates.data() + k_, candidates.data() + count,
+                      is_better);
+    for (int64_t i = 0; i < k_; ++i) {
+      scores[i] = from_ordered<Real>(candidates[i].order);
+      indices[i] = candidates[i].id;
+    }
   }
 
  private:
   static constexpr Real kInfinity = std::numeric_limits<Real>::infinity();
 
+  struct Candidate {
+    ordered_t<Real> order;
+    int64_t rank;  // row rank · C + column rank
+    int64_t id;
+  };
+
   struct Half {
-    const Real* scores;
+    const ordered_t<Real>* scores;
     int64_t count;
 
     int64_t first_rank_of(Real infinity) const {
+      const ordered_t<Real> nan = std::numeric_limits<ordered_t<Real>>::max();
       int64_t before = 0;
       for (int64_t i = 0; i < count; ++i) {
-        before += infinity > 0 ? scores[i] != scores[i] : scores[i] != infinity;
+        before += infinity > 0 ? scores[i] == nan : scores[i] != to_ordered(infinity);
       }
       return before;
     }
   };
 
-  int64_t append_products(Real row_value,
-                          Real column_value,
-                          int64_t k,
-                          Candidate<Real>* candidates) const {
+  static bool has_positive_infinity(const BestKeys<Real>& best) {
+    const Real* scores = best.scores.data();
+    return std::any_of(scores, scores + best.count, [](Real score) { return score == kInfinity; });
+  }
+
+  int64_t append_products(Real row_value, Real column_value, Candidate* candidates) const {
+    const ordered_t<Real> row_order = to_ordered(row_value);
+    const ordered_t<Real> column_order = to_ordered(column_value);
     int64_t appended = 0;
     int64_t visited = 0;
     int64_t row_rank = rows_.first_rank_of(row_value);
-    for (int64_t r = 0; r < rows_.count && visited < k; ++r) {
-      if (rows_.scores[r] != row_value) {
+    for (int64_t r = 0; r < rows_.count && visited < k_; ++r) {
+      if (rows_.scores[r] != row_order) {
         continue;
       }
       int64_t column_rank = columns_.first_rank_of(column_value);
-      for (int64_t c = 0; c < columns_.count && visited < k; ++c) {
-        if (columns_.scores[c] != column_value) {
+      for (int64_t c = 0; c < columns_.count && visited < k_; ++c) {
+        if (columns_.scores[c] != column_order) {
           continue;
         }
-        if (!can_be_chosen(row_rank, column_rank, k)) {
-          const Real score = row_value + column_value;
-          candidates[appended++] = {to_ordered(score), row_rank * columns_.count + column_rank,
-                                    r * columns_.count + c, score};
+        if (!can_be_chosen(row_rank, column_rank, k_)) {
+          candidates[appended++] = {to_ordered(row_value + column_value),
+                                    row_rank * columns_.count + column_rank,
+                                    r * columns_.count + c};
         }
         ++column_rank;
         ++visited;
@@ -245,30 +206,16 @@ class OppositeInfinities {
   }
 
   Half rows_, columns_;
+  int64_t k_;
 };
-
-// Whether a half can take part in such a pair with +inf, told from its sorted list: +inf stands
-// behind NaN only, and where k NaNs hide it, their pairs fill the result.
-template <class Real>
-bool has_positive_infinity(const Candidate<Real>* best, int64_t count) {
-  const auto is_infinite = [](const Candidate<Real>& key) {
-    return key.score == std::numeric_limits<Real>::infinity();
-  };
-  return std::any_of(best, best + count, is_infinite);
-}
 
 }  // namespace
 
 template <class Real>
-void pack_keys(const Real* keys, int64_t count, int64_t half_width, Real* packed) {
-  for (int64_t first = 0; first < count; first += kPanel<Real>) {
-    Real* panel = packed + first * half_width;
-    for (int64_t j = 0; j < half_width; ++j) {
-      for (int64_t r = 0; r < kPanel<Real>; ++r) {
-        panel[j * kPanel<Real> + r] =
-            first + r < count ? keys[(first + r) * half_width + j] : Real(0);
-      }
-    }
+void pack_keys(const PackKeys<Real>& pack, int64_t first, int64_t last) {
+  const int64_t panels = (pack.count + kPanel<Real> - 1) / kPanel<Real>;
+  for (int64_t item = first; item < last; ++item) {
+    pack_panel(pack, item / panels, item % panels);
   }
 }
 
@@ -277,24 +224,26 @@ void retrieve(const Retrieval<Real>& retrieval, int64_t first, int64_t last) {
   const int64_t rows = retrieval.rows.keys;
   const int64_t columns = retrieval.columns.keys;
   const int64_t k = retrieval.k;
-  const int64_t row_k = std::min(k, rows);
-  const int64_t column_k = std::min(k, columns);
-  const int64_t row_stride = divide_up(rows, kPanel<Real>) * kPanel<Real>;
-  const int64_t column_stride = divide_up(columns, kPanel<Real>) * kPanel<Real>;
+  const int64_t row_stride = padded_scores<Real>(rows);
+  const int64_t column_stride = padded_scores<Real>(columns);
   const int64_t query_width = 2 * retrieval.half_width;
   const int64_t query_stride = retrieval.heads * query_width;
+  const int64_t block = retrieval.tokens_per_block;
 
-  Scratch<Real> row_scores(kTokensPerBlock * row_stride);
-  Scratch<Real> column_scores(kTokensPerBlock * column_stride);
-  Scratch<ordered_t<Real>> maxima(filter_groups(std::max(row_k, column_k)));
-  Scratch<Candidate<Real>> best_rows(rows);
-  Scratch<Candidate<Real>> best_columns(columns);
-  Scratch<Candidate<Real>> pairs(count_pairs(k) + 2 * k);
+  Scratch<ordered_t<Real>> row_scores(block * row_stride);
+  Scratch<ordered_t<Real>> column_scores(block * column_stride);
+  BestKeys<Real> best_rows(std::min(k, rows));
+  BestKeys<Real> best_columns(std::min(k, columns));
+  const PairRanks ranks(best_rows.count, best_columns.count, k);
+  Scratch<ordered_t<Real>> sums(round_up(ranks.count, kScoresPerWord) + kLanes<Real>);
+  Selection<Real> selection(std::max({rows, columns, ranks.count}), k);
+  Scratch<int32_t> best_pairs(k);
+  Scratch<ordered_t<Real>> best_orders(k);
 
   for (int64_t item = first; item < last; ++item) {
     const int64_t head = item % retrieval.heads;
-    const int64_t first_token = item / retrieval.heads * kTokensPerBlock;
-    const int64_t tokens = std::min(kTokensPerBlock, retrieval.tokens - first_token);
+    const int64_t first_token = item / retrieval.heads * block;
+    const int64_t tokens = std::min(block, retrieval.tokens - first_token);
     const Real* query = retrieval.query + first_token * query_stride + head * query_width;
     score_keys(query, query_stride, tokens, retrieval.rows.data + head * retrieval.rows.head_stride,
                rows, retrieval.half_width, row_scores.data());
@@ -303,37 +252,33 @@ void retrieve(const Retrieval<Real>& retrieval, int64_t first, int64_t last) {
                retrieval.half_width, column_scores.data());
 
     for (int64_t t = 0; t < tokens; ++t) {
-      const Real* token_rows = row_scores.data() + t * row_stride;
-      const Real* token_columns = column_scores.data() + t * column_stride;
-      select_keys(token_rows, rows, row_k, maxima.data(), best_rows.data());
-      select_keys(token_columns, columns, column_k, maxima.data(), best_columns.data());
-
-      int64_t count = 0;
-      for (int64_t i = 0; i < row_k; ++i) {
-        for (int64_t j = 0; j < column_k && can_be_chosen(i, j, k); ++j) {
-          const Real score = best_rows[i].score + best_columns[j].score;
-          pairs[count++] = {to_ordered(score), i * columns + j,
-                            best_rows[i].id * columns + best_columns[j].id, score};
-        }
-      }
-      if (has_positive_infinity(best_rows.data(), row_k) ||
-          has_positive_infinity(best_columns.data(), column_k)) {
-        const OppositeInfinities<Real> infinities(token_rows, rows, token_columns, columns);
-        count += infinities.append(k, pairs.data() + count);
-      }
-      keep_best(pairs.data(), count, k);
-
+      const ordered_t<Real>* token_rows = row_scores.data() + t * row_stride;
+      const ordered_t<Real>* token_columns = column_scores.data() + t * column_stride;
       const int64_t target = ((first_token + t) * retrieval.heads + head) * k;
+      Real* scores = retrieval.scores + target;
+      int64_t* indices = retrieval.indices + target;
+
+      best_rows.select_from(selection, token_rows, rows);
+      best_columns.select_from(selection, token_columns, columns);
+      add_pairs(best_rows, best_columns, k, ranks.count, sums.data());
+      if (OppositeInfinities<Real>::possible(best_rows, best_columns)) {
+        OppositeInfinities<Real>(token_rows, rows, token_columns, columns, k)
+            .select(ranks, sums.data(), best_rows, best_columns, scores, indices);
+        continue;
+      }
+      selection.select(sums.data(), ranks.count, k, best_pairs.data(), best_orders.data());
       for (int64_t i = 0; i < k; ++i) {
-        retrieval.scores[target + i] = pairs[i].score;
-        retrieval.indices[target + i] = pairs[i].id;
+        const int64_t row = best_rows.ids[ranks.rows[best_pairs[i]]];
+        const int64_t column = best_columns.ids[ranks.columns[best_pairs[i]]];
+        scores[i] = from_ordered<Real>(best_orders[i]);
+        indices[i] = row * columns + column;
       }
     }
   }
 }
 
-template void pack_keys(const float*, int64_t, int64_t, float*);
-template void pack_keys(const double*, int64_t, int64_t, double*);
+template void pack_keys(const PackKeys<float>&, int64_t, int64_t);
+template void pack_keys(const PackKeys<double>&, int64_t, int64_t);
 template void retrieve(const Retrieval<float>&, int64_t, int64_t);
 template void retrieve(const Retrieval<double>&, int64_t, int64_t);
 

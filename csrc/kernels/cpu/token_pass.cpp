@@ -4,11 +4,13 @@
 // Forward     A = w_down, w_gate    v = x          f = weights·act(z)·gate    B = w_up
 // Backward    A = w_up              v = grad_out   f = the chain rule         B = w_down, w_gate
 //
-// Work item   one token, start to end, by one thread
+// Work item   one token, start to end, by one thread; where there are few, a part of one
 // Traffic     P·(D + O) table elements a token, each read once; nothing of size P·D is written
 // Exactness   accumulation in float (double for double), in an order fixed by p and by the vector
 //             width of the capability
 #include "kernels/cpu/token_pass.h"
+
+#include <algorithm>
 
 #include "kernels/cpu/capability_kernels.h"
 
@@ -21,35 +23,105 @@ void fill_with_zeros(Real* data, int64_t count) {
   std::memset(data, 0, count * sizeof(Real));
 }
 
+// Experts [first, last) of a token's list.
+struct ExpertRange {
+  int64_t first, last;
+
+  int64_t count() const { return last - first; }
+};
+
+template <class Table>
+ExpertRange part_of_token(const TokenForward<Table>& pass, int64_t part) {
+  const int64_t first = part * kExpertsPerPart;
+  return {first, std::min(first + kExpertsPerPart, pass.experts_per_token)};
+}
+
+// hidden, gate and coefficients = weights·act(hidden)·gate of some of a token's experts.
+template <class Table, class Real>
+void compute_coefficients(const TokenForward<Table>& pass,
+                          int64_t t,
+                          ExpertRange experts,
+                          Real* coefficients) {
+  const Real* x = pass.x + t * pass.dim;
+  const int64_t pair = t * pass.experts_per_token + experts.first;
+  const int64_t* indices = pass.indices + pair;
+  const Real* weights = pass.weights + pair;
+  Real* hidden = pass.hidden + pair;
+  dot_with_rows(x, pass.dim, pass.w_down, indices, experts.count(), hidden);
+  with_activation(pass.activation, [&]<Activation activation>() {
+    for (int64_t p = 0; p < experts.count(); ++p) {
+      coefficients[p] = weights[p] * activate<activation>(hidden[p]);
+    }
+  });
+  if (pass.w_gate) {
+    Real* gate = pass.gate + pair;
+    dot_with_rows(x, pass.dim, pass.w_gate, indices, experts.count(), gate);
+    for (int64_t p = 0; p < experts.count(); ++p) {
+      coefficients[p] *= gate[p];
+    }
+  }
+}
+
+template <class Table, class Real>
+void sum_part(const TokenForward<Table>& pass,
+              int64_t t,
+              ExpertRange experts,
+              const Real* coefficients,
+              Real* out) {
+  fill_with_zeros(out, pass.dim_out);
+  add_weighted_rows(coefficients, pass.w_up,
+                    pass.indices + t * pass.experts_per_token + experts.first, experts.count(),
+                    pass.dim_out, out);
+}
+
+template <class Real>
+void add(const Real* source, int64_t count, Real* target) {
+  for (int64_t i = 0; i < count; ++i) {
+    target[i] += source[i];
+  }
+}
+
 }  // namespace
 
 template <class Table>
 void token_forward(const TokenForward<Table>& pass, int64_t first, int64_t last) {
   using Real = accumulation_t<Table>;
-  const int64_t experts = pass.experts_per_token;
-  Scratch<Real> coefficients(experts);
+  const ExpertRange all = {0, pass.experts_per_token};
+  Scratch<Real> coefficients(all.count());
+  Scratch<Real> part_out(pass.dim_out);
   for (int64_t t = first; t < last; ++t) {
-    const Real* x = pass.x + t * pass.dim;
-    const int64_t* indices = pass.indices + t * experts;
-    const Real* weights = pass.weights + t * experts;
-    Real* hidden = pass.hidden + t * experts;
     Real* out = pass.out + t * pass.dim_out;
-
-    dot_with_rows(x, pass.dim, pass.w_down, indices, experts, hidden);
-    with_activation(pass.activation, [&]<Activation activation>() {
-      for (int64_t p = 0; p < experts; ++p) {
-        coefficients[p] = weights[p] * activate<activation>(hidden[p]);
-      }
-    });
-    if (pass.w_gate) {
-      Real* gate = pass.gate + t * experts;
-      dot_with_rows(x, pass.dim, pass.w_gate, indices, experts, gate);
-      for (int64_t p = 0; p < experts; ++p) {
-        coefficients[p] *= gate[p];
-      }
+    compute_coefficients(pass, t, all, coefficients.data());
+    sum_part(pass, t, part_of_token(pass, 0), coefficients.data(), out);
+    for (int64_t part = 1; part < parts_per_token(all.count()); ++part) {
+      const ExpertRange experts = part_of_token(pass, part);
+      sum_part(pass, t, experts, coefficients.data() + experts.first, part_out.data());
+      add(part_out.data(), pass.dim_out, out);
     }
-    fill_with_zeros(out, pass.dim_out);
-    add_weighted_rows(coefficients.data(), pass.w_up, indices, experts, pass.dim_out, out);
+  }
+}
+
+template <class Table>
+void token_parts_forward(const TokenForward<Table>& pass, int64_t first, int64_t last) {
+  const int64_t parts = parts_per_token(pass.experts_per_token);
+  Scratch<accumulation_t<Table>> coefficients(kExpertsPerPart);
+  for (int64_t i = first; i < last; ++i) {
+    const ExpertRange experts = part_of_token(pass, i % parts);
+    compute_coefficients(pass, i / parts, experts, coefficients.data());
+    sum_part(pass, i / parts, experts, coefficients.data(), pass.parts_out + i * pass.dim_out);
+  }
+}
+
+template <class Table>
+void add_token_parts(const TokenForward<Table>& pass, int64_t first, int64_t last) {
+  const int64_t parts = parts_per_token(pass.experts_per_token);
+  for (int64_t t = first; t < last; ++t) {
+    const auto* part_out = pass.parts_out + t * parts * pass.dim_out;
+    auto* out = pass.out + t * pass.dim_out;
+    std::memcpy(out, part_out, pass.dim_out * sizeof(*out));
+    for (int64_t part = 1; part < parts; ++part) {
+      add(part_out + part * pass.dim_out, pass.dim_out, out);
+    }
   }
 }
 
@@ -112,6 +184,14 @@ template void token_forward(const TokenForward<float>&, int64_t, int64_t);
 template void token_forward(const TokenForward<double>&, int64_t, int64_t);
 template void token_forward(const TokenForward<BFloat16>&, int64_t, int64_t);
 template void token_forward(const TokenForward<Half>&, int64_t, int64_t);
+template void token_parts_forward(const TokenForward<float>&, int64_t, int64_t);
+template void token_parts_forward(const TokenForward<double>&, int64_t, int64_t);
+template void token_parts_forward(const TokenForward<BFloat16>&, int64_t, int64_t);
+template void token_parts_forward(const TokenForward<Half>&, int64_t, int64_t);
+template void add_token_parts(const TokenForward<float>&, int64_t, int64_t);
+template void add_token_parts(const TokenForward<double>&, int64_t, int64_t);
+template void add_token_parts(const TokenForward<BFloat16>&, int64_t, int64_t);
+template void add_token_parts(const TokenForward<Half>&, int64_t, int64_t);
 template void token_backward(const TokenBackward<float>&, int64_t, int64_t);
 template void token_backward(const TokenBackward<double>&, int64_t, int64_t);
 template void token_backward(const TokenBackward<BFloat16>&, int64_t, int64_t);

@@ -8,8 +8,10 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
+#include <utility>
 
-#if defined(__F16C__)
+#if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
@@ -131,6 +133,39 @@ static inline void store(Half* target, Vector<float> v) {
 #endif
 }
 
+// store past the caches, to an address aligned to the vector as it is stored. What is written this
+// way is in order with other stores only after finish_streaming().
+template <class Element>
+static inline void stream(Element* target, Vector<accumulation_t<Element>> v) {
+  Element stored[kLanes<accumulation_t<Element>>];
+  store(stored, v);
+#if defined(__AVX512F__)
+  if constexpr (sizeof(stored) == 64) {
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(target), bit_cast<__m512i>(stored));
+    return;
+  }
+#endif
+#if defined(__AVX2__)
+  if constexpr (sizeof(stored) == 32) {
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(target), bit_cast<__m256i>(stored));
+    return;
+  }
+#endif
+#if defined(__SSE2__)
+  if constexpr (sizeof(stored) == 16) {
+    _mm_stream_si128(reinterpret_cast<__m128i*>(target), bit_cast<__m128i>(stored));
+    return;
+  }
+#endif
+  std::memcpy(target, stored, sizeof(stored));
+}
+
+static inline void finish_streaming() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
+
 // The last, incomplete step of a row: missing lanes are read as zero and not written.
 
 template <class Element>
@@ -157,6 +192,47 @@ static inline Real sum_of_lanes(Vector<Real> v) {
     }
   }
   return lanes[0];
+}
+
+// Lane i of the result is lane i + width of v, around the end.
+template <size_t width, class V, size_t... i>
+static inline V rotate(V v, std::index_sequence<i...>) {
+  constexpr size_t lanes = sizeof...(i);
+#if defined(__clang__)
+  return __builtin_shufflevector(v, v, int((i + width) % lanes)...);
+#else
+  return __builtin_shuffle(v, V{(i + width) % lanes...});
+#endif
+}
+
+// The two halves of the sequence a0 b0 a1 b1 ...
+template <class V, class Indices, size_t... i>
+static inline void interleave(V a, V b, V& low, V& high, std::index_sequence<i...>) {
+  constexpr size_t lanes = sizeof...(i);
+#if defined(__clang__)
+  low = __builtin_shufflevector(a, b, int(i / 2 + i % 2 * lanes)...);
+  high = __builtin_shufflevector(a, b, int(lanes / 2 + i / 2 + i % 2 * lanes)...);
+#else
+  low = __builtin_shuffle(a, b, Indices{(i / 2 + i % 2 * lanes)...});
+  high = __builtin_shuffle(a, b, Indices{(lanes / 2 + i / 2 + i % 2 * lanes)...});
+#endif
+}
+
+// Transposes a square of kLanes rows: every round of interleaving row i with row i + kLanes / 2
+// moves one bit of the column number into the row number.
+template <class Real>
+static inline void transpose(Vector<Real> (&rows)[kLanes<Real>]) {
+  constexpr int lanes = kLanes<Real>;
+  using Index = std::conditional_t<sizeof(Real) == 4, int32_t, int64_t>;
+  for (int round = 1; round < lanes; round *= 2) {
+    Vector<Real> next[lanes];
+    for (int i = 0; i < lanes / 2; ++i) {
+      interleave<Vector<Real>, typename VectorOf<Index, lanes>::type>(
+          rows[i], rows[i + lanes / 2], next[2 * i], next[2 * i + 1],
+          std::make_index_sequence<lanes>{});
+    }
+    std::memcpy(rows, next, sizeof(next));
+  }
 }
 
 }  // namespace peer::cpu::PEER_CAPABILITY

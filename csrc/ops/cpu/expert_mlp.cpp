@@ -14,6 +14,9 @@ namespace {
 // thread.
 constexpr int64_t kTokensPerTask = 4;
 
+// Fewer tokens than this are cut into parts, so that even one gives work to several threads.
+constexpr int64_t kFewTokens = 8;
+
 // What the token pass reads in both directions, as the kernels want it.
 struct Experts {
   Experts(const char* op,
@@ -51,9 +54,13 @@ std::tuple<Tensor, Tensor, Tensor> expert_mlp_cpu(const Tensor& x,
   const at::ScalarType type = accumulation_type(w_down.scalar_type());
   const at::TensorOptions accumulated = x.options().dtype(type);
   const Experts experts("expert_mlp", indices, weights, w_down, w_up, w_gate);
+  const int64_t parts = parts_per_token(indices.size(1));
+  const bool shares_tokens = x.size(0) < kFewTokens && parts > 1;
   const Tensor inputs = contiguous_as(x, type);
 
   const Tensor out = at::empty({x.size(0), w_up.size(1)}, accumulated);
+  const Tensor parts_out =
+      at::empty({shares_tokens ? x.size(0) * parts : 0, w_up.size(1)}, accumulated);
   const Tensor hidden = at::empty(indices.sizes(), accumulated);
   const Tensor gate =
       w_gate.has_value() ? at::empty(indices.sizes(), accumulated) : at::empty({0}, accumulated);
@@ -73,43 +80,74 @@ std::tuple<Tensor, Tensor, Tensor> expert_mlp_cpu(const Tensor& x,
         .out = data_of<Real>(out),
         .hidden = data_of<Real>(hidden),
         .gate = data_of<Real>(gate),
+        .parts_out = data_of<Real>(parts_out),
     };
     const ExpertKernels<Table>& kernel = kernels().template experts<Table>();
-    at::parallel_for(0, x.size(0), kTokensPerTask,
-                     [&](int64_t first, int64_t last) { kernel.token_forward(pass, first, last); });
+    if (shares_tokens) {
+      at::parallel_for(0, x.size(0) * parts, 1, [&](int64_t first, int64_t last) {
+        kernel.token_parts_forward(pass, first, last);
+      });
+      kernel.add_token_parts(pass, 0, x.size(0));
+    } else {
+      at::parallel_for(0, x.size(0), kTokensPerTask, [&](int64_t first, int64_t last) {
+        kernel.token_forward(pass, first, last);
+      });
+    }
   });
   return {out.to(x.scalar_type()), hidden, gate};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> expert_mlp_backward_cpu(
-    const Tensor& grad_out,
-    const Tensor& x,
-    const Tensor& weights,
-    const Tensor& indices,
-    const Tensor& w_down,
-    const Tensor& w_up,
-    const std::optional<Tensor>& w_gate,
-    const Tensor& hidden,
-    const Tensor& gate,
-    std::string_view activation,
-    bool sparse_grad,
-    std::array<bool, 5> output_mask) {
-  const Activation parsed = check_expert_mlp_backward(x, weights, indices, w_down, w_up, w_gate,
-                                                      hidden, gate, activation);
-  check_expert_mlp_grad_out(grad_out, x, w_up);
-  const at::ScalarType type = accumulation_type(w_down.scalar_type());
+// The gradients with respect to what belongs to tokens, and the coefficients that the tables'
+// gradients are made of, in the accumulation dtype.
+struct TokenGradients {
+  TokenGradients(const char* op,
+                 const Tensor& given_grad_out,
+                 const Tensor& x,
+                 const Tensor& weights,
+                 const Tensor& given_indices,
+                 const Tensor& w_down,
+                 const Tensor& w_up,
+                 const std::optional<Tensor>& w_gate,
+                 const Tensor& hidden,
+                 const Tensor& gate,
+                 std::string_view activation,
+                 bool wants_grad_x);
+
+  at::ScalarType type;
+  Tensor indices, grad_out;  // as the kernels want them
+  Tensor grad_x;             // undefined where not wanted
+  Tensor grad_weights, down_coefficients, up_coefficients;
+  Tensor gate_coefficients;  // undefined without gate
+};
+
+TokenGradients::TokenGradients(const char* op,
+                               const Tensor& given_grad_out,
+                               const Tensor& x,
+                               const Tensor& weights,
+                               const Tensor& given_indices,
+                               const Tensor& w_down,
+                               const Tensor& w_up,
+                               const std::optional<Tensor>& w_gate,
+                               const Tensor& hidden,
+                               const Tensor& gate,
+                               std::string_view activation,
+                               bool wants_grad_x)
+    : type(accumulation_type(w_down.scalar_type())) {
+  const Activation parsed = check_expert_mlp_backward(op, x, weights, given_indices, w_down, w_up,
+                                                      w_gate, hidden, gate, activation);
+  check_expert_mlp_grad_out(op, given_grad_out, x, w_up);
   const at::TensorOptions accumulated = x.options().dtype(type);
-  const Experts experts("expert_mlp_backward", indices, weights, w_down, w_up, w_gate);
-  const Tensor grads = contiguous_as(grad_out, type);
+  const Experts experts(op, given_indices, weights, w_down, w_up, w_gate);
+  indices = experts.indices;
+  grad_out = contiguous_as(given_grad_out, type);
   const Tensor hidden_values = contiguous_as(hidden, type);
   const Tensor gate_values = w_gate.has_value() ? contiguous_as(gate, type) : Tensor();
 
-  const Tensor grad_x = output_mask[kGradX] ? at::empty(x.sizes(), accumulated) : Tensor();
-  const Tensor grad_weights = at::empty(indices.sizes(), accumulated);
-  const Tensor down_coefficients = at::empty(indices.sizes(), accumulated);
-  const Tensor up_coefficients = at::empty(indices.sizes(), accumulated);
-  const Tensor gate_coefficients =
-      w_gate.has_value() ? at::empty(indices.sizes(), accumulated) : Tensor();
+  grad_x = wants_grad_x ? at::empty(x.sizes(), accumulated) : Tensor();
+  grad_weights = at::empty(indices.sizes(), accumulated);
+  down_coefficients = at::empty(indices.sizes(), accumulated);
+  up_coefficients = at::empty(indices.sizes(), accumulated);
+  gate_coefficients = w_gate.has_value() ? at::empty(indices.sizes(), accumulated) : Tensor();
   with_table_type(w_down.scalar_type(), [&]<class Table>() {
     using Real = accumulation_t<Table>;
     const TokenBackward<Table> pass = {
@@ -117,7 +155,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> expert_mlp_backward_cpu(
         .dim = x.size(1),
         .dim_out = w_up.size(1),
         .activation = parsed,
-        .grad_out = const_data_of<Real>(grads),
+        .grad_out = const_data_of<Real>(grad_out),
         .weights = const_data_of<Real>(experts.weights),
         .indices = experts.indices.const_data_ptr<int64_t>(),
         .w_down = rows_of<Table>(experts.w_down),
@@ -137,24 +175,63 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> expert_mlp_backward_cpu(
       kernel.token_backward(pass, first, last);
     });
   });
+}
 
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> expert_mlp_backward_cpu(
+    const Tensor& grad_out,
+    const Tensor& x,
+    const Tensor& weights,
+    const Tensor& indices,
+    const Tensor& w_down,
+    const Tensor& w_up,
+    const std::optional<Tensor>& w_gate,
+    const Tensor& hidden,
+    const Tensor& gate,
+    std::string_view activation,
+    bool sparse_grad,
+    std::array<bool, 5> output_mask) {
+  const TokenGradients tokens("expert_mlp_backward", grad_out, x, weights, indices, w_down, w_up,
+                              w_gate, hidden, gate, activation, output_mask[kGradX]);
   Tensor grad_down, grad_up, grad_gate;
   const bool wants_grad_gate = output_mask[kGradGate] && w_gate.has_value();
   if (output_mask[kGradDown] || output_mask[kGradUp] || wants_grad_gate) {
-    const TableGradient gradient(experts.indices, w_down.size(0), sparse_grad);
+    const TableGradient gradient(tokens.indices, w_down.size(0), sparse_grad);
     if (output_mask[kGradDown] || wants_grad_gate) {
-      const Tensor inputs = contiguous_as(x, type);
-      grad_down = output_mask[kGradDown] ? gradient.sum(down_coefficients, inputs, w_down.options())
-                                         : Tensor();
-      grad_gate =
-          wants_grad_gate ? gradient.sum(gate_coefficients, inputs, w_gate->options()) : Tensor();
+      const Tensor inputs = contiguous_as(x, tokens.type);
+      grad_down = output_mask[kGradDown]
+                      ? gradient.sum(tokens.down_coefficients, inputs, w_down.options())
+                      : Tensor();
+      grad_gate = wants_grad_gate
+                      ? gradient.sum(tokens.gate_coefficients, inputs, w_gate->options())
+                      : Tensor();
     }
-    grad_up =
-        output_mask[kGradUp] ? gradient.sum(up_coefficients, grads, w_up.options()) : Tensor();
+    grad_up = output_mask[kGradUp]
+                  ? gradient.sum(tokens.up_coefficients, tokens.grad_out, w_up.options())
+                  : Tensor();
   }
-  return {grad_x.defined() ? grad_x.to(x.scalar_type()) : Tensor(),
-          output_mask[kGradWeights] ? grad_weights.to(weights.scalar_type()) : Tensor(), grad_down,
-          grad_up, grad_gate};
+  return {tokens.grad_x.defined() ? tokens.grad_x.to(x.scalar_type()) : Tensor(),
+          output_mask[kGradWeights] ? tokens.grad_weights.to(weights.scalar_type()) : Tensor(),
+          grad_down, grad_up, grad_gate};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> expert_mlp_backward_coefficients_cpu(
+    const Tensor& grad_out,
+    const Tensor& x,
+    const Tensor& weights,
+    const Tensor& indices,
+    const Tensor& w_down,
+    const Tensor& w_up,
+    const std::optional<Tensor>& w_gate,
+    const Tensor& hidden,
+    const Tensor& gate,
+    std::string_view activation) {
+  const TokenGradients tokens("expert_mlp_backward_coefficients", grad_out, x, weights, indices,
+                              w_down, w_up, w_gate, hidden, gate, activation,
+                              /*wants_grad_x=*/true);
+  return {tokens.grad_x.to(x.scalar_type()), tokens.grad_weights.to(weights.scalar_type()),
+          tokens.down_coefficients, tokens.up_coefficients,
+          w_gate.has_value() ? tokens.gate_coefficients
+                             : at::empty({0}, x.options().dtype(tokens.type))};
 }
 
 }  // namespace
@@ -162,6 +239,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> expert_mlp_backward_cpu(
 TORCH_LIBRARY_IMPL(peer, CPU, m) {
   m.impl("expert_mlp", expert_mlp_cpu);
   m.impl("expert_mlp_backward", expert_mlp_backward_cpu);
+  m.impl("expert_mlp_backward_coefficients", expert_mlp_backward_coefficients_cpu);
 }
 
 }  // namespace peer::ops::cpu

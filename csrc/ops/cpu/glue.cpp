@@ -2,13 +2,20 @@
 
 #include <ATen/ops/_sparse_coo_tensor_with_dims_and_tensors.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
 
 #include <atomic>
 
 #include "ops/checks.h"
+#include "ops/cpu/huge_pages.h"
 
 namespace peer::ops::cpu {
+
+namespace {
+
+// More than a processor's last cache lends to one program, roughly.
+constexpr int64_t kCaches = int64_t(16) << 20;
+
+}  // namespace
 
 void check_index_range(const char* op, const at::Tensor& contiguous_indices, int64_t count) {
   const int64_t* indices = contiguous_indices.const_data_ptr<int64_t>();
@@ -45,40 +52,47 @@ void check_index_range(const char* op, const at::Tensor& contiguous_indices, int
   }
 }
 
+SortedPairs::SortedPairs(const at::Tensor& contiguous_owners, int64_t owner_count, OutputRows rows)
+    : pairs(sort_pairs(contiguous_owners.const_data_ptr<int64_t>(),
+                       contiguous_owners.numel(),
+                       owner_count,
+                       torch_threads())),
+      plan(plan_expert_pass(pairs.get(), contiguous_owners.numel(), rows)) {}
+
 TableGradient::TableGradient(const at::Tensor& owners, int64_t owner_count, bool sparse)
     : owner_count_(owner_count),
       count_(owners.numel()),
       sparse_(sparse),
-      pairs_(sort_pairs(owners.const_data_ptr<int64_t>(), count_, owner_count, torch_threads())),
-      plan_(plan_expert_pass(pairs_.get(),
-                             count_,
-                             sparse ? OutputRows::compact : OutputRows::by_owner)) {}
+      sorted_(owners, owner_count, sparse ? OutputRows::compact : OutputRows::by_owner) {}
 
 at::Tensor TableGradient::sum(const at::Tensor& coefficients,
                               const at::Tensor& source,
                               const at::TensorOptions& like) const {
+  const ExpertPassPlan& plan = sorted_.plan;
   const int64_t width = source.size(1);
-  const int64_t distinct = plan_.owners.size();
-  const at::Tensor values =
-      sparse_ ? at::empty({distinct, width}, like) : at::zeros({owner_count_, width}, like);
+  const int64_t distinct = plan.owners.size();
+  const at::ScalarType dtype = c10::typeMetaToScalarType(like.dtype());
+  const at::Tensor values = sparse_ ? empty_in(recycled_huge_pages(), {distinct, width}, dtype)
+                                    : zeros_in_huge_pages({owner_count_, width}, dtype);
   with_table_type(values.scalar_type(), [&]<class Element>() {
     using Real = accumulation_t<Element>;
-    const at::Tensor partial_sums = at::empty({plan_.partial_rows, width}, source.options());
+    const at::Tensor partial_sums = at::empty({plan.partial_rows, width}, source.options());
     const ExpertPass<Element> pass = {
         .width = width,
         .pairs_per_row = source.size(0) > 0 ? count_ / source.size(0) : 1,
-        .pairs = pairs_.get(),
+        .pairs = sorted_.pairs.get(),
         .coefficients = const_data_of<Real>(coefficients),
         .source = rows_of<Real>(source),
-        .chunks = plan_.chunks.data(),
-        .split_runs = plan_.split_runs.data(),
+        .chunks = plan.chunks.data(),
+        .split_runs = plan.split_runs.data(),
         .out = {data_of<Element>(values), width},
         .partial_sums = {data_of<Real>(partial_sums), width},
+        .exceeds_caches = int64_t(plan.chunks.size() * width * sizeof(Element)) > kCaches,
     };
     const ExpertKernels<Element>& kernel = kernels().template experts<Element>();
-    at::parallel_for(0, plan_.chunks.size(), 64,
+    at::parallel_for(0, plan.chunks.size(), 64,
                      [&](int64_t first, int64_t last) { kernel.sum_chunks(pass, first, last); });
-    at::parallel_for(0, plan_.split_runs.size(), 1, [&](int64_t first, int64_t last) {
+    at::parallel_for(0, plan.split_runs.size(), 1, [&](int64_t first, int64_t last) {
       kernel.sum_split_runs(pass, first, last);
     });
   });
@@ -86,7 +100,7 @@ at::Tensor TableGradient::sum(const at::Tensor& coefficients,
     return values;
   }
   const at::Tensor ids = at::empty({1, distinct}, like.dtype(at::kLong));
-  std::copy(plan_.owners.begin(), plan_.owners.end(), ids.mutable_data_ptr<int64_t>());
+  std::copy(plan.owners.begin(), plan.owners.end(), ids.mutable_data_ptr<int64_t>());
   return at::_sparse_coo_tensor_with_dims_and_tensors(
       /*sparse_dim=*/1, /*dense_dim=*/1, {owner_count_, width}, ids, values,
       like.layout(at::kSparse), /*is_coalesced=*/true);

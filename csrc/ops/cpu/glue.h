@@ -70,6 +70,14 @@ Rows<const Element> rows_of(const at::Tensor& table) {
 // Every id must lie in [0, count): reading a row elsewhere would be silent corruption.
 void check_index_range(const char* op, const at::Tensor& contiguous_indices, int64_t count);
 
+// Pairs by the row that they contribute to, and the work list over them.
+struct SortedPairs {
+  SortedPairs(const at::Tensor& contiguous_owners, int64_t owner_count, OutputRows rows);
+
+  std::unique_ptr<Pair[]> pairs;
+  ExpertPassPlan plan;
+};
+
 // One table's gradient from the pairs that retrieved its rows: row `owner` is the sum of
 // coefficients[pair]·source[pair / pairs_per_row]. Dense (owner_count, width), or sparse: coalesced
 // COO with the owners that occur.
@@ -87,8 +95,7 @@ class TableGradient {
   int64_t owner_count_;
   int64_t count_;
   bool sparse_;
-  std::unique_ptr<Pair[]> pairs_;
-  ExpertPassPlan plan_;
+  SortedPairs sorted_;
 };
 
 }  // namespace peer::ops::cpu

@@ -14,17 +14,27 @@ namespace {
 
 // Keys in the layout of the sub-score product, for one head or for each.
 template <class Real>
-at::Tensor pack(const RetrievalKernels<Real>& kernel, const at::Tensor& keys, int64_t half_width) {
+at::Tensor pack(const RetrievalKernels<Real>& kernel, const at::Tensor& keys) {
   const int64_t heads = keys.dim() == 3 ? keys.size(0) : 1;
-  const int64_t count = keys.size(-2);
-  const int64_t padded =
-      (count + kernel.keys_per_panel - 1) / kernel.keys_per_panel * kernel.keys_per_panel;
-  const at::Tensor packed = at::empty({heads, padded, half_width}, keys.options());
-  for (int64_t head = 0; head < heads; ++head) {
-    kernel.pack_keys(const_data_of<Real>(keys) + head * count * half_width, count, half_width,
-                     data_of<Real>(packed) + head * padded * half_width);
-  }
+  const int64_t panels = (keys.size(-2) + kernel.keys_per_panel - 1) / kernel.keys_per_panel;
+  const at::Tensor packed =
+      at::empty({heads, panels * kernel.keys_per_panel, keys.size(-1)}, keys.options());
+  const PackKeys<Real> pass = {
+      .count = keys.size(-2),
+      .half_width = keys.size(-1),
+      .keys = const_data_of<Real>(keys),
+      .packed = data_of<Real>(packed),
+  };
+  at::parallel_for(0, heads * panels, 8,
+                   [&](int64_t first, int64_t last) { kernel.pack_keys(pass, first, last); });
   return packed;
+}
+
+// As many queries to a block as leave every thread one, in steps of what the product has in
+// registers.
+int64_t tokens_per_block(int64_t tokens, int64_t heads) {
+  const int64_t per_thread = tokens * heads / at::get_num_threads();
+  return std::clamp<int64_t>(per_thread / 4 * 4, 4, kMostTokensPerBlock);
 }
 
 std::tuple<at::Tensor, at::Tensor> product_key_topk_cpu(const at::Tensor& query,
@@ -32,18 +42,23 @@ std::tuple<at::Tensor, at::Tensor> product_key_topk_cpu(const at::Tensor& query,
                                                         const at::Tensor& col_keys,
                                                         int64_t k) {
   check_product_key_topk(query, row_keys, col_keys, k);
-  const int64_t tokens = query.size(0);
-  const int64_t heads = query.size(1);
   const int64_t half_width = query.size(2) / 2;
   const at::ScalarType type = accumulation_type(query.scalar_type());
-  const at::Tensor scores = at::empty({tokens, heads, k}, query.options().dtype(type));
-  const at::Tensor indices = at::empty({tokens, heads, k}, query.options().dtype(at::kLong));
+  const at::Tensor scores =
+      at::empty({query.size(0), query.size(1), k}, query.options().dtype(type));
+  const at::Tensor indices = at::empty_like(scores, scores.options().dtype(at::kLong));
+
+  // To shared keys all queries are alike, so that one token's heads make a block too.
+  const bool keys_are_shared = row_keys.dim() == 2 && col_keys.dim() == 2;
+  const int64_t heads = keys_are_shared ? 1 : query.size(1);
+  const int64_t tokens = keys_are_shared ? query.size(0) * query.size(1) : query.size(0);
+  const int64_t block = tokens_per_block(tokens, heads);
 
   const at::Tensor dense_query = contiguous_as(query, type);
   const auto run = [&]<class Real>() {
     const RetrievalKernels<Real>& kernel = kernels().template retrieval<Real>();
-    const at::Tensor rows = pack(kernel, contiguous_as(row_keys, type), half_width);
-    const at::Tensor columns = pack(kernel, contiguous_as(col_keys, type), half_width);
+    const at::Tensor rows = pack(kernel, contiguous_as(row_keys, type));
+    const at::Tensor columns = pack(kernel, contiguous_as(col_keys, type));
     const auto packed_keys = [](const at::Tensor& packed, const at::Tensor& keys) {
       return PackedKeys<Real>{const_data_of<Real>(packed), keys.size(-2),
                               keys.dim() == 3 ? packed.stride(0) : 0};
@@ -53,14 +68,14 @@ std::tuple<at::Tensor, at::Tensor> product_key_topk_cpu(const at::Tensor& query,
         .heads = heads,
         .half_width = half_width,
         .k = k,
+        .tokens_per_block = block,
         .query = const_data_of<Real>(dense_query),
         .rows = packed_keys(rows, row_keys),
         .columns = packed_keys(columns, col_keys),
         .scores = data_of<Real>(scores),
         .indices = data_of<int64_t>(indices),
     };
-    const int64_t blocks = (tokens + kTokensPerBlock - 1) / kTokensPerBlock;
-    at::parallel_for(0, blocks * heads, 1,
+    at::parallel_for(0, (tokens + block - 1) / block * heads, 1,
                      [&](int64_t first, int64_t last) { kernel.retrieve(retrieval, first, last); });
   };
   type == at::kDouble ? run.template operator()<double>() : run.template operator()<float>();

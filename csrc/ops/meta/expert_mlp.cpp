@@ -38,7 +38,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> expert_mlp_backward_meta(
     std::string_view activation,
     bool sparse_grad,
     std::array<bool, 5> output_mask) {
-  check_expert_mlp_backward(x, weights, indices, w_down, w_up, w_gate, hidden, gate, activation);
+  check_expert_mlp_backward("expert_mlp_backward", x, weights, indices, w_down, w_up, w_gate,
+                            hidden, gate, activation);
   // Not a NotImplementedError: FakeTensor would replace that, and the sentence with it, by one of
   // its own.
   TORCH_CHECK(
@@ -54,11 +55,33 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> expert_mlp_backward_meta(
           w_gate.has_value() ? like(output_mask[kGradGate], *w_gate) : Tensor()};
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> expert_mlp_backward_coefficients_meta(
+    const Tensor& /*grad_out*/,
+    const Tensor& x,
+    const Tensor& weights,
+    const Tensor& indices,
+    const Tensor& w_down,
+    const Tensor& w_up,
+    const std::optional<Tensor>& w_gate,
+    const Tensor& hidden,
+    const Tensor& gate,
+    std::string_view activation) {
+  const char* op = "expert_mlp_backward_coefficients";
+  check_expert_mlp_backward(op, x, weights, indices, w_down, w_up, w_gate, hidden, gate,
+                            activation);
+  const at::TensorOptions accumulated = x.options().dtype(accumulation_type(w_down.scalar_type()));
+  const auto coefficients = [&] { return at::empty_symint(indices.sym_sizes(), accumulated); };
+  return {at::empty_symint(x.sym_sizes(), x.options()),
+          at::empty_symint(weights.sym_sizes(), weights.options()), coefficients(), coefficients(),
+          w_gate.has_value() ? coefficients() : at::empty({0}, accumulated)};
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(peer, Meta, m) {
   m.impl("expert_mlp", expert_mlp_meta);
   m.impl("expert_mlp_backward", expert_mlp_backward_meta);
+  m.impl("expert_mlp_backward_coefficients", expert_mlp_backward_coefficients_meta);
 }
 
 }  // namespace peer::ops

@@ -1,0 +1,240 @@
+// Selection: the k best of many scores, sorted, on ordered integers (ordered.h).
+//
+//   1. bound    a value that at least k of the scores reach, and few more
+//   2. filter   the positions of those that reach it, from bit masks of 64 comparisons
+//   3. rank     of each survivor: how many are better. No branch depends on the scores
+//
+// Order       higher score first, equal scores by position
+// Padding     scores are padded with kBelowAll to a multiple of 64 and never selected from there
+#pragma once
+
+#include <algorithm>
+
+#include "kernels/cpu/capability_kernels.h"
+#include "kernels/cpu/sub_scores.h"
+
+namespace peer::cpu::PEER_CAPABILITY {
+
+// One bit per lane of a comparison's result.
+template <class Real>
+static inline uint64_t lane_bits(OrderedVector<Real> mask) {
+  constexpr bool is_float = sizeof(Real) == 4;
+#if defined(__AVX512F__)
+  if constexpr (is_float) {
+    return _mm512_movepi32_mask(bit_cast<__m512i>(mask));
+  } else {
+    return _mm512_movepi64_mask(bit_cast<__m512i>(mask));
+  }
+#elif defined(__AVX2__)
+  if constexpr (is_float) {
+    return uint32_t(_mm256_movemask_ps(bit_cast<__m256>(mask)));
+  } else {
+    return uint32_t(_mm256_movemask_pd(bit_cast<__m256d>(mask)));
+  }
+#elif defined(__SSE2__)
+  if constexpr (is_float) {
+    return uint32_t(_mm_movemask_ps(bit_cast<__m128>(mask)));
+  } else {
+    return uint32_t(_mm_movemask_pd(bit_cast<__m128d>(mask)));
+  }
+#else
+  uint64_t bits = 0;
+  for (int i = 0; i < kLanes<Real>; ++i) {
+    bits |= uint64_t(mask[i] != 0) << i;
+  }
+  return bits;
+#endif
+}
+
+// Which of 64 scores are above a value.
+template <class Real>
+static inline uint64_t bits_above(const ordered_t<Real>* scores, ordered_t<Real> value) {
+  constexpr int lanes = kLanes<Real>;
+  uint64_t bits = 0;
+  for (int i = 0; i < kScoresPerWord; i += lanes) {
+    bits |= lane_bits<Real>(load_ordered<Real>(scores + i) > value) << i;
+  }
+  return bits;
+}
+
+// Folds all lanes into one by an operation on two vectors.
+template <class Real, int width = kLanes<Real> / 2, class Operation>
+static inline ordered_t<Real> fold(OrderedVector<Real> v, const Operation& operation) {
+  v = operation(v, rotate<width>(v, std::make_index_sequence<kLanes<Real>>{}));
+  if constexpr (width > 1) {
+    return fold<Real, width / 2>(v, operation);
+  } else {
+    return v[0];
+  }
+}
+
+// A bound that at least k of `padded` scores reach, found by bisecting the integers between the
+// least and the greatest of them. Stops early when few more than k reach it.
+template <class Real>
+static inline ordered_t<Real> bound_of_kth(const ordered_t<Real>* scores,
+                                           int64_t padded,
+                                           int64_t k) {
+  using Integer = ordered_t<Real>;
+  using Unsigned = std::make_unsigned_t<Integer>;
+  using Integers = OrderedVector<Real>;
+  constexpr int lanes = kLanes<Real>;
+  const auto smaller = [](Integers a, Integers b) { return a < b ? a : b; };
+  const auto greater = [](Integers a, Integers b) { return a > b ? a : b; };
+  Integers least = load_ordered<Real>(scores);
+  Integers greatest = least;
+  for (int64_t i = lanes; i < padded; i += lanes) {
+    const Integers v = load_ordered<Real>(scores + i);
+    least = smaller(least, v);
+    greatest = greater(greatest, v);
+  }
+  Integer low = std::max(fold<Real>(least, smaller), Integer(kBelowAll<Real> + 1));
+  Integer high = fold<Real>(greatest, greater);
+  const int64_t enough = k + k / 8 + 1;
+  while (low < high) {
+    const Integer middle = Integer(Unsigned(high) - (Unsigned(high) - Unsigned(low)) / 2);
+    Integers reaching = {};  // counts down: true is -1
+    for (int64_t i = 0; i < padded; i += lanes) {
+      reaching += load_ordered<Real>(scores + i) > middle - 1;
+    }
+    const int64_t count = -fold<Real>(reaching, [](Integers a, Integers b) { return a + b; });
+    if (count < k) {
+      high = middle - 1;
+      continue;
+    }
+    low = middle;
+    if (count <= enough) {
+      break;
+    }
+  }
+  return low;
+}
+
+// The group-maximum filter. Scores i with equal i mod `groups` form a group. Each maximum is a
+// score, so a bound that k maxima reach is a bound that k scores reach: of 1024 random scores about
+// k + 3 do. Needs a score in every group.
+template <class Real>
+static inline ordered_t<Real> bound_by_groups(const ordered_t<Real>* scores,
+                                              int64_t padded,
+                                              int64_t k,
+                                              int64_t groups,
+                                              ordered_t<Real>* maxima) {
+  constexpr int lanes = kLanes<Real>;
+  constexpr int vectors = kScoresPerWord / lanes;
+  for (int64_t g = 0; g < groups; g += kScoresPerWord) {
+    OrderedVector<Real> maximum[vectors];
+    for (int v = 0; v < vectors; ++v) {
+      maximum[v] = load_ordered<Real>(scores + g + v * lanes);
+    }
+    for (int64_t i = g + groups; i < padded; i += groups) {
+      for (int v = 0; v < vectors; ++v) {
+        const OrderedVector<Real> score = load_ordered<Real>(scores + i + v * lanes);
+        maximum[v] = score > maximum[v] ? score : maximum[v];
+      }
+    }
+    for (int v = 0; v < vectors; ++v) {
+      store_ordered<Real>(maxima + g + v * lanes, maximum[v]);
+    }
+  }
+  return bound_of_kth<Real>(maxima, groups, k);
+}
+
+// More survivors than this are sorted; fewer are ranked by comparing each with each.
+constexpr int64_t kMostRanked = 192;
+
+// Selects from rows of up to `scores` scores, any number of times.
+template <class Real>
+class Selection {
+ public:
+  Selection(int64_t most_scores, int64_t most_selected)
+      : groups_(round_up(2 * most_selected, kScoresPerWord)),
+        positions_(round_up(most_scores, kScoresPerWord)),
+        survivors_(round_up(most_scores, kScoresPerWord)),
+        maxima_(groups_) {}
+
+  // The positions and orders of the k best of the first `count` scores, best first.
+  void select(const ordered_t<Real>* scores,
+              int64_t count,
+              int64_t k,
+              int32_t* best_positions,
+              ordered_t<Real>* best_orders) {
+    const int64_t padded = round_up(count, kScoresPerWord);
+    const ordered_t<Real> bound =
+        count >= 4 * groups_ ? bound_by_groups<Real>(scores, padded, k, groups_, maxima_.data())
+                             : bound_of_kth<Real>(scores, padded, k);
+    int64_t survivors = 0;
+    for (int64_t first = 0; first < padded; first += kScoresPerWord) {
+      for (uint64_t bits = bits_above<Real>(scores + first, bound - 1); bits != 0;
+           bits &= bits - 1) {
+        const int64_t position = first + __builtin_ctzll(bits);
+        positions_[survivors] = int32_t(position);
+        survivors_[survivors++] = scores[position];
+      }
+    }
+    if (survivors <= kMostRanked) {
+      rank(survivors, k, best_positions, best_orders);
+    } else {
+      sort(scores, survivors, k, best_positions, best_orders);
+    }
+  }
+
+ private:
+  // Lanes are survivors, and count those that come before them: the better ones and, of equal ones,
+  // those at smaller positions.
+  void rank(int64_t survivors, int64_t k, int32_t* best_positions, ordered_t<Real>* best_orders) {
+    using Integers = OrderedVector<Real>;
+    constexpr int lanes = kLanes<Real>;
+    std::fill(survivors_.data() + survivors, survivors_.data() + round_up(survivors, lanes),
+              kBelowAll<Real>);
+    Integers lane;
+    for (int i = 0; i < lanes; ++i) {
+      lane[i] = i;
+    }
+    for (int64_t first = 0; first < survivors; first += lanes) {
+      const Integers own = load_ordered<Real>(survivors_.data() + first);
+      Integers before = Integers{} - ordered_t<Real>(first);  // counts down: true is -1
+      for (int64_t j = 0; j < first; ++j) {
+        before -= own > survivors_[j];
+      }
+      for (int64_t j = 0; j < lanes; ++j) {
+        const Integers other = Integers{} + survivors_[first + j];
+        before += (other > own) | ((other == own) & (lane > ordered_t<Real>(j)));
+      }
+      for (int64_t j = first + lanes; j < survivors; ++j) {
+        before += survivors_[j] > own;
+      }
+      store_ordered<Real>(ranks_ + first, -before);
+    }
+    for (int64_t i = 0; i < survivors; ++i) {
+      ranked_[ranks_[i]] = int32_t(i);
+    }
+    for (int64_t i = 0; i < k; ++i) {
+      best_positions[i] = positions_[ranked_[i]];
+      best_orders[i] = survivors_[ranked_[i]];
+    }
+  }
+
+  void sort(const ordered_t<Real>* scores,
+            int64_t survivors,
+            int64_t k,
+            int32_t* best_positions,
+            ordered_t<Real>* best_orders) {
+    const auto is_better = [scores](int32_t a, int32_t b) {
+      return scores[a] != scores[b] ? scores[a] > scores[b] : a < b;
+    };
+    std::partial_sort(positions_.data(), positions_.data() + k, positions_.data() + survivors,
+                      is_better);
+    for (int64_t i = 0; i < k; ++i) {
+      best_positions[i] = positions_[i];
+      best_orders[i] = scores[positions_[i]];
+    }
+  }
+
+  int64_t groups_;
+  Scratch<int32_t> positions_;
+  Scratch<ordered_t<Real>> survivors_;
+  Scratch<ordered_t<Real>> maxima_;
+  ordered_t<Real> ranks_[kMostRanked];
+  int32_t ranked_[kMostRanked];
+};
+
+}  // namespace peer::cpu::PEER_CAPABILITY

@@ -1,0 +1,72 @@
+// The operators that update tables have no derivative, nor has the one that prepares an update.
+// They write in place: autograd has to know that what it saved for a backward pass is no longer
+// what it saved.
+#include <torch/csrc/autograd/VariableTypeUtils.h>
+#include <torch/library.h>
+
+namespace peer::ops::autograd {
+
+namespace {
+
+// Calls the operator with what lies below `keys` while the guard holds.
+template <class Guard>
+void redispatch(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
+  const Guard guard;
+  op.redispatchBoxed(keys, stack);
+}
+
+void refuse_gradients(const c10::OperatorHandle& op,
+                      c10::DispatchKeySet keys,
+                      torch::jit::Stack* stack) {
+  if (at::GradMode::is_enabled()) {
+    const auto& arguments = op.schema().arguments();
+    const auto values = torch::jit::last(*stack, arguments.size());
+    for (size_t i = 0; i < arguments.size(); ++i) {
+      TORCH_CHECK(!values[i].isTensor() || !values[i].toTensor().requires_grad(),
+                  op.schema().name(), ": has no derivative, but ", arguments[i].name(),
+                  " requires grad; call it under torch.no_grad()");
+    }
+  }
+  redispatch<at::AutoDispatchBelowAutograd>(op, keys & c10::after_autograd_keyset, stack);
+}
+
+void bump_versions(const c10::OperatorHandle& op,
+                   c10::DispatchKeySet keys,
+                   torch::jit::Stack* stack) {
+  const auto& arguments = op.schema().arguments();
+  const auto values = torch::jit::last(*stack, arguments.size());
+  std::vector<at::Tensor> written;
+  for (size_t i = 0; i < arguments.size(); ++i) {
+    if (const auto* alias = arguments[i].alias_info();
+        alias != nullptr && alias->isWrite() && values[i].isTensor()) {
+      written.push_back(values[i].toTensor());
+    }
+  }
+  redispatch<at::AutoDispatchBelowADInplaceOrView>(op, keys & c10::after_ADInplaceOrView_keyset,
+                                                   stack);
+  for (const at::Tensor& tensor : written) {
+    if (!tensor.is_inference()) {
+      torch::autograd::increment_version(tensor);
+    }
+  }
+}
+
+constexpr const char* kOperators[] = {"rowwise_adagrad_", "sgd_", "rowwise_adam_"};
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(peer, Autograd, m) {
+  for (const char* name : kOperators) {
+    m.impl(name, torch::CppFunction::makeFromBoxedFunction<&refuse_gradients>());
+  }
+  m.impl("expert_mlp_backward_coefficients",
+         torch::CppFunction::makeFromBoxedFunction<&refuse_gradients>());
+}
+
+TORCH_LIBRARY_IMPL(peer, ADInplaceOrView, m) {
+  for (const char* name : kOperators) {
+    m.impl(name, torch::CppFunction::makeFromBoxedFunction<&bump_versions>());
+  }
+}
+
+}  // namespace peer::ops::autograd

@@ -1,0 +1,181 @@
+#include "ops/cpu/huge_pages.h"
+
+#include <ATen/EmptyTensor.h>
+#include <ATen/ops/zeros.h>
+#include <c10/core/CPUAllocator.h>
+#include <c10/util/accumulate.h>
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cstring>
+#include <mutex>
+#include <new>
+#include <vector>
+
+#include "peer.h"
+
+namespace peer::ops::cpu {
+
+namespace {
+
+constexpr size_t kHugePage = size_t(2) << 20;
+
+// What a layer's backward needs at a time: the gradients of two tables, or three with gates, of two
+// layers.
+constexpr size_t kMostKeptBlocks = 6;
+
+struct Block {
+  void* data;
+  size_t bytes;
+};
+
+size_t round_to_pages(size_t bytes) { return (bytes + kHugePage - 1) / kHugePage * kHugePage; }
+
+Block map(size_t bytes) {
+  bytes = round_to_pages(bytes);
+  // One page more than needed, of which the ends before and after the aligned part go back.
+  void* mapped =
+      mmap(nullptr, bytes + kHugePage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  TORCH_CHECK_WITH(OutOfMemoryError, mapped != MAP_FAILED, "peer: cannot allocate ", bytes,
+                   " bytes: ", std::strerror(errno));
+  char* const start = static_cast<char*>(mapped);
+  char* const aligned =
+      start + (kHugePage - reinterpret_cast<uintptr_t>(start) % kHugePage) % kHugePage;
+  if (aligned > start) {
+    munmap(start, aligned - start);
+  }
+  if (aligned + bytes < start + bytes + kHugePage) {
+    munmap(aligned + bytes, start + kHugePage - aligned);
+  }
+#if defined(MADV_HUGEPAGE)
+  madvise(aligned, bytes, MADV_HUGEPAGE);  // where it fails, pages stay small
+#endif
+  return {aligned, bytes};
+}
+
+void unmap(const Block& block) { munmap(block.data, block.bytes); }
+
+class HugePages final : public c10::Allocator {
+ public:
+  c10::DataPtr allocate(size_t bytes) override {
+    if (bytes < kHugePage) {
+      return c10::GetCPUAllocator()->allocate(bytes);
+    }
+    Block* block = new Block(map(bytes));
+    return {block->data, block, &free, c10::DeviceType::CPU};
+  }
+
+  void copy_data(void* target, const void* source, size_t bytes) const override {
+    default_copy_data(target, source, bytes);
+  }
+
+ private:
+  static void free(void* context) {
+    Block* block = static_cast<Block*>(context);
+    unmap(*block);
+    delete block;
+  }
+};
+
+// Blocks that were freed and may be used again, the one freed last at the back.
+class KeptBlocks {
+ public:
+  // The smallest block that fits and is not twice too large; a new one if there is none, with room
+  // to serve slightly larger requests later.
+  Block take(size_t bytes) {
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      auto best = blocks_.end();
+      for (auto block = blocks_.begin(); block != blocks_.end(); ++block) {
+        if (block->bytes >= bytes && block->bytes / 2 <= bytes &&
+            (best == blocks_.end() || block->bytes < best->bytes)) {
+          best = block;
+        }
+      }
+      if (best != blocks_.end()) {
+        const Block block = *best;
+        blocks_.erase(best);
+        return block;
+      }
+    }
+    return map(bytes + bytes / 16);
+  }
+
+  void put(const Block& block) {
+#if defined(MADV_FREE)
+    madvise(block.data, block.bytes, MADV_FREE);
+#endif
+    const std::lock_guard<std::mutex> lock(mutex_);
+    blocks_.push_back(block);
+    if (blocks_.size() > kMostKeptBlocks) {
+      unmap(blocks_.front());
+      blocks_.erase(blocks_.begin());
+    }
+  }
+
+ private:
+  std::mutex mutex_;
+  std::vector<Block> blocks_;
+};
+
+class RecycledHugePages final : public c10::Allocator {
+ public:
+  c10::DataPtr allocate(size_t bytes) override {
+    if (bytes < kHugePage) {
+      return c10::GetCPUAllocator()->allocate(bytes);
+    }
+    Block* block = new Block(kept().take(bytes));
+    return {block->data, block, &free, c10::DeviceType::CPU};
+  }
+
+  void copy_data(void* target, const void* source, size_t bytes) const override {
+    default_copy_data(target, source, bytes);
+  }
+
+ private:
+  // Never destroyed: tensors may be freed while the program ends.
+  static KeptBlocks& kept() {
+    static KeptBlocks* const blocks = new KeptBlocks;
+    return *blocks;
+  }
+
+  static void free(void* context) {
+    Block* block = static_cast<Block*>(context);
+    kept().put(*block);
+    delete block;
+  }
+};
+
+}  // namespace
+
+c10::Allocator& huge_pages() {
+  static HugePages* const allocator = new HugePages;
+  return *allocator;
+}
+
+c10::Allocator& recycled_huge_pages() {
+  static RecycledHugePages* const allocator = new RecycledHugePages;
+  return *allocator;
+}
+
+at::Tensor empty_in(c10::Allocator& allocator, at::IntArrayRef sizes, at::ScalarType dtype) {
+  return at::detail::empty_generic(sizes, &allocator, c10::DispatchKeySet(c10::DispatchKey::CPU),
+                                   dtype, std::nullopt);
+}
+
+at::Tensor zeros_in_huge_pages(at::IntArrayRef sizes, at::ScalarType dtype) {
+  if (size_t(c10::multiply_integers(sizes)) * c10::elementSize(dtype) < kHugePage) {
+    return at::zeros(sizes, dtype);
+  }
+  return empty_in(huge_pages(), sizes, dtype);
+}
+
+}  // namespace peer::ops::cpu
+
+namespace peer {
+
+at::Tensor empty_huge(at::IntArrayRef size, at::ScalarType dtype) {
+  return ops::cpu::empty_in(ops::cpu::huge_pages(), size, dtype);
+}
+
+}  // namespace peer

@@ -1,0 +1,45 @@
+"""Memory for tables of a million rows."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["empty_huge"]
+
+
+def empty_huge(
+    *size: int,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | int | None = None,
+) -> Tensor:
+    """An uninitialised tensor on pages of 2 MB, for a table whose rows are read at random.
+
+    On pages of 4 KB almost every row of a large table misses the processor's translation cache.
+    Elements that were never written read as zero, and take no memory until they are. Where the
+    system grants no large pages the tensor is on small ones, and is the same otherwise. For small
+    tensors and on devices other than the CPU this is `torch.empty`.
+
+    `peer.ExpertPool` allocates its tables so. Operations that allocate anew, such as `to`, `clone`
+    and `copy.deepcopy`, do not keep the pages.
+
+    Args:
+        size: of the tensor.
+        dtype: by default torch's.
+        device: by default torch's.
+
+    Raises:
+        RuntimeError: there is not enough memory, or a size is negative.
+
+    Example:
+        >>> import torch, peer
+        >>> table = peer.empty_huge(1024, 512, dtype=torch.bfloat16)
+        >>> table.shape, table.dtype
+        (torch.Size([1024, 512]), torch.bfloat16)
+    """
+    # What torch would make here, under the default device and any mode that is active.
+    example = torch.empty(0, dtype=dtype, device=device)
+    if example.device.type != "cpu" or type(example) is not Tensor:
+        return torch.empty(size, dtype=dtype, device=device)
+    table: Tensor = torch.ops.peer.empty_huge(size, example.dtype)
+    return table

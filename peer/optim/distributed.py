@@ -1,0 +1,69 @@
+"""Sparse gradients under data parallelism."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+__all__ = ["all_reduce_gradients_"]
+
+
+@torch.no_grad()
+def all_reduce_gradients_(
+    parameters: Tensor | Iterable[Tensor], group: dist.ProcessGroup | None = None
+) -> None:
+    """Replaces the gradients of tables by their mean over all processes.
+
+    `torch.nn.parallel.DistributedDataParallel` expects sparse gradients of `torch.nn.Embedding`
+    only; with those of a pool its backward pass fails. So the tables are hidden from it, and their
+    gradients averaged by this function between the backward pass and the step. Only the retrieved
+    rows travel. They are summed in float32, or float64, and come back coalesced, on every process
+    the same.
+
+    Args:
+        parameters: tables with sparse gradients. A table without a gradient counts as one with no
+            rows in it; the order must be the same on every process.
+        group: the processes; all by default. Its backend must reduce sparse tensors, as gloo does.
+
+    Raises:
+        RuntimeError: there is no process group.
+
+    Example:
+        A model whose tables have sparse gradients, in each process:
+
+            tables = {id(p) for m in model.modules() if isinstance(m, peer.ExpertPool)
+                      for p in m.parameters()}
+            names = [name for name, p in model.named_parameters() if id(p) in tables]
+            DDP = torch.nn.parallel.DistributedDataParallel
+            DDP._set_params_and_buffers_to_ignore_for_model(model, names)
+            parallel = DDP(model)
+
+            dense, experts = peer.param_groups(model, lr=1e-3, expert_lr=1e-2)
+            for table in experts["params"]:
+                torch.distributed.broadcast(table.detach(), src=0)  # DDP does not, now
+
+            loss(parallel(x), y).backward()
+            peer.optim.all_reduce_gradients_(experts["params"])
+            for optimizer in optimizers:
+                optimizer.step()
+    """
+    parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    processes = dist.get_world_size(group)
+    for parameter in parameters:
+        gradient = parameter.grad
+        if gradient is None:
+            gradient = _without_rows(parameter)
+        total = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+        if total is gradient:
+            total = gradient.clone()
+        dist.all_reduce(total, group=group)
+        parameter.grad = (total / processes).to(parameter.dtype)
+
+
+def _without_rows(parameter: Tensor) -> Tensor:
+    ids = torch.empty(1, 0, dtype=torch.int64, device=parameter.device)
+    values = parameter.new_empty(0, *parameter.shape[1:])
+    return torch.sparse_coo_tensor(ids, values, parameter.shape, check_invariants=True)

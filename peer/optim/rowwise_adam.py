@@ -1,0 +1,114 @@
+"""Adam with one second moment and one step count per row."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peer.optim.table_optimizer import TableOptimizer, number_per_row, require
+
+__all__ = ["RowwiseAdam"]
+
+
+class RowwiseAdam(TableOptimizer):
+    r"""Adam in which every row has its own number of steps, and one second moment.
+
+    For every row with a gradient g of width D,
+
+    .. math:: t &\leftarrow t + 1 \\
+              m &\leftarrow \beta_1 m + (1 - \beta_1)\, g \\
+              v &\leftarrow \beta_2 v + (1 - \beta_2)\, \tfrac1D \lVert g \rVert^2 \\
+              w &\leftarrow (1 - \eta\lambda)\, w - \eta\, \frac{m / (1 - \beta_1^t)}
+                           {\sqrt{v / (1 - \beta_2^t)} + \epsilon} .
+
+    t, m and v belong to the row: it is updated as if the steps that did not touch it had not
+    happened. Dense Adam sees gradients of zero in those steps, so its moments fade and its momentum
+    goes on moving the row. `torch.optim.SparseAdam` leaves the moments of other rows alone, too,
+    but corrects their bias by the number of all steps; a row that is first touched late then gets
+    :math:`(1 - \beta_1) / \sqrt{1 - \beta_2}` times the step it should, 3.2 times with the default
+    betas. The second moment is a single number per row, as in FBGEMM's `PARTIAL_ROWWISE_ADAM`; the
+    state is one table of momentum, in the table's dtype, instead of two.
+
+    Args:
+        params: tables (N, D), or groups of them.
+        lr: the learning rate :math:`\eta`.
+        betas: :math:`\beta_1` and :math:`\beta_2`.
+        eps: :math:`\epsilon`, added to the root.
+        weight_decay: :math:`\lambda`, decoupled from the gradient; rows decay when they have one.
+        stochastic_rounding: whether 16-bit tables and their momentum are rounded stochastically
+            instead of to nearest.
+        seed: of stochastic rounding.
+
+    Raises:
+        ValueError: a parameter is not two-dimensional, or an option is out of range.
+        TypeError: a parameter's dtype is not supported.
+
+    Source: Kingma and Ba, arXiv 1412.6980; decoupled decay from Loshchilov and Hutter, arXiv
+    1711.05101.
+
+    Example:
+        >>> import torch, peer
+        >>> table = torch.nn.Parameter(torch.zeros(3, 2))
+        >>> optimizer = peer.optim.RowwiseAdam([table], lr=0.5)
+        >>> table.grad = torch.sparse_coo_tensor([[1]], [[3.0, 3.0]], (3, 2), check_invariants=True)
+        >>> optimizer.step()
+        >>> table.tolist()
+        [[0.0, 0.0], [-0.5, -0.5], [0.0, 0.0]]
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        *,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        stochastic_rounding: bool = True,
+        seed: int = 0,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "stochastic_rounding": stochastic_rounding,
+            "seed": seed,
+        }
+        super().__init__(params, defaults)
+
+    def _check_options(self, options: dict[str, Any]) -> None:
+        super()._check_options(options)
+        require(self, "eps", options["eps"], options["eps"] >= 0, "not negative")
+        betas = options["betas"]
+        are_valid = len(betas) == 2 and all(0 <= beta < 1 for beta in betas)
+        require(self, "betas", betas, are_valid, "two numbers in [0, 1)")
+
+    def _update(
+        self,
+        table: Tensor,
+        state: dict[str, Any],
+        group: dict[str, Any],
+        gradient: tuple[Tensor | None, Tensor, Tensor | None],
+        rounding: dict[str, int | None],
+    ) -> None:
+        if "first_moment" not in state:
+            state["first_moment"] = torch.zeros(table.shape, dtype=table.dtype, device=table.device)
+            state["second_moment"] = number_per_row(table, 0.0)
+            state["row_steps"] = number_per_row(table, 0, torch.int32)
+        beta1, beta2 = group["betas"]
+        torch.ops.peer.rowwise_adam_(
+            table,
+            state["first_moment"],
+            state["second_moment"],
+            state["row_steps"],
+            *gradient,
+            lr=float(group["lr"]),
+            beta1=beta1,
+            beta2=beta2,
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+            **rounding,
+        )

@@ -1,0 +1,111 @@
+"""Stochastic gradient descent on the rows that have a gradient."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peer.optim.table_optimizer import TableOptimizer, require
+
+__all__ = ["SGD"]
+
+
+class SGD(TableOptimizer):
+    r"""Stochastic gradient descent, with a momentum that only moves rows that have a gradient.
+
+    For every row with a gradient g,
+
+    .. math:: m &\leftarrow \mu m + g \\
+              w &\leftarrow (1 - \eta\lambda)\, w - \eta\, m ,
+
+    with `nesterov` :math:`w \leftarrow (1 - \eta\lambda)\, w - \eta\, (g + \mu m)`. A row is
+    updated as `torch.optim.SGD` would update it if the steps that did not touch it had not
+    happened. Without momentum there is no state. The decay of weights is decoupled from the
+    gradient: it does not enter the momentum, unlike in `torch.optim.SGD`.
+
+    Args:
+        params: tables (N, D), or groups of them.
+        lr: the learning rate :math:`\eta`.
+        momentum: :math:`\mu`.
+        nesterov: whether the step looks ahead.
+        weight_decay: :math:`\lambda`, decoupled from the gradient; rows decay when they have one.
+        stochastic_rounding: whether 16-bit tables and their momentum are rounded stochastically
+            instead of to nearest.
+        seed: of stochastic rounding.
+
+    Raises:
+        ValueError: a parameter is not two-dimensional, an option is out of range, or nesterov comes
+            without momentum.
+        TypeError: a parameter's dtype is not supported.
+
+    Source: Sutskever, Martens, Dahl and Hinton, ICML 2013, in the form that Torch gives it.
+
+    Example:
+        >>> import torch, peer
+        >>> table = torch.nn.Parameter(torch.zeros(3, 2))
+        >>> optimizer = peer.optim.SGD([table], lr=0.5)
+        >>> table.grad = torch.sparse_coo_tensor(
+        ...     [[1, 1]], [[3.0, 3.0], [1.0, 1.0]], (3, 2), check_invariants=True
+        ... )
+        >>> optimizer.step()
+        >>> table.tolist()
+        [[0.0, 0.0], [-2.0, -2.0], [0.0, 0.0]]
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float,
+        *,
+        momentum: float = 0.0,
+        nesterov: bool = False,
+        weight_decay: float = 0.0,
+        stochastic_rounding: bool = True,
+        seed: int = 0,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "nesterov": nesterov,
+            "weight_decay": weight_decay,
+            "stochastic_rounding": stochastic_rounding,
+            "seed": seed,
+        }
+        super().__init__(params, defaults)
+
+    def _check_options(self, options: dict[str, Any]) -> None:
+        super()._check_options(options)
+        momentum = options["momentum"]
+        require(self, "momentum", momentum, momentum >= 0, "not negative")
+        require(
+            self,
+            "momentum",
+            momentum,
+            momentum > 0 or not options["nesterov"],
+            "positive with nesterov",
+        )
+
+    def _update(
+        self,
+        table: Tensor,
+        state: dict[str, Any],
+        group: dict[str, Any],
+        gradient: tuple[Tensor | None, Tensor, Tensor | None],
+        rounding: dict[str, int | None],
+    ) -> None:
+        if group["momentum"] != 0 and "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros(
+                table.shape, dtype=table.dtype, device=table.device
+            )
+        torch.ops.peer.sgd_(
+            table,
+            state.get("momentum_buffer"),
+            *gradient,
+            lr=float(group["lr"]),
+            momentum=group["momentum"],
+            nesterov=group["nesterov"],
+            weight_decay=group["weight_decay"],
+            **rounding,
+        )

@@ -1,0 +1,69 @@
+"""Parameter groups for models with expert tables."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from peer.modules import ExpertPool
+
+__all__ = ["param_groups"]
+
+
+def param_groups(
+    model: nn.Module,
+    *,
+    lr: float,
+    expert_lr: float,
+    weight_decay: float = 0.0,
+    expert_weight_decay: float = 0.0,
+) -> list[dict[str, Any]]:
+    """Splits a model's parameters into the expert tables and all others.
+
+    The tables want another optimizer, or at least another learning rate: a row has a gradient only
+    in the steps in which its expert is retrieved.
+
+    Args:
+        model: contains at least one `ExpertPool`.
+        lr: of the other parameters.
+        expert_lr: of the tables.
+        weight_decay: of the other parameters.
+        expert_weight_decay: of the tables.
+
+    Returns:
+        Two groups, each with "params", "lr", "weight_decay" and "name": first "dense", all other
+        parameters that require grad; then "experts", the tables of every pool, each once where
+        layers share a pool.
+
+    Raises:
+        ValueError: the model has no pool.
+
+    Example:
+        >>> import torch, peer
+        >>> layer = peer.PEER(8, num_experts=16, heads=2, num_experts_per_head=4, dim_key=4)
+        >>> groups = peer.param_groups(layer, lr=1e-3, expert_lr=1e-2)
+        >>> [(group["name"], len(group["params"])) for group in groups]
+        [('dense', 5), ('experts', 2)]
+
+        Both in one optimizer, or each in its own:
+
+        >>> both = torch.optim.AdamW(groups)
+        >>> dense, experts = groups
+        >>> optimizers = [torch.optim.AdamW([dense]), peer.optim.RowwiseAdagrad([experts])]
+    """
+    pools = [module for module in model.modules() if isinstance(module, ExpertPool)]
+    if not pools:
+        raise ValueError(f"expected a model with an ExpertPool, got {type(model).__name__}")
+    tables = list(dict.fromkeys(table for pool in pools for table in pool.parameters()))
+    known = {id(table) for table in tables}
+    others = [p for p in model.parameters() if p.requires_grad and id(p) not in known]
+    return [
+        {"params": others, "lr": lr, "weight_decay": weight_decay, "name": "dense"},
+        {
+            "params": tables,
+            "lr": expert_lr,
+            "weight_decay": expert_weight_decay,
+            "name": "experts",
+        },
+    ]

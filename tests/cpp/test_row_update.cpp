@@ -1,0 +1,411 @@
+#include <array>
+#include <tuple>
+
+#include "kernels/random_bits.h"
+#include "support.h"
+
+using namespace peer;
+using namespace peer::cpu;
+using namespace peer::test;
+
+namespace {
+
+// Where the gradients of the rows come from.
+enum class Given { dense, distinct_rows, pairs, pairs_with_coefficients };
+
+struct Hyperparameters {
+  Rule rule;
+  double lr = 0.05, weight_decay = 0.1, eps = 1e-3, beta1 = 0.8, beta2 = 0.9;
+  bool nesterov = false, has_momentum = true;
+};
+
+const std::vector<Hyperparameters> kRules = {
+    {.rule = Rule::rowwise_adagrad},
+    {.rule = Rule::sgd, .has_momentum = false},
+    {.rule = Rule::sgd},
+    {.rule = Rule::sgd, .nesterov = true},
+    {.rule = Rule::rowwise_adam},
+};
+
+template <class Table>
+struct State {
+  using Real = accumulation_t<Table>;
+  std::vector<Table> table, momentum;  // strided rows
+  std::vector<Real> second_moments;
+  std::vector<int32_t> row_steps;
+
+  bool operator==(const State& other) const {
+    return std::memcmp(table.data(), other.table.data(), table.size() * sizeof(Table)) == 0 &&
+           std::memcmp(momentum.data(), other.momentum.data(), momentum.size() * sizeof(Table)) ==
+               0 &&
+           second_moments == other.second_moments && row_steps == other.row_steps;
+  }
+};
+
+// One update of a table: what it is given, the kernels' result, and the obvious one in double.
+template <class Table, class Source>
+struct Problem {
+  using Real = accumulation_t<Table>;
+
+  // `runs`: how many pairs each of the first rows has; the other rows have none, or one where the
+  // rows are given as they are.
+  Problem(Given given, int64_t rows, int64_t width, std::vector<int64_t> runs, uint64_t seed)
+      : given(given), rows(rows), width(width), stride(width + 5) {
+    Random random(seed);
+    if (given == Given::dense || given == Given::distinct_rows) {
+      for (int64_t row = 0; row < rows; row += given == Given::dense ? 1 : 3) {
+        owners.push_back(row);
+      }
+    } else {
+      for (size_t row = 0; row < runs.size(); ++row) {
+        owners.insert(owners.end(), runs[row], 2 * row + 1);
+      }
+      pairs_per_row = given == Given::pairs ? 1 : 2;
+      owners.resize((owners.size() + 1) / 2 * 2, rows - 1);
+      std::shuffle(owners.begin(), owners.end(), std::mt19937_64(seed));
+    }
+    source = random.normal<Source>(owners.size() / pairs_per_row * stride);
+    coefficients = random.normal<Real>(owners.size());
+    start.table = random.normal<Table>(rows * stride);
+    start.momentum = random.normal<Table>(rows * stride);
+    for (const double value : random.normal<double>(rows)) {
+      start.second_moments.push_back(Real(std::abs(value)));
+      start.row_steps.push_back(random.integer(4));
+    }
+  }
+
+  State<Table> solve(const Kernels& kernels,
+                     const Hyperparameters& h,
+                     int threads,
+                     bool stochastic_rounding = false) const {
+    const ParallelFor parallel_for = on_threads(threads);
+    State<Table> state = start;
+    RowUpdate<Table, Source> update = {};
+    update.width = width;
+    update.source = {source.data(), stride};
+    update.table = {state.table.data(), stride};
+    update.rule = {.rule = h.rule,
+                   .nesterov = h.nesterov,
+                   .lr = h.lr,
+                   .kept = 1 - h.lr * h.weight_decay,
+                   .eps = h.eps,
+                   .beta1 = h.beta1,
+                   .beta2 = h.beta2,
+                   .second_moments = state.second_moments.data(),
+                   .row_steps = state.row_steps.data(),
+                   .momentum = {h.has_momentum ? state.momentum.data() : nullptr, stride}};
+    update.stochastic_rounding = stochastic_rounding;
+    update.key = 17;
+    const UpdateKernels<Table, Source>& kernel = kernels.experts<Table>().template update<Source>();
+    if (given == Given::dense || given == Given::distinct_rows) {
+      update.ids = given == Given::dense ? nullptr : owners.data();
+      parallel_for(0, owners.size(), 1,
+                   [&](int64_t first, int64_t last) { kernel.update_rows(update, first, last); });
+      return state;
+    }
+    const auto pairs = sort_pairs(owners.data(), owners.size(), rows, parallel_for);
+    const ExpertPassPlan plan = plan_expert_pass(pairs.get(), owners.size(), OutputRows::by_owner);
+    std::vector<Real> partial_sums(plan.partial_rows * width);
+    update.pairs_per_row = pairs_per_row;
+    update.pairs = pairs.get();
+    update.coefficients = given == Given::pairs ? nullptr : coefficients.data();
+    update.chunks = plan.chunks.data();
+    update.split_runs = plan.split_runs.data();
+    update.partial_sums = {partial_sums.data(), width};
+    parallel_for(0, plan.chunks.size(), 1,
+                 [&](int64_t first, int64_t last) { kernel.update_chunks(update, first, last); });
+    parallel_for(0, plan.split_runs.size(), 1, [&](int64_t first, int64_t last) {
+      kernel.update_split_runs(update, first, last);
+    });
+    return state;
+  }
+
+  // The gradients, and the sums of absolute values, which bound the rounding.
+  std::pair<std::vector<double>, std::vector<double>> gradients() const {
+    std::vector<double> sums(rows * width), magnitudes(rows * width);
+    for (size_t i = 0; i < owners.size(); ++i) {
+      const double coefficient =
+          given == Given::pairs_with_coefficients ? double(coefficients[i]) : 1;
+      for (int64_t column = 0; column < width; ++column) {
+        const double term = coefficient * to_double(source[i / pairs_per_row * stride + column]);
+        sums[owners[i] * width + column] += term;
+        magnitudes[owners[i] * width + column] += std::abs(term);
+      }
+    }
+    return {sums, magnitudes};
+  }
+
+  // The largest distance from the rules in double, in units of what rounding allows.
+  double distance(const State<Table>& result, const Hyperparameters& h) const {
+    const auto [sums, magnitudes] = gradients();
+    const double tolerance = 40 * kEpsilon<Real>;
+    double worst = 0;
+    const auto compare = [&](double actual, double expected, double allowed) {
+      worst = std::max(worst, std::abs(actual - expected) / (allowed + 1e-30));
+    };
+    for (int64_t row = 0; row < rows; ++row) {
+      const bool is_touched = std::find(owners.begin(), owners.end(), row) != owners.end();
+      double mean = 0, mean_magnitude = 0;
+      for (int64_t column = 0; column < width; ++column) {
+        mean += std::pow(sums[row * width + column], 2) / width;
+        mean_magnitude += std::pow(magnitudes[row * width + column], 2) / width;
+      }
+      double second = start.second_moments[row];
+      int32_t step = start.row_steps[row];
+      double scale = h.lr;
+      if (is_touched && h.rule == Rule::rowwise_adagrad) {
+        second += mean;
+        scale = h.lr / (std::sqrt(second) + h.eps);
+      }
+      if (is_touched && h.rule == Rule::rowwise_adam) {
+        ++step;
+        second = h.beta2 * second + (1 - h.beta2) * mean;
+        scale = h.lr / (1 - std::pow(h.beta1, step)) /
+                (std::sqrt(second / (1 - std::pow(h.beta2, step))) + h.eps);
+      }
+      compare(result.second_moments[row], second,
+              is_touched ? tolerance * (second + mean_magnitude) : 0);
+      REQUIRE(result.row_steps[row] == step);
+      for (int64_t column = 0; column < stride; ++column) {
+        const int64_t i = row * stride + column;
+        const double w = to_double(start.table[i]), m = to_double(start.momentum[i]);
+        if (!is_touched || column >= width) {
+          compare(to_double(result.table[i]), w, 0);
+          compare(to_double(result.momentum[i]), m, 0);
+          continue;
+        }
+        const double g = sums[row * width + column];
+        const double magnitude = magnitudes[row * width + column];
+        double direction = g, momentum = m;
+        if (h.rule == Rule::sgd && h.has_momentum) {
+          momentum = h.beta1 * m + g;
+          direction = h.nesterov ? g + h.beta1 * momentum : momentum;
+        } else if (h.rule == Rule::rowwise_adam) {
+          momentum = h.beta1 * m + (1 - h.beta1) * g;
+          direction = momentum;
+        }
+        const double expected = (1 - h.lr * h.weight_decay) * w - scale * direction;
+        compare(to_double(result.momentum[i]), momentum,
+                momentum == m
+                    ? 0
+                    : kEpsilon<Table> * std::abs(momentum) + tolerance * (std::abs(m) + magnitude));
+        compare(to_double(result.table[i]), expected,
+                kEpsilon<Table> * std::abs(expected) +
+                    tolerance * (std::abs(w) + scale * (std::abs(m) + 2 * magnitude) +
+                                 std::abs(scale * direction)));
+      }
+    }
+    return worst;
+  }
+
+  Given given;
+  int64_t rows, width, stride, pairs_per_row = 1;
+  std::vector<int64_t> owners;
+  std::vector<Source> source;
+  std::vector<Real> coefficients;
+  State<Table> start;
+};
+
+constexpr Given kGiven[] = {Given::dense, Given::distinct_rows, Given::pairs,
+                            Given::pairs_with_coefficients};
+
+}  // namespace
+
+TEMPLATE_TEST_CASE("every rule updates the rows that have pairs, and no others",
+                   "[row_update]",
+                   (std::tuple<float, float>),
+                   (std::tuple<double, double>),
+                   (std::tuple<BFloat16, BFloat16>),
+                   (std::tuple<BFloat16, float>),
+                   (std::tuple<Half, Half>),
+                   (std::tuple<Half, float>)) {
+  using Table = std::tuple_element_t<0, TestType>;
+  using Source = std::tuple_element_t<1, TestType>;
+  for (const auto& [name, kernels] : capabilities()) {
+    for (const int64_t width : {1, 3, 7, 8, 9, 31, 33, 100}) {
+      for (const Given given : kGiven) {
+        const Problem<Table, Source> problem(given, 20, width, {1, 2, 7, 0, 3, 5}, 3);
+        for (const Hyperparameters& rule : kRules) {
+          INFO(name << " width " << width << " given " << int(given) << " rule " << int(rule.rule)
+                    << " nesterov " << rule.nesterov);
+          CHECK(problem.distance(problem.solve(*kernels, rule, 1), rule) <= 1);
+        }
+      }
+    }
+  }
+}
+
+TEMPLATE_TEST_CASE("rows with many pairs are updated once, and the same for any number of threads",
+                   "[row_update]",
+                   float,
+                   BFloat16) {
+  for (const auto& [name, kernels] : capabilities()) {
+    for (const Given given : kGiven) {
+      const Problem<TestType, float> problem(given, 40, 37, {1, 128, 129, 1000, 2, 256, 257}, 4);
+      for (const Hyperparameters& rule : kRules) {
+        const State<TestType> one = problem.solve(*kernels, rule, 1);
+        const State<TestType> stochastic = problem.solve(*kernels, rule, 1, true);
+        INFO(name << " given " << int(given) << " rule " << int(rule.rule));
+        CHECK(problem.distance(one, rule) <= 1);
+        CHECK((stochastic == one) == std::is_same_v<TestType, float>);
+        for (const int threads : {2, 3, 8}) {
+          INFO("threads " << threads);
+          CHECK(problem.solve(*kernels, rule, threads) == one);
+          CHECK(problem.solve(*kernels, rule, threads, true) == stochastic);
+        }
+      }
+    }
+  }
+}
+
+namespace {
+
+// Stochastic rounding of values by the kernels: rows of zeros from which their negatives are
+// subtracted.
+template <class Table>
+std::vector<Table> round_stochastically(const Kernels& kernels,
+                                        const std::vector<float>& values,
+                                        int64_t rows,
+                                        uint64_t key) {
+  const int64_t width = values.size() / rows;
+  std::vector<Table> table(values.size(), Table{});
+  RowUpdate<Table, float> update = {};
+  update.width = width;
+  update.source = {values.data(), width};
+  update.table = {table.data(), width};
+  update.rule.rule = Rule::sgd;
+  update.rule.lr = -1;
+  update.rule.kept = 1;
+  update.stochastic_rounding = true;
+  update.key = key;
+  kernels.experts<Table>().update_by_wide.update_rows(update, 0, rows);
+  return table;
+}
+
+// The neighbours of a value among those of the type, by their bit patterns, for positive values.
+template <class Table>
+std::pair<double, double> neighbours(double value) {
+  uint16_t low = 0, high = std::is_same_v<Table, Half> ? 0x7c00 : 0x7f80;
+  while (high - low > 1) {
+    const uint16_t middle = low + (high - low) / 2;
+    (to_double(Table{middle}) <= value ? low : high) = middle;
+  }
+  return {to_double(Table{low}), to_double(Table{high})};
+}
+
+}  // namespace
+
+// 6 standard deviations: a right kernel fails one of these comparisons in 5·10^8.
+TEMPLATE_TEST_CASE("stochastic rounding is unbiased", "[row_update]", BFloat16, Half) {
+  constexpr int64_t kRows = 400, kWidth = 250;
+  const bool is_half = std::is_same_v<TestType, Half>;
+  std::vector<float> values = {1.001f, 1.0001f, 3.14159f, 1023.9f, 0.1f, 6.1e-5f};
+  if (is_half) {
+    // Subnormals of half, the border to them, and less than the smallest.
+    values.insert(values.end(), {0x1p-14f * 0.99999f, 0x1p-15f * 1.23456f, 0x1p-20f * 1.3f,
+                                 0x1p-24f * 1.5f, 0x1p-24f * 0.25f, 0x1p-30f, 65000.f});
+  } else {
+    values.insert(values.end(), {1e-30f, 3e38f, 0x1p-127f, 0x1p-133f * 0.3f, 0x1p-140f});
+  }
+  for (const auto& [name, kernels] : capabilities()) {
+    for (const float value : values) {
+      const auto [below, above] = neighbours<TestType>(value);
+      const double up = (value - below) / (above - below);
+      int64_t ups = 0;
+      const auto rounded = round_stochastically<TestType>(
+          *kernels, std::vector<float>(kRows * kWidth, value), kRows, 5);
+      for (const TestType& each : rounded) {
+        REQUIRE((to_double(each) == below || to_double(each) == above));
+        ups += to_double(each) == above;
+      }
+      const double count = kRows * kWidth;
+      INFO(name << " value " << value << " expected " << up * count << " got " << ups);
+      CHECK(std::abs(ups - up * count) <= 6 * std::sqrt(count * up * (1 - up)) + 1);
+      const auto negative = round_stochastically<TestType>(
+          *kernels, std::vector<float>(kRows * kWidth, -value), kRows, 5);
+      for (size_t i = 0; i < rounded.size(); ++i) {
+        REQUIRE(to_double(negative[i]) == -to_double(rounded[i]));
+      }
+    }
+  }
+}
+
+TEMPLATE_TEST_CASE("what a 16-bit type holds is rounded to itself",
+                   "[row_update]",
+                   BFloat16,
+                   Half) {
+  std::vector<float> values;
+  for (int bits = 0; bits < 0x10000; ++bits) {
+    values.push_back(float(to_double(TestType{uint16_t(bits)})));
+  }
+  for (const auto& [name, kernels] : capabilities()) {
+    for (const uint64_t key : {1, 2, 3}) {
+      const auto rounded = round_stochastically<TestType>(*kernels, values, 256, key);
+      int64_t changed = 0;
+      for (int bits = 0; bits < 0x10000; ++bits) {
+        const double expected = to_double(TestType{uint16_t(bits)});
+        const double actual = to_double(rounded[bits]);
+        changed += std::isnan(expected) ? !std::isnan(actual) : actual != expected;
+      }
+      INFO(name);
+      CHECK(changed == 0);
+    }
+  }
+}
+
+TEMPLATE_TEST_CASE("stochastic rounding has the same bits on every capability, in [below, above]",
+                   "[row_update]",
+                   BFloat16,
+                   Half) {
+  Random random(6);
+  std::vector<float> values = {0.f,       -0.f,      INFINITY, -INFINITY, NAN,      3.4028235e38f,
+                               65504.f,   65519.9f,  65520.f,  65535.99f, 65536.f,  1e10f,
+                               0x1p-149f, 0x1p-126f, 0x1p-14f, 0x1p-24f,  0x1p-25f, -0x1p-149f};
+  for (const int64_t bits : random.integers(7000 - values.size(), int64_t(1) << 32)) {
+    values.push_back(std::bit_cast<float>(uint32_t(bits)));
+  }
+  const auto expected = round_stochastically<TestType>(*kernels_for("default"), values, 70, 9);
+  for (size_t i = 0; i < values.size(); ++i) {
+    const double value = values[i], rounded = to_double(expected[i]);
+    INFO(value << " to " << rounded);
+    if (std::isnan(value) || std::isinf(value)) {
+      REQUIRE((std::isnan(value) ? std::isnan(rounded) : rounded == value));
+    } else {
+      const auto [below, above] = neighbours<TestType>(std::abs(value));
+      REQUIRE((std::abs(rounded) == below || std::abs(rounded) == above));
+      REQUIRE((rounded == 0 || std::signbit(rounded) == std::signbit(value)));
+    }
+  }
+  for (const auto& [name, kernels] : capabilities()) {
+    const auto result = round_stochastically<TestType>(*kernels, values, 70, 9);
+    INFO(name);
+    CHECK(std::memcmp(result.data(), expected.data(), result.size() * sizeof(TestType)) == 0);
+  }
+}
+
+// A bit is wrong half of the time, or depends on another; 6 standard deviations, as above.
+TEST_CASE("random words are balanced, and differ by row, column and key", "[row_update]") {
+  constexpr int64_t kRows = 300, kColumns = 300;
+  const double count = kRows * kColumns, allowed = 6 * std::sqrt(count) / 2;
+  std::array<int64_t, 32> ones = {}, same_in_next_row = {}, same_in_next_column = {},
+                          same_with_next_key = {};
+  const auto word = [](uint64_t key, int64_t row, uint32_t column) {
+    return random_word(derive_key(key, row), column);
+  };
+  for (int64_t row = 0; row < kRows; ++row) {
+    for (uint32_t column = 0; column < kColumns; ++column) {
+      const uint32_t here = word(1, row, column);
+      for (int bit = 0; bit < 32; ++bit) {
+        ones[bit] += here >> bit & 1;
+        same_in_next_row[bit] += ~(here ^ word(1, row + 1, column)) >> bit & 1;
+        same_in_next_column[bit] += ~(here ^ word(1, row, column + 1)) >> bit & 1;
+        same_with_next_key[bit] += ~(here ^ word(2, row, column)) >> bit & 1;
+      }
+    }
+  }
+  for (const auto& counts : {ones, same_in_next_row, same_in_next_column, same_with_next_key}) {
+    for (const int64_t each : counts) {
+      CHECK(std::abs(each - count / 2) <= allowed);
+    }
+  }
+}

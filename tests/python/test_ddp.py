@@ -1,0 +1,106 @@
+"""Data parallelism in two processes, against one process with the whole batch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import peer
+
+pytestmark = pytest.mark.skipif(
+    not dist.is_available() or not dist.is_gloo_available(), reason="this torch has no gloo"
+)
+
+
+def make_model():
+    torch.manual_seed(0)
+    sizes = {"num_experts": 64, "heads": 2, "num_experts_per_head": 4, "dim_key": 4}
+    layer = peer.PEER(8, query_norm=None, sparse_grad=True, **sizes)
+    return nn.Sequential(nn.Linear(8, 8), layer)
+
+
+def hide_tables(model):
+    """As the docstring of `all_reduce_gradients_` has it."""
+    tables = {
+        id(p) for m in model.modules() if isinstance(m, peer.ExpertPool) for p in m.parameters()
+    }
+    names = [name for name, p in model.named_parameters() if id(p) in tables]
+    parallel = nn.parallel.DistributedDataParallel
+    parallel._set_params_and_buffers_to_ignore_for_model(model, names)
+
+
+def train(model, run, xs, after_backward=lambda tables: None):
+    dense, experts = peer.param_groups(model, lr=0.1, expert_lr=0.1)
+    optimizers = [torch.optim.SGD([dense]), peer.optim.RowwiseAdagrad([experts])]
+    for x in xs:
+        run(x).square().mean().backward()
+        after_backward(experts["params"])
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    return model.state_dict()
+
+
+def draw_batches():
+    return torch.randn(3, 20, 8, generator=torch.Generator().manual_seed(1))
+
+
+def one_of_two_processes(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    results = {"state": train_on_half(rank), "means": reduce_special_cases(rank)}
+    torch.save(results, f"{folder}/{rank}")
+    dist.destroy_process_group()
+
+
+def train_on_half(rank):
+    model = make_model()
+    hide_tables(model)
+    parallel = nn.parallel.DistributedDataParallel(model)
+    mine = draw_batches()[:, 10 * rank : 10 * rank + 10]
+    return train(model, parallel, mine, peer.optim.all_reduce_gradients_)
+
+
+def reduce_special_cases(rank):
+    means = {}
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        table, idle, dense = (nn.Parameter(torch.zeros(5, 2, dtype=dtype)) for _ in range(3))
+        if rank == 0:  # repeated ids here, no gradient there
+            table.grad = torch.sparse_coo_tensor(
+                [[3, 1, 3]], torch.ones(3, 2, dtype=dtype), (5, 2), check_invariants=True
+            )
+        dense.grad = torch.full_like(dense, 1.0 + rank)
+        peer.optim.all_reduce_gradients_([table, idle])
+        peer.optim.all_reduce_gradients_(dense)
+        assert table.grad.dtype == idle.grad.dtype == dtype
+        means[str(dtype)] = [each.grad.to_dense() for each in (table, idle, dense)]
+    return means
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """What each of two processes has in the end. Starting them takes most of the time."""
+    folder = tmp_path_factory.mktemp("processes")
+    torch.multiprocessing.spawn(one_of_two_processes, (str(folder),), nprocs=2)
+    return [torch.load(folder / str(rank)) for rank in range(2)]
+
+
+def test_two_processes_end_with_the_tables_of_one(results):
+    model = make_model()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    first, second = (each["state"] for each in results)
+    for name, expected in train(model, model, draw_batches()).items():
+        assert not torch.equal(expected, before[name]), name
+        assert torch.equal(first[name], second[name]), name
+        torch.testing.assert_close(first[name], expected)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16", "float16"])
+def test_gradients_become_their_mean(results, dtype):
+    for each in results:
+        table, idle, dense = each["means"][f"torch.{dtype}"]
+        assert table[:, 0].tolist() == [0.0, 0.5, 0.0, 1.0, 0.0]
+        assert (idle == 0).all()
+        assert (dense == 1.5).all()

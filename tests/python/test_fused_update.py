@@ -1,0 +1,435 @@
+"""The update inside the backward pass, against a gradient and a step."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import peer
+from peer.optim import SGD, RowwiseAdagrad, RowwiseAdam
+
+OPTIMIZERS = {
+    "adagrad": (RowwiseAdagrad, {"lr": 0.1, "weight_decay": 0.5}),
+    "sgd": (SGD, {"lr": 0.1, "momentum": 0.8, "nesterov": True}),
+    "adam": (RowwiseAdam, {"lr": 0.1}),
+}
+
+
+@pytest.fixture(params=OPTIMIZERS)
+def kind(request):
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def make_pool(**options):
+    return peer.ExpertPool(
+        9, **{"num_experts": 30, "num_experts_per_token": 6, "sparse_grad": True, **options}
+    )
+
+
+def make_optimizer(kind, pool):
+    optimizer, options = OPTIMIZERS[kind]
+    return optimizer(pool.parameters(), **options)
+
+
+def draw(tokens=(4, 5), dtype=torch.float32, hot=False):
+    """x, weights and indices, the first two requiring gradients."""
+    indices = torch.randint(30, (*tokens, 2, 3))
+    if hot:
+        indices[torch.rand(indices.shape) < 0.8] = 7
+    x = torch.randn(*tokens, 9, dtype=dtype).requires_grad_()
+    return x, torch.rand(*tokens, 2, 3).to(dtype).requires_grad_(), indices
+
+
+def pair_of_pools(**options):
+    pool = make_pool(**options)
+    return pool, copy.deepcopy(pool)
+
+
+def assert_same_bits(a, b):
+    assert torch.equal(a.detach().view(torch.uint8), b.detach().view(torch.uint8))
+
+
+def tables_of(pool):
+    return [table.detach().clone() for table in pool.parameters()]
+
+
+def assert_tables_are(pool, expected):
+    for table, old in zip(pool.parameters(), expected, strict=True):
+        assert torch.equal(table, old)
+
+
+# --- equals a gradient and a step ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("hot", [False, True], ids=["spread", "hot expert"])
+def test_equals_a_sparse_gradient_and_a_step_bit_by_bit(kind, dtype, glu, hot):
+    pool, fused = pair_of_pools(glu=glu, dtype=dtype, dim_out=5)
+    optimizer, fused_optimizer = make_optimizer(kind, pool), make_optimizer(kind, fused)
+    fused_optimizer.fuse_into_backward(fused)
+    for _ in range(4):
+        inputs = draw((20, 20), dtype, hot)
+        copies = [each.detach().clone().requires_grad_(each.requires_grad) for each in inputs]
+        y, z = pool(*inputs), fused(*copies)
+        assert_same_bits(y, z)
+        y.square().sum().backward()
+        z.square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        for table in fused.parameters():
+            assert table.grad is None
+        assert_same_bits(inputs[0].grad, copies[0].grad)
+        assert_same_bits(inputs[1].grad, copies[1].grad)
+        for table, other in zip(pool.parameters(), fused.parameters(), strict=True):
+            assert_same_bits(table, other)
+        fused_optimizer.step()  # has nothing to do
+        for table, other in zip(pool.parameters(), fused.parameters(), strict=True):
+            assert_same_bits(table, other)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_16_bit_tables_differ_by_the_rounding_of_the_gradient_alone(kind, dtype):
+    pool, fused = pair_of_pools(dtype=dtype)
+    inputs = draw((20,), dtype)
+    optimizer = make_optimizer(kind, pool)
+    pool(*inputs).square().sum().backward()
+    optimizer.step()
+    make_optimizer(kind, fused).fuse_into_backward(fused)
+    fused(*inputs).square().sum().backward()
+    unit = torch.finfo(dtype).eps
+    for table, other in zip(pool.parameters(), fused.parameters(), strict=True):
+        torch.testing.assert_close(table, other, rtol=3 * unit, atol=unit)
+
+
+def test_under_autocast_it_equals_a_gradient_and_a_step(kind):
+    pool, fused = pair_of_pools()
+    inputs = draw((20,))
+    with torch.autocast("cpu", torch.bfloat16):
+        y = pool(*inputs)
+    y.square().sum().backward()
+    expected, inputs[0].grad = inputs[0].grad, None
+    make_optimizer(kind, pool).step()
+    make_optimizer(kind, fused).fuse_into_backward(fused)
+    with torch.autocast("cpu", torch.bfloat16):
+        z = fused(*inputs)
+    assert z.dtype == torch.bfloat16
+    assert_same_bits(y, z)
+    z.square().sum().backward()
+    assert_same_bits(inputs[0].grad, expected)
+    for table, other in zip(pool.parameters(), fused.parameters(), strict=True):
+        assert_same_bits(table, other)
+
+
+def test_the_same_bits_for_any_number_of_threads(kind, dtype):
+    start, inputs, results = make_pool(dtype=dtype), draw((700, 10), dtype, hot=True), []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        pool = copy.deepcopy(start)
+        make_optimizer(kind, pool).fuse_into_backward(pool)
+        pool(*inputs).square().sum().backward()
+        results.append(pool)
+    for pool in results[1:]:
+        for table, expected in zip(pool.parameters(), results[0].parameters(), strict=True):
+            assert_same_bits(table, expected)
+
+
+def test_activation_checkpoints_change_nothing(kind):
+    pool, fused = pair_of_pools()
+    inputs = draw()
+    for each in (pool, fused):
+        make_optimizer(kind, each).fuse_into_backward(each)
+    pool(*inputs).square().sum().backward()
+    checkpoint(fused, *inputs, use_reentrant=False).square().sum().backward()
+    for table, other in zip(pool.parameters(), fused.parameters(), strict=True):
+        assert_same_bits(table, other)
+
+
+def test_a_whole_model_learns():
+    model = nn.Sequential(
+        nn.Linear(8, 8),
+        peer.PEER(8, num_experts=64, heads=2, num_experts_per_head=4, dim_key=4),
+        peer.PEER(8, num_experts=64, heads=2, num_experts_per_head=4, dim_key=4),
+    )
+    dense, experts = peer.param_groups(model, lr=1e-2, expert_lr=1e-1)
+    optimizer = torch.optim.AdamW([dense])
+    x, y, losses = torch.randn(32, 8), torch.randn(32, 8), []
+    with RowwiseAdagrad([experts]).fuse_into_backward(model) as fusion:
+        assert len(fusion.pools) == 2
+        for _ in range(30):
+            loss = (model(x) - y).square().mean()
+            losses.append(loss.item())
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert losses[-1] < 0.6 * losses[0]
+
+
+# --- what it needs -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("x_requires", [False, True])
+@pytest.mark.parametrize("weights_require", [False, True])
+def test_runs_whatever_else_requires_grad(x_requires, weights_require):
+    pool, fused = pair_of_pools(glu=True)
+    x, weights, indices = draw()
+    x.requires_grad_(x_requires)
+    weights.requires_grad_(weights_require)
+    optimizer = make_optimizer("adagrad", pool)
+    pool(x, weights, indices).square().sum().backward()
+    optimizer.step()
+    x.grad = weights.grad = None
+    make_optimizer("adagrad", fused).fuse_into_backward(fused)
+    fused(x, weights, indices).square().sum().backward()
+    assert (x.grad is not None) == x_requires
+    assert (weights.grad is not None) == weights_require
+    for table, other in zip(pool.parameters(), fused.parameters(), strict=True):
+        assert_same_bits(table, other)
+
+
+def test_options_are_those_at_the_time_of_the_backward_pass():
+    pool = make_pool()
+    optimizer = SGD(pool.parameters(), lr=1.0)
+    optimizer.fuse_into_backward(pool)
+    loss, before = pool(*draw()).sum(), tables_of(pool)
+    optimizer.param_groups[0]["lr"] = 0.0
+    loss.backward()
+    assert_tables_are(pool, before)
+
+
+def test_no_tokens_change_nothing():
+    pool = make_pool()
+    before = tables_of(pool)
+    make_optimizer("sgd", pool).fuse_into_backward(pool)
+    y = pool(*draw((0,)))
+    assert y.shape == (0, 9)
+    y.sum().backward()
+    assert_tables_are(pool, before)
+
+
+def test_without_grad_mode_a_pool_works_as_always():
+    pool, inputs = make_pool(), draw()
+    expected = pool(*inputs)
+    make_optimizer("sgd", pool).fuse_into_backward(pool)
+    with torch.no_grad():
+        y = pool(*inputs)
+    assert not y.requires_grad
+    assert_same_bits(y, expected)
+    with torch.inference_mode():
+        assert_same_bits(pool(*inputs), expected)
+
+
+@pytest.mark.parametrize("way", ["remove", "context"])
+def test_ends_with_its_handle(way):
+    pool = make_pool()
+    before = tables_of(pool)
+    optimizer = make_optimizer("sgd", pool)
+    if way == "remove":
+        optimizer.fuse_into_backward(pool).remove()
+    else:
+        with optimizer.fuse_into_backward(pool):
+            pass
+    pool(*draw()).sum().backward()
+    assert_tables_are(pool, before)
+    assert pool.w_down.grad.is_sparse
+    optimizer.fuse_into_backward(pool)
+
+
+@pytest.mark.parametrize("way", ["deepcopy", "pickle", "torch.save"])
+def test_a_copy_is_not_fused(way):
+    pool = make_pool()
+    optimizer = make_optimizer("sgd", pool)
+    optimizer.fuse_into_backward(pool)
+    model = nn.Sequential(pool)
+    if way == "deepcopy":
+        other = copy.deepcopy(model)
+    elif way == "pickle":
+        other = pickle.loads(pickle.dumps(model))
+    else:
+        buffer = io.BytesIO()
+        torch.save(model, buffer)
+        assert b"peer.optim" not in buffer.getvalue()
+        buffer.seek(0)
+        other = torch.load(buffer, weights_only=False)
+    assert pool.fused_update is not None
+    other[0](*draw()).sum().backward()
+    assert other[0].w_down.grad.is_sparse
+
+
+def test_resumes_bit_by_bit(kind, dtype):
+    inputs = [draw((20,), dtype) for _ in range(4)]
+
+    def run(pool, optimizer, inputs):
+        with optimizer.fuse_into_backward(pool):
+            for each in inputs:
+                pool(*each).square().sum().backward()
+
+    whole = make_pool(dtype=dtype)
+    first = copy.deepcopy(whole)
+    run(whole, make_optimizer(kind, whole), inputs)
+    optimizer = make_optimizer(kind, first)
+    run(first, optimizer, inputs[:2])
+    second = copy.deepcopy(first)
+    resumed = make_optimizer(kind, second)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    run(second, resumed, inputs[2:])
+    for table, other in zip(whole.parameters(), second.parameters(), strict=True):
+        assert_same_bits(table, other)
+
+
+# --- what it excludes ----------------------------------------------------------------------------
+
+CHANGED = "changed after this forward pass"
+
+
+def fused_pool():
+    pool = make_pool()
+    make_optimizer("sgd", pool).fuse_into_backward(pool)
+    return pool
+
+
+def test_a_pool_used_twice_in_a_graph_is_refused():
+    pool, (x, weights, indices) = fused_pool(), draw()
+    y = pool(pool(x, weights, indices), weights, indices)
+    with pytest.raises(RuntimeError, match=CHANGED):
+        y.sum().backward()
+
+
+def test_a_pool_used_twice_under_checkpoints_is_refused():
+    pool, (x, weights, indices) = fused_pool(), draw()
+    y = checkpoint(pool, x, weights, indices, use_reentrant=False)
+    y = checkpoint(pool, y, weights, indices, use_reentrant=False)
+    with pytest.raises(RuntimeError, match=CHANGED):
+        y.sum().backward()
+
+
+def test_a_forward_pass_before_the_last_update_is_refused():
+    pool = fused_pool()
+    first, second = pool(*draw()).sum(), pool(*draw()).sum()
+    second.backward()
+    before = tables_of(pool)
+    with pytest.raises(RuntimeError, match=CHANGED):
+        first.backward()
+    assert_tables_are(pool, before)
+
+
+def test_a_graph_is_run_once():
+    pool = fused_pool()
+    loss = pool(*draw()).sum()
+    loss.backward(retain_graph=True)
+    before = tables_of(pool)
+    with pytest.raises(RuntimeError, match=CHANGED):
+        loss.backward()
+    assert_tables_are(pool, before)
+
+
+def test_second_derivatives_are_refused():
+    pool, (x, weights, indices) = fused_pool(), draw()
+    y = pool(x, weights, indices).square().sum()
+    (grad_x,) = torch.autograd.grad(y, x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad_x.sum().backward()
+
+
+def test_only_some_of_the_tables_are_refused():
+    pool = make_pool(glu=True)
+    with pytest.raises(ValueError, match="only some of the pool's tables, not w_gate"):
+        SGD([pool.w_down, pool.w_up], lr=1.0).fuse_into_backward(pool)
+    assert pool.fused_update is None
+
+
+def test_no_table_at_all_is_refused():
+    optimizer = SGD(make_pool().parameters(), lr=1.0)
+    for modules in ([], [nn.Linear(3, 3)], [make_pool()]):
+        with pytest.raises(ValueError, match="ExpertPool whose tables the optimizer holds"):
+            optimizer.fuse_into_backward(*modules)
+
+
+def test_pools_of_other_optimizers_are_left_alone():
+    mine, other = make_pool(), make_pool()
+    fusion = make_optimizer("sgd", mine).fuse_into_backward(nn.Sequential(mine, other), mine)
+    assert fusion.pools == [mine]
+    assert other.fused_update is None
+
+
+def test_a_pool_is_fused_once():
+    pool = fused_pool()
+    with pytest.raises(ValueError, match="already"):
+        make_optimizer("adam", pool).fuse_into_backward(make_pool(), pool)
+
+
+def test_frozen_tables_are_refused_before_and_after():
+    pool = make_pool()
+    pool.w_up.requires_grad_(False)
+    optimizer = make_optimizer("sgd", pool)
+    with pytest.raises(ValueError, match="w_up does not require grad"):
+        optimizer.fuse_into_backward(pool)
+    pool.w_up.requires_grad_(True)
+    optimizer.fuse_into_backward(pool)
+    pool.w_up.requires_grad_(False)
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        pool(*draw())
+
+
+# --- tracing -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_export_is_refused(strict):
+    pool = fused_pool()
+    inputs = tuple(each.detach() for each in draw())
+    with pytest.raises(Exception, match=r"cannot be traced or exported|disable"):
+        torch.export.export(pool, inputs, strict=strict)
+    pool.fused_update.remove()
+    torch.export.export(pool, inputs, strict=strict)
+
+
+def test_tracing_is_refused():
+    pool = fused_pool()
+    inputs = tuple(each.detach() for each in draw())
+    with pytest.raises(RuntimeError, match="cannot be traced or exported"):
+        torch.jit.trace(pool, inputs)
+
+
+def test_a_scripted_copy_is_not_fused():
+    pool = fused_pool()
+    scripted, before = torch.jit.script(pool), tables_of(pool)
+    scripted(*draw()).sum().backward()
+    assert_tables_are(pool, before)
+    assert pool.w_down.grad.is_sparse
+
+
+def test_compiled_code_breaks_its_graph_at_the_pool():
+    torch._dynamo.reset()
+    pool, fused = pair_of_pools()
+    inputs = draw()
+    for each in (pool, fused):
+        make_optimizer("sgd", each).fuse_into_backward(each)
+
+    def model(pool, x, weights, indices):
+        return pool(2 * x, weights, indices).square().sum()
+
+    model(pool, *inputs).backward()
+    torch.compile(model, backend="aot_eager")(fused, *inputs).backward()
+    for table, other in zip(pool.parameters(), fused.parameters(), strict=True):
+        assert_same_bits(table, other)
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match="disable"):
+        torch.compile(model, backend="aot_eager", fullgraph=True)(fused, *inputs)
+
+
+def test_functional_transforms_are_refused():
+    pool = fused_pool()
+    x, weights, indices = (each.detach() for each in draw())
+    with pytest.raises(RuntimeError, match="setup_context"):
+        torch.func.grad(lambda x: pool(x, weights, indices).sum())(x)

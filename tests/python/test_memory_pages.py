@@ -1,0 +1,154 @@
+"""Tables on large pages, and gradients on recycled ones."""
+
+from __future__ import annotations
+
+import copy
+import io
+from pathlib import Path
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+import peer
+
+LARGE = 2**23
+
+
+def huge_page_flags(address: int) -> str:
+    """The flags of the mapping that holds an address."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        name = line.split()[0]
+        if not name.endswith(":"):
+            first, last = (int(part, 16) for part in name.split("-"))
+            inside = first <= address < last
+        elif inside and name == "VmFlags:":
+            return line
+    raise AssertionError(f"no mapping at {address:x}")
+
+
+def resident() -> int:
+    status = Path("/proc/self/status").read_text()
+    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if "VmRSS" in line)
+
+
+needs_proc = pytest.mark.skipif(
+    not Path("/proc/self/smaps").exists(), reason="the system does not describe its mappings"
+)
+
+
+@needs_proc
+@pytest.mark.parametrize("make", ["empty_huge", "pool", "dense", "sparse"])
+def test_tables_and_their_gradients_ask_for_large_pages(make):
+    if not Path("/sys/kernel/mm/transparent_hugepage").exists():
+        pytest.skip("the system has no large pages")
+    if make == "empty_huge":
+        tensors = [peer.empty_huge(LARGE)]
+    else:
+        pool = peer.ExpertPool(64, num_experts=2**16, sparse_grad=make == "sparse")
+        tensors = [pool.w_down, pool.w_up]
+        if make != "pool":
+            indices = torch.randint(2**16, (512, 64))
+            pool(torch.randn(512, 64), torch.rand(512, 64), indices).sum().backward()
+            grads = [table.grad for table in pool.parameters()]
+            tensors = [grad._values() if grad.is_sparse else grad for grad in grads]
+    for tensor in tensors:
+        assert "hg" in huge_page_flags(tensor.data_ptr()).split()
+        assert tensor.data_ptr() % 2**21 == 0
+
+
+@needs_proc
+def test_memory_is_taken_when_it_is_written_and_given_back():
+    before = resident()
+    table = peer.empty_huge(64 * 2**20 // 4)
+    assert resident() - before < 16 * 2**20
+    assert not table[::4096].any()  # reads as zero, before and after
+    table.fill_(1)
+    assert resident() - before > 60 * 2**20
+    del table
+    assert resident() - before < 16 * 2**20
+
+
+def test_more_elements_than_an_int_counts():
+    rows, width = 2**20 + 1, 2048
+    table = peer.empty_huge(rows, width, dtype=torch.bfloat16)
+    assert table.numel() > 2**31
+    table[0, 0], table[-1, -1] = 3, 5
+    assert table.flatten()[0] == 3
+    assert table.flatten()[table.numel() - 1] == 5
+    weights, indices = torch.ones(1, 1), torch.tensor([[rows - 1]])
+    out = peer.functional.expert_mlp(
+        torch.ones(1, width), weights, indices, table, table, activation="identity"
+    )
+    assert out[0, -1] == 25
+
+
+def test_it_is_like_a_tensor_of_torch():
+    table = peer.empty_huge(LARGE // 1024, 1024).fill_(2)
+    assert torch.equal(copy.deepcopy(table), table)
+    file = io.BytesIO()
+    torch.save(table, file)
+    file.seek(0)
+    assert torch.equal(torch.load(file), table)
+    table.resize_(2 * LARGE // 1024, 1024)
+    assert table[: LARGE // 1024].eq(2).all()
+    assert table.share_memory_().is_shared()
+    assert table[: LARGE // 1024].eq(2).all()
+
+
+@pytest.mark.parametrize("size", [(), (0,), (0, 5), (3,), (3, 4), (LARGE,)])
+@pytest.mark.parametrize("dtype", [None, torch.float64, torch.bfloat16, torch.int8])
+def test_size_and_dtype_are_those_of_torch_empty(size, dtype):
+    table, other = peer.empty_huge(*size, dtype=dtype), torch.empty(size, dtype=dtype)
+    assert (table.shape, table.dtype, table.stride()) == (other.shape, other.dtype, other.stride())
+
+
+def test_default_device_and_modes_are_respected():
+    assert peer.empty_huge(LARGE, device="meta").is_meta
+    with torch.device("meta"):
+        assert peer.empty_huge(LARGE).is_meta
+        assert peer.ExpertPool(8, num_experts=16).w_down.is_meta
+    with FakeTensorMode():
+        assert isinstance(peer.empty_huge(LARGE), FakeTensor)
+
+
+def test_errors_say_what_is_wrong():
+    with pytest.raises(RuntimeError, match="negative"):
+        peer.empty_huge(-1, 3)
+    with pytest.raises(RuntimeError, match="cannot allocate"):
+        peer.empty_huge(2**59)
+
+
+@needs_proc
+def test_a_steps_gradients_use_the_memory_of_the_last_ones():
+    pool = peer.ExpertPool(128, num_experts=2**16, sparse_grad=True)
+    weights, indices = torch.rand(256, 64), torch.randint(2**16, (256, 64))
+
+    def step() -> set[int]:
+        pool.zero_grad()
+        pool(torch.randn(256, 128), weights, indices).sum().backward()
+        return {table.grad._values().data_ptr() for table in pool.parameters()}
+
+    first = step()
+    assert len(first) == 2
+    assert step() == first
+    held = [table.grad for table in pool.parameters()]
+    values = [grad._values().clone() for grad in held]
+    assert not step() & first  # those are in use
+    for grad, value in zip(held, values, strict=True):
+        assert torch.equal(grad._values(), value)
+
+
+def test_sparse_gradients_can_be_added_to_and_zeroed():
+    pool = peer.ExpertPool(128, num_experts=2**14, sparse_grad=True)
+    weights, indices = torch.rand(256, 64), torch.randint(2**14, (256, 64))
+    x = torch.randn(256, 128)
+    for _ in range(2):
+        pool(x, weights, indices).sum().backward()
+    doubled = pool.w_up.grad.to_dense()
+    pool.zero_grad()
+    pool(x, weights, indices).sum().backward()
+    torch.testing.assert_close(doubled, 2 * pool.w_up.grad.to_dense())
+    pool.zero_grad(set_to_none=False)
+    assert pool.w_up.grad.to_dense().eq(0).all()

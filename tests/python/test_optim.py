@@ -1,0 +1,861 @@
+"""The optimizers for tables, against their mathematics on a dense table in float64."""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+import pickle
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import peer
+from peer.optim import SGD, RowwiseAdagrad, RowwiseAdam
+
+ROWS, WIDTH = 13, 9
+
+# Every optimizer, with options that make each part of its rule count.
+OPTIMIZERS = {
+    "adagrad": (RowwiseAdagrad, {"lr": 0.1, "weight_decay": 0.5, "initial_accumulator_value": 0.3}),
+    "sgd": (SGD, {"lr": 0.1, "weight_decay": 0.5}),
+    "momentum": (SGD, {"lr": 0.1, "momentum": 0.8}),
+    "nesterov": (SGD, {"lr": 0.1, "momentum": 0.8, "nesterov": True, "weight_decay": 0.5}),
+    "adam": (RowwiseAdam, {"lr": 0.1, "betas": (0.8, 0.9), "weight_decay": 0.5}),
+}
+
+
+@pytest.fixture(params=OPTIMIZERS)
+def kind(request):
+    return request.param
+
+
+def make_optimizer(kind, params, **options):
+    optimizer, defaults = OPTIMIZERS[kind]
+    return optimizer(params, **{**defaults, **options})
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def make_table(dtype=torch.float32, rows=ROWS, width=WIDTH):
+    return nn.Parameter(torch.randn(rows, width, dtype=torch.float64).to(dtype))
+
+
+def sparse(ids, values, rows=ROWS):
+    ids = torch.as_tensor(ids)[None]
+    return torch.sparse_coo_tensor(ids, values, (rows, values.shape[1]), check_invariants=True)
+
+
+def draw_gradient(dtype=torch.float32, count=10, rows=ROWS, width=WIDTH):
+    """Ids in any order, with repetitions, and never the last row."""
+    return sparse(torch.randint(rows - 1, (count,)), torch.randn(count, width).to(dtype), rows)
+
+
+def bits(tensor):
+    return tensor.detach().contiguous().view(torch.uint8)
+
+
+def assert_same_bits(a, b):
+    assert torch.equal(bits(a), bits(b))
+
+
+class Reference:
+    """The rules as their documentation has them, in float64, one row at a time."""
+
+    def __init__(self, kind: str, table: Tensor) -> None:
+        self.optimizer, self.options = OPTIMIZERS[kind]
+        self.table = table.detach().double()
+        self.m = torch.zeros_like(self.table)
+        self.v = torch.full((len(table),), self.options.get("initial_accumulator_value", 0.0))
+        self.v = self.v.double()
+        self.t = [0] * len(table)
+
+    def step(self, gradient: Tensor) -> None:
+        touched = range(ROWS)
+        if gradient.is_sparse:
+            touched = gradient._indices()[0].unique().tolist()
+            gradient = gradient.double().to_dense()
+        for row in touched:
+            self.table[row] = self.update(row, self.table[row], gradient[row].double())
+
+    def update(self, row: int, w: Tensor, g: Tensor) -> Tensor:
+        lr = self.options["lr"]
+        w = (1 - lr * self.options.get("weight_decay", 0.0)) * w
+        if self.optimizer is RowwiseAdagrad:
+            self.v[row] += g.square().mean()
+            return w - lr * g / (self.v[row].sqrt() + 1e-10)
+        if self.optimizer is SGD:
+            momentum = self.options.get("momentum", 0.0)
+            self.m[row] = momentum * self.m[row] + g
+            if self.options.get("nesterov", False):
+                return w - lr * (g + momentum * self.m[row])
+            return w - lr * self.m[row]
+        beta1, beta2 = self.options["betas"]
+        self.t[row] += 1
+        self.m[row] = beta1 * self.m[row] + (1 - beta1) * g
+        self.v[row] = beta2 * self.v[row] + (1 - beta2) * g.square().mean()
+        m = self.m[row] / (1 - beta1 ** self.t[row])
+        v = self.v[row] / (1 - beta2 ** self.t[row])
+        return w - lr * m / (v.sqrt() + 1e-8)
+
+
+# --- the rules -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_follows_its_mathematics(kind, dtype):
+    table = make_table(dtype)
+    optimizer, reference = make_optimizer(kind, [table]), Reference(kind, table)
+    for _ in range(6):
+        table.grad = draw_gradient(dtype)
+        reference.step(table.grad)
+        optimizer.step()
+    torch.testing.assert_close(table.detach(), reference.table.to(dtype))
+
+
+def test_a_dense_gradient_touches_every_row(kind):
+    table = make_table(torch.float64)
+    optimizer, reference = make_optimizer(kind, [table]), Reference(kind, table)
+    for _ in range(3):
+        table.grad = torch.randn_like(table)
+        table.grad[2] = 0  # touched nevertheless: its weights decay, its momentum moves it
+        reference.step(table.grad)
+        optimizer.step()
+    torch.testing.assert_close(table.detach(), reference.table)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("stochastic_rounding", [False, True])
+def test_16_bit_tables_stay_within_a_rounding_of_the_mathematics(kind, dtype, stochastic_rounding):
+    table = make_table(dtype)
+    optimizer = make_optimizer(kind, [table], stochastic_rounding=stochastic_rounding)
+    reference = Reference(kind, table)
+    gradient = draw_gradient(dtype)
+    table.grad = gradient.clone()
+    reference.step(gradient)
+    optimizer.step()
+    unit = torch.finfo(dtype).eps * (1 if stochastic_rounding else 0.5)
+    torch.testing.assert_close(table.detach().double(), reference.table, rtol=unit, atol=1e-5)
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_sgd_on_dense_gradients_is_torch_s(nesterov):
+    table = make_table()
+    other = nn.Parameter(table.detach().clone())
+    optimizers = [
+        SGD([table], 0.1, momentum=0.9, nesterov=nesterov),
+        torch.optim.SGD([other], 0.1, momentum=0.9, nesterov=nesterov),
+    ]
+    for _ in range(5):
+        table.grad = torch.randn_like(table)
+        other.grad = table.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    torch.testing.assert_close(table, other)
+
+
+@pytest.mark.parametrize("name", ["Adagrad", "Adam", "AdamW"])
+def test_at_width_one_on_dense_gradients_it_is_torch_s(name):
+    # One number per row is one number per weight then.
+    table = make_table(width=1)
+    other = nn.Parameter(table.detach().clone())
+    decay = 0.3 if name == "AdamW" else 0.0
+    optimizers = [
+        (RowwiseAdagrad if name == "Adagrad" else RowwiseAdam)([table], 0.1, weight_decay=decay),
+        getattr(torch.optim, name)([other], 0.1, weight_decay=decay),
+    ]
+    for _ in range(5):
+        table.grad = torch.randn_like(table)
+        other.grad = table.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    torch.testing.assert_close(table, other)
+
+
+def test_a_row_is_updated_as_if_other_steps_had_not_happened(kind):
+    alone, table = make_table(), make_table()
+    with torch.no_grad():
+        alone[3] = table[3]
+    gradients = torch.randn(4, 1, WIDTH)
+    optimizer = make_optimizer(kind, [alone])
+    for gradient in gradients:
+        alone.grad = sparse([3], gradient)
+        optimizer.step()
+    optimizer = make_optimizer(kind, [table])
+    for gradient in gradients:
+        for _ in range(3):
+            table.grad = sparse([1, 7], torch.randn(2, WIDTH))
+            optimizer.step()
+        table.grad = sparse([7, 3, 0], torch.cat([torch.ones(1, WIDTH), gradient, gradient]))
+        optimizer.step()
+    assert_same_bits(table[3], alone[3])
+
+
+def test_the_first_touch_of_a_late_row_moves_by_the_learning_rate():
+    table = nn.Parameter(torch.zeros(ROWS, WIDTH))
+    optimizer = RowwiseAdam([table], lr=0.1)
+    for _ in range(100):
+        table.grad = sparse([0], torch.ones(1, WIDTH))
+        optimizer.step()
+    table.grad = sparse([5], torch.ones(1, WIDTH))
+    optimizer.step()
+    torch.testing.assert_close(table[5].detach(), torch.full((WIDTH,), -0.1))
+
+
+def test_repeated_ids_count_as_their_sum(kind):
+    # Small integers: their sums are exact in any order.
+    ids, values = torch.randint(ROWS, (300,)), torch.randint(-3, 4, (300, WIDTH)).float()
+    tables = [make_table() for _ in range(2)]
+    with torch.no_grad():
+        tables[1].copy_(tables[0])
+    tables[0].grad = sparse(ids, values)
+    tables[1].grad = sparse(ids, values).coalesce()
+    for table in tables:
+        make_optimizer(kind, [table]).step()
+    assert_same_bits(*tables)
+
+
+def test_gradients_that_accumulate_over_micro_batches_count_as_their_sum(kind):
+    pools = [peer.ExpertPool(9, num_experts=20, sparse_grad=True) for _ in range(2)]
+    pools[1].load_state_dict(pools[0].state_dict())
+    x, weights, indices = torch.randn(6, 9), torch.rand(6, 4), torch.randint(20, (6, 4))
+    for half in (slice(0, 3), slice(3, 6)):
+        pools[0](x[half], weights[half], indices[half]).square().sum().backward()
+    pools[1](x, weights, indices).square().sum().backward()
+    for pool in pools:
+        make_optimizer(kind, pool.parameters()).step()
+    for a, b in zip(*(pool.parameters() for pool in pools), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_rows_without_a_gradient_keep_their_bits_and_state(kind):
+    table = make_table(torch.bfloat16)
+    optimizer = make_optimizer(kind, [table])
+    table.grad = torch.ones_like(table)
+    optimizer.step()
+    before = [table.detach().clone()] + [
+        value.clone() for value in optimizer.state[table].values() if isinstance(value, Tensor)
+    ]
+    table.grad = sparse([4, 2, 4], torch.randn(3, WIDTH).bfloat16())
+    optimizer.step()
+    after = [table.detach()] + [
+        value for value in optimizer.state[table].values() if isinstance(value, Tensor)
+    ]
+    untouched = [row for row in range(ROWS) if row not in (2, 4)]
+    for old, new in zip(before, after, strict=True):
+        assert_same_bits(old[untouched], new[untouched])
+        assert not torch.equal(old[[2, 4]], new[[2, 4]])
+
+
+def test_a_million_rows(kind):
+    rows = 1024**2
+    table = nn.Parameter(torch.zeros(rows, 4))
+    ids = torch.randperm(rows)[:5000]
+    table.grad = sparse(ids, torch.ones(5000, 4), rows)
+    make_optimizer(kind, [table]).step()
+    moved = (table.detach() != 0).all(1).nonzero().squeeze(1)
+    assert torch.equal(moved, ids.sort().values)
+    assert len(table.detach()[ids].unique()) == 1
+
+
+def test_strided_tables_are_updated_in_place(kind):
+    both = torch.randn(ROWS, 2, WIDTH)
+    before, other = both.clone(), nn.Parameter(both[:, 0].clone())
+    table = nn.Parameter(both[:, 0])
+    assert table.data_ptr() == both.data_ptr()
+    table.grad = draw_gradient()
+    other.grad = table.grad.clone()
+    for each in (table, other):
+        make_optimizer(kind, [each]).step()
+    assert_same_bits(both[:, 0], other)
+    assert_same_bits(both[:, 1], before[:, 1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("hot", [False, True], ids=["spread", "hot row"])
+def test_the_same_bits_for_any_number_of_threads(kind, dtype, hot):
+    ids = torch.randint(3000, (40000,))
+    if hot:
+        ids[torch.rand(40000) < 0.9] = 1234
+    gradient = sparse(ids, torch.randn(40000, 11).to(dtype), 3000)
+    start, results = make_table(dtype, 3000, 11), []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        table = nn.Parameter(start.detach().clone())
+        optimizer = make_optimizer(kind, [table])
+        for _ in range(2):
+            table.grad = gradient
+            optimizer.step()
+        results.append(table)
+    for result in results[1:]:
+        assert_same_bits(result, results[0])
+
+
+@pytest.mark.parametrize("shape", [(5, 0), (0, 4)], ids=str)
+def test_nothing_to_update(kind, shape):
+    for table, gradient in (
+        (nn.Parameter(torch.ones(shape)), torch.ones(shape)),
+        (make_table(), sparse(torch.empty(0, dtype=torch.long), torch.ones(0, WIDTH))),
+        (
+            nn.Parameter(torch.ones(shape)),
+            sparse(torch.empty(0).long(), torch.ones(0, shape[1]), shape[0]),
+        ),
+    ):
+        before = table.detach().clone()
+        table.grad = gradient
+        make_optimizer(kind, [table]).step()
+        assert torch.equal(table, before)
+
+
+# --- stochastic rounding -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_updates_below_half_a_unit_arrive_on_average(dtype):
+    """6 standard deviations: a right optimizer fails once in 5 * 10^8."""
+    change = 0.1 * torch.finfo(dtype).eps
+    tables = [nn.Parameter(torch.ones(200, 50, dtype=dtype)) for _ in range(2)]
+    for table, stochastic_rounding in zip(tables, (False, True), strict=True):
+        optimizer = SGD([table], lr=change, stochastic_rounding=stochastic_rounding)
+        for _ in range(10):
+            table.grad = torch.full_like(table, -1.0)
+            optimizer.step()
+    nearest, stochastic = (table.detach().double() - 1 for table in tables)
+    assert (nearest == 0).all()
+    unit = torch.finfo(dtype).eps
+    deviation = unit * math.sqrt(10 * 0.1 * 0.9 / stochastic.numel())
+    assert abs(stochastic.mean() - 10 * change) < 6 * deviation
+
+
+def test_random_bits_depend_on_seed_step_table_and_row():
+    def run(seed, steps, place):
+        tables = [nn.Parameter(torch.ones(4, 500).bfloat16()) for _ in range(2)]
+        optimizer = SGD(tables, lr=1e-3, seed=seed)
+        for _ in range(steps):
+            for table in tables:
+                table.data.fill_(1)
+                table.grad = torch.ones_like(table)
+            optimizer.step()
+        return tables[place].detach()
+
+    first = run(0, 1, 0)
+    assert_same_bits(first, run(0, 1, 0))
+    for other in (run(1, 1, 0), run(0, 2, 0), run(0, 1, 1)):
+        assert not torch.equal(first, other)
+    assert not torch.equal(first[0], first[1])
+
+
+def test_float_tables_ignore_stochastic_rounding(kind):
+    tables = [nn.Parameter(torch.ones(ROWS, WIDTH)) for _ in range(2)]
+    for table, seed in zip(tables, (1, 2), strict=True):
+        table.grad = torch.full_like(table, 0.3)
+        make_optimizer(kind, [table], seed=seed).step()
+    assert_same_bits(*tables)
+
+
+# --- as a torch.optim.Optimizer ------------------------------------------------------------------
+
+
+def saved_and_loaded(state):
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    buffer.seek(0)
+    return torch.load(buffer)
+
+
+@pytest.mark.parametrize("way", ["state_dict", "pickle", "deepcopy"])
+def test_resumes_bit_by_bit(kind, dtype, way):
+    gradients = [draw_gradient(dtype) for _ in range(6)]
+    start = make_table(dtype)
+    whole, first = (nn.Parameter(start.detach().clone()) for _ in range(2))
+
+    def run(table, optimizer, gradients):
+        for gradient in gradients:
+            table.grad = gradient.clone()
+            optimizer.step()
+
+    run(whole, make_optimizer(kind, [whole], seed=5), gradients)
+    optimizer = make_optimizer(kind, [first], seed=5)
+    run(first, optimizer, gradients[:3])
+    if way == "state_dict":
+        second = nn.Parameter(first.detach().clone())
+        resumed = make_optimizer(kind, [second], lr=7.0)
+        resumed.load_state_dict(saved_and_loaded(optimizer.state_dict()))
+    else:
+        through = copy.deepcopy if way == "deepcopy" else lambda o: pickle.loads(pickle.dumps(o))
+        resumed = through(optimizer)
+        (second,) = resumed.param_groups[0]["params"]
+    run(second, resumed, gradients[3:])
+    assert_same_bits(second, whole)
+
+
+def test_the_float32_state_of_a_16_bit_table_survives_loading(kind):
+    table = make_table(torch.bfloat16)
+    optimizer = make_optimizer(kind, [table])
+    for _ in range(3):
+        table.grad = draw_gradient(torch.bfloat16)
+        optimizer.step()
+    other = make_optimizer(kind, [make_table(torch.bfloat16)])
+    other.load_state_dict(saved_and_loaded(optimizer.state_dict()))
+    (loaded,), saved = other.state.values(), optimizer.state[table]
+    assert loaded.keys() == saved.keys()
+    for name, value in saved.items():
+        if isinstance(value, Tensor):
+            assert loaded[name].dtype == value.dtype
+            assert_same_bits(loaded[name], value)
+            wide = {"row_steps": torch.int32}.get(name, torch.float32)
+            assert value.dtype == (wide if value.dim() == 1 else torch.bfloat16)
+        else:
+            assert loaded[name] == value
+
+
+def test_the_state_appears_with_the_first_step():
+    table, idle = make_table(torch.bfloat16), make_table()
+    optimizer = RowwiseAdam([table, idle])
+    assert not optimizer.state
+    table.grad = draw_gradient(torch.bfloat16)
+    optimizer.step()
+    assert list(optimizer.state) == [table]
+    shapes = {k: v.shape for k, v in optimizer.state[table].items() if isinstance(v, Tensor)}
+    assert shapes == {
+        "first_moment": (ROWS, WIDTH),
+        "second_moment": (ROWS,),
+        "row_steps": (ROWS,),
+    }
+
+
+def test_a_closure_is_run_with_gradients_and_its_loss_returned(kind):
+    table = make_table()
+    optimizer = make_optimizer(kind, [table])
+
+    def closure():
+        optimizer.zero_grad()
+        loss = table.square().sum()
+        loss.backward()
+        return loss
+
+    before = table.square().sum()
+    assert torch.equal(optimizer.step(closure), before)
+    assert table.square().sum() < before
+
+
+def test_a_scheduler_moves_the_learning_rate():
+    table = nn.Parameter(torch.zeros(ROWS, WIDTH))
+    optimizer = SGD([table], lr=1.0)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.5)
+    for expected in (-1.0, -1.5, -1.75):
+        table.grad = torch.ones_like(table)
+        optimizer.step()
+        scheduler.step()
+        assert (table == expected).all()
+
+
+def test_the_learning_rate_may_be_a_tensor():
+    table = nn.Parameter(torch.zeros(ROWS, WIDTH))
+    table.grad = torch.ones_like(table)
+    SGD([table], lr=torch.tensor(0.5)).step()
+    assert (table == -0.5).all()
+
+
+def test_groups_have_options_of_their_own(kind):
+    slow, fast = make_table(), make_table()
+    with torch.no_grad():
+        fast.copy_(slow)
+    optimizer = make_optimizer(kind, [{"params": slow, "lr": 0.0}], weight_decay=0.0)
+    optimizer.add_param_group({"params": [fast], "lr": 1.0, "weight_decay": 0.0})
+    before = slow.detach().clone()
+    for table in (slow, fast):
+        table.grad = draw_gradient()
+    optimizer.step()
+    assert_same_bits(slow, before)
+    assert not torch.equal(fast, before)
+
+
+def test_named_parameters_are_taken(kind):
+    pool = peer.ExpertPool(9, num_experts=20)
+    optimizer = make_optimizer(kind, pool.named_parameters())
+    assert optimizer.param_groups[0]["param_names"] == ["w_down", "w_up"]
+
+
+@pytest.mark.parametrize("shape", [(4,), (2, 3, 4), ()], ids=str)
+def test_only_tables_are_taken(kind, shape):
+    with pytest.raises(ValueError, match=r"tables of shape \[rows, width\], got "):
+        make_optimizer(kind, [make_table(), nn.Parameter(torch.ones(shape))])
+    optimizer = make_optimizer(kind, [make_table()])
+    with pytest.raises(ValueError, match="bias"):
+        optimizer.add_param_group({"params": [("bias", nn.Parameter(torch.ones(shape)))]})
+    assert len(optimizer.param_groups) == 1
+
+
+def test_complex_tables_are_refused(kind):
+    with pytest.raises(TypeError, match="complex64"):
+        make_optimizer(kind, [nn.Parameter(torch.ones(3, 4, dtype=torch.complex64))])
+
+
+BAD_OPTIONS = {
+    "lr": (SGD, {"lr": -1.0}),
+    "lr that is nan": (SGD, {"lr": math.nan}),
+    "weight_decay": (RowwiseAdagrad, {"weight_decay": -0.1}),
+    "eps": (RowwiseAdam, {"eps": -1e-8}),
+    "betas": (RowwiseAdam, {"betas": (0.9, 1.0)}),
+    "betas that is one": (RowwiseAdam, {"betas": (0.9,)}),
+    "momentum": (SGD, {"lr": 1.0, "momentum": -0.5}),
+    "momentum with nesterov": (SGD, {"lr": 1.0, "nesterov": True}),
+    "initial_accumulator_value": (RowwiseAdagrad, {"initial_accumulator_value": -1.0}),
+    "seed": (RowwiseAdagrad, {"seed": 2**63}),
+}
+
+
+@pytest.mark.parametrize("case", BAD_OPTIONS)
+def test_a_bad_option_gets_a_sentence(case):
+    optimizer, options = BAD_OPTIONS[case]
+    with pytest.raises(ValueError, match=f"{optimizer.__name__}: expected {case.split()[0]} to be"):
+        optimizer([make_table()], **options)
+    good = optimizer([make_table()], lr=1.0)
+    with pytest.raises(ValueError, match=case.split()[0]):
+        good.add_param_group({"params": [make_table()], **options})
+    assert len(good.param_groups) == 1
+
+
+def test_a_gradient_that_is_sparse_by_elements_is_refused(kind):
+    table = make_table()
+    before = table.detach().clone()
+    table.grad = torch.ones(ROWS, WIDTH).to_sparse()
+    with pytest.raises(ValueError, match="sparse COO gradient with one sparse dimension, got "):
+        make_optimizer(kind, [table]).step()
+    assert_same_bits(table, before)
+
+
+# --- the operators -------------------------------------------------------------------------------
+
+
+def arguments(name, indices=..., coefficients=None, dtype=torch.float32, **changes):
+    """The tensors and numbers of an operator, by name; `changes` replaces some."""
+    table = torch.randn(ROWS, WIDTH).to(dtype)
+    accumulation = torch.promote_types(dtype, torch.float32)
+    numbers = {"weight_decay": 0.1, "lr": 0.1, "seed": 3, "step": 4, "stream": 5}
+    state = {
+        "rowwise_adagrad_": {"sum_of_squares": torch.ones(ROWS, dtype=accumulation), "eps": 1e-8},
+        "sgd_": {"momentum_buffer": torch.randn_like(table), "momentum": 0.5, "nesterov": True},
+        "rowwise_adam_": {
+            "first_moment": torch.randn_like(table),
+            "second_moment": torch.ones(ROWS, dtype=accumulation),
+            "row_steps": torch.ones(ROWS, dtype=torch.int32),
+            "beta1": 0.9,
+            "beta2": 0.99,
+            "eps": 1e-8,
+        },
+    }[name]
+    gradient = {
+        "indices": torch.randint(ROWS, (4, 3)) if indices is ... else indices,
+        "source": torch.randn(4, WIDTH),
+        "coefficients": coefficients,
+    }
+    return {"table": table, **state, **gradient, **numbers, **changes}
+
+
+NAMES = ["rowwise_adagrad_", "sgd_", "rowwise_adam_"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_opcheck(name, dtype):
+    operator = getattr(torch.ops.peer, name).default
+    for changes in (
+        {"coefficients": torch.randn(4, 3)},
+        {"indices": torch.tensor([5, 3, 5, 0]), "seed": None},
+        {"indices": None, "source": torch.randn(ROWS, WIDTH, dtype=dtype)},
+    ):
+        given = arguments(name, **{"dtype": dtype, **changes})
+        torch.library.opcheck(operator, (), given)
+
+
+def test_opcheck_of_the_coefficients(make_expert_inputs, dtype, glu):
+    inputs = make_expert_inputs(dtype=dtype, glu=glu, dim_out=5)
+    out, hidden, gate = torch.ops.peer.expert_mlp(*inputs, "gelu", False)
+    operator = torch.ops.peer.expert_mlp_backward_coefficients.default
+    torch.library.opcheck(operator, (out, *inputs, hidden, gate, "gelu"))
+
+
+def test_the_coefficients_are_those_of_the_tables_gradients(make_expert_inputs, dtype, glu):
+    inputs = make_expert_inputs(dtype=dtype, glu=glu, dim_out=5)
+    out, hidden, gate = torch.ops.peer.expert_mlp(*inputs, "gelu", False)
+    grads = torch.ops.peer.expert_mlp_backward(
+        out, *inputs, hidden, gate, "gelu", False, (True,) * 5
+    )
+    grad_x, grad_weights, *coefficients = torch.ops.peer.expert_mlp_backward_coefficients(
+        out, *inputs, hidden, gate, "gelu"
+    )
+    assert_same_bits(grad_x, grads[0])
+    assert_same_bits(grad_weights, grads[1])
+    sources = [inputs.x, out, inputs.x]
+    for expected, source, c in zip(grads[2:], sources, coefficients, strict=True):
+        if expected is None:
+            assert c.shape == (0,)
+            continue
+        # A step of length -1 from zero.
+        table = torch.zeros_like(expected)
+        torch.ops.peer.sgd_(table, None, inputs.indices, source, c, -1.0, 0.0, False, 0.0)
+        assert_same_bits(table, expected)
+
+
+BAD_ARGUMENTS = {
+    "index too large": ({"indices": torch.full((4,), ROWS)}, IndexError, "index 13 at position"),
+    "index negative": (
+        {"indices": torch.tensor([0, 1, -1, 2])},
+        IndexError,
+        r"-1 at position \[2\]",
+    ),
+    "indices of other rows": (
+        {"indices": torch.zeros(3).long()},
+        ValueError,
+        r"expected indices of shape \[4\] or \[4, experts per token\] to match source, got \[3\]",
+    ),
+    "indices of int32": ({"indices": torch.zeros(4).int()}, TypeError, "int64, got Int"),
+    "source of another width": (
+        {"source": torch.ones(4, 8)},
+        ValueError,
+        r"expected source of shape \[\*, 9\] to match table, got \[4, 8\]",
+    ),
+    "source of double": ({"source": torch.ones(4, 9).double()}, TypeError, "float64 goes with"),
+    "source of integers": ({"source": torch.ones(4, 9).long()}, TypeError, "source of dtype float"),
+    "source without indices": (
+        {"indices": None},
+        ValueError,
+        r"source of table's shape \[13, 9\] where no indices are given, got \[4, 9\]",
+    ),
+    "coefficients without indices": (
+        {"indices": None, "source": torch.ones(ROWS, 9), "coefficients": torch.ones(ROWS)},
+        ValueError,
+        "no coefficients where no indices",
+    ),
+    "coefficients of another shape": (
+        {"coefficients": torch.ones(4, 2)},
+        ValueError,
+        r"coefficients of indices' shape \[4, 3\], got \[4, 2\]",
+    ),
+    "table of columns": (
+        {"table": torch.ones(9, ROWS).T},
+        ValueError,
+        r"expected table with contiguous rows that do not overlap, got strides \[1, 13\]",
+    ),
+    "table of one row": (
+        {"table": torch.ones(1, 9).expand(ROWS, 9)},
+        ValueError,
+        r"expected table with contiguous rows that do not overlap, got strides \[0, 1\]",
+    ),
+    "table of one dimension": ({"table": torch.ones(9)}, ValueError, r"\[rows, width\], got \[9\]"),
+}
+BAD_STATE = {
+    "sum_of_squares": ("rowwise_adagrad_", torch.ones(12), r"of shape \[13\] to match table, got"),
+    "momentum_buffer": ("sgd_", torch.ones(12, 9), r"of table's shape \[13, 9\], got \[12, 9\]"),
+    "first_moment": ("rowwise_adam_", torch.ones(13, 9).double(), "of table's dtype Float, got"),
+    "second_moment": ("rowwise_adam_", torch.ones(26)[::2], r"to be contiguous, got strides \[2\]"),
+    "row_steps": ("rowwise_adam_", torch.ones(13).long(), "of dtype Int, got Long"),
+}
+
+
+def on_meta(tensor):
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+
+
+def assert_refused_unchanged(name, given, error, message):
+    before = {key: value.clone() for key, value in given.items() if isinstance(value, Tensor)}
+    with pytest.raises(error, match=f"^peer::{name}: .*{message}"):
+        getattr(torch.ops.peer, name)(**given)
+    for key, value in before.items():
+        assert torch.equal(given[key], value)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("case", BAD_ARGUMENTS)
+def test_a_bad_argument_is_named_and_changes_nothing(name, case):
+    changes, error, message = BAD_ARGUMENTS[case]
+    assert_refused_unchanged(name, arguments(name, **changes), error, message)
+    if error is not IndexError:
+        given = arguments(name, **changes)
+        given = {k: on_meta(v) if isinstance(v, Tensor) else v for k, v in given.items()}
+        with pytest.raises(error, match=f"^peer::{name}: .*{message}"):
+            getattr(torch.ops.peer, name)(**given)
+
+
+@pytest.mark.parametrize("state", BAD_STATE)
+def test_bad_state_is_named_and_changes_nothing(state):
+    name, tensor, message = BAD_STATE[state]
+    given = arguments(name, **{state: tensor})
+    assert_refused_unchanged(name, given, (ValueError, TypeError), f"expected {state} {message}")
+
+
+def test_momentum_needs_its_buffer():
+    given = arguments("sgd_", momentum_buffer=None)
+    assert_refused_unchanged("sgd_", given, ValueError, "expected momentum_buffer, because")
+
+
+def test_a_bad_gradient_in_a_step_changes_nothing(kind):
+    table = make_table()
+    before = table.detach().clone()
+    with torch.sparse.check_sparse_tensor_invariants(False):
+        table.grad = torch.sparse_coo_tensor([[3, ROWS]], torch.ones(2, WIDTH), (ROWS, WIDTH))
+    with pytest.raises(IndexError, match="index 13 at position"):
+        make_optimizer(kind, [table]).step()
+    assert torch.equal(table, before)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_written_gets_a_new_version(name):
+    given = arguments(name)
+    written = list(getattr(torch.ops.peer, name).default._schema.arguments)
+    written = [each.name for each in written if each.alias_info and each.alias_info.is_write]
+    versions = {key: v._version for key, v in given.items() if isinstance(v, Tensor)}
+    getattr(torch.ops.peer, name)(**given)
+    for key, version in versions.items():
+        assert given[key]._version == version + (key in written)
+    assert len(written) == {"rowwise_adagrad_": 2, "sgd_": 2, "rowwise_adam_": 4}[name]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_there_is_no_derivative(name):
+    given = arguments(name)
+    given["source"].requires_grad_()
+    with pytest.raises(RuntimeError, match=f"peer::{name}: has no derivative, but source requires"):
+        getattr(torch.ops.peer, name)(**given)
+    with torch.no_grad():
+        getattr(torch.ops.peer, name)(**given)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_works_on_inference_tensors(name):
+    with torch.inference_mode():
+        given = arguments(name)
+        before = given["table"].clone()
+        getattr(torch.ops.peer, name)(**given)
+        assert not torch.equal(given["table"], before)
+
+
+# --- clipping ------------------------------------------------------------------------------------
+
+
+def dense_and_sparse(dtype=torch.float32):
+    parameters = [make_table(dtype), make_table(dtype), make_table(dtype), make_table(dtype)]
+    parameters[0].grad = torch.randn_like(parameters[0])
+    parameters[1].grad = draw_gradient(dtype)
+    parameters[2].grad = draw_gradient(dtype).coalesce()
+    return parameters
+
+
+def densified(parameters):
+    copies = []
+    for parameter in parameters:
+        copies.append(nn.Parameter(parameter.detach().clone()))
+        if parameter.grad is not None:
+            copies[-1].grad = parameter.grad.to_dense().clone()
+    return copies
+
+
+@pytest.mark.parametrize("norm_type", [2.0, 1.0, 3.0, math.inf])
+@pytest.mark.parametrize("max_norm", [0.5, 1e3])
+def test_clipping_equals_that_of_the_dense_gradients(norm_type, max_norm):
+    parameters = dense_and_sparse()
+    copies = densified(parameters)
+    norm = peer.optim.clip_grad_norm_(parameters, max_norm, norm_type)
+    expected = torch.nn.utils.clip_grad_norm_(copies, max_norm, norm_type)
+    torch.testing.assert_close(norm, expected)
+    for ours, theirs in zip(parameters[:3], copies[:3], strict=True):
+        torch.testing.assert_close(ours.grad.to_dense(), theirs.grad)
+    assert parameters[3].grad is None
+
+
+def test_clipping_takes_a_single_parameter_and_none():
+    (table, *_) = dense_and_sparse()
+    assert peer.optim.clip_grad_norm_(table, 1.0) > 1
+    torch.testing.assert_close(table.grad.norm(), torch.tensor(1.0))
+    assert peer.optim.clip_grad_norm_([], 1.0) == 0
+
+
+def test_distinct_ascending_ids_are_not_sorted_again():
+    table = make_table()
+    flagged = sparse([1, 4, 6], torch.ones(3, WIDTH)).coalesce()
+    table.grad = torch.sparse_coo_tensor(
+        flagged.indices(), flagged.values(), flagged.shape, check_invariants=True
+    )
+    values = table.grad._values().data_ptr()
+    peer.optim.clip_grad_norm_(table, 1.0)
+    assert table.grad._values().data_ptr() == values
+
+
+def test_a_norm_that_is_not_finite_may_be_an_error():
+    parameters = dense_and_sparse()
+    parameters[1].grad._values()[0, 0] = math.inf
+    before = [parameter.grad.to_dense() for parameter in parameters[:3]]
+    with pytest.raises(RuntimeError, match="non-finite"):
+        peer.optim.clip_grad_norm_(parameters, 1.0, error_if_nonfinite=True)
+    for parameter, old in zip(parameters[:3], before, strict=True):
+        assert torch.equal(parameter.grad.to_dense(), old)
+
+
+@pytest.mark.parametrize("norm_type", [0.0, -1.0, math.nan])
+def test_norms_that_rows_of_zero_would_change_are_refused(norm_type):
+    with pytest.raises(ValueError, match="norm_type to be positive"):
+        peer.optim.clip_grad_norm_(dense_and_sparse(), 1.0, norm_type)
+
+
+# --- parameter groups ----------------------------------------------------------------------------
+
+
+def make_layer(**options):
+    sizes = {"num_experts": 16, "heads": 2, "num_experts_per_head": 4, "dim_key": 4}
+    return peer.PEER(8, **sizes, **options)
+
+
+def test_every_parameter_is_in_one_group():
+    model = nn.Sequential(nn.Linear(8, 8), make_layer(glu=True), make_layer())
+    dense, experts = peer.param_groups(
+        model, lr=1e-3, expert_lr=1e-2, weight_decay=0.1, expert_weight_decay=0.2
+    )
+    assert (dense["name"], dense["lr"], dense["weight_decay"]) == ("dense", 1e-3, 0.1)
+    assert (experts["name"], experts["lr"], experts["weight_decay"]) == ("experts", 1e-2, 0.2)
+    grouped = [id(p) for p in dense["params"] + experts["params"]]
+    assert sorted(grouped) == sorted(id(p) for p in model.parameters())
+    tables = [*model[1].experts.parameters(), *model[2].experts.parameters()]
+    assert [id(p) for p in experts["params"]] == [id(p) for p in tables]
+
+
+def test_a_shared_pool_is_in_the_group_once():
+    layer = make_layer()
+    model = nn.Sequential(layer, make_layer(experts=layer.experts))
+    _, experts = peer.param_groups(model, lr=1e-3, expert_lr=1e-2)
+    assert len(experts["params"]) == 2
+
+
+def test_frozen_parameters_are_left_out():
+    model = nn.Sequential(nn.Linear(8, 8).requires_grad_(False), make_layer())
+    dense, _ = peer.param_groups(model, lr=1e-3, expert_lr=1e-2)
+    assert not {id(p) for p in model[0].parameters()} & {id(p) for p in dense["params"]}
+
+
+def test_a_model_without_a_pool_is_refused():
+    with pytest.raises(ValueError, match="ExpertPool, got Linear"):
+        peer.param_groups(nn.Linear(8, 8), lr=1e-3, expert_lr=1e-2)
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_a_model_is_trained_with_its_groups(together):
+    model = nn.Sequential(nn.Linear(8, 8), make_layer(sparse_grad=not together))
+    groups = peer.param_groups(model, lr=1e-2, expert_lr=1e-1)
+    if together:
+        optimizers = [torch.optim.AdamW(groups)]
+    else:
+        optimizers = [torch.optim.AdamW([groups[0]]), RowwiseAdagrad([groups[1]])]
+    x, y, losses = torch.randn(32, 8), torch.randn(32, 8), []
+    for _ in range(30):
+        loss = (model(x) - y).square().mean()
+        losses.append(loss.item())
+        loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    assert losses[-1] < 0.6 * losses[0]
