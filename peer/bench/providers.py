@@ -112,12 +112,6 @@ class Ours(Provider):
     )
     gradients = "sparse"
 
-    def missing(self, case: Case, mode: str) -> str | None:
-        """Optimizers are needed for steps."""
-        if mode in ("step", "optimizer") and not hasattr(peer, "optim"):
-            return "not available: this peer has no optimizers"
-        return Provider.missing(self, case, mode)
-
     def build(self, shared: Shared, distribution: str, mode: str, spelling: str) -> Work:
         """Operators by `peer.functional`, the layer by `peer.PEER`."""
         sparse = self.gradients != "dense"
@@ -150,11 +144,9 @@ class Ours(Provider):
 
 def _row_wise(layer: nn.Module) -> list[Any]:
     assert isinstance(layer, OurLayer)
-    optim: Any = vars(peer)["optim"]
-    groups: Any = vars(peer)["param_groups"]
-    dense, experts = groups(layer.peer, lr=LEARNING_RATE, expert_lr=TABLE_LEARNING_RATE)
+    dense, experts = peer.param_groups(layer.peer, lr=LEARNING_RATE, expert_lr=TABLE_LEARNING_RATE)
     return [
-        optim.RowwiseAdagrad([experts], lr=TABLE_LEARNING_RATE),
+        peer.optim.RowwiseAdagrad([experts], lr=TABLE_LEARNING_RATE),
         torch.optim.AdamW([dense], lr=LEARNING_RATE, fused=True),
     ]
 
@@ -165,10 +157,6 @@ class OursDense(Ours):
     name = "peer-dense-grad"
     modes: ClassVar[tuple[str, ...]] = ("backward", "step", "experts-backward", "optimizer")
     gradients = "dense"
-
-    def missing(self, case: Case, mode: str) -> str | None:
-        """Torch's optimizers are always there."""
-        return Provider.missing(self, case, mode)
 
     def make_optimizers(self, layer: nn.Module) -> tuple[Sequence[Stepper], Callable[[], None]]:
         """Fused Adam for everything."""
