@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from peer.bench.memory import measure_peak, release
+from peer.bench.memory import drop_kept_gradients, measure_peak, release
 from peer.bench.stream import Stream
 from peer.bench.works import Work
 
@@ -70,6 +70,7 @@ def measure_first(entry: Entry, warm: bool) -> None:
             entry.first = min(_call(work, 1), _call(work, 2) if entry.first < SLOW else 1e9)
         work.close()
 
+    drop_kept_gradients()
     entry.peak = measure_peak(turn)
 
 

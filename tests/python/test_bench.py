@@ -22,7 +22,7 @@ from peer.bench.__main__ import count_turns, measure_as, parse
 from peer.bench.cases import MODES, PRESETS, Case, Plan, list_plans
 from peer.bench.check import WrongResultError, check
 from peer.bench.distributions import draw_ids, parse_exponent, zipf_probabilities
-from peer.bench.memory import measure_peak
+from peer.bench.memory import drop_kept_gradients, measure_peak
 from peer.bench.providers import PROVIDERS
 from peer.bench.rows import Row
 from peer.bench.run import Options, estimate_case, list_entries, run_plans
@@ -382,6 +382,23 @@ def test_peak_memory_is_that_of_the_call_alone() -> None:
         pytest.skip("the system does not reset the high-water mark")
     assert 31 * MIB < peak < 48 * MIB
     assert held.numel()
+
+
+def test_memory_that_is_kept_of_freed_gradients_counts_again() -> None:
+    ids, table = torch.arange(2**14).view(128, 128), torch.ones(2**14, 512, requires_grad=True)
+
+    def train() -> None:
+        out = peer.functional.expert_mlp(
+            torch.ones(128, 512), torch.ones(128, 128), ids, table, table.detach(), sparse_grad=True
+        )
+        torch.autograd.grad(out.sum(), table)
+
+    for _ in range(2):
+        drop_kept_gradients()
+        peak = measure_peak(train)
+        if peak is None:
+            pytest.skip("the system does not reset the high-water mark")
+        assert peak >= 31 * MIB
 
 
 def test_nothing_of_a_case_stays_behind() -> None:
