@@ -3,7 +3,7 @@
 #   VENV    virtual environment to make and use
 #   TORCH   version of torch to install in it
 #   PYTHON  interpreter to make it from
-#   ARGS    further arguments for the demo, or for pytest
+#   ARGS    further arguments for the demo, for the benchmarks, or for pytest
 
 VENV ?= .venv
 TORCH ?= 2.15.*
@@ -22,19 +22,21 @@ package := $(VENV)/.made-package
 test_tools := $(VENV)/.made-test-tools
 lint_tools := $(VENV)/.made-lint-tools
 demo_tools := $(VENV)/.made-demo-tools
+bench_tools := $(VENV)/.made-bench-tools
 
 sources := $(shell find csrc cmake build_backend peer -name include -prune -o -name lib -prune -o -type f \
              \( -name '*.cpp' -o -name '*.h' -o -name '*.in' -o -name '*.cmake' -o -name '*.py' -o -name py.typed \) -print)
 cpp_files = $(shell find csrc tests/cpp -name '*.cpp' -o -name '*.h' -o -name '*.hpp')
 python_files := peer tests examples build_backend setup.py $(wildcard benchmarks)
 
-.PHONY: help demo test test-cpp test-python build lint format clean catch2 compiler
+.PHONY: help demo bench test test-cpp test-python build lint format clean catch2 compiler
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo     train a small language model with a PEER layer beside its dense twin"
 	@echo "make test     C++ and Python tests"
+	@echo "make bench    measure the layer beside what it replaces, against its targets"
 	@echo "make build    compile in place, so that 'import peer' works from the checkout"
 	@echo "make lint     ruff, mypy and clang-format, changing nothing"
 	@echo "make format   ruff and clang-format, changing files"
@@ -46,6 +48,10 @@ help:
 demo: $(package) $(demo_tools)
 	cd examples && $(BIN)/python -m language_model --out "$(CURDIR)/demo-output" $(ARGS)
 
+# Started in benchmarks/, for the same reason.
+bench: $(package) $(bench_tools)
+	cd benchmarks && $(BIN)/python -m peer.bench --preset targets --csv "$(CURDIR)/benchmark-rows.csv" $(ARGS)
+
 test: test-cpp test-python
 
 test_build := build/tests$(if $(SANITIZE),-$(shell echo '$(SANITIZE)' | tr ',' '-'))
@@ -55,7 +61,7 @@ test-cpp: $(test_tools) compiler catch2
 	ctest --test-dir $(test_build) --output-on-failure --no-tests=error
 
 # The pytest program, not `python -m pytest`: that would put this directory, with the package's source tree, on the path.
-test-python: $(package) $(test_tools) $(demo_tools)
+test-python: $(package) $(test_tools) $(demo_tools) $(bench_tools)
 	$(BIN)/pytest $(ARGS)
 
 build: $(torch) $(test_tools) compiler
@@ -100,6 +106,11 @@ $(lint_tools): pyproject.toml | $(BIN)/python
 
 $(demo_tools): examples/language_model/requirements.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet -r $<
+	touch $@
+
+# Its requirements include torch, so torch comes first.
+$(bench_tools): pyproject.toml $(torch)
+	$(BIN)/python -m pip install --quiet --group bench
 	touch $@
 
 compiler:

@@ -1,0 +1,177 @@
+"""Command line: `python -m peer.bench`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+from peer.bench import rows as csv_rows
+from peer.bench.cases import DTYPES, MODES, PRESETS, list_plans
+from peer.bench.check import WrongResultError
+from peer.bench.distributions import parse_exponent
+from peer.bench.memory import HEADROOM, available
+from peer.bench.providers import PROVIDERS
+from peer.bench.run import Listing, Options, list_entries, run_plans
+from peer.bench.targets import evaluate
+from peer.bench.timing import Settings
+
+__all__ = ["main"]
+
+# Huge pages for large tensors, for all providers alike: rows of the tables are read at random.
+# Torch reads the variable when it first allocates, so it must be there before torch is.
+HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"
+CAPABILITY = "PEER_CPU_CAPABILITY"
+GIB = 2**30
+
+SIZES = ("num_experts", "tokens", "dim", "heads", "k", "dim_key", "threads")
+TIMING = ("rounds", "min_time", "stream_mib", "max_memory")
+PASSED_ON = (*SIZES, "dtype", "providers", "modes", *TIMING)
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m peer.bench",
+        description="Measures PEER layers beside plain PyTorch, PEER-pytorch and the feed-forward "
+        "layers that they replace. Options for sizes take one value or several, separated by "
+        "commas, instead of the preset's; benchmarks/README.md describes the rows.",
+    )
+    add = parser.add_argument
+    add("--preset", choices=list(PRESETS), default="quick", help="what to measure")
+    add("--providers", help=f"out of {', '.join(PROVIDERS)}")
+    add("--modes", help=f"out of {', '.join(MODES)}; backward includes forward")
+    add("--distribution", help="of the ids: uniform, zipf:EXPONENT, router")
+    add("--num-experts", help="N, a square")
+    add("--tokens", help="T")
+    add("--dim", help="D, input and output width")
+    add("--heads", help="H")
+    add("--k", help="experts per head")
+    add("--dim-key", help="query width per head")
+    add("--dtype", help=f"out of {', '.join(DTYPES)}")
+    add("--threads", help="of torch; default: as many as it chooses")
+    add("--csv", type=Path, help="file to append rows to, as they are measured")
+    add("--rounds", type=int, default=7, help="turns of each provider; slow ones take 3")
+    add("--min-time", type=float, default=0.2, help="seconds of a turn, at least")
+    add("--stream-mib", type=int, help="size of the buffer that bandwidth is measured on")
+    add("--max-memory", type=float, help="GiB to use at most; default: all but 2 GiB of the rest")
+    add("--device", choices=["cpu"], default="cpu", help="where to measure")
+    add("--dry-run", action="store_true", help="list what would run, and allocate nothing")
+    options = parser.parse_args(arguments)
+    try:
+        options.plans = list_plans(
+            options.preset,
+            modes=_names(options.modes, MODES, "--modes"),
+            providers=_names(options.providers, PROVIDERS, "--providers"),
+            distributions=_distributions(options.distribution),
+            sizes=_sizes(options),
+        )
+    except ValueError as error:
+        parser.error(str(error))
+    if options.rounds < 1 or options.min_time < 0:
+        parser.error("--rounds takes a positive number, --min-time none below 0")
+    return options
+
+
+def _names(text: str | None, known: object, option: str) -> tuple[str, ...]:
+    names = tuple(text.split(",")) if text else ()
+    for name in names:
+        if name not in known:  # type: ignore[operator]
+            raise ValueError(f"{option} takes names out of {', '.join(known)}, got {name}")  # type: ignore[arg-type]
+    return names
+
+
+def _distributions(text: str | None) -> tuple[str, ...]:
+    names = tuple(text.split(",")) if text else ()
+    for name in names:
+        parse_exponent(name)
+    return names
+
+
+def _sizes(options: argparse.Namespace) -> dict[str, tuple[int | str, ...]]:
+    sizes: dict[str, tuple[int | str, ...]] = {}
+    for name in SIZES:
+        if text := getattr(options, name):
+            sizes[name] = tuple(int(value) for value in text.split(","))
+    if options.dtype:
+        sizes["dtype"] = tuple(options.dtype.split(","))
+    return sizes
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs a preset. Returns the exit status: 1 for a wrong provider, 130 after Ctrl-C."""
+    options = parse(arguments)
+    try:
+        from rich.console import Console
+
+        from peer.bench import report
+    except ModuleNotFoundError as error:
+        if error.name != "rich":
+            raise
+        print("peer.bench needs rich: pip install 'peer[bench]'", file=sys.stderr)
+        return 2
+    # A pipe or a file has no width of its own; tables are for reading there too.
+    console = Console() if sys.stdout.isatty() else Console(width=160)
+    memory = None if options.max_memory is None else round(options.max_memory * GIB)
+    budget = available() - HEADROOM if memory is None else memory
+    listings = [entry for plan in options.plans for entry in list_entries(plan, budget)]
+    if options.dry_run:
+        console.print(report.make_listing_table(listings))
+        return 0
+    run = Options(
+        preset=options.preset,
+        csv=options.csv,
+        settings=Settings(options.rounds, options.min_time),
+        stream_size=None if options.stream_mib is None else options.stream_mib * 2**20,
+        memory=memory,
+    )
+    display = report.Display(console, count_turns(listings, options.rounds))
+    try:
+        with display.shown():
+            rows = run_plans(options.plans, run, display.show_row, display.advance)
+    except WrongResultError as error:
+        print(f"wrong result: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nStopped; rows that were measured are kept.", file=sys.stderr)
+        return 130
+    console.print(report.make_rows_table(rows))
+    if options.preset == "targets":
+        console.print(report.make_targets_table(evaluate(rows)))
+        if torch.ops.peer.cpu_capability() == "avx512":
+            console.print(report.make_rows_table(measure_as("avx2", options)))
+    return 0
+
+
+def count_turns(listings: list[Listing], rounds: int) -> int:
+    """Turns of the progress bar: for each entry a check, a peak and its rounds."""
+    return len(listings) * (rounds + 2)
+
+
+def measure_as(capability: str, options: argparse.Namespace) -> list[csv_rows.Row]:
+    """Rows of the preset `capability` from a process that runs the kernels of another one."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "rows.csv"
+        command = [sys.executable, "-m", "peer.bench", "--preset", "capability"]
+        command += ["--csv", str(path)]
+        for name in PASSED_ON:
+            if (value := getattr(options, name)) is not None:
+                command += [f"--{name.replace('_', '-')}", str(value)]
+        environment = {**os.environ, CAPABILITY: capability}
+        subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, check=False)
+        rows = csv_rows.read(path) if path.exists() else []
+    if options.csv is not None:
+        csv_rows.append(rows, options.csv)
+    return rows
+
+
+if __name__ == "__main__":
+    if HUGE_PAGES not in os.environ:
+        os.environ[HUGE_PAGES] = "1"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    sys.exit(main())

@@ -1,0 +1,256 @@
+"""Is a provider right? Compared with float64 on a few tokens before anything is timed.
+
+The gradient that flows in is zero but for these tokens, so the rows of the tables that they name
+get a gradient from them alone. Which experts a router chose is judged by their scores: they must be
+as good as the best there are, and distinct; the weights are then those of its own choice, so that
+near ties, which rounding may decide either way, are not errors.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import peer
+from peer.bench.layers import DenseLayer, Layer
+from peer.bench.providers import TABLE_LEARNING_RATE
+from peer.bench.works import (
+    ExpertsWork,
+    LayerWork,
+    RetrievalWork,
+    Work,
+)
+
+__all__ = ["WrongResultError", "check"]
+
+# Norm of the difference over the norm of the reference. Scores in 16 bits are rounded before the
+# softmax, which the plain providers do.
+TOLERANCES = {torch.float32: 3e-4, torch.float16: 3e-2, torch.bfloat16: 1.5e-1}
+TOKENS = 8
+
+
+class WrongResultError(RuntimeError):
+    """A provider computes something else than the reference."""
+
+
+def check(work: Work) -> None:
+    """Compares a provider with its reference in float64.
+
+    Args:
+        work: the provider's, opened. Parameters are as before afterwards.
+
+    Raises:
+        WrongResultError: something differs, by more than rounding.
+    """
+    if isinstance(work, ExpertsWork):
+        _check_experts(work)
+    elif isinstance(work, RetrievalWork):
+        _check_retrieval(work)
+    elif isinstance(work, LayerWork):
+        for layer, call in zip(work.layers, work.calls, strict=True):
+            if isinstance(layer, DenseLayer):
+                _check_dense(work, layer)
+            else:
+                assert isinstance(layer, Layer)
+                _check_layer(work, layer, call)
+    work.shared.drop_gradients()
+
+
+def _compare(what: str, got: Tensor, expected: Tensor, tolerance: float) -> None:
+    if got.shape != expected.shape:
+        raise WrongResultError(f"{what}: expected shape {expected.shape}, got {got.shape}")
+    got, expected = got.detach().double(), expected.detach()
+    difference = float((got - expected).norm() / expected.norm().clamp(min=1e-30))
+    if not difference <= tolerance:
+        raise WrongResultError(f"{what} differs from the float64 reference by {difference:.2g}")
+
+
+def _some_tokens(tokens: int) -> Tensor:
+    return torch.linspace(0, tokens - 1, min(tokens, TOKENS)).round().long().unique()
+
+
+def _masked(grad_out: Tensor, tokens: Tensor) -> Tensor:
+    masked = torch.zeros_like(grad_out)
+    masked[tokens] = grad_out[tokens]
+    return masked
+
+
+def _rows_of(gradient: Tensor, rows: Tensor) -> Tensor:
+    """Some rows of a dense or sparse gradient."""
+    if not gradient.is_sparse:
+        return gradient[rows]
+    gradient = gradient.coalesce()
+    ids, values = gradient.indices()[0], gradient.values()
+    places = torch.searchsorted(ids, rows).clamp(max=len(ids) - 1)
+    if not torch.equal(ids[places], rows):
+        raise WrongResultError("the sparse gradient lacks a row that was retrieved")
+    return values[places]
+
+
+class _ExactExperts:
+    """The experts of some tokens in float64, and the gradients of their rows."""
+
+    def __init__(self, ids: Tensor, w_down: Tensor, w_up: Tensor) -> None:
+        self.rows, self.places = ids.unique(return_inverse=True)
+        self.down = w_down.detach()[self.rows].double().requires_grad_()
+        self.up = w_up.detach()[self.rows].double().requires_grad_()
+
+    def __call__(self, x: Tensor, weights: Tensor) -> Tensor:
+        return peer.reference.expert_mlp(x, weights, self.places, self.down, self.up)
+
+    def compare(self, gradients: tuple[Tensor | None, Tensor | None], tolerance: float) -> None:
+        for name, got, exact in zip(
+            ("w_down", "w_up"), gradients, (self.down, self.up), strict=True
+        ):
+            if got is None:
+                raise WrongResultError(f"there is no gradient of {name}")
+            assert exact.grad is not None
+            _compare(f"gradient of {name}", _rows_of(got, self.rows), exact.grad, tolerance)
+
+
+def _check_experts(work: ExpertsWork) -> None:
+    shared, tolerance = work.shared, TOLERANCES[work.shared.dtype]
+    some = _some_tokens(shared.case.tokens)
+    x, weights, ids, w_down, w_up = work.arguments(0)
+    exact = _ExactExperts(ids[some], w_down, w_up)
+    exact_x, exact_weights = (
+        value.detach()[some].double().requires_grad_() for value in (x, weights)
+    )
+    expected = exact(exact_x, exact_weights)
+    with torch.set_grad_enabled(work.mode == "experts-backward"):
+        out = work.experts(x, weights, ids, w_down, w_up)
+    _compare("output", out.detach()[some], expected.detach(), tolerance)
+    if work.mode == "experts-forward":
+        return
+    out.backward(_masked(shared.grad_out, some))
+    expected.backward(shared.grad_out[some].double())
+    for name, leaf, exact_leaf in (("x", x, exact_x), ("weights", weights, exact_weights)):
+        assert leaf.grad is not None
+        assert exact_leaf.grad is not None
+        _compare(f"gradient of {name}", leaf.grad[some], exact_leaf.grad, tolerance)
+    exact.compare((w_down.grad, w_up.grad), tolerance)
+
+
+def _exact_pairs(query: Tensor, row_keys: Tensor, col_keys: Tensor, k: int) -> Tensor:
+    """The k highest scores of (S, H, 2, d) queries in float64, in descending order."""
+    halves = [
+        (query[:, :, half].unsqueeze(-2) @ keys.double().mT).squeeze(-2).topk(k).values
+        for half, keys in enumerate((row_keys, col_keys))
+    ]
+    sums = halves[0].unsqueeze(-1) + halves[1].unsqueeze(-2)
+    return sums.flatten(-2).topk(k).values
+
+
+def _exact_scores(query: Tensor, row_keys: Tensor, col_keys: Tensor, ids: Tensor) -> Tensor:
+    """The scores (S, H, K) of given experts in float64."""
+    columns = col_keys.shape[-2]
+    places = (ids // columns, ids % columns)
+    heads = torch.arange(query.shape[1]).view(1, -1, 1)
+    total: Any = 0
+    for half, (keys, place) in enumerate(zip((row_keys, col_keys), places, strict=True)):
+        rows = keys.detach()[place] if keys.dim() == 2 else keys.detach()[heads, place]
+        total = total + (query[:, :, half].unsqueeze(-2) * rows.double()).sum(-1)
+    return total
+
+
+def _check_choice(
+    query: Tensor, row_keys: Tensor, col_keys: Tensor, ids: Tensor, tolerance: float
+) -> None:
+    best = _exact_pairs(query, row_keys, col_keys, ids.shape[-1])
+    chosen = _exact_scores(query, row_keys, col_keys, ids)
+    _compare(
+        "scores of the retrieved experts", chosen.sort(descending=True).values, best, tolerance
+    )
+    if (ids.sort().values.diff() == 0).any():
+        raise WrongResultError("a head retrieved an expert twice")
+
+
+def _check_retrieval(work: RetrievalWork) -> None:
+    tolerance = TOLERANCES[work.shared.dtype]
+    some = _some_tokens(work.shared.case.tokens)
+    work.prepare(0)
+    work.run(0)
+    assert work.out is not None
+    scores, ids = (part[some] for part in work.out)
+    query = work.queries[0][some].double()
+    query = query.unflatten(-1, (2, -1))
+    _check_choice(query, work.row_keys, work.col_keys, ids, tolerance)
+    exact = _exact_scores(query, work.row_keys, work.col_keys, ids)
+    _compare("scores", scores, exact, tolerance)
+    work.finish()
+
+
+def _check_layer(work: LayerWork, layer: Layer, call: Any) -> None:
+    shared, tolerance = work.shared, TOLERANCES[work.shared.dtype]
+    some = _some_tokens(shared.case.tokens)
+    ids = work.ids(0)
+    learns = work.mode != "forward"
+    x = shared.x[0].detach().clone().requires_grad_(learns)
+    exact_x = x.detach().double().requires_grad_(learns)
+    query = layer.exact_queries(exact_x)[some]
+    with torch.set_grad_enabled(learns):
+        kept = _keep_small_parameters(work) if learns else {}
+        out, chosen = call(x, ids)
+    _check_choice(query.detach(), layer.row_keys, layer.col_keys, chosen[some], tolerance)
+    weights = _exact_scores(query, layer.row_keys, layer.col_keys, chosen[some]).softmax(-1)
+    used = (chosen if ids is None else ids)[some]
+    exact = _ExactExperts(used, shared.w_down, shared.w_up)
+    expected = exact(exact_x[some], weights)
+    _compare("output", out.detach()[some], expected.detach(), tolerance)
+    if not learns:
+        return
+    tables = (shared.w_down, shared.w_up)
+    before = [table.detach()[exact.rows].clone() for table in tables]
+    out.backward(_masked(shared.grad_out, some))
+    expected.backward(shared.grad_out[some].double())
+    assert x.grad is not None
+    assert exact_x.grad is not None
+    _compare("gradient of x", x.grad, exact_x.grad, tolerance)
+    # Torch's optimizers are taken on trust, after the right gradients.
+    is_row_wise = any(type(o).__module__.startswith("peer.") for o in work.optimizers)
+    if not is_row_wise or shared.w_down.grad is not None:
+        exact.compare((shared.w_down.grad, shared.w_up.grad), tolerance)
+    if is_row_wise:
+        _check_step(work, exact, before, tolerance)
+    with torch.no_grad():
+        for table, rows in zip(tables, before, strict=True):
+            table[exact.rows] = rows
+        for parameter, value in kept.items():
+            parameter.copy_(value)
+
+
+def _keep_small_parameters(work: LayerWork) -> dict[Tensor, Tensor]:
+    routers = [p for router in work.shared.routers for p in router.parameters()]
+    return {parameter: parameter.detach().clone() for parameter in routers}
+
+
+def _check_step(
+    work: LayerWork, exact: _ExactExperts, before: list[Tensor], tolerance: float
+) -> None:
+    """Row-wise Adagrad from zero: w - lr · g / sqrt(mean(g²))."""
+    for optimizer in work.optimizers:
+        optimizer.step()
+    tables = (work.shared.w_down, work.shared.w_up)
+    for name, table, old, leaf in zip(
+        ("w_down", "w_up"), tables, before, (exact.down, exact.up), strict=True
+    ):
+        assert leaf.grad is not None
+        scale = leaf.grad.square().mean(-1, keepdim=True).sqrt() + 1e-10
+        change = -TABLE_LEARNING_RATE * leaf.grad / scale
+        # A change is rounded with the row that it is added to.
+        spacing = torch.finfo(table.dtype).eps * float(old.double().norm() / change.norm())
+        got = table.detach()[exact.rows].double() - old.double()
+        _compare(f"step of {name}", got, change, tolerance + spacing)
+
+
+def _check_dense(work: LayerWork, layer: DenseLayer) -> None:
+    x = work.shared.x[0][:TOKENS]
+    with torch.no_grad():
+        got = layer(x)[0]
+    weights = [parameter.detach().double() for parameter in layer.parameters()]
+    hidden = F.gelu(F.linear(x.double(), weights[0], weights[1]))
+    expected = F.linear(hidden, weights[2], weights[3])
+    _compare("output", got, expected, TOLERANCES[work.shared.dtype])

@@ -1,0 +1,70 @@
+"""The layer's two parts in plain PyTorch, each in the ways that one would write it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["EXPERTS", "Experts", "gather_and_einsum", "retrieve", "select"]
+
+# x (T, D), weights and ids (T, P), tables (N, D) -> (T, D).
+Experts = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def select(row_scores: Tensor, col_scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k best pairs from scores (..., R) and (..., C): k of each half, k² sums, k of those."""
+    rows, row_ids = row_scores.topk(k, dim=-1)
+    columns, col_ids = col_scores.topk(k, dim=-1)
+    sums = (rows.unsqueeze(-1) + columns.unsqueeze(-2)).flatten(-2)
+    pairs = (row_ids.unsqueeze(-1) * col_scores.shape[-1] + col_ids.unsqueeze(-2)).flatten(-2)
+    scores, places = sums.topk(k, dim=-1)
+    return scores, pairs.gather(-1, places)
+
+
+def retrieve(query: Tensor, row_keys: Tensor, col_keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """`peer.functional.product_key_topk` for shared keys, by einsum and `select`."""
+    row_query, col_query = query.chunk(2, dim=-1)
+    row_scores = torch.einsum("thd,nd->thn", row_query, row_keys)
+    col_scores = torch.einsum("thd,nd->thn", col_query, col_keys)
+    return select(row_scores, col_scores, k)
+
+
+def gather_and_einsum(
+    x: Tensor, weights: Tensor, ids: Tensor, w_down: Tensor, w_up: Tensor
+) -> Tensor:
+    """Gathers the rows of both tables and contracts them."""
+    hidden = F.gelu(torch.einsum("td,tpd->tp", x, w_down[ids]))
+    return torch.einsum("tp,tpd->td", weights * hidden, w_up[ids])
+
+
+def multiply_and_sum(
+    x: Tensor, weights: Tensor, ids: Tensor, w_down: Tensor, w_up: Tensor
+) -> Tensor:
+    """Products and sums, which a compiler can fuse with the gather."""
+    hidden = F.gelu((x.unsqueeze(1) * w_down[ids]).sum(-1))
+    return ((weights * hidden).unsqueeze(-1) * w_up[ids]).sum(1)
+
+
+def bags(x: Tensor, weights: Tensor, ids: Tensor, w_down: Tensor, w_up: Tensor) -> Tensor:
+    """Gather and batched product downwards, weighted bags upwards."""
+    hidden = F.gelu(torch.bmm(F.embedding(ids, w_down), x.unsqueeze(-1)).squeeze(-1))
+    return F.embedding_bag(ids, w_up, per_sample_weights=weights * hidden, mode="sum")
+
+
+def sparse_bags(x: Tensor, weights: Tensor, ids: Tensor, w_down: Tensor, w_up: Tensor) -> Tensor:
+    """`bags` with sparse gradients of the tables."""
+    rows = F.embedding(ids, w_down, sparse=True)
+    hidden = F.gelu(torch.bmm(rows, x.unsqueeze(-1)).squeeze(-1))
+    scaled = weights * hidden
+    return F.embedding_bag(ids, w_up, per_sample_weights=scaled, mode="sum", sparse=True)
+
+
+EXPERTS: dict[str, Experts] = {
+    "einsum": gather_and_einsum,
+    "sum": multiply_and_sum,
+    "bags": bags,
+    "bags, sparse": sparse_bags,
+}

@@ -1,0 +1,638 @@
+"""The benchmarks: right providers pass, wrong ones do not; rows, formulas, what is skipped."""
+
+from __future__ import annotations
+
+import csv
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import peer
+from peer.bench import rows, stream, traffic
+from peer.bench.__main__ import count_turns, measure_as, parse
+from peer.bench.cases import MODES, PRESETS, Case, Plan, list_plans
+from peer.bench.check import WrongResultError, check
+from peer.bench.distributions import draw_ids, parse_exponent, zipf_probabilities
+from peer.bench.memory import drop_kept_gradients, measure_peak
+from peer.bench.providers import PROVIDERS
+from peer.bench.rows import Row
+from peer.bench.run import Options, estimate_case, list_entries, run_plans
+from peer.bench.shared import Shared
+from peer.bench.spellings import EXPERTS
+from peer.bench.targets import evaluate
+from peer.bench.timing import Settings, takes_part
+from peer.bench.works import ExpertsWork, LayerWork, RetrievalWork, SelectionWork
+
+MIB = 2**20
+PLOT = Path(__file__).resolve().parents[2] / "benchmarks" / "plot.py"
+SMALL = Case(num_experts=16**2, tokens=12, dim=8, heads=2, k=4, dim_key=8)
+FAST = Settings(rounds=2, min_time=0.0)
+
+
+def run_bench(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """Runs the command line in a new process."""
+    return subprocess.run(
+        [sys.executable, "-m", "peer.bench", *map(str, arguments)],
+        cwd=Path(__file__).parent,
+        env={
+            **os.environ,
+            "OMP_NUM_THREADS": "2",
+            "OMP_WAIT_POLICY": "PASSIVE",
+            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+        },
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+@pytest.fixture
+def shared() -> Shared:
+    """The tensors of a small case."""
+    return Shared(SMALL, ("uniform",))
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """Rows of the quick preset without what has to be compiled, and what was printed."""
+    pytest.importorskip("rich")
+    path = tmp_path_factory.mktemp("bench") / "rows.csv"
+    providers = ",".join(name for name in PROVIDERS if name != "compiled")
+    sizes = ("--num-experts", 32**2, "--tokens", 16, "--dim", 16, "--heads", 2, "--dim-key", 16)
+    timing = ("--rounds", 2, "--min-time", 0, "--stream-mib", 8)
+    result = run_bench("--csv", path, "--providers", providers, *sizes, *timing)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return path, result.stdout
+
+
+# The run.
+
+
+def test_quick_writes_rows_whose_fields_parse(quick: tuple[Path, str]) -> None:
+    found = rows.read(quick[0])
+    measured = [row for row in found if not row.skipped]
+    assert {row.mode for row in measured} == set(MODES)
+    wanted = set(PROVIDERS) - {"compiled"}
+    assert {row.provider for row in found} == wanted
+    for row in measured:
+        assert row.median_s is not None
+        assert row.min_s is not None
+        assert row.max_s is not None
+        assert 0 < row.min_s <= row.median_s <= row.max_s
+        assert row.rounds == 2
+        assert row.calls >= row.rounds
+        assert row.bytes > 0
+        assert row.gb_per_s == pytest.approx(row.bytes / row.median_s / 1e9, rel=1e-4)
+        assert row.stream_gb_per_s is not None
+        assert row.stream_share == pytest.approx(row.gb_per_s / row.stream_gb_per_s, rel=1e-4)
+        assert row.stream_formula.startswith("read")
+        assert (row.peer, row.torch) == (peer.__version__, str(torch.__version__))
+        assert row.capability
+        assert row.processor
+        assert row.threads == 2
+    assert all(row.median_s is None for row in found if row.skipped)
+
+
+def test_what_is_printed_names_every_provider(quick: tuple[Path, str]) -> None:
+    for name in set(PROVIDERS) - {"compiled"}:
+        assert name in quick[1]
+
+
+def test_rows_are_appended_under_one_head_line(tmp_path: Path) -> None:
+    path = tmp_path / "folder" / "rows.csv"
+    plan = Plan(SMALL, ("selection",), ("peer",))
+    for _ in range(2):
+        run_plans([plan], Options("test", path, FAST, MIB), lambda _: None, lambda *_: None)
+    with path.open(newline="") as file:
+        lines = list(csv.reader(file))
+    assert lines[0][0] == "date"
+    assert len(lines) == 3
+    assert len(rows.read(path)) == 2
+
+
+def test_turns_add_up_to_what_the_progress_bar_expects() -> None:
+    plans = [
+        Plan(SMALL, ("experts-forward", "selection"), ("peer", "eager"), ("uniform", "zipf:1")),
+        Plan(replace(SMALL, dim=64, num_experts=256**2), ("forward",), ("peer",)),
+    ]
+    turns = []
+    options = Options(settings=FAST, stream_size=MIB, memory=8 * MIB)
+    run_plans(plans, options, lambda _: None, lambda _, count: turns.append(count))
+    listed = [entry for plan in plans for entry in list_entries(plan, 8 * MIB)]
+    assert any(entry.skipped for entry in listed)
+    assert sum(turns) == count_turns(listed, FAST.rounds)
+
+
+def test_importing_peer_imports_nothing_of_the_benchmarks(run_python: Any) -> None:
+    snippet = (
+        "import json, sys, peer; "
+        "print(json.dumps([m for m in sys.modules if m.split('.')[0] in ('rich', 'PEER_pytorch')"
+        " or m.startswith('peer.bench')]))"
+    )
+    assert run_python(snippet) == []
+
+
+def test_without_rich_a_sentence_says_what_to_install(tmp_path: Path) -> None:
+    (tmp_path / "rich.py").write_text("raise ModuleNotFoundError('no rich', name='rich')\n")
+    path = os.pathsep.join([str(tmp_path), *filter(None, sys.path)])
+    result = subprocess.run(
+        [sys.executable, "-m", "peer.bench", "--dry-run"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 2
+    assert result.stderr.splitlines()[-1] == "peer.bench needs rich: pip install 'peer[bench]'"
+
+
+def test_another_capability_is_measured_in_a_process_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("rich")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
+    monkeypatch.chdir(Path(__file__).parent)
+    sizes = ["--num-experts", "256", "--tokens", "8", "--dim", "8", "--dim-key", "8"]
+    timing = ["--rounds", "1", "--min-time", "0", "--stream-mib", "1"]
+    path = tmp_path / "rows.csv"
+    command = ["--preset", "targets", "--modes", "selection", "--csv", str(path), *sizes, *timing]
+    (row,) = measure_as("default", parse(command))
+    assert (row.capability, row.preset, row.dim) == ("default", "capability", 8)
+    assert len(rows.read(path)) == 1
+
+
+# Wrong providers.
+
+
+@pytest.mark.parametrize("mode", ["experts-forward", "experts-backward"])
+@pytest.mark.parametrize("spelling", list(EXPERTS))
+def test_every_spelling_of_the_experts_is_right(shared: Shared, mode: str, spelling: str) -> None:
+    check(ExpertsWork(shared, "uniform", mode, EXPERTS[spelling]))
+
+
+def wrong_up(x: Tensor, w: Tensor, ids: Tensor, down: Tensor, up: Tensor) -> Tensor:
+    return EXPERTS["einsum"](x, w, ids, down, up.roll(1, 0))
+
+
+def no_activation(x: Tensor, w: Tensor, ids: Tensor, down: Tensor, up: Tensor) -> Tensor:
+    return torch.einsum("tp,tpd->td", w * torch.einsum("td,tpd->tp", x, down[ids]), up[ids])
+
+
+def no_gradient_of_up(x: Tensor, w: Tensor, ids: Tensor, down: Tensor, up: Tensor) -> Tensor:
+    scaled = 0.5 * up + 0.5 * up.detach()
+    return EXPERTS["einsum"](x, w, ids, down, scaled)
+
+
+def no_gradient_of_x(x: Tensor, w: Tensor, ids: Tensor, down: Tensor, up: Tensor) -> Tensor:
+    return EXPERTS["einsum"](0.5 * (x + x.detach()), w, ids, down, up)
+
+
+@pytest.mark.parametrize("experts", [wrong_up, no_activation])
+@pytest.mark.parametrize("mode", ["experts-forward", "experts-backward"])
+def test_experts_with_a_wrong_output_are_caught(shared: Shared, mode: str, experts: Any) -> None:
+    with pytest.raises(WrongResultError, match="output"):
+        check(ExpertsWork(shared, "uniform", mode, experts))
+
+
+@pytest.mark.parametrize(
+    ("experts", "what"), [(no_gradient_of_up, "w_up"), (no_gradient_of_x, "gradient of x")]
+)
+def test_experts_with_a_wrong_gradient_are_caught(shared: Shared, experts: Any, what: str) -> None:
+    check(ExpertsWork(shared, "uniform", "experts-forward", experts))
+    with pytest.raises(WrongResultError, match=what):
+        check(ExpertsWork(shared, "uniform", "experts-backward", experts))
+
+
+def built(provider: str, shared: Shared, mode: str) -> list[Any]:
+    """A provider's calls in a mode, one a spelling."""
+    contestant = PROVIDERS[provider]
+    if reason := contestant.missing(shared.case, mode):
+        pytest.skip(reason)
+    return [contestant.build(shared, "uniform", mode, s) for s in contestant.spellings(mode)]
+
+
+CAN_BE_WRONG = [
+    (name, mode)
+    for name, provider in PROVIDERS.items()
+    for mode in ("forward", "backward", "step")
+    if mode in provider.modes and name != "compiled"
+]
+
+
+@pytest.mark.parametrize(("provider", "mode"), CAN_BE_WRONG)
+def test_a_layer_is_right_and_is_caught_once_it_is_not(
+    shared: Shared, monkeypatch: pytest.MonkeyPatch, provider: str, mode: str
+) -> None:
+    for work in built(provider, shared, mode):
+        before = [parameter.detach().clone() for parameter in shared.parameters()]
+        work.open()
+        check(work)
+        work.close()
+        after = shared.parameters()
+        assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+        layer = work.layers[0]
+        forward = layer.forward
+
+        def scaled(
+            x: Tensor, ids: Tensor | None = None, forward: Callable[..., Any] = forward
+        ) -> Any:
+            out, chosen = forward(x, ids)
+            return 1.01 * out, chosen
+
+        monkeypatch.setattr(layer, "forward", scaled)
+        work.open()
+        with pytest.raises(WrongResultError, match="output"):
+            check(work)
+        work.close()
+
+
+@pytest.mark.parametrize("mode", ["backward", "step"])
+def test_a_layer_with_a_wrong_gradient_is_caught(
+    shared: Shared, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    (work,) = built("eager", shared, mode)
+    layer = work.layers[0]
+    right = layer.experts
+    monkeypatch.setattr(layer, "experts", lambda x, *others: right(0.5 * (x + x.detach()), *others))
+    with pytest.raises(WrongResultError, match="gradient of x"):
+        check(work)
+
+
+def test_a_wrong_step_is_caught(shared: Shared) -> None:
+    (work,) = built("peer", shared, "step")
+    work.open()
+    work.optimizers[0].param_groups[0]["lr"] *= 1.01
+    with pytest.raises(WrongResultError, match="step of w_down"):
+        check(work)
+
+
+def test_second_best_experts_are_caught(shared: Shared) -> None:
+    def second_best(query: Tensor, row_keys: Tensor, col_keys: Tensor, k: int) -> Any:
+        scores, ids = peer.functional.product_key_topk(query, row_keys, col_keys, k + 1)
+        return scores[..., 1:], ids[..., 1:]
+
+    def doubled(query: Tensor, row_keys: Tensor, col_keys: Tensor, k: int) -> Any:
+        scores, ids = peer.functional.product_key_topk(query, row_keys, col_keys, k)
+        return 2 * scores, ids
+
+    check(RetrievalWork(shared, "uniform", peer.functional.product_key_topk))
+    with pytest.raises(WrongResultError, match="scores of the retrieved experts"):
+        check(RetrievalWork(shared, "uniform", second_best))
+    with pytest.raises(WrongResultError, match="scores"):
+        check(RetrievalWork(shared, "uniform", doubled))
+    with pytest.raises(WrongResultError, match="scores of the retrieved experts"):
+        check(SelectionWork(shared, "uniform", second_best, from_scores=False))
+
+
+def test_a_wrong_provider_ends_the_run_without_a_row(
+    shared: Shared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[Row] = []
+    monkeypatch.setitem(EXPERTS, "einsum", no_activation)
+    plan = Plan(SMALL, ("experts-forward",), ("eager",))
+    with pytest.raises(WrongResultError, match="eager einsum experts-forward"):
+        run_plans([plan], Options(settings=FAST, stream_size=MIB), written.append, lambda *_: None)
+    assert written == []
+
+
+def test_drawn_ids_replace_those_of_the_router(shared: Shared) -> None:
+    for name in ("peer", "eager", "PEER-pytorch"):
+        (work,) = built(name, shared, "forward")
+        assert isinstance(work, LayerWork)
+        x = shared.x[0]
+        own, _ = work.layers[0](x, None)
+        replaced, _ = work.layers[0](x, shared.ids["uniform"][0])
+        again, _ = work.layers[0](x, None)
+        assert not torch.allclose(own, replaced)
+        torch.testing.assert_close(own, again)
+
+
+# Memory.
+
+
+def test_a_dry_run_allocates_nothing_and_lists_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("rich")
+    code = (
+        "import sys, resource, peer.bench.__main__ as m\n"
+        "import torch; torch.empty_like = torch.empty = torch.randn = torch.ones = None\n"
+        "sys.exit(m.main(['--preset', 'targets', '--dry-run', '--max-memory', '20']))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=Path(__file__).parent,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    for plan in list_plans("targets"):
+        assert plan.case.describe()[:30] in result.stdout
+    assert "does not fit" in result.stdout
+
+
+def test_a_case_that_does_not_fit_is_skipped_with_the_reason(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("tensors were made")
+
+    monkeypatch.setattr("peer.bench.run.Shared", refuse)
+    path = tmp_path / "rows.csv"
+    plan = Plan(Case(num_experts=2**40, dim=4096), ("forward",), ("peer", "eager"))
+    found = run_plans([plan], Options("x", path, FAST, MIB), lambda _: None, lambda *_: None)
+    assert len(found) == 2
+    assert all(row.skipped.startswith("does not fit: needs about 3") for row in found)
+    assert [row.skipped for row in rows.read(path)] == [row.skipped for row in found]
+
+
+def test_a_provider_that_does_not_fit_leaves_the_others() -> None:
+    case = replace(SMALL, num_experts=256**2, dim=16)
+    limit = estimate_case(case) + 12 * MIB
+    options = Options(settings=FAST, stream_size=MIB, memory=limit)
+    assert case.table_bytes == 8 * MIB
+    plan = Plan(case, ("step",), ("dense-active", "eager"))
+    found = run_plans([plan], options, lambda _: None, lambda *_: None)
+    assert {row.provider: bool(row.skipped) for row in found} == {
+        "dense-active": False,
+        "eager": True,
+    }
+
+
+def test_peak_memory_is_that_of_the_call_alone() -> None:
+    held = torch.ones(64 * MIB // 4)
+
+    def allocate() -> None:
+        torch.ones(32 * MIB // 4)
+        torch.ones(32 * MIB // 4)
+
+    peak = measure_peak(allocate)
+    if peak is None:
+        pytest.skip("the system does not reset the high-water mark")
+    assert 31 * MIB < peak < 48 * MIB
+    assert held.numel()
+
+
+def test_memory_that_is_kept_of_freed_gradients_counts_again() -> None:
+    ids, table = torch.arange(2**14).view(128, 128), torch.ones(2**14, 512, requires_grad=True)
+
+    def train() -> None:
+        out = peer.functional.expert_mlp(
+            torch.ones(128, 512), torch.ones(128, 128), ids, table, table.detach(), sparse_grad=True
+        )
+        torch.autograd.grad(out.sum(), table)
+
+    for _ in range(2):
+        drop_kept_gradients()
+        peak = measure_peak(train)
+        if peak is None:
+            pytest.skip("the system does not reset the high-water mark")
+        assert peak >= 31 * MIB
+
+
+def test_nothing_of_a_case_stays_behind() -> None:
+    before = {id(obj) for obj in _large_tensors()}
+    plan = Plan(replace(SMALL, num_experts=128**2), ("backward", "step"), ("peer", "eager"))
+    run_plans([plan], Options(settings=FAST, stream_size=MIB), lambda _: None, lambda *_: None)
+    assert [tuple(t.shape) for t in _large_tensors() if id(t) not in before] == []
+
+
+def _large_tensors() -> list[Tensor]:
+    import gc
+
+    gc.collect()
+    objects = (obj for obj in gc.get_objects() if type(obj) in (Tensor, torch.nn.Parameter))
+    return [obj for obj in objects if obj.layout == torch.strided and obj.numel() >= 128**2]
+
+
+# Formulas.
+
+
+def test_bytes_of_the_experts_are_rows_times_widths() -> None:
+    case = Case(num_experts=1024**2, tokens=1000, dim=512, heads=8, k=16)
+    rows_read = 1000 * 128
+    row = 2 * 512 * 4
+    assert traffic.experts_bytes(case, "experts-forward", 7, "sparse") == rows_read * row
+    assert traffic.experts_bytes(case, "experts-backward", 7, "sparse") == (rows_read + 7) * row
+    assert traffic.experts_bytes(case, "experts-backward", 7, "fused") == rows_read * row
+    dense = traffic.experts_bytes(case, "experts-backward", 7, "dense")
+    assert dense == (rows_read + 1024**2) * row
+    assert traffic.experts_bytes(case, "optimizer", 7, "sparse") == 3 * 7 * row
+    assert traffic.experts_bytes(case, "optimizer", 7, "dense") == 7 * 1024**2 * row
+    half = replace(case, dtype="bfloat16")
+    assert traffic.experts_bytes(half, "experts-forward", 7, "sparse") == rows_read * row // 2
+
+
+def test_bytes_of_one_token_are_query_weights_keys_and_rows() -> None:
+    case = Case(tokens=1)
+    expected = 4 * (512 * 8 * 256 + 2 * 1024 * 128 + 128 * 2 * 512 + 2 * 512)
+    assert traffic.layer_bytes(case, "forward", 128, "sparse") == expected
+
+
+def test_bytes_of_a_feed_forward_layer_are_its_weights() -> None:
+    case = Case(dim=64)
+    assert traffic.dense_bytes(case, "forward", 256) == 2 * 64 * 256 * 4
+    assert traffic.dense_bytes(case, "step", 256) == 10 * 2 * 64 * 256 * 4
+
+
+def test_bandwidth_is_bytes_over_seconds() -> None:
+    assert stream.gigabytes_per_second(3 * 10**9, 2.0) == 1.5
+    measured = stream.Stream(4 * MIB)
+    assert measured.size == 4 * MIB
+    assert measured.formula in ("read, torch.sum", "read, torch.mv")
+    assert measured.measure() > 0
+    assert stream.last_level_cache() >= 2**15
+
+
+# Distributions.
+
+
+@pytest.mark.parametrize("exponent", [0.8, 1.0, 1.5])
+def test_ids_are_distributed_as_zipf_says(exponent: float) -> None:
+    experts, draws = 50, 200_000
+    probabilities = zipf_probabilities(experts, exponent)
+    assert probabilities.sum().item() == pytest.approx(1.0)
+    assert (probabilities[0] / probabilities[9]).item() == pytest.approx(10**exponent)
+    generator = torch.Generator().manual_seed(0)
+    counts = draw_ids((draws,), experts, exponent, generator).bincount(minlength=experts)
+    # Popularity in descending order, with the standard deviation of a binomial count. Sorting
+    # moves counts of neighbours by less.
+    sorted_counts = counts.sort(descending=True).values.double()
+    deviation = (draws * probabilities * (1 - probabilities)).sqrt()
+    assert ((sorted_counts - draws * probabilities).abs() < 5 * deviation).all()
+    assert counts.argmax() != 0, "the most popular expert is the first: ranks are not shuffled"
+
+
+def test_uniform_ids_are_uniform() -> None:
+    generator = torch.Generator().manual_seed(0)
+    counts = draw_ids((100, 1000), 20, 0.0, generator).flatten().bincount(minlength=20)
+    assert ((counts - 5000).abs() < 5 * math.sqrt(5000)).all()
+
+
+def test_the_same_seed_draws_the_same_ids() -> None:
+    one, other = (draw_ids((5, 7), 99, 1.0, torch.Generator().manual_seed(3)) for _ in range(2))
+    assert torch.equal(one, other)
+
+
+def test_distributions_that_do_not_exist_are_refused() -> None:
+    assert parse_exponent("uniform") == 0.0
+    assert parse_exponent("zipf:0.5") == 0.5
+    assert parse_exponent("router") is None
+    for text in ("zipf", "zipf:", "zipf:-1", "zipf:inf", "normal:1"):
+        with pytest.raises(ValueError, match="expected a distribution"):
+            parse_exponent(text)
+
+
+# Presets, rounds and targets.
+
+
+@pytest.mark.parametrize("preset", list(PRESETS))
+def test_every_preset_has_something_to_measure(preset: str) -> None:
+    plans = list_plans(preset)
+    assert plans
+    assert all(list(list_entries(plan, 2**50)) for plan in plans)
+
+
+def test_sizes_of_the_command_line_replace_those_of_the_preset() -> None:
+    options = parse(
+        ["--preset", "quick", "--dim", "32,64", "--modes", "step", "--providers", "peer"]
+    )
+    assert {plan.case.dim for plan in options.plans} == {32, 64}
+    assert {plan.modes for plan in options.plans} == {("step",)}
+    assert {plan.providers for plan in options.plans} == {("peer",)}
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--num-experts", "1000"),
+        ("--providers", "nobody"),
+        ("--modes", "sideways"),
+        ("--dtype", "int8"),
+        ("--distribution", "zipf"),
+        ("--k", "0"),
+        ("--rounds", "0"),
+    ],
+)
+def test_nonsense_on_the_command_line_is_refused(
+    arguments: tuple[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        parse(list(arguments))
+    assert "error" in capsys.readouterr().err
+
+
+def test_slow_providers_take_part_in_three_rounds() -> None:
+    assert [takes_part(r, 7, 0.001) for r in range(7)] == [True] * 7
+    assert [r for r in range(7) if takes_part(r, 7, 2.0)] == [0, 3, 6]
+    assert all(takes_part(r, 3, 2.0) for r in range(3))
+
+
+def make_row(provider: str, mode: str, seconds: float, **changes: Any) -> Row:
+    case = Case()
+    fields = {f: getattr(case, f) for f in ("num_experts", "tokens", "dim", "heads", "k")}
+    fields |= {"dim_key": 256, "dtype": "float32", "threads": 2, "routers": 1}
+    texts = {"date": "", "run": "", "preset": "targets", "spelling": "", "device": "cpu"}
+    known = {"distribution": "uniform", "mode": mode, "provider": provider, "median_s": seconds}
+    return Row(**{**fields, **texts, **known, **changes})
+
+
+def test_targets_compare_with_the_best_of_the_others() -> None:
+    speed = {"gb_per_s": 30.0, "stream_gb_per_s": 50.0, "stream_share": 0.6}
+    verdicts = evaluate(
+        [
+            make_row("peer", "experts-forward", 1.0, **speed),
+            make_row("compiled", "experts-forward", 3.0, spelling="einsum"),
+            make_row("compiled", "experts-forward", 2.0, spelling="sum"),
+            make_row("peer", "step", 4.0, peak_bytes=2**30),
+            make_row("peer-fused", "step", 2.0, peak_bytes=2**28),
+            make_row("eager", "step", 50.0),
+            make_row("dense-4d", "step", 1.0),
+            # Measured once more beside Zipf: not what the others took turns with.
+            make_row("peer", "experts-forward", 0.5),
+            make_row("peer", "experts-forward", 0.4, distribution="zipf:1.0"),
+        ]
+    )
+    found = {(v.target.text, v.target.dim): v for v in verdicts}
+    compiled = found["experts forward / best compiled spelling", 512]
+    assert compiled.measured == 2.0
+    assert compiled.is_met
+    assert "compiled sum" in compiled.note
+    assert found["training step / plain with fused dense Adam", 512].measured == 25.0
+    assert found["training step, time over the dense 4·D layer's", 512].is_met is False
+    assert found["Zipf(1.0) over uniform, experts-forward", 512].measured == pytest.approx(0.8)
+    sparse = found["peak memory of training beyond the tables, sparse gradients", 512]
+    assert sparse.measured == 1.0
+    assert sparse.is_met is False
+    assert found["the same with the update fused into backward", 512].is_met
+    missing = found["experts forward / best compiled spelling", 1024]
+    assert missing.measured is None
+    assert missing.is_met is None
+    assert missing.note == "not measured"
+
+
+def test_every_target_is_measured_by_the_preset() -> None:
+    listed = [entry for plan in list_plans("targets") for entry in list_entries(plan, 2**50)]
+    measured = [
+        make_row(
+            entry.provider,
+            entry.mode,
+            1.0,
+            spelling=entry.spelling,
+            distribution=entry.distribution,
+            num_experts=entry.case.num_experts,
+            tokens=entry.case.tokens,
+            dim=entry.case.dim,
+            dtype=entry.case.dtype,
+            gb_per_s=1.0,
+            stream_gb_per_s=2.0,
+            stream_share=0.5,
+            peak_bytes=1,
+        )
+        for entry in listed
+    ]
+    unmeasured = [v.target.text for v in evaluate(measured) if v.measured is None]
+    assert unmeasured == []
+
+
+# Pictures.
+
+
+def test_the_plot_script_draws_bars_and_sweeps(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    if not PLOT.exists():
+        pytest.skip("the checkout is not here")
+    path = tmp_path / "rows.csv"
+    timed = {"min_s": 0.5, "max_s": 2.0, "stream_share": 0.5, "processor": "one", "capability": "x"}
+    rows.append(
+        [
+            make_row(provider, mode, 0.001 * dim * factor, dim=dim, **timed)
+            for provider, factor in (("peer", 1), ("eager", 9), ("dense-4d", 2))
+            for mode in ("experts-forward", "step")
+            for dim in (128, 256, 512)
+        ],
+        path,
+    )
+    rows.append([make_row("eager", "step", None, skipped="does not fit")], path)  # type: ignore[arg-type]
+    result = subprocess.run(
+        [sys.executable, str(PLOT), str(path), "--out", str(tmp_path / "out")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    pictures = sorted((tmp_path / "out").iterdir())
+    assert [picture.name.split("-")[0] for picture in pictures] == ["modes"] * 3 + ["sweep"]
+    assert all(picture.read_bytes().startswith(b"\x89PNG") for picture in pictures)
+    assert [Path(line) for line in sorted(result.stdout.split())] == pictures
