@@ -1,6 +1,7 @@
 #include <array>
 #include <tuple>
 
+#include "kernels/cpu/stochastic_rounding.h"
 #include "kernels/random_bits.h"
 #include "support.h"
 
@@ -303,14 +304,16 @@ TEMPLATE_TEST_CASE("stochastic rounding is unbiased", "[row_update]", BFloat16, 
   if (is_half) {
     // Subnormals of half, the border to them, and less than the smallest.
     values.insert(values.end(), {0x1p-14f * 0.99999f, 0x1p-15f * 1.23456f, 0x1p-20f * 1.3f,
-                                 0x1p-24f * 1.5f, 0x1p-24f * 0.25f, 0x1p-30f, 65000.f});
+                                 0x1p-24f * 1.5f, 0x1p-24f * 0.25f, 0x1p-30f, 65000.f, 65530.f});
   } else {
-    values.insert(values.end(), {1e-30f, 3e38f, 0x1p-127f, 0x1p-133f * 0.3f, 0x1p-140f});
+    values.insert(values.end(), {1e-30f, 3e38f, 3.4e38f, 0x1p-127f, 0x1p-133f * 0.3f, 0x1p-140f});
   }
   for (const auto& [name, kernels] : capabilities()) {
     for (const float value : values) {
       const auto [below, above] = neighbours<TestType>(value);
-      const double up = (value - below) / (above - below);
+      // Infinity stands where the next value would be.
+      const double next = std::isinf(above) ? std::ldexp(1, is_half ? 16 : 128) : above;
+      const double up = (value - below) / (next - below);
       int64_t ups = 0;
       const auto rounded = round_stochastically<TestType>(
           *kernels, std::vector<float>(kRows * kWidth, value), kRows, 5);
@@ -361,6 +364,9 @@ TEMPLATE_TEST_CASE("stochastic rounding has the same bits on every capability, i
   std::vector<float> values = {0.f,       -0.f,      INFINITY, -INFINITY, NAN,      3.4028235e38f,
                                65504.f,   65519.9f,  65520.f,  65535.99f, 65536.f,  1e10f,
                                0x1p-149f, 0x1p-126f, 0x1p-14f, 0x1p-24f,  0x1p-25f, -0x1p-149f};
+  // Of all NaN, the one whose payload is next to the sign.
+  values.push_back(std::bit_cast<float>(0x7fffffffu));
+  values.push_back(std::bit_cast<float>(0xffffffffu));
   for (const int64_t bits : random.integers(7000 - values.size(), int64_t(1) << 32)) {
     values.push_back(std::bit_cast<float>(uint32_t(bits)));
   }
@@ -380,6 +386,30 @@ TEMPLATE_TEST_CASE("stochastic rounding has the same bits on every capability, i
     const auto result = round_stochastically<TestType>(*kernels, values, 70, 9);
     INFO(name);
     CHECK(std::memcmp(result.data(), expected.data(), result.size() * sizeof(TestType)) == 0);
+  }
+}
+
+TEMPLATE_TEST_CASE(
+    "neither the smallest nor the largest random word moves what a 16-bit type holds",
+    "[row_update]",
+    BFloat16,
+    Half) {
+  using namespace baseline;
+  constexpr int lanes = kLanes<float>;
+  for (const uint32_t word : {0u, 0xffffffffu}) {
+    for (int bits = 0; bits < 0x10000; bits += lanes) {
+      TestType given[lanes], rounded[lanes];
+      for (int i = 0; i < lanes; ++i) {
+        given[i].bits = bits + i;
+      }
+      store_stochastic(rounded, load(given), Bits32{} + word);
+      for (int i = 0; i < lanes; ++i) {
+        const double expected = to_double(given[i]), actual = to_double(rounded[i]);
+        REQUIRE((std::isnan(expected)
+                     ? std::isnan(actual)
+                     : actual == expected && std::signbit(actual) == std::signbit(expected)));
+      }
+    }
   }
 }
 
@@ -408,4 +438,10 @@ TEST_CASE("random words are balanced, and differ by row, column and key", "[row_
       CHECK(std::abs(each - count / 2) <= allowed);
     }
   }
+  int64_t equal = 0;
+  for (uint32_t column = 0; column < kColumns; ++column) {
+    equal +=
+        random_word(uint64_t(7), column) == random_word(uint64_t(7) | uint64_t(1) << 32, column);
+  }
+  CHECK(equal == 0);
 }
