@@ -144,7 +144,7 @@ def _targets() -> list[Plan]:
             Plan(
                 replace(case, dtype="bfloat16"),
                 ("experts-forward", "step"),
-                (*OURS, "dense-4d"),
+                OURS,
             ),
         ]
     for root in (256, 512, 1024, 2048):

@@ -238,13 +238,13 @@ class RetrievalWork(Work):
         self.out = None
 
 
-SELECTION_DIM_KEY = 8
+SELECTION_DIM_KEY = 4
 
 
 class SelectionWork(RetrievalWork):
     """From scores of both halves to ids.
 
-    peer has no operator for this part alone. Its turn is retrieval with queries of 8 features: the
+    peer has no operator for this part alone. Its turn is retrieval with queries of 4 features: the
     products are then small, and count against it. The scores of the others are the same values,
     made before the clock starts.
 
