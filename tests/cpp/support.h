@@ -119,6 +119,11 @@ class Random {
   std::mt19937_64 engine_;
 };
 
+// Memory for the lists of sorted pairs.
+inline std::shared_ptr<void> plain_memory(int64_t bytes) {
+  return {std::malloc(std::max<int64_t>(bytes, 1)), std::free};
+}
+
 // Contiguous ranges on that many threads of their own.
 inline ParallelFor on_threads(int threads) {
   return [threads](int64_t begin, int64_t end, int64_t /*grain*/, const RangeBody& body) {

@@ -32,8 +32,10 @@ struct Problem {
                              bool exceeds_caches = false,
                              int64_t offset = 0) const {
     const ParallelFor parallel_for = on_threads(threads);
-    const auto pairs = sort_pairs(owners.data(), owners.size(), owner_count, parallel_for);
-    const ExpertPassPlan plan = plan_expert_pass(pairs.get(), owners.size(), OutputRows::by_owner);
+    const auto pairs =
+        sort_pairs(owners.data(), owners.size(), owner_count, parallel_for, plain_memory);
+    const ExpertPassPlan plan =
+        plan_expert_pass(pairs, OutputRows::by_owner, parallel_for, plain_memory);
     std::vector<Element> memory(owner_count * width + offset + 64, Element{});
     const int64_t misaligned = reinterpret_cast<uintptr_t>(memory.data()) % 64 / sizeof(Element);
     Element* out =
@@ -41,7 +43,7 @@ struct Problem {
     std::vector<Real> partial_sums(plan.partial_rows * width);
     const ExpertPass<Element> pass = {width,
                                       pairs_per_row,
-                                      pairs.get(),
+                                      pairs.data(),
                                       coefficients.data(),
                                       {source.data(), width},
                                       plan.chunks.data(),

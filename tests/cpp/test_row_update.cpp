@@ -104,11 +104,12 @@ struct Problem {
                    [&](int64_t first, int64_t last) { kernel.update_rows(update, first, last); });
       return state;
     }
-    const auto pairs = sort_pairs(owners.data(), owners.size(), rows, parallel_for);
-    const ExpertPassPlan plan = plan_expert_pass(pairs.get(), owners.size(), OutputRows::by_owner);
+    const auto pairs = sort_pairs(owners.data(), owners.size(), rows, parallel_for, plain_memory);
+    const ExpertPassPlan plan =
+        plan_expert_pass(pairs, OutputRows::by_owner, parallel_for, plain_memory);
     std::vector<Real> partial_sums(plan.partial_rows * width);
     update.pairs_per_row = pairs_per_row;
-    update.pairs = pairs.get();
+    update.pairs = pairs.data();
     update.coefficients = given == Given::pairs ? nullptr : coefficients.data();
     update.chunks = plan.chunks.data();
     update.split_runs = plan.split_runs.data();

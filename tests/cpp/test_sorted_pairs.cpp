@@ -1,3 +1,4 @@
+#include <map>
 #include <numeric>
 
 #include "support.h"
@@ -11,7 +12,7 @@ TEST_CASE("pairs come out by owner, and in their own order within an owner", "[s
   const int64_t count = GENERATE(0, 1, 2, 1000, 100'000);
   Random random(1);
   const std::vector<int64_t> owners = random.integers(count, owner_count);
-  const auto pairs = sort_pairs(owners.data(), count, owner_count, on_threads(2));
+  const auto pairs = sort_pairs(owners.data(), count, owner_count, on_threads(2), plain_memory);
 
   std::vector<int64_t> expected(count);
   std::iota(expected.begin(), expected.end(), 0);
@@ -24,24 +25,64 @@ TEST_CASE("pairs come out by owner, and in their own order within an owner", "[s
   CHECK(equal);
 }
 
+namespace {
+
+// Owners of which one is hot, in pieces: its run is longer than a block of pairs.
+std::vector<int64_t> owners_with_a_hot_one(int64_t count, int64_t hot) {
+  Random random(2);
+  std::vector<int64_t> owners = random.integers(count, 300);
+  std::fill(owners.begin() + 1000, owners.begin() + 1000 + hot, 17);
+  return owners;
+}
+
+}  // namespace
+
 TEST_CASE("the chunks of a plan cover every pair once, and none is longer than allowed", "[sort]") {
   const OutputRows rows = GENERATE(OutputRows::by_owner, OutputRows::compact);
-  Random random(2);
-  std::vector<int64_t> owners = random.integers(5000, 300);
-  std::fill(owners.begin() + 1000, owners.begin() + 3000, 17);  // a hot owner, in pieces
-  const auto pairs = sort_pairs(owners.data(), owners.size(), 300, on_threads(1));
-  const ExpertPassPlan plan = plan_expert_pass(pairs.get(), owners.size(), rows);
+  const int threads = GENERATE(1, 3);
+  const std::vector<int64_t> owners = owners_with_a_hot_one(40'000, 20'000);
+  const auto pairs = sort_pairs(owners.data(), owners.size(), 300, on_threads(1), plain_memory);
+  const ExpertPassPlan plan = plan_expert_pass(pairs, rows, on_threads(threads), plain_memory);
 
-  int64_t position = 0;
-  int64_t partial_rows = 0;
-  for (const Chunk& chunk : plan.chunks) {
-    CHECK(chunk.first == position);
-    CHECK(chunk.last - chunk.first <= kPairsPerChunk);
-    CHECK(pairs[chunk.first].owner == pairs[chunk.last - 1].owner);
-    partial_rows += chunk.is_partial;
-    position = chunk.last;
+  std::map<int64_t, int64_t> chunks_of_owner;
+  for (const int64_t owner : owners) {
+    chunks_of_owner[owner] += 1;
   }
-  CHECK(position == int64_t(owners.size()));
-  CHECK(partial_rows == plan.partial_rows);
-  CHECK(plan.split_runs.size() == 1);
+  int64_t position = 0, row = -1, partial_row = 0, split_run = 0;
+  bool right = true;
+  for (auto [owner, left] : chunks_of_owner) {
+    ++row;
+    const int64_t output_row = rows == OutputRows::compact ? row : owner;
+    right = right && (rows == OutputRows::by_owner || plan.owners[row] == owner);
+    const bool is_split = left > kPairsPerChunk;
+    const int64_t first_partial = partial_row;
+    for (; left > 0; left -= kPairsPerChunk, ++position) {
+      const Chunk& chunk = plan.chunks[position];
+      right = right && chunk.is_partial == is_split &&
+              chunk.row == (is_split ? partial_row++ : output_row) &&
+              chunk.last - chunk.first == std::min(left, kPairsPerChunk) &&
+              chunk.first == (position == 0 ? 0 : plan.chunks[position - 1].last) &&
+              pairs[chunk.first].owner == owner && pairs[chunk.last - 1].owner == owner;
+    }
+    if (is_split) {
+      const SplitRun& run = plan.split_runs[split_run++];
+      right =
+          right && run.first == first_partial && run.last == partial_row && run.row == output_row;
+    }
+  }
+  CHECK(right);
+  CHECK(plan.chunks.size() == position);
+  CHECK(plan.chunks[position - 1].last == int64_t(owners.size()));
+  CHECK(plan.split_runs.size() == split_run);
+  CHECK(plan.partial_rows == partial_row);
+  CHECK(plan.owners.size() == (rows == OutputRows::compact ? row + 1 : 0));
+}
+
+TEST_CASE("a plan of no pairs is empty", "[sort]") {
+  const auto pairs = sort_pairs(nullptr, 0, 300, on_threads(2), plain_memory);
+  const ExpertPassPlan plan =
+      plan_expert_pass(pairs, OutputRows::compact, on_threads(2), plain_memory);
+  CHECK(plan.chunks.size() == 0);
+  CHECK(plan.split_runs.size() == 0);
+  CHECK(plan.owners.size() == 0);
 }

@@ -15,6 +15,11 @@ namespace {
 // More than a processor's last cache lends to one program, roughly.
 constexpr int64_t kCaches = int64_t(16) << 20;
 
+std::shared_ptr<void> recycled_memory(int64_t bytes) {
+  const auto data = std::make_shared<c10::DataPtr>(recycled_huge_pages().allocate(bytes));
+  return {data, data->get()};
+}
+
 }  // namespace
 
 void check_index_range(const char* op, const at::Tensor& contiguous_indices, int64_t count) {
@@ -56,8 +61,9 @@ SortedPairs::SortedPairs(const at::Tensor& contiguous_owners, int64_t owner_coun
     : pairs(sort_pairs(contiguous_owners.const_data_ptr<int64_t>(),
                        contiguous_owners.numel(),
                        owner_count,
-                       torch_threads())),
-      plan(plan_expert_pass(pairs.get(), contiguous_owners.numel(), rows)) {}
+                       torch_threads(),
+                       recycled_memory)),
+      plan(plan_expert_pass(pairs, rows, torch_threads(), recycled_memory)) {}
 
 TableGradient::TableGradient(const at::Tensor& owners, int64_t owner_count, bool sparse)
     : owner_count_(owner_count),
@@ -80,7 +86,7 @@ at::Tensor TableGradient::sum(const at::Tensor& coefficients,
     const ExpertPass<Element> pass = {
         .width = width,
         .pairs_per_row = source.size(0) > 0 ? count_ / source.size(0) : 1,
-        .pairs = sorted_.pairs.get(),
+        .pairs = sorted_.pairs.data(),
         .coefficients = const_data_of<Real>(coefficients),
         .source = rows_of<Real>(source),
         .chunks = plan.chunks.data(),
@@ -100,7 +106,7 @@ at::Tensor TableGradient::sum(const at::Tensor& coefficients,
     return values;
   }
   const at::Tensor ids = at::empty({1, distinct}, like.dtype(at::kLong));
-  std::copy(plan.owners.begin(), plan.owners.end(), ids.mutable_data_ptr<int64_t>());
+  std::copy_n(plan.owners.data(), distinct, ids.mutable_data_ptr<int64_t>());
   return at::_sparse_coo_tensor_with_dims_and_tensors(
       /*sparse_dim=*/1, /*dense_dim=*/1, {owner_count_, width}, ids, values,
       like.layout(at::kSparse), /*is_coalesced=*/true);

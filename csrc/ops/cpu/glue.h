@@ -74,7 +74,7 @@ void check_index_range(const char* op, const at::Tensor& contiguous_indices, int
 struct SortedPairs {
   SortedPairs(const at::Tensor& contiguous_owners, int64_t owner_count, OutputRows rows);
 
-  std::unique_ptr<Pair[]> pairs;
+  List<Pair> pairs;
   ExpertPassPlan plan;
 };
 

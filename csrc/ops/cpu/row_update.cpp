@@ -65,7 +65,7 @@ void update_by(const UpdateKernels<Table, Source>& kernel,
       at::empty({sorted.plan.partial_rows, update.width},
                 source.options().dtype(accumulation_type(source.scalar_type())));
   update.pairs_per_row = indices.numel() / source.size(0);
-  update.pairs = sorted.pairs.get();
+  update.pairs = sorted.pairs.data();
   update.chunks = sorted.plan.chunks.data();
   update.split_runs = sorted.plan.split_runs.data();
   update.partial_sums = mutable_rows_of<accumulation_t<Table>>(partial_sums);
