@@ -344,8 +344,10 @@ def test_random_bits_depend_on_seed_step_table_and_row():
 
     first = run(0, 1, 0)
     assert_same_bits(first, run(0, 1, 0))
-    for other in (run(1, 1, 0), run(0, 2, 0), run(0, 1, 1)):
+    second = run(0, 2, 0)
+    for other in (run(1, 1, 0), second, run(0, 1, 1), run(0, 3, 0)):
         assert not torch.equal(first, other)
+    assert not torch.equal(second, run(0, 3, 0))
     assert not torch.equal(first[0], first[1])
 
 
@@ -829,6 +831,13 @@ def test_a_shared_pool_is_in_the_group_once():
     model = nn.Sequential(layer, make_layer(experts=layer.experts))
     _, experts = peer.param_groups(model, lr=1e-3, expert_lr=1e-2)
     assert len(experts["params"]) == 2
+
+
+def test_a_table_that_two_pools_share_is_in_the_group_once():
+    model = nn.Sequential(make_layer(), make_layer())
+    model[1].experts.w_down = model[0].experts.w_down
+    _, experts = peer.param_groups(model, lr=1e-3, expert_lr=1e-2)
+    assert len(experts["params"]) == 3
 
 
 def test_frozen_parameters_are_left_out():
