@@ -605,6 +605,19 @@ def test_the_coefficients_are_those_of_the_tables_gradients(make_expert_inputs, 
         assert_same_bits(table, expected)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_the_operators_are_tagged_for_the_compiler_and_refuse_cuda(name):
+    operator = getattr(torch.ops.peer, name).default
+    assert torch.Tag.pt2_compliant_tag in operator.tags
+    if '"cuda": null' not in torch.ops.peer.build_info():
+        pytest.skip("this build has CUDA")
+    given = arguments(name)
+    positional = [given[each.name] for each in operator._schema.arguments]
+    cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+    with pytest.raises(RuntimeError, match=f"peer::{name}: peer was built without CUDA"):
+        operator.redispatch(cuda, *positional)
+
+
 BAD_ARGUMENTS = {
     "index too large": ({"indices": torch.full((4,), ROWS)}, IndexError, "index 13 at position"),
     "index negative": (
