@@ -43,7 +43,8 @@ TORCH_LIBRARY(peer, m) {
   m.def(
       "rowwise_adam_(Tensor(a!) table, Tensor(b!) first_moment, Tensor(c!) second_moment, "
       "Tensor(d!) row_steps, Tensor? indices, Tensor source, Tensor? coefficients, float lr, float "
-      "beta1, float beta2, float eps, float weight_decay, int? seed=None, int step=0, int stream=0) "
+      "beta1, float beta2, float eps, float weight_decay, int? seed=None, int step=0, int "
+      "stream=0) "
       "-> ()",
       {at::Tag::pt2_compliant_tag});
   m.def("build_info() -> str", &peer::build_info);
