@@ -206,9 +206,11 @@ def test_the_first_touch_of_a_late_row_moves_by_the_learning_rate():
     torch.testing.assert_close(table[5].detach(), torch.full((WIDTH,), -0.1))
 
 
-def test_repeated_ids_count_as_their_sum(kind):
+@pytest.mark.parametrize("are_sorted", [False, True])
+def test_repeated_ids_count_as_their_sum(kind, are_sorted):
     # Small integers: their sums are exact in any order.
     ids, values = torch.randint(ROWS, (300,)), torch.randint(-3, 4, (300, WIDTH)).float()
+    ids = ids.sort().values if are_sorted else ids
     tables = [make_table() for _ in range(2)]
     with torch.no_grad():
         tables[1].copy_(tables[0])
