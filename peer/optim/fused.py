@@ -92,7 +92,7 @@ class FusedUpdate:
         if torch.compiler.is_exporting() or torch.jit.is_tracing():  # type: ignore[attr-defined]
             raise RuntimeError(
                 "a pool whose update is fused into its backward pass cannot be traced or exported; "
-                "call remove() on what fuse_into_backward returned, or trace under torch.no_grad()"
+                "call remove() on what fuse_into_backward returned, or do it under torch.no_grad()"
             )
         if not all(table.requires_grad for table in pool.parameters()):
             raise RuntimeError(
@@ -163,14 +163,8 @@ class _Experts(torch.autograd.Function):
         for table, source, coefficients in updates:
             group = optimizer._group_of(table)
             optimizer._update_by(table, group, indices, source, coefficients)
-        _, _, wants_x, wants_weights, *_ = ctx.needs_input_grad
-        return (
-            None,
-            None,
-            grad_x if wants_x else None,
-            grad_weights if wants_weights else None,
-            *[None] * 4,
-        )
+        # Autograd drops the gradients that nobody asked for.
+        return None, None, grad_x, grad_weights, None, None, None, None
 
 
 def _versions(tables: Iterable[Tensor | None]) -> list[int]:

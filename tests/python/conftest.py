@@ -40,6 +40,8 @@ WARNING_FILTERS = (
     r"error:::torch\._ops",
     r"ignore:.*torch\.jit\..* is (deprecated|not supported):DeprecationWarning",
     r"ignore:.*torch\.jit\..* is (deprecated|not supported):FutureWarning",
+    # Said once of every program that makes a sparse tensor.
+    r"ignore:Sparse invariant checks are implicitly disabled:UserWarning",
 )
 
 

@@ -50,7 +50,7 @@ def draw_batches():
 def one_of_two_processes(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    results = {"state": train_on_half(rank), "means": reduce_special_cases(rank)}
+    results = {"state": train_on_half(rank), "means": reduce_some(rank)}
     torch.save(results, f"{folder}/{rank}")
     dist.destroy_process_group()
 
@@ -63,19 +63,21 @@ def train_on_half(rank):
     return train(model, parallel, mine, peer.optim.all_reduce_gradients_)
 
 
-def reduce_special_cases(rank):
+def reduce_some(rank):
     means = {}
     for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
-        table, idle, dense = (nn.Parameter(torch.zeros(5, 2, dtype=dtype)) for _ in range(3))
-        if rank == 0:  # repeated ids here, no gradient there
-            table.grad = torch.sparse_coo_tensor(
-                [[3, 1, 3]], torch.ones(3, 2, dtype=dtype), (5, 2), check_invariants=True
-            )
+        both, one, idle, dense = (nn.Parameter(torch.zeros(5, 2, dtype=dtype)) for _ in range(4))
+        values = torch.ones(3, 2, dtype=dtype)
+        both.grad = torch.sparse_coo_tensor(
+            [[3, 1 + rank, 3]], values, (5, 2), check_invariants=True
+        )
+        if rank == 0:
+            one.grad = both.grad.clone()
         dense.grad = torch.full_like(dense, 1.0 + rank)
-        peer.optim.all_reduce_gradients_([table, idle])
+        peer.optim.all_reduce_gradients_([both, one, idle])
         peer.optim.all_reduce_gradients_(dense)
-        assert table.grad.dtype == idle.grad.dtype == dtype
-        means[str(dtype)] = [each.grad.to_dense() for each in (table, idle, dense)]
+        assert {each.grad.dtype for each in (both, one, idle, dense)} == {dtype}
+        means[str(dtype)] = [each.grad.to_dense() for each in (both, one, idle, dense)]
     return means
 
 
@@ -100,7 +102,8 @@ def test_two_processes_end_with_the_tables_of_one(results):
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16", "float16"])
 def test_gradients_become_their_mean(results, dtype):
     for each in results:
-        table, idle, dense = each["means"][f"torch.{dtype}"]
-        assert table[:, 0].tolist() == [0.0, 0.5, 0.0, 1.0, 0.0]
+        both, one, idle, dense = each["means"][f"torch.{dtype}"]
+        assert both[:, 0].tolist() == [0.0, 0.5, 0.5, 2.0, 0.0]
+        assert one[:, 0].tolist() == [0.0, 0.5, 0.0, 1.0, 0.0]
         assert (idle == 0).all()
         assert (dense == 1.5).all()

@@ -292,7 +292,13 @@ def test_the_backward_of_retrieval_names_a_gradient_that_does_not_fit(make_retri
 
 @pytest.mark.parametrize(
     "name",
-    ["product_key_topk", "product_key_topk_backward", "expert_mlp", "expert_mlp_backward"],
+    [
+        "product_key_topk",
+        "product_key_topk_backward",
+        "expert_mlp",
+        "expert_mlp_backward",
+        "expert_mlp_backward_coefficients",
+    ],
 )
 def test_cuda_tensors_on_a_build_without_cuda_get_a_sentence(
     make_expert_inputs, make_retrieval_inputs, name
@@ -307,6 +313,7 @@ def test_cuda_tensors_on_a_build_without_cuda_get_a_sentence(
         "product_key_topk_backward": (scores, *keys, indices, (True,) * 3),
         "expert_mlp": (*pool, "gelu", False),
         "expert_mlp_backward": (out, *pool, hidden, gate, "gelu", False, (True,) * 5),
+        "expert_mlp_backward_coefficients": (out, *pool, hidden, gate, "gelu"),
     }
     # What the dispatcher calls for CUDA tensors, called without a device that could make them.
     operator = getattr(torch.ops.peer, name).default

@@ -401,6 +401,14 @@ def test_tracing_is_refused():
         torch.jit.trace(pool, inputs)
 
 
+def test_without_grad_mode_a_fused_pool_is_exported():
+    pool = fused_pool()
+    inputs = tuple(each.detach() for each in draw())
+    with torch.no_grad():
+        exported = torch.export.export(pool, inputs, strict=False).module()
+        assert torch.equal(exported(*inputs), pool(*inputs))
+
+
 def test_a_scripted_copy_is_not_fused():
     pool = fused_pool()
     scripted, before = torch.jit.script(pool), tables_of(pool)

@@ -206,9 +206,11 @@ def test_the_first_touch_of_a_late_row_moves_by_the_learning_rate():
     torch.testing.assert_close(table[5].detach(), torch.full((WIDTH,), -0.1))
 
 
-def test_repeated_ids_count_as_their_sum(kind):
+@pytest.mark.parametrize("are_sorted", [False, True])
+def test_repeated_ids_count_as_their_sum(kind, are_sorted):
     # Small integers: their sums are exact in any order.
     ids, values = torch.randint(ROWS, (300,)), torch.randint(-3, 4, (300, WIDTH)).float()
+    ids = ids.sort().values if are_sorted else ids
     tables = [make_table() for _ in range(2)]
     with torch.no_grad():
         tables[1].copy_(tables[0])
@@ -344,8 +346,10 @@ def test_random_bits_depend_on_seed_step_table_and_row():
 
     first = run(0, 1, 0)
     assert_same_bits(first, run(0, 1, 0))
-    for other in (run(1, 1, 0), run(0, 2, 0), run(0, 1, 1)):
+    second = run(0, 2, 0)
+    for other in (run(1, 1, 0), second, run(0, 1, 1), run(0, 3, 0)):
         assert not torch.equal(first, other)
+    assert not torch.equal(second, run(0, 3, 0))
     assert not torch.equal(first[0], first[1])
 
 
@@ -603,6 +607,19 @@ def test_the_coefficients_are_those_of_the_tables_gradients(make_expert_inputs, 
         assert_same_bits(table, expected)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_the_operators_are_tagged_for_the_compiler_and_refuse_cuda(name):
+    operator = getattr(torch.ops.peer, name).default
+    assert torch.Tag.pt2_compliant_tag in operator.tags
+    if '"cuda": null' not in torch.ops.peer.build_info():
+        pytest.skip("this build has CUDA")
+    given = arguments(name)
+    positional = [given[each.name] for each in operator._schema.arguments]
+    cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+    with pytest.raises(RuntimeError, match=f"peer::{name}: peer was built without CUDA"):
+        operator.redispatch(cuda, *positional)
+
+
 BAD_ARGUMENTS = {
     "index too large": ({"indices": torch.full((4,), ROWS)}, IndexError, "index 13 at position"),
     "index negative": (
@@ -829,6 +846,13 @@ def test_a_shared_pool_is_in_the_group_once():
     model = nn.Sequential(layer, make_layer(experts=layer.experts))
     _, experts = peer.param_groups(model, lr=1e-3, expert_lr=1e-2)
     assert len(experts["params"]) == 2
+
+
+def test_a_table_that_two_pools_share_is_in_the_group_once():
+    model = nn.Sequential(make_layer(), make_layer())
+    model[1].experts.w_down = model[0].experts.w_down
+    _, experts = peer.param_groups(model, lr=1e-3, expert_lr=1e-2)
+    assert len(experts["params"]) == 3
 
 
 def test_frozen_parameters_are_left_out():

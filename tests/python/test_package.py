@@ -239,7 +239,8 @@ def test_readme_s_example_runs():
     )
     assert examples
     torch.manual_seed(0)
-    names = {"model": Model(), "dim": 16, "x": torch.randn(4, 8, 16), "y": torch.randn(4, 8, 16)}
+    x, y = torch.randn(4, 8, 16), torch.randn(4, 8, 16)
+    names = {"model": Model(), "dim": 16, "x": x, "y": y, "batches": [(x, y)]}
     for example in examples:
         exec(compile(example, "README.md", "exec"), names)
     layer = names["model"].blocks[1].mlp
