@@ -17,15 +17,13 @@ from peer.bench.check import WrongResultError
 from peer.bench.distributions import parse_exponent
 from peer.bench.memory import HEADROOM, available
 from peer.bench.providers import PROVIDERS
+from peer.bench.rows import HUGE_PAGES, uses_huge_pages
 from peer.bench.run import Listing, Options, list_entries, run_plans
 from peer.bench.targets import evaluate
 from peer.bench.timing import Settings
 
 __all__ = ["main"]
 
-# Huge pages for large tensors, for all providers alike: rows of the tables are read at random.
-# Torch reads the variable when it first allocates, so it must be there before torch is.
-HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"
 CAPABILITY = "PEER_CPU_CAPABILITY"
 GIB = 2**30
 
@@ -60,6 +58,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--min-time", type=float, default=0.2, help="seconds of a turn, at least")
     add("--stream-mib", type=int, help="size of the buffer that bandwidth is measured on")
     add("--max-memory", type=float, help="GiB to use at most; default: all but 2 GiB of the rest")
+    add("--huge-pages", action="store_true", help=f"{HUGE_PAGES}=1: large tensors on huge pages")
     add("--device", choices=["cpu"], default="cpu", help="where to measure")
     add("--dry-run", action="store_true", help="list what would run, and allocate nothing")
     options = parser.parse_args(arguments)
@@ -171,7 +170,8 @@ def measure_as(capability: str, options: argparse.Namespace) -> list[csv_rows.Ro
 
 
 if __name__ == "__main__":
-    if HUGE_PAGES not in os.environ:
+    # Torch reads the variable when it first allocates, so it must be there before torch is.
+    if "--huge-pages" in sys.argv and not uses_huge_pages():
         os.environ[HUGE_PAGES] = "1"
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
     sys.exit(main())

@@ -38,7 +38,7 @@ class Case:
         heads: H.
         k: K, experts per head.
         dim_key: query width per head.
-        dtype: of parameters and inputs, a key of `DTYPES`.
+        dtype: of the tables, a key of `DTYPES`. All else is in float32 for 16-bit tables.
         threads: of torch.
         routers: how many copies of the router take turns. With a single token the query weights
             are most of the bytes, and one copy of them would stay in the caches.

@@ -112,7 +112,7 @@ class _ExactExperts:
 
 
 def _check_experts(work: ExpertsWork) -> None:
-    shared, tolerance = work.shared, TOLERANCES[work.shared.dtype]
+    shared, tolerance = work.shared, TOLERANCES[work.shared.table_dtype]
     some = _some_tokens(shared.case.tokens)
     x, weights, ids, w_down, w_up = work.arguments(0)
     exact = _ExactExperts(ids[some], w_down, w_up)
@@ -169,7 +169,7 @@ def _check_choice(
 
 
 def _check_retrieval(work: RetrievalWork) -> None:
-    tolerance = TOLERANCES[work.shared.dtype]
+    tolerance = TOLERANCES[work.shared.table_dtype]
     some = _some_tokens(work.shared.case.tokens)
     work.prepare(0)
     work.run(0)
@@ -184,7 +184,7 @@ def _check_retrieval(work: RetrievalWork) -> None:
 
 
 def _check_layer(work: LayerWork, layer: Layer, call: Any) -> None:
-    shared, tolerance = work.shared, TOLERANCES[work.shared.dtype]
+    shared, tolerance = work.shared, TOLERANCES[work.shared.table_dtype]
     some = _some_tokens(shared.case.tokens)
     ids = work.ids(0)
     learns = work.mode != "forward"
@@ -253,4 +253,4 @@ def _check_dense(work: LayerWork, layer: DenseLayer) -> None:
     weights = [parameter.detach().double() for parameter in layer.parameters()]
     hidden = F.gelu(F.linear(x.double(), weights[0], weights[1]))
     expected = F.linear(hidden, weights[2], weights[3])
-    _compare("output", got, expected, TOLERANCES[work.shared.dtype])
+    _compare("output", got, expected, TOLERANCES[work.shared.table_dtype])

@@ -285,7 +285,9 @@ class Published(Plain):
     modes: ClassVar[tuple[str, ...]] = LAYER
 
     def missing(self, case: Case, mode: str) -> str | None:
-        """It is an optional dependency."""
+        """It is an optional dependency, and has one dtype for all."""
+        if case.itemsize < 4:
+            return "its tables have the dtype of its inputs"
         if any(importlib.util.find_spec(name) is None for name in ("PEER_pytorch", "einx")):
             return "not installed: pip install PEER-pytorch"
         return super().missing(case, mode)

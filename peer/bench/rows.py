@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 import platform
 import re
 from dataclasses import asdict, dataclass, fields
@@ -14,7 +15,16 @@ import torch
 import peer
 from peer.bench.cases import Case
 
-__all__ = ["Row", "append", "name_processor", "read"]
+__all__ = ["HUGE_PAGES", "Row", "append", "name_processor", "read", "uses_huge_pages"]
+
+# With it set to 1, torch asks for huge pages for large tensors, whoever's they are. Without it only
+# the tables and gradients of peer's own layer lie on them.
+HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"
+
+
+def uses_huge_pages() -> bool:
+    """Whether torch asks for huge pages."""
+    return os.environ.get(HUGE_PAGES) == "1"
 
 
 @dataclass(frozen=True)
@@ -41,6 +51,7 @@ class Row:
     threads: int
     routers: int
     device: str
+    huge_pages: int
     median_s: float | None = None
     min_s: float | None = None
     max_s: float | None = None

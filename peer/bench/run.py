@@ -237,6 +237,7 @@ class _Run:
             spelling=listing.spelling,
             distribution=listing.distribution,
             device="cpu",
+            huge_pages=int(rows.uses_huge_pages()),
             skipped=listing.skipped,
             capability=self.capability,
             processor=self.processor,

@@ -41,11 +41,12 @@ class Shared:
 
     def __init__(self, case: Case, distributions: tuple[str, ...], seed: int = 0) -> None:
         self.case = case
-        self.dtype = DTYPES[case.dtype]
+        self.table_dtype = DTYPES[case.dtype]
+        self.dtype = torch.promote_types(self.table_dtype, torch.float32)
         self.generator = torch.Generator().manual_seed(seed)
         self.routers = [self._make_router() for _ in range(case.routers)]
-        self.w_down = self._normal(case.num_experts, case.dim, std=case.dim**-0.5)
-        self.w_up = self._normal(case.num_experts, case.dim, std=case.per_token**-0.5)
+        self.w_down = self._table(std=case.dim**-0.5)
+        self.w_up = self._table(std=case.per_token**-0.5)
         self.inputs = count_inputs(case)
         self.x = [
             torch.randn(case.tokens, case.dim, generator=self.generator).to(self.dtype)
@@ -63,6 +64,11 @@ class Shared:
                 self.ids[distribution] = [
                     draw_ids(shape, case.num_experts, exponent, self.generator) for _ in self.x
                 ]
+
+    def _table(self, *, std: float) -> nn.Parameter:
+        shape = self.case.num_experts, self.case.dim
+        values = peer.empty_huge(*shape, dtype=self.table_dtype)  # as a pool's
+        return nn.Parameter(values.normal_(std=std, generator=self.generator))
 
     def _normal(self, *shape: int, std: float) -> nn.Parameter:
         values = torch.empty(*shape, dtype=self.dtype)

@@ -36,8 +36,8 @@ def gather_and_einsum(
     x: Tensor, weights: Tensor, ids: Tensor, w_down: Tensor, w_up: Tensor
 ) -> Tensor:
     """Gathers the rows of both tables and contracts them."""
-    hidden = F.gelu(torch.einsum("td,tpd->tp", x, w_down[ids]))
-    return torch.einsum("tp,tpd->td", weights * hidden, w_up[ids])
+    hidden = F.gelu(torch.einsum("td,tpd->tp", x, w_down[ids].to(x.dtype)))
+    return torch.einsum("tp,tpd->td", weights * hidden, w_up[ids].to(x.dtype))
 
 
 def multiply_and_sum(
@@ -50,16 +50,19 @@ def multiply_and_sum(
 
 def bags(x: Tensor, weights: Tensor, ids: Tensor, w_down: Tensor, w_up: Tensor) -> Tensor:
     """Gather and batched product downwards, weighted bags upwards."""
-    hidden = F.gelu(torch.bmm(F.embedding(ids, w_down), x.unsqueeze(-1)).squeeze(-1))
-    return F.embedding_bag(ids, w_up, per_sample_weights=weights * hidden, mode="sum")
+    rows = F.embedding(ids, w_down).to(x.dtype)
+    hidden = F.gelu(torch.bmm(rows, x.unsqueeze(-1)).squeeze(-1))
+    scaled = (weights * hidden).to(w_up.dtype)
+    return F.embedding_bag(ids, w_up, per_sample_weights=scaled, mode="sum").to(x.dtype)
 
 
 def sparse_bags(x: Tensor, weights: Tensor, ids: Tensor, w_down: Tensor, w_up: Tensor) -> Tensor:
     """`bags` with sparse gradients of the tables."""
-    rows = F.embedding(ids, w_down, sparse=True)
+    rows = F.embedding(ids, w_down, sparse=True).to(x.dtype)
     hidden = F.gelu(torch.bmm(rows, x.unsqueeze(-1)).squeeze(-1))
-    scaled = weights * hidden
-    return F.embedding_bag(ids, w_up, per_sample_weights=scaled, mode="sum", sparse=True)
+    scaled = (weights * hidden).to(w_up.dtype)
+    out = F.embedding_bag(ids, w_up, per_sample_weights=scaled, mode="sum", sparse=True)
+    return out.to(x.dtype)
 
 
 EXPERTS: dict[str, Experts] = {

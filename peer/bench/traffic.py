@@ -25,6 +25,11 @@ from peer.bench.cases import Case
 __all__ = ["dense_bytes", "experts_bytes", "layer_bytes", "retrieval_bytes", "routing_bytes"]
 
 
+def _itemsize(case: Case) -> int:
+    """Of everything but the tables."""
+    return max(4, case.itemsize)
+
+
 def _rows(case: Case, count: float) -> int:
     return round(count * 2 * case.dim * case.itemsize)
 
@@ -51,12 +56,12 @@ def experts_bytes(case: Case, mode: str, distinct: float, gradients: str) -> int
 def routing_bytes(case: Case) -> int:
     """Bytes of the query weights and the keys."""
     keys = case.root * case.dim_key
-    return (case.dim * case.heads * case.dim_key + keys) * case.itemsize
+    return (case.dim * case.heads * case.dim_key + keys) * _itemsize(case)
 
 
 def layer_bytes(case: Case, mode: str, distinct: float, gradients: str) -> int:
     """Bytes of "forward", "backward" and "step"."""
-    activations = 2 * case.tokens * case.dim * case.itemsize
+    activations = 2 * case.tokens * case.dim * _itemsize(case)
     total = routing_bytes(case) + activations
     total += experts_bytes(case, "experts-forward", distinct, gradients)
     if mode == "forward":
@@ -73,11 +78,11 @@ def retrieval_bytes(case: Case, mode: str) -> int:
     written = 12 * case.tokens * case.per_token
     if mode == "selection":
         return 4 * case.tokens * case.heads * 2 * case.root + written
-    queries = case.tokens * case.heads * case.dim_key * case.itemsize
-    return queries + case.root * case.dim_key * case.itemsize + written
+    queries = case.tokens * case.heads * case.dim_key
+    return (queries + case.root * case.dim_key) * _itemsize(case) + written
 
 
 def dense_bytes(case: Case, mode: str, hidden: int) -> int:
     """Bytes of a feed-forward layer's weights in a mode."""
     times = {"forward": 1, "backward": 3, "step": 10}[mode]
-    return times * 2 * case.dim * hidden * case.itemsize
+    return times * 2 * case.dim * hidden * _itemsize(case)
