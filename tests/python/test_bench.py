@@ -542,8 +542,8 @@ def test_slow_providers_take_part_in_three_rounds() -> None:
 def make_row(provider: str, mode: str, seconds: float, **changes: Any) -> Row:
     case = Case()
     fields = {f: getattr(case, f) for f in ("num_experts", "tokens", "dim", "heads", "k")}
-    fields |= {"dim_key": 256, "dtype": "float32", "threads": 2, "routers": 1}
-    texts = {"date": "", "run": "", "preset": "targets", "spelling": "", "device": "cpu", "huge_pages": 0}
+    fields |= {"dim_key": 256, "dtype": "float32", "threads": 2, "routers": 1, "huge_pages": 0}
+    texts = {"date": "", "run": "", "preset": "targets", "spelling": "", "device": "cpu"}
     known = {"distribution": "uniform", "mode": mode, "provider": provider, "median_s": seconds}
     return Row(**{**fields, **texts, **known, **changes})
 
