@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -36,11 +38,7 @@ def empty_huge(
         >>> table.shape, table.dtype
         (torch.Size([1024, 512]), torch.bfloat16)
     """
-    place = _cpu_dtype(dtype, device)
-    if place is None:
-        return torch.empty(size, dtype=dtype, device=device)
-    table: Tensor = torch.ops.peer.empty_huge(size, place)
-    return table
+    return _make(torch.ops.peer.empty_huge, torch.empty, size, dtype, device)
 
 
 def zeros_huge(
@@ -65,19 +63,18 @@ def zeros_huge(
         >>> int(peer.zeros_huge(1024, 512).count_nonzero())
         0
     """
-    place = _cpu_dtype(dtype, device)
-    if place is None:
-        return torch.zeros(size, dtype=dtype, device=device)
-    table: Tensor = torch.ops.peer.zeros_huge(size, place)
-    return table
+    return _make(torch.ops.peer.zeros_huge, torch.zeros, size, dtype, device)
 
 
-def _cpu_dtype(
-    dtype: torch.dtype | None, device: torch.device | str | int | None
-) -> torch.dtype | None:
-    """The dtype of what torch would make under the default device and any mode that is active.
-
-    None where that is no ordinary CPU tensor.
-    """
+def _make(
+    on_huge_pages: Callable[..., Tensor],
+    elsewhere: Callable[..., Tensor],
+    size: tuple[int, ...],
+    dtype: torch.dtype | None,
+    device: torch.device | str | int | None,
+) -> Tensor:
+    # What torch would make here, under the default device and any mode that is active.
     example = torch.empty(0, dtype=dtype, device=device)
-    return example.dtype if example.device.type == "cpu" and type(example) is Tensor else None
+    if example.device.type != "cpu" or type(example) is not Tensor:
+        return elsewhere(size, dtype=dtype, device=device)
+    return on_huge_pages(size, example.dtype)

@@ -6,10 +6,9 @@
 #include <c10/util/accumulate.h>
 #include <sys/mman.h>
 
-#include <algorithm>
+#include <cerrno>
 #include <cstring>
 #include <mutex>
-#include <new>
 #include <vector>
 
 #include "peer.h"
@@ -55,28 +54,6 @@ Block map(size_t bytes) {
 
 void unmap(const Block& block) { munmap(block.data, block.bytes); }
 
-class HugePages final : public c10::Allocator {
- public:
-  c10::DataPtr allocate(size_t bytes) override {
-    if (bytes < kHugePage) {
-      return c10::GetCPUAllocator()->allocate(bytes);
-    }
-    Block* block = new Block(map(bytes));
-    return {block->data, block, &free, c10::DeviceType::CPU};
-  }
-
-  void copy_data(void* target, const void* source, size_t bytes) const override {
-    default_copy_data(target, source, bytes);
-  }
-
- private:
-  static void free(void* context) {
-    Block* block = static_cast<Block*>(context);
-    unmap(*block);
-    delete block;
-  }
-};
-
 // Blocks that were freed and may be used again, the one freed last at the back.
 class KeptBlocks {
  public:
@@ -118,14 +95,19 @@ class KeptBlocks {
   std::vector<Block> blocks_;
 };
 
-class RecycledHugePages final : public c10::Allocator {
+bool is_large(size_t bytes) { return bytes >= kHugePage; }
+
+// Maps every large block anew, or takes it from those that were kept.
+class PageAllocator final : public c10::Allocator {
  public:
+  explicit PageAllocator(KeptBlocks* kept) : kept_(kept) {}
+
   c10::DataPtr allocate(size_t bytes) override {
-    if (bytes < kHugePage) {
+    if (!is_large(bytes)) {
       return c10::GetCPUAllocator()->allocate(bytes);
     }
-    Block* block = new Block(kept().take(bytes));
-    return {block->data, block, &free, c10::DeviceType::CPU};
+    auto* loan = new Loan{kept_ == nullptr ? map(bytes) : kept_->take(bytes), kept_};
+    return {loan->block.data, loan, &give_back, c10::DeviceType::CPU};
   }
 
   void copy_data(void* target, const void* source, size_t bytes) const override {
@@ -133,28 +115,30 @@ class RecycledHugePages final : public c10::Allocator {
   }
 
  private:
-  // Never destroyed: tensors may be freed while the program ends.
-  static KeptBlocks& kept() {
-    static KeptBlocks* const blocks = new KeptBlocks;
-    return *blocks;
+  struct Loan {
+    Block block;
+    KeptBlocks* kept;
+  };
+
+  static void give_back(void* context) {
+    const auto* loan = static_cast<Loan*>(context);
+    loan->kept == nullptr ? unmap(loan->block) : loan->kept->put(loan->block);
+    delete loan;
   }
 
-  static void free(void* context) {
-    Block* block = static_cast<Block*>(context);
-    kept().put(*block);
-    delete block;
-  }
+  KeptBlocks* kept_;
 };
 
 }  // namespace
 
+// Never destroyed: tensors may be freed while the program ends.
 c10::Allocator& huge_pages() {
-  static HugePages* const allocator = new HugePages;
+  static auto* const allocator = new PageAllocator(nullptr);
   return *allocator;
 }
 
 c10::Allocator& recycled_huge_pages() {
-  static RecycledHugePages* const allocator = new RecycledHugePages;
+  static auto* const allocator = new PageAllocator(new KeptBlocks);
   return *allocator;
 }
 
@@ -164,7 +148,7 @@ at::Tensor empty_in(c10::Allocator& allocator, at::IntArrayRef sizes, at::Scalar
 }
 
 at::Tensor zeros_in_huge_pages(at::IntArrayRef sizes, at::ScalarType dtype) {
-  if (size_t(c10::multiply_integers(sizes)) * c10::elementSize(dtype) < kHugePage) {
+  if (!is_large(size_t(c10::multiply_integers(sizes)) * c10::elementSize(dtype))) {
     return at::zeros(sizes, dtype);
   }
   return empty_in(huge_pages(), sizes, dtype);
