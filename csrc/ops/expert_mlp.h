@@ -36,18 +36,6 @@ using ExpertMlpBackward =
                                                        bool sparse_grad,
                                                        std::array<bool, 5> output_mask);
 
-using ExpertMlpBackwardCoefficients =
-    std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>(const Tensor& grad_out,
-                                                       const Tensor& x,
-                                                       const Tensor& weights,
-                                                       const Tensor& indices,
-                                                       const Tensor& w_down,
-                                                       const Tensor& w_up,
-                                                       const std::optional<Tensor>& w_gate,
-                                                       const Tensor& hidden,
-                                                       const Tensor& gate,
-                                                       std::string_view activation);
-
 // Positions in the backward operator's results and its output_mask.
 enum ExpertMlpGradient { kGradX, kGradWeights, kGradDown, kGradUp, kGradGate };
 

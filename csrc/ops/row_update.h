@@ -27,45 +27,6 @@ struct Rounding {
   int64_t stream;
 };
 
-using RowwiseAdagrad = void(const Tensor& table,
-                            const Tensor& sum_of_squares,
-                            const std::optional<Tensor>& indices,
-                            const Tensor& source,
-                            const std::optional<Tensor>& coefficients,
-                            double lr,
-                            double eps,
-                            double weight_decay,
-                            std::optional<int64_t> seed,
-                            int64_t step,
-                            int64_t stream);
-using Sgd = void(const Tensor& table,
-                 const std::optional<Tensor>& momentum_buffer,
-                 const std::optional<Tensor>& indices,
-                 const Tensor& source,
-                 const std::optional<Tensor>& coefficients,
-                 double lr,
-                 double momentum,
-                 bool nesterov,
-                 double weight_decay,
-                 std::optional<int64_t> seed,
-                 int64_t step,
-                 int64_t stream);
-using RowwiseAdam = void(const Tensor& table,
-                         const Tensor& first_moment,
-                         const Tensor& second_moment,
-                         const Tensor& row_steps,
-                         const std::optional<Tensor>& indices,
-                         const Tensor& source,
-                         const std::optional<Tensor>& coefficients,
-                         double lr,
-                         double beta1,
-                         double beta2,
-                         double eps,
-                         double weight_decay,
-                         std::optional<int64_t> seed,
-                         int64_t step,
-                         int64_t stream);
-
 // What every kernel of the operators requires of its arguments, whatever the device. Reads no data.
 void check_rowwise_adagrad(const Tensor& table,
                            const Tensor& sum_of_squares,

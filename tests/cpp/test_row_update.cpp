@@ -86,15 +86,15 @@ struct Problem {
     update.source = {source.data(), stride};
     update.table = {state.table.data(), stride};
     update.rule = {.rule = h.rule,
-                   .nesterov = h.nesterov,
                    .lr = h.lr,
                    .kept = 1 - h.lr * h.weight_decay,
                    .eps = h.eps,
                    .beta1 = h.beta1,
                    .beta2 = h.beta2,
+                   .nesterov = h.nesterov,
+                   .momentum = {h.has_momentum ? state.momentum.data() : nullptr, stride},
                    .second_moments = state.second_moments.data(),
-                   .row_steps = state.row_steps.data(),
-                   .momentum = {h.has_momentum ? state.momentum.data() : nullptr, stride}};
+                   .row_steps = state.row_steps.data()};
     update.stochastic_rounding = stochastic_rounding;
     update.key = 17;
     const UpdateKernels<Table, Source>& kernel = kernels.experts<Table>().template update<Source>();

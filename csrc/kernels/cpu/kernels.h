@@ -152,11 +152,12 @@ template <class Table>
 struct UpdateRule {
   using Real = accumulation_t<Table>;
   Rule rule;
-  bool nesterov;
-  double lr, kept, eps, beta1, beta2;
-  Real* second_moments;  // (N): s or v
-  int32_t* row_steps;    // (N): t
-  Rows<Table> momentum;  // (N, width), or none
+  double lr, kept;
+  double eps = 0, beta1 = 0, beta2 = 0;
+  bool nesterov = false;
+  Rows<Table> momentum = {};       // (N, width), or none
+  Real* second_moments = nullptr;  // (N): s or v
+  int32_t* row_steps = nullptr;    // (N): t
 };
 
 // Updates the rows of a table by sums that are not stored. A work item is a row of source for
@@ -169,18 +170,19 @@ template <class Table, class Source>
 struct RowUpdate {
   using Real = accumulation_t<Table>;
   int64_t width;
-  const int64_t* ids;  // for update_rows: null where row i belongs to row i
-  int64_t pairs_per_row;
-  const Pair* pairs;         // sorted by owner, stable
-  const Real* coefficients;  // by pair number, or null: all one
-  Rows<const Source> source;
-  const Chunk* chunks;
-  const SplitRun* split_runs;
-  Rows<Real> partial_sums;
   Rows<Table> table;
   UpdateRule<Table> rule;
   bool stochastic_rounding;
   uint64_t key;
+  Rows<const Source> source;
+  const int64_t* ids = nullptr;  // for update_rows: null where row i belongs to row i
+  // For the others.
+  int64_t pairs_per_row = 1;
+  const Pair* pairs = nullptr;         // sorted by owner, stable
+  const Real* coefficients = nullptr;  // by pair number, or null: all one
+  const Chunk* chunks = nullptr;
+  const SplitRun* split_runs = nullptr;
+  Rows<Real> partial_sums = {};
 };
 
 // Keys of one half, to be packed for the sub-score product: panels of keys_per_panel keys, each

@@ -26,20 +26,8 @@ bool ascend_strictly(const Tensor& contiguous_indices) {
   return true;
 }
 
-// The rule without what only some rules have.
-template <class Table>
-UpdateRule<Table> plain_rule(Rule rule, double lr, double weight_decay) {
-  return {.rule = rule,
-          .nesterov = false,
-          .lr = lr,
-          .kept = 1 - lr * weight_decay,
-          .eps = 0,
-          .beta1 = 0,
-          .beta2 = 0,
-          .second_moments = nullptr,
-          .row_steps = nullptr,
-          .momentum = {}};
-}
+// What rows are multiplied by before they follow their gradients.
+double kept_by_decay(double lr, double weight_decay) { return 1 - lr * weight_decay; }
 
 template <class Element>
 Rows<Element> mutable_rows_of(const Tensor& tensor) {
@@ -52,7 +40,6 @@ void update_by(const UpdateKernels<Table, Source>& kernel,
                const Tensor& indices,
                const Tensor& source,
                int64_t rows) {
-  update.source = rows_of<Source>(source);
   if (!indices.defined() ||
       (update.coefficients == nullptr && indices.dim() == 1 && ascend_strictly(indices))) {
     update.ids = indices.defined() ? indices.const_data_ptr<int64_t>() : nullptr;
@@ -106,20 +93,14 @@ void update_table(const char* op,
       update_by<Table, Source>(
           kernels().template experts<Table>().template update<Source>(),
           {.width = table.size(1),
-           .ids = nullptr,
-           .pairs_per_row = 1,
-           .pairs = nullptr,
-           .coefficients = coefficients.defined()
-                               ? const_data_of<accumulation_t<Table>>(coefficients)
-                               : nullptr,
-           .source = {},
-           .chunks = nullptr,
-           .split_runs = nullptr,
-           .partial_sums = {},
            .table = mutable_rows_of<Table>(table),
            .rule = make_rule.template operator()<Table>(),
            .stochastic_rounding = rounding.seed.has_value() && type != accumulated,
-           .key = key},
+           .key = key,
+           .source = rows_of<Source>(source),
+           .coefficients = coefficients.defined()
+                               ? const_data_of<accumulation_t<Table>>(coefficients)
+                               : nullptr},
           indices, source, table.size(0));
     };
     if (is_narrow) {
@@ -144,10 +125,11 @@ void rowwise_adagrad_cpu(const Tensor& table,
   const RowGradient gradient = {indices, source, coefficients};
   check_rowwise_adagrad(table, sum_of_squares, gradient);
   update_table("rowwise_adagrad_", table, gradient, {seed, step, stream}, [&]<class Table>() {
-    UpdateRule<Table> rule = plain_rule<Table>(Rule::rowwise_adagrad, lr, weight_decay);
-    rule.eps = eps;
-    rule.second_moments = data_of<accumulation_t<Table>>(sum_of_squares);
-    return rule;
+    return UpdateRule<Table>{.rule = Rule::rowwise_adagrad,
+                             .lr = lr,
+                             .kept = kept_by_decay(lr, weight_decay),
+                             .eps = eps,
+                             .second_moments = data_of<accumulation_t<Table>>(sum_of_squares)};
   });
 }
 
@@ -166,7 +148,7 @@ void sgd_cpu(const Tensor& table,
   const RowGradient gradient = {indices, source, coefficients};
   check_sgd(table, momentum_buffer, gradient, momentum);
   update_table("sgd_", table, gradient, {seed, step, stream}, [&]<class Table>() {
-    UpdateRule<Table> rule = plain_rule<Table>(Rule::sgd, lr, weight_decay);
+    UpdateRule<Table> rule = {.rule = Rule::sgd, .lr = lr, .kept = kept_by_decay(lr, weight_decay)};
     if (momentum_buffer.has_value()) {
       rule.beta1 = momentum;
       rule.nesterov = nesterov;
@@ -194,14 +176,15 @@ void rowwise_adam_cpu(const Tensor& table,
   const RowGradient gradient = {indices, source, coefficients};
   check_rowwise_adam(table, first_moment, second_moment, row_steps, gradient);
   update_table("rowwise_adam_", table, gradient, {seed, step, stream}, [&]<class Table>() {
-    UpdateRule<Table> rule = plain_rule<Table>(Rule::rowwise_adam, lr, weight_decay);
-    rule.eps = eps;
-    rule.beta1 = beta1;
-    rule.beta2 = beta2;
-    rule.second_moments = data_of<accumulation_t<Table>>(second_moment);
-    rule.row_steps = data_of<int32_t>(row_steps);
-    rule.momentum = mutable_rows_of<Table>(first_moment);
-    return rule;
+    return UpdateRule<Table>{.rule = Rule::rowwise_adam,
+                             .lr = lr,
+                             .kept = kept_by_decay(lr, weight_decay),
+                             .eps = eps,
+                             .beta1 = beta1,
+                             .beta2 = beta2,
+                             .momentum = mutable_rows_of<Table>(first_moment),
+                             .second_moments = data_of<accumulation_t<Table>>(second_moment),
+                             .row_steps = data_of<int32_t>(row_steps)};
   });
 }
 
