@@ -18,9 +18,16 @@ namespace peer::cpu::PEER_CAPABILITY {
 
 namespace {
 
-template <class Real>
-void fill_with_zeros(Real* data, int64_t count) {
-  std::memset(data, 0, count * sizeof(Real));
+// y = Σ_p c[p]·table[indices[p]]
+template <class Table, class Real>
+void sum_weighted_rows(const Real* c,
+                       Rows<const Table> table,
+                       const int64_t* indices,
+                       int64_t count,
+                       int64_t width,
+                       Real* y) {
+  std::memset(y, 0, width * sizeof(Real));
+  add_weighted_rows(c, table, indices, count, width, y);
 }
 
 // Experts [first, last) of a token's list.
@@ -68,8 +75,7 @@ void sum_part(const TokenForward<Table>& pass,
               ExpertRange experts,
               const Real* coefficients,
               Real* out) {
-  fill_with_zeros(out, pass.dim_out);
-  add_weighted_rows(coefficients, pass.w_up,
+  sum_weighted_rows(coefficients, pass.w_up,
                     pass.indices + t * pass.experts_per_token + experts.first, experts.count(),
                     pass.dim_out, out);
 }
@@ -160,8 +166,7 @@ void token_backward(const TokenBackward<Table>& pass, int64_t first, int64_t las
     }
     if (pass.grad_x) {
       Real* grad_x = pass.grad_x + t * pass.dim;
-      fill_with_zeros(grad_x, pass.dim);
-      add_weighted_rows(down, pass.w_down, indices, experts, pass.dim, grad_x);
+      sum_weighted_rows(down, pass.w_down, indices, experts, pass.dim, grad_x);
       if (gate) {
         add_weighted_rows(pass.gate_coefficients + t * experts, pass.w_gate, indices, experts,
                           pass.dim, grad_x);
@@ -173,10 +178,8 @@ void token_backward(const TokenBackward<Table>& pass, int64_t first, int64_t las
 template <class Table>
 void gather_sum(const GatherSum<Table>& pass, int64_t first, int64_t last) {
   for (int64_t i = first; i < last; ++i) {
-    auto* out = pass.out.data + i * pass.out.stride;
-    fill_with_zeros(out, pass.width);
-    add_weighted_rows(pass.coefficients + i * pass.terms, pass.table, pass.indices + i * pass.terms,
-                      pass.terms, pass.width, out);
+    sum_weighted_rows(pass.coefficients + i * pass.terms, pass.table, pass.indices + i * pass.terms,
+                      pass.terms, pass.width, pass.out.data + i * pass.out.stride);
   }
 }
 

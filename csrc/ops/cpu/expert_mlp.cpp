@@ -111,7 +111,51 @@ struct TokenGradients {
                  const Tensor& hidden,
                  const Tensor& gate,
                  std::string_view activation,
-                 bool wants_grad_x);
+                 bool wants_grad_x)
+      : type(accumulation_type(w_down.scalar_type())) {
+    const Activation parsed = check_expert_mlp_backward(op, x, weights, given_indices, w_down, w_up,
+                                                        w_gate, hidden, gate, activation);
+    check_expert_mlp_grad_out(op, given_grad_out, x, w_up);
+    const at::TensorOptions accumulated = x.options().dtype(type);
+    const Experts experts(op, given_indices, weights, w_down, w_up, w_gate);
+    indices = experts.indices;
+    grad_out = contiguous_as(given_grad_out, type);
+    const Tensor hidden_values = contiguous_as(hidden, type);
+    const Tensor gate_values = w_gate.has_value() ? contiguous_as(gate, type) : Tensor();
+
+    grad_x = wants_grad_x ? at::empty(x.sizes(), accumulated) : Tensor();
+    grad_weights = at::empty(indices.sizes(), accumulated);
+    down_coefficients = at::empty(indices.sizes(), accumulated);
+    up_coefficients = at::empty(indices.sizes(), accumulated);
+    gate_coefficients = w_gate.has_value() ? at::empty(indices.sizes(), accumulated) : Tensor();
+    with_table_type(w_down.scalar_type(), [&]<class Table>() {
+      using Real = accumulation_t<Table>;
+      const TokenBackward<Table> pass = {
+          .experts_per_token = indices.size(1),
+          .dim = x.size(1),
+          .dim_out = w_up.size(1),
+          .activation = parsed,
+          .grad_out = const_data_of<Real>(grad_out),
+          .weights = const_data_of<Real>(experts.weights),
+          .indices = experts.indices.const_data_ptr<int64_t>(),
+          .w_down = rows_of<Table>(experts.w_down),
+          .w_up = rows_of<Table>(experts.w_up),
+          .w_gate = experts.gate_rows<Table>(),
+          .hidden = const_data_of<Real>(hidden_values),
+          .gate = gate_values.defined() ? const_data_of<Real>(gate_values) : nullptr,
+          .grad_x = grad_x.defined() ? data_of<Real>(grad_x) : nullptr,
+          .grad_weights = data_of<Real>(grad_weights),
+          .down_coefficients = data_of<Real>(down_coefficients),
+          .gate_coefficients =
+              gate_coefficients.defined() ? data_of<Real>(gate_coefficients) : nullptr,
+          .up_coefficients = data_of<Real>(up_coefficients),
+      };
+      const ExpertKernels<Table>& kernel = kernels().template experts<Table>();
+      at::parallel_for(0, x.size(0), kTokensPerTask, [&](int64_t first, int64_t last) {
+        kernel.token_backward(pass, first, last);
+      });
+    });
+  }
 
   at::ScalarType type;
   Tensor indices, grad_out;  // as the kernels want them
@@ -119,63 +163,6 @@ struct TokenGradients {
   Tensor grad_weights, down_coefficients, up_coefficients;
   Tensor gate_coefficients;  // undefined without gate
 };
-
-TokenGradients::TokenGradients(const char* op,
-                               const Tensor& given_grad_out,
-                               const Tensor& x,
-                               const Tensor& weights,
-                               const Tensor& given_indices,
-                               const Tensor& w_down,
-                               const Tensor& w_up,
-                               const std::optional<Tensor>& w_gate,
-                               const Tensor& hidden,
-                               const Tensor& gate,
-                               std::string_view activation,
-                               bool wants_grad_x)
-    : type(accumulation_type(w_down.scalar_type())) {
-  const Activation parsed = check_expert_mlp_backward(op, x, weights, given_indices, w_down, w_up,
-                                                      w_gate, hidden, gate, activation);
-  check_expert_mlp_grad_out(op, given_grad_out, x, w_up);
-  const at::TensorOptions accumulated = x.options().dtype(type);
-  const Experts experts(op, given_indices, weights, w_down, w_up, w_gate);
-  indices = experts.indices;
-  grad_out = contiguous_as(given_grad_out, type);
-  const Tensor hidden_values = contiguous_as(hidden, type);
-  const Tensor gate_values = w_gate.has_value() ? contiguous_as(gate, type) : Tensor();
-
-  grad_x = wants_grad_x ? at::empty(x.sizes(), accumulated) : Tensor();
-  grad_weights = at::empty(indices.sizes(), accumulated);
-  down_coefficients = at::empty(indices.sizes(), accumulated);
-  up_coefficients = at::empty(indices.sizes(), accumulated);
-  gate_coefficients = w_gate.has_value() ? at::empty(indices.sizes(), accumulated) : Tensor();
-  with_table_type(w_down.scalar_type(), [&]<class Table>() {
-    using Real = accumulation_t<Table>;
-    const TokenBackward<Table> pass = {
-        .experts_per_token = indices.size(1),
-        .dim = x.size(1),
-        .dim_out = w_up.size(1),
-        .activation = parsed,
-        .grad_out = const_data_of<Real>(grad_out),
-        .weights = const_data_of<Real>(experts.weights),
-        .indices = experts.indices.const_data_ptr<int64_t>(),
-        .w_down = rows_of<Table>(experts.w_down),
-        .w_up = rows_of<Table>(experts.w_up),
-        .w_gate = experts.gate_rows<Table>(),
-        .hidden = const_data_of<Real>(hidden_values),
-        .gate = gate_values.defined() ? const_data_of<Real>(gate_values) : nullptr,
-        .grad_x = grad_x.defined() ? data_of<Real>(grad_x) : nullptr,
-        .grad_weights = data_of<Real>(grad_weights),
-        .down_coefficients = data_of<Real>(down_coefficients),
-        .gate_coefficients =
-            gate_coefficients.defined() ? data_of<Real>(gate_coefficients) : nullptr,
-        .up_coefficients = data_of<Real>(up_coefficients),
-    };
-    const ExpertKernels<Table>& kernel = kernels().template experts<Table>();
-    at::parallel_for(0, x.size(0), kTokensPerTask, [&](int64_t first, int64_t last) {
-      kernel.token_backward(pass, first, last);
-    });
-  });
-}
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> expert_mlp_backward_cpu(
     const Tensor& grad_out,
