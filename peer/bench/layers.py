@@ -33,32 +33,41 @@ class Layer(nn.Module):
         raise NotImplementedError
 
 
-def _make_norm(router: Router, shared: Shared) -> BatchQueryNorm:
-    norm = BatchQueryNorm(len(router.norm_weight), dtype=shared.dtype)
-    norm.weight, norm.bias = router.norm_weight, router.norm_bias
-    return norm
+class NormedLayer(Layer):
+    """A layer with the shared router's parameters, linear and then batch normalisation."""
+
+    def __init__(self, shared: Shared, router: Router) -> None:
+        super().__init__()
+        self.shared = shared
+        self.parameters_of_router = router
+        self.norm = BatchQueryNorm(len(router.norm_weight), dtype=shared.dtype)
+        self.norm.weight, self.norm.bias = router.norm_weight, router.norm_bias
+        self.row_keys, self.col_keys = router.row_keys, router.col_keys
+
+    def exact_queries(self, x: Tensor) -> Tensor:
+        """Linear, batch normalisation, heads."""
+        case, norm = self.shared.case, self.norm
+        query = x @ self.parameters_of_router.query_weight.detach().double().T
+        if self.training:
+            mean, variance = query.mean(0), query.var(0, unbiased=False)
+        else:
+            mean, variance = _double(norm.running_mean), _double(norm.running_var)
+        query = (query - mean) * (variance + norm.eps).rsqrt()
+        query = query * norm.weight.detach().double() + norm.bias.detach().double()
+        return query.unflatten(-1, (case.heads, 2, case.dim_key // 2))
 
 
-def _exact_normed_queries(layer: Any, router: Router, x: Tensor) -> Tensor:
-    case, norm = layer.shared.case, layer.norm
-    query = x @ router.query_weight.detach().double().T
-    if layer.training:
-        mean, variance = query.mean(0), query.var(0, unbiased=False)
-    else:
-        mean, variance = norm.running_mean.double(), norm.running_var.double()
-    query = (query - mean) * (variance + norm.eps).rsqrt()
-    query = query * norm.weight.detach().double() + norm.bias.detach().double()
-    return query.unflatten(-1, (case.heads, 2, case.dim_key // 2))
+def _double(values: Tensor | None) -> Tensor:
+    assert values is not None
+    return values.double()
 
 
-class OurLayer(Layer):
+class OurLayer(NormedLayer):
     """`peer.PEER`."""
 
     def __init__(self, shared: Shared, router: Router, *, sparse_grad: bool) -> None:
-        super().__init__()
+        super().__init__(shared, router)
         case = shared.case
-        self.shared = shared
-        self.parameters_of_router = router
         layer = peer.PEER(
             case.dim,
             num_experts=(case.root, case.root),
@@ -71,11 +80,9 @@ class OurLayer(Layer):
         )
         layer.experts.w_down, layer.experts.w_up = shared.w_down, shared.w_up
         layer.router.query.weight = router.query_weight
-        layer.router.norm = _make_norm(router, shared)
+        layer.router.norm = self.norm
         layer.router.row_keys, layer.router.col_keys = router.row_keys, router.col_keys
         self.peer = layer
-        self.norm = layer.router.norm
-        self.row_keys, self.col_keys = router.row_keys, router.col_keys
         self._ids: Tensor | None = None
         self._chosen: Tensor | None = None
 
@@ -91,21 +98,13 @@ class OurLayer(Layer):
         chosen, self._chosen = self._chosen, None
         return out, cast(Tensor, chosen)
 
-    def exact_queries(self, x: Tensor) -> Tensor:
-        """Linear, batch normalisation, heads."""
-        return _exact_normed_queries(self, self.parameters_of_router, x)
 
-
-class PlainLayer(Layer):
+class PlainLayer(NormedLayer):
     """The same layer in plain PyTorch, with one of the spellings of its experts."""
 
     def __init__(self, shared: Shared, router: Router, experts: Experts) -> None:
-        super().__init__()
-        self.shared = shared
-        self.parameters_of_router = router
-        self.norm = _make_norm(router, shared)
+        super().__init__(shared, router)
         self.query_weight = router.query_weight
-        self.row_keys, self.col_keys = router.row_keys, router.col_keys
         self.w_down, self.w_up = shared.w_down, shared.w_up
         self.heads, self.dim_key, self.k = shared.case.heads, shared.case.dim_key, shared.case.k
         self.experts = experts
@@ -117,10 +116,6 @@ class PlainLayer(Layer):
         weights = scores.softmax(-1).flatten(-2)
         used = (chosen if ids is None else ids).flatten(-2)
         return self.experts(x, weights, used, self.w_down, self.w_up), chosen
-
-    def exact_queries(self, x: Tensor) -> Tensor:
-        """Linear, batch normalisation, heads."""
-        return _exact_normed_queries(self, self.parameters_of_router, x)
 
 
 class PublishedLayer(Layer):
