@@ -65,6 +65,7 @@ def measure_first(entry: Entry, warm: bool) -> None:
 
     def turn() -> None:
         work.open()
+        work.keep_parameters()
         entry.first = _call(work, 0)
         if warm or entry.first < SLOW:  # the first step also makes the optimizer's state
             entry.first = min(_call(work, 1), _call(work, 2) if entry.first < SLOW else 1e9)
@@ -114,6 +115,7 @@ def _turn(entry: Entry, settings: Settings, warm: bool) -> float:
     work = entry.work
     calls = max(1, min(10_000, round(settings.min_time / max(entry.first, 1e-7))))
     work.open()
+    work.keep_parameters()
     if warm or entry.first < SLOW:
         _call(work, entry.calls)
     total = 0.0

@@ -28,8 +28,13 @@ __all__ = [
 ]
 
 
+NO_LEARNING_RATE = 1e-12
+
+
 class Stepper(Protocol):
     """What is used of an optimizer."""
+
+    param_groups: list[dict[str, Any]]
 
     def step(self) -> Any:
         """Updates the parameters."""
@@ -61,6 +66,9 @@ class Work:
 
     def open(self) -> None:
         """Begins a turn."""
+
+    def keep_parameters(self) -> None:
+        """From here on, calls leave the parameters as they are."""
 
     def prepare(self, index: int) -> None:
         """Makes the input of a call."""
@@ -107,6 +115,16 @@ class LayerWork(Work):
         """Makes the optimizers; their state comes with the first call."""
         if self.mode == "step":
             self.optimizers, self._undo = self.make_optimizers(self.layers[0])
+
+    def keep_parameters(self) -> None:
+        """Steps do all their work, but are too small to change a parameter.
+
+        Otherwise those of one provider would train the parameters that the next ones are checked
+        with, until hidden values are so large that their GELU in float32 is zero.
+        """
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = NO_LEARNING_RATE
 
     def prepare(self, index: int) -> None:
         """In training x requires a gradient, as it does in the middle of a network."""

@@ -29,7 +29,7 @@ from peer.bench.run import Options, estimate_case, list_entries, run_plans
 from peer.bench.shared import Shared
 from peer.bench.spellings import EXPERTS
 from peer.bench.targets import evaluate
-from peer.bench.timing import Settings, takes_part
+from peer.bench.timing import Entry, Settings, measure_first, measure_rounds, takes_part
 from peer.bench.works import ExpertsWork, LayerWork, RetrievalWork, SelectionWork
 
 MIB = 2**20
@@ -267,6 +267,19 @@ def test_a_layer_with_a_wrong_gradient_is_caught(
     monkeypatch.setattr(layer, "experts", lambda x, *others: right(0.5 * (x + x.detach()), *others))
     with pytest.raises(WrongResultError, match="gradient of x"):
         check(work)
+
+
+@pytest.mark.parametrize("provider", ["peer", "peer-fused", "eager", "embedding_bag"])
+def test_timed_steps_leave_the_parameters_as_they_were(shared: Shared, provider: str) -> None:
+    before = [parameter.detach().clone() for parameter in shared.parameters()]
+    for spelling in PROVIDERS[provider].spellings("step"):
+        work = PROVIDERS[provider].build(shared, "uniform", "step", spelling)
+        entry = Entry(provider, spelling, "uniform", work)
+        measure_first(entry, warm=True)
+        measure_rounds([entry], Settings(2, 0.0), stream.Stream(2**20), True, lambda _: None)
+        assert entry.calls > 0
+    for parameter, value in zip(shared.parameters(), before, strict=True):
+        torch.testing.assert_close(parameter.detach(), value, rtol=1e-7, atol=1e-9)
 
 
 def test_a_wrong_step_is_caught(shared: Shared) -> None:
