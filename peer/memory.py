@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ __all__ = ["empty_huge", "zeros_huge"]
 
 
 def empty_huge(
-    *size: int,
+    *size: int | Sequence[int],
     dtype: torch.dtype | None = None,
     device: torch.device | str | int | None = None,
 ) -> Tensor:
@@ -25,7 +25,7 @@ def empty_huge(
     and `copy.deepcopy`, do not keep the pages.
 
     Args:
-        size: of the tensor.
+        size: of the tensor, as numbers or as one sequence.
         dtype: by default torch's.
         device: by default torch's.
 
@@ -42,7 +42,7 @@ def empty_huge(
 
 
 def zeros_huge(
-    *size: int,
+    *size: int | Sequence[int],
     dtype: torch.dtype | None = None,
     device: torch.device | str | int | None = None,
 ) -> Tensor:
@@ -51,7 +51,7 @@ def zeros_huge(
     For the state of an optimizer that touches few rows of a table.
 
     Args:
-        size: of the tensor.
+        size: of the tensor, as numbers or as one sequence.
         dtype: by default torch's.
         device: by default torch's. Elsewhere than on the CPU this is `torch.zeros`.
 
@@ -69,12 +69,13 @@ def zeros_huge(
 def _make(
     on_huge_pages: Callable[..., Tensor],
     elsewhere: Callable[..., Tensor],
-    size: tuple[int, ...],
+    size: tuple[int | Sequence[int], ...],
     dtype: torch.dtype | None,
     device: torch.device | str | int | None,
 ) -> Tensor:
     # What torch would make here, under the default device and any mode that is active.
     example = torch.empty(0, dtype=dtype, device=device)
+    sizes = size[0] if len(size) == 1 and isinstance(size[0], Sequence) else size
     if example.device.type != "cpu" or type(example) is not Tensor:
-        return elsewhere(size, dtype=dtype, device=device)
-    return on_huge_pages(size, example.dtype)
+        return elsewhere(sizes, dtype=dtype, device=device)
+    return on_huge_pages(sizes, example.dtype)

@@ -7,39 +7,41 @@
 #include <cmath>
 #include <cstdint>
 
+#include "kernels/host_device.h"
+
 namespace peer {
 
 enum class Activation : int32_t { gelu, gelu_tanh, relu, silu, identity, relu2 };
 
 template <class Real>
-static inline Real standard_normal_cdf(Real z) {
+PEER_HOST_DEVICE static inline Real standard_normal_cdf(Real z) {
   return Real(0.5) * (Real(1) + std::erf(z * Real(0.70710678118654752440)));
 }
 
 template <class Real>
-static inline Real standard_normal_pdf(Real z) {
+PEER_HOST_DEVICE static inline Real standard_normal_pdf(Real z) {
   return Real(0.39894228040143267794) * std::exp(Real(-0.5) * z * z);
 }
 
 // The argument of the hyperbolic tangent in gelu_tanh, sqrt(2 / pi)·(z + 0.044715·z³), and its
 // derivative.
 template <class Real>
-static inline Real gelu_tanh_inner(Real z) {
+PEER_HOST_DEVICE static inline Real gelu_tanh_inner(Real z) {
   return Real(0.79788456080286535588) * (z + Real(0.044715) * z * z * z);
 }
 
 template <class Real>
-static inline Real gelu_tanh_inner_derivative(Real z) {
+PEER_HOST_DEVICE static inline Real gelu_tanh_inner_derivative(Real z) {
   return Real(0.79788456080286535588) * (Real(1) + Real(0.134145) * z * z);
 }
 
 template <class Real>
-static inline Real sigmoid(Real z) {
+PEER_HOST_DEVICE static inline Real sigmoid(Real z) {
   return Real(1) / (Real(1) + std::exp(-z));
 }
 
 template <Activation activation, class Real>
-static inline Real activate(Real z) {
+PEER_HOST_DEVICE static inline Real activate(Real z) {
   if constexpr (activation == Activation::gelu) {
     return z * standard_normal_cdf(z);
   } else if constexpr (activation == Activation::gelu_tanh) {
@@ -58,7 +60,7 @@ static inline Real activate(Real z) {
 
 // The derivative at z; 0 at the kink of relu, as in PyTorch.
 template <Activation activation, class Real>
-static inline Real activate_derivative(Real z) {
+PEER_HOST_DEVICE static inline Real activate_derivative(Real z) {
   if constexpr (activation == Activation::gelu) {
     return standard_normal_cdf(z) + z * standard_normal_pdf(z);
   } else if constexpr (activation == Activation::gelu_tanh) {
@@ -79,7 +81,7 @@ static inline Real activate_derivative(Real z) {
 
 // Calls body.template operator()<activation>() for the activation chosen at run time.
 template <class Body>
-static inline void with_activation(Activation activation, Body&& body) {
+PEER_HOST_DEVICE static inline void with_activation(Activation activation, Body&& body) {
   switch (activation) {
     case Activation::gelu:
       return body.template operator()<Activation::gelu>();

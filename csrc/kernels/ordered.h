@@ -11,6 +11,8 @@
 #include <cstring>
 #include <limits>
 
+#include "kernels/host_device.h"
+
 namespace peer {
 
 template <class Real>
@@ -28,7 +30,7 @@ template <class Real>
 using ordered_t = typename OrderedInteger<Real>::type;
 
 template <class Real>
-static inline ordered_t<Real> to_ordered(Real score) {
+PEER_HOST_DEVICE static inline ordered_t<Real> to_ordered(Real score) {
   using Integer = ordered_t<Real>;
   if (score != score) {
     return std::numeric_limits<Integer>::max();
@@ -42,7 +44,7 @@ static inline ordered_t<Real> to_ordered(Real score) {
 
 // The score of which an integer is the order; of a NaN, some NaN, and of -0, 0.
 template <class Real>
-static inline Real from_ordered(ordered_t<Real> order) {
+PEER_HOST_DEVICE static inline Real from_ordered(ordered_t<Real> order) {
   using Integer = ordered_t<Real>;
   const Integer bits =
       order ^ ((order >> (8 * sizeof(Integer) - 1)) & std::numeric_limits<Integer>::max());

@@ -6,11 +6,13 @@
 
 #include <cstdint>
 
+#include "kernels/host_device.h"
+
 namespace peer {
 
 // The finalizer of SplitMix64: a bijection under which every bit of the result depends on every bit
 // of the argument.
-static inline uint64_t mix_bits(uint64_t x) {
+PEER_HOST_DEVICE static inline uint64_t mix_bits(uint64_t x) {
   x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
   x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
   return x ^ (x >> 31);
@@ -18,7 +20,7 @@ static inline uint64_t mix_bits(uint64_t x) {
 
 // One key from another and a number. The odd constant keeps the key 0 with the number 0 from being
 // a fixed point.
-static inline uint64_t derive_key(uint64_t key, uint64_t number) {
+PEER_HOST_DEVICE static inline uint64_t derive_key(uint64_t key, uint64_t number) {
   return mix_bits(key + mix_bits(number + 0x9e3779b97f4a7c15u));
 }
 
@@ -30,7 +32,7 @@ constexpr uint32_t kWeylStep = 0x9e3779b9u;
 // half, through a 32-bit finalizer of low bias (two rounds of xorshift and multiplication) into
 // which the upper half enters between the rounds. Word is uint32_t or a vector of it.
 template <class Word>
-static inline Word random_word(uint64_t row_key, Word column) {
+PEER_HOST_DEVICE static inline Word random_word(uint64_t row_key, Word column) {
   Word x = column * kWeylStep + uint32_t(row_key);
   x = (x ^ (x >> 16)) * 0x7feb352du;
   x += uint32_t(row_key >> 32);

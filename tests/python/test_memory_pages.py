@@ -104,6 +104,13 @@ def test_size_and_dtype_are_those_of_torch_empty(size, dtype):
     assert (table.shape, table.dtype, table.stride()) == (other.shape, other.dtype, other.stride())
 
 
+@pytest.mark.parametrize("make", [peer.empty_huge, peer.zeros_huge])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_size_may_be_one_sequence(make, device):
+    for size in ((), (3, 4), [3, 4], torch.Size([LARGE, 2])):
+        assert make(size, device=device).shape == torch.Size(size)
+
+
 @pytest.mark.parametrize("size", [(), (0, 5), (300, 4), (LARGE // 1024, 1024)])
 def test_zeros_are_zero_although_memory_was_used_before(size):
     for _ in range(3):

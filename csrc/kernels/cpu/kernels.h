@@ -9,18 +9,11 @@
 #include <type_traits>
 
 #include "kernels/activation.h"
+#include "kernels/rows.h"
 #include "kernels/types.h"
+#include "kernels/update_rule.h"
 
 namespace peer::cpu {
-
-// A table of expert rows. Rows are contiguous, but may lie further apart than they are long.
-template <class Element>
-struct Rows {
-  Element* data = nullptr;
-  int64_t stride = 0;
-
-  explicit operator bool() const { return data != nullptr; }
-};
 
 // A token's output is the sum of its parts, each the sum over so many of its experts: where there
 // are fewer tokens than threads, parts are shared out. Fixed, so that a token's result does not
@@ -132,32 +125,6 @@ struct ExpertPass {
   Rows<Element> out;
   Rows<Real> partial_sums;
   bool exceeds_caches;  // whether the rows of out that are written do, all together
-};
-
-// How a row's gradient g changes the row w and its state. Before anything else, w is multiplied by
-// `kept`, 1 - (learning rate)·(weight decay). With s, v and t the row's own numbers and m its row
-// of momentum:
-//
-//   rowwise_adagrad   s += mean(g²)
-//                     w -= lr·g / (sqrt(s) + eps)
-//   sgd               m = beta1·m + g, where momentum is given; else m stands for g
-//                     w -= lr·m, with nesterov lr·(g + beta1·m)
-//   rowwise_adam      t += 1
-//                     m = beta1·m + (1 - beta1)·g
-//                     v = beta2·v + (1 - beta2)·mean(g²)
-//                     w -= lr·m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps)
-enum class Rule : int32_t { rowwise_adagrad, sgd, rowwise_adam };
-
-template <class Table>
-struct UpdateRule {
-  using Real = accumulation_t<Table>;
-  Rule rule;
-  double lr, kept;
-  double eps = 0, beta1 = 0, beta2 = 0;
-  bool nesterov = false;
-  Rows<Table> momentum = {};       // (N, width), or none
-  Real* second_moments = nullptr;  // (N): s or v
-  int32_t* row_steps = nullptr;    // (N): t
 };
 
 // Updates the rows of a table by sums that are not stored. A work item is a row of source for

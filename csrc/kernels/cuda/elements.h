@@ -1,0 +1,129 @@
+// Elements of tables and inputs: reading them as what is accumulated, writing sums as what is
+// stored, 16 bytes at a time where addresses allow.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <cstring>
+
+#include "kernels/cuda/launch.h"
+#include "kernels/types.h"
+
+namespace peer::cuda {
+
+// How many elements of a type one lane reads at once: 16 bytes, the widest access there is.
+template <class Element>
+constexpr int kPack = 16 / int(sizeof(Element));
+
+template <class Element>
+__device__ accumulation_t<Element> widen(Element element) {
+  return element;
+}
+
+template <>
+__device__ inline float widen(BFloat16 element) {
+  const uint32_t bits = uint32_t(element.bits) << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+
+template <>
+__device__ inline float widen(Half element) {
+#ifdef __CUDA_ARCH__
+  float value;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(element.bits));
+  return value;
+#else
+  const uint32_t sign = uint32_t(element.bits & 0x8000u) << 16;
+  const uint32_t magnitude = element.bits & 0x7fffu;
+  float value;
+  if (magnitude >= 0x7c00u) {  // infinity and NaN
+    const uint32_t bits = sign | 0x7f800000u | (magnitude & 0x3ffu) << 13;
+    std::memcpy(&value, &bits, sizeof(value));
+    return value;
+  }
+  // Shifted into place, the exponent is 112 too small, for subnormals too.
+  const uint32_t bits = magnitude << 13;
+  std::memcpy(&value, &bits, sizeof(value));
+  value *= 0x1p112f;
+  return sign ? -value : value;
+#endif
+}
+
+// To nearest, ties to even.
+template <class Element>
+__device__ Element narrow(accumulation_t<Element> value) {
+  return value;
+}
+
+template <>
+__device__ inline BFloat16 narrow(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  const uint32_t rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+  return {uint16_t(value != value ? 0x7fc0u : rounded)};
+}
+
+template <>
+__device__ inline Half narrow(float value) {
+#ifdef __CUDA_ARCH__
+  Half half;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(half.bits) : "f"(value));
+  return half;
+#else
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  const uint32_t sign = bits >> 16 & 0x8000u;
+  const uint32_t magnitude = bits & 0x7fffffffu;
+  if (value != value) {
+    return {uint16_t(0x7e00u)};
+  }
+  if (magnitude >= 0x47800000u) {  // 65536 and more
+    return {uint16_t(sign | 0x7c00u)};
+  }
+  if (magnitude < 0x38800000u) {  // below 2^-14: adding 1/2 leaves a multiple of 2^-24
+    float absolute;
+    std::memcpy(&absolute, &magnitude, sizeof(absolute));
+    absolute += 0.5f;
+    uint32_t shifted;
+    std::memcpy(&shifted, &absolute, sizeof(shifted));
+    return {uint16_t(sign | (shifted - 0x3f000000u))};
+  }
+  const uint32_t rounded = magnitude - 0x38000000u + 0xfffu + (magnitude >> 13 & 1u);
+  return {uint16_t(sign | rounded >> 13)};
+#endif
+}
+
+// Consecutive elements, moved by one instruction where they fill a power of two of bytes up to 16.
+template <class Element, int count>
+struct alignas(count * sizeof(Element) <= 16 ? count * sizeof(Element) : 16) Elements {
+  Element values[count];
+};
+
+// Reads that will not be repeated soon, such as of table rows: past the first-level cache, which is
+// left to what all warps of a block read.
+template <class Element>
+__device__ Elements<Element, kPack<Element>> load_once(const Element* source) {
+  Elements<Element, kPack<Element>> elements;
+#ifdef __CUDA_ARCH__
+  uint32_t words[4];
+  asm("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+      : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+      : "l"(source));
+  std::memcpy(&elements, words, sizeof(elements));
+#else
+  std::memcpy(&elements, source, sizeof(elements));
+#endif
+  return elements;
+}
+
+// Whether rows can be read and written in whole packs: aligned, and all of the same number of them.
+template <class Element>
+bool is_packed(const Element* data, int64_t stride, int64_t width) {
+  return reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride % kPack<Element> == 0 &&
+         width % kPack<Element> == 0;
+}
+
+}  // namespace peer::cuda

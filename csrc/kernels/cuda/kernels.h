@@ -1,0 +1,221 @@
+// The CUDA passes as their callers see them: raw device pointers and sizes, and functions that
+// queue work on a stream and return. The CPU's counterparts are in kernels/cpu/kernels.h.
+//
+// Table is the element type of expert tables, Input that of activations: the table's own type or
+// that of its accumulation. No pass synchronises with the host, unless it says so; none adds floats
+// atomically; sums have an order that depends on shapes alone.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/activation.h"
+#include "kernels/cuda/launch.h"
+#include "kernels/rows.h"
+#include "kernels/types.h"
+#include "kernels/update_rule.h"
+
+namespace peer::cuda {
+
+// Token pass, forward: see kernels/cpu/kernels.h for the formulas. An index outside [0, experts)
+// ends the kernel with a message and a trap.
+template <class Table, class Input>
+struct TokenForward {
+  using Real = accumulation_t<Table>;
+  int64_t tokens;             // T
+  int64_t experts;            // N
+  int64_t experts_per_token;  // P
+  int64_t dim;                // D
+  int64_t dim_out;            // O
+  Activation activation;
+  const Input* x;                          // (T, D)
+  const Real* weights;                     // (T, P)
+  const int64_t* indices;                  // (T, P)
+  Rows<const Table> w_down, w_up, w_gate;  // (N, D), (N, O), (N, D) or none
+  Input* out;                              // (T, O)
+  Real* hidden;                            // (T, P)
+  Real* gate;                              // (T, P) where w_gate is given
+};
+
+template <class Table, class Input>
+struct TokenBackward {
+  using Real = accumulation_t<Table>;
+  int64_t tokens;
+  int64_t experts;
+  int64_t experts_per_token;
+  int64_t dim;
+  int64_t dim_out;
+  Activation activation;
+  const Input* grad_out;   // (T, O)
+  const Real* weights;     // (T, P)
+  const int64_t* indices;  // (T, P)
+  Rows<const Table> w_down, w_up, w_gate;
+  const Real* hidden;       // (T, P)
+  const Real* gate;         // (T, P) where w_gate is given
+  Input* grad_x;            // (T, D), or null
+  Real* grad_weights;       // (T, P)
+  Real* down_coefficients;  // (T, P)
+  Real* gate_coefficients;  // (T, P) where w_gate is given
+  Real* up_coefficients;    // (T, P)
+};
+
+template <class Table, class Input>
+void token_forward(const TokenForward<Table, Input>& pass, const Context& context);
+template <class Table, class Input>
+void token_backward(const TokenBackward<Table, Input>& pass, const Context& context);
+
+// A pair is one retrieval: token t's p-th expert has the pair number t·P + p. Pairs sorted by what
+// they contribute to, stably, and the work list over them; all in device memory, none of it known
+// to the host.
+//
+// A run of pairs with one owner is cut into chunks of at most kPairsPerChunk. A whole run goes to
+// its owner's row of the output; a piece of a longer run goes to a row of partial sums.
+constexpr int64_t kPairsPerChunk = 64;
+
+enum class OutputRows {
+  by_owner,  // row = owner: a dense gradient
+  compact,   // row = how many smaller owners occur: a sparse gradient's values
+};
+
+struct Chunk {
+  int32_t first, count;  // range of sorted pairs
+  int32_t row;           // row of the output, or of the partial sums
+  int32_t is_partial;
+};
+
+// The partial sums [first, first + count) that make up one row of the output.
+struct SplitRun {
+  int32_t first, count;
+  int32_t row;
+};
+
+// How many there are of each.
+struct ExpertPassCounts {
+  int32_t owners, chunks, split_runs, partial_rows;
+};
+
+struct SortedPairs {
+  int64_t count = 0;
+  std::shared_ptr<int32_t> owners;           // (count), ascending
+  std::shared_ptr<int32_t> numbers;          // (count)
+  std::shared_ptr<int32_t> distinct_owners;  // (count), of which counts->owners are set
+  std::shared_ptr<Chunk> chunks;             // (count), of which counts->chunks are set
+  std::shared_ptr<SplitRun> split_runs;      // (count / kPairsPerChunk)
+  std::shared_ptr<ExpertPassCounts> counts;  // (1)
+  // Bounds that the host knows, for grids and for memory.
+  int64_t most_partial_rows = 0;
+};
+
+// Owners and pair numbers are held in 32 bits: both counts must be below 2^31. An owner outside
+// [0, owner_count) ends the kernel with a message and a trap.
+SortedPairs sort_pairs(const int64_t* owners,
+                       int64_t count,
+                       int64_t owner_count,
+                       OutputRows rows,
+                       const Context& context);
+
+// Reads the number of distinct owners back: waits for the stream. What a sparse gradient needs to
+// know its size, and the one wait there is.
+int64_t count_distinct_owners(const SortedPairs& pairs, const Context& context);
+
+// Expert pass.
+//
+//   out[row] = Σ over the run's pairs of coefficients[pair]·source[pair / pairs_per_row]
+template <class Element, class Source>
+struct ExpertPass {
+  using Real = accumulation_t<Element>;
+  int64_t width;
+  int64_t pairs_per_row;
+  const Real* coefficients;  // by pair number
+  Rows<const Source> source;
+  Rows<Element> out;
+};
+
+template <class Element, class Source>
+void sum_pairs(const ExpertPass<Element, Source>& pass,
+               const SortedPairs& pairs,
+               const Context& context);
+
+// Updates the rows of a table by sums that are not stored.
+template <class Table, class Source>
+struct RowUpdate {
+  using Real = accumulation_t<Table>;
+  int64_t width;
+  Rows<Table> table;
+  UpdateRule<Table> rule;
+  bool stochastic_rounding;
+  uint64_t key;
+  Rows<const Source> source;
+  int64_t pairs_per_row = 1;
+  const Real* coefficients = nullptr;  // by pair number, or null: all one
+};
+
+// By the sums over sorted pairs, by_owner.
+template <class Table, class Source>
+void update_by_pairs(const RowUpdate<Table, Source>& update,
+                     const SortedPairs& pairs,
+                     const Context& context);
+// By the rows of source themselves: row i of `rows` updates row i of the table.
+template <class Table, class Source>
+void update_rows(const RowUpdate<Table, Source>& update, int64_t rows, const Context& context);
+
+// Retrieval by product keys: see kernels/cpu/retrieval.cpp. Query is float, double, BFloat16 or
+// Half; scores are in its accumulation type.
+template <class Query>
+struct Keys {
+  const Query* data;
+  int64_t count;        // keys per head
+  int64_t head_stride;  // 0 where the heads share their keys
+};
+
+template <class Query>
+struct Retrieval {
+  using Real = accumulation_t<Query>;
+  int64_t tokens;
+  int64_t heads;
+  int64_t half_width;  // dim_key / 2
+  int64_t k;           // at most kMostRetrieved
+  const Query* query;  // (T, H, dim_key)
+  Keys<Query> rows, columns;
+  Real* scores;      // (T, H, k)
+  int64_t* indices;  // (T, H, k)
+};
+
+constexpr int64_t kMostRetrieved = 64;
+
+template <class Query>
+void retrieve(const Retrieval<Query>& retrieval, const Context& context);
+
+// Which row and which column of the keys every retrieval took; in a head's own part of them where
+// heads do not share keys.
+struct KeyOwners {
+  int64_t retrievals;  // T·H
+  int64_t heads;
+  int64_t k;
+  int64_t columns;             // C
+  int64_t experts;             // R·C
+  int64_t row_head_stride;     // R, or 0 where the heads share keys
+  int64_t column_head_stride;  // C, or 0
+  const int64_t* indices;      // (T·H, k)
+  int64_t* row_owners;         // (T·H, k)
+  int64_t* column_owners;      // (T·H, k)
+};
+
+void find_key_owners(const KeyOwners& pass, const Context& context);
+
+// Weighted sums of rows:  out[i] = Σ_p coefficients[i, p]·table[indices[i, p]]
+template <class Table>
+struct GatherSum {
+  using Real = accumulation_t<Table>;
+  int64_t items;
+  int64_t terms;
+  int64_t width;
+  const Real* coefficients;  // (items, terms)
+  const int64_t* indices;    // (items, terms)
+  Rows<const Table> table;
+  Rows<Table> out;
+};
+
+template <class Table>
+void gather_sum(const GatherSum<Table>& pass, const Context& context);
+
+}  // namespace peer::cuda

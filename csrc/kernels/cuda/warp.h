@@ -1,0 +1,36 @@
+// What the lanes of a warp do together. All lanes take part in every call.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "kernels/cuda/launch.h"
+
+namespace peer::cuda {
+
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+__device__ inline int lane() { return int(threadIdx.x) % kWarp; }
+__device__ inline int warp_in_block() { return int(threadIdx.x) / kWarp; }
+
+template <class Value>
+__device__ Value broadcast(Value value, int source_lane) {
+  return __shfl_sync(kAllLanes, value, source_lane);
+}
+
+// The sum over the lanes, in every lane, always in the same order.
+template <class Value>
+__device__ Value sum_of_warp(Value value) {
+  for (int distance = kWarp / 2; distance > 0; distance /= 2) {
+    value += __shfl_xor_sync(kAllLanes, value, distance);
+  }
+  return value;
+}
+
+// How many lanes below this one hold true.
+__device__ inline int count_before(unsigned ballot) {
+  return __popc(ballot & ((1u << lane()) - 1));
+}
+
+}  // namespace peer::cuda

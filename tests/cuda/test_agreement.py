@@ -1,0 +1,203 @@
+"""The operators on a GPU against the same on a CPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import peer
+
+EPSILON = {
+    torch.float64: 1e-11,
+    torch.float32: 1e-5,
+    torch.bfloat16: 1e-2,
+    torch.float16: 2e-3,
+}
+ADVERSARIAL = ("nan", "inf", "opposite infinities", "zeros", "constant", "all -inf")
+
+
+def assert_close(a, b, dtype):
+    if a.is_sparse:
+        assert a.is_coalesced()
+        assert torch.equal(a.indices().cpu(), b.indices())
+        a, b = a.values(), b.values()
+    scale = max(1.0, float(b.double().abs().max())) if b.numel() else 1.0
+    torch.testing.assert_close(a.cpu(), b, rtol=EPSILON[dtype], atol=EPSILON[dtype] * scale)
+
+
+def run_experts(inputs, activation, sparse_grad):
+    out, hidden, gate = torch.ops.peer.expert_mlp(*inputs, activation, sparse_grad)
+    grads = torch.ops.peer.expert_mlp_backward(
+        out, *inputs, hidden, gate, activation, sparse_grad, (True,) * 5
+    )
+    return [out, hidden, gate, *(grad for grad in grads if grad is not None)]
+
+
+@pytest.mark.parametrize("sparse_grad", [False, True], ids=["dense", "sparse"])
+@pytest.mark.parametrize(
+    ("dim", "dim_out"), [(9, 7), (64, 64), (256, 264), (1024, 1024), (2056, 1000)]
+)
+def test_experts(make_expert_inputs, on_gpu, dtype, glu, sparse_grad, dim, dim_out):
+    inputs = make_expert_inputs(
+        tokens=70, per_token=40, experts=500, dim=dim, dim_out=dim_out, dtype=dtype, glu=glu
+    )
+    expected = run_experts(inputs, "gelu", sparse_grad)
+    for a, b in zip(run_experts(on_gpu(inputs), "gelu", sparse_grad), expected, strict=True):
+        assert_close(a, b, dtype)
+
+
+def test_every_activation(make_expert_inputs, on_gpu, activation, glu):
+    inputs = make_expert_inputs(tokens=30, dim=64, glu=glu)
+    expected = run_experts(inputs, activation, False)
+    for a, b in zip(run_experts(on_gpu(inputs), activation, False), expected, strict=True):
+        assert_close(a, b, torch.float32)
+
+
+@pytest.mark.parametrize("table_dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("x_dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_activations_and_tables_of_different_dtypes(
+    make_expert_inputs, on_gpu, x_dtype, table_dtype
+):
+    inputs = make_expert_inputs(tokens=20, dim=64, dtype=x_dtype, table_dtype=table_dtype)
+    expected = run_experts(inputs, "silu", True)
+    for a, b in zip(run_experts(on_gpu(inputs), "silu", True), expected, strict=True):
+        assert a.dtype == b.dtype
+        assert_close(a, b, max(x_dtype, table_dtype, key=EPSILON.__getitem__))
+
+
+@pytest.mark.parametrize("per_token", [1, 3, 16, 129, 1000])
+@pytest.mark.parametrize("tokens", [0, 1, 2, 500])
+def test_few_and_many_tokens_and_experts(make_expert_inputs, on_gpu, tokens, per_token):
+    inputs = make_expert_inputs(tokens=tokens, per_token=per_token, experts=2000, dim=32)
+    expected = run_experts(inputs, "gelu", True)
+    for a, b in zip(run_experts(on_gpu(inputs), "gelu", True), expected, strict=True):
+        assert_close(a, b, torch.float32)
+
+
+def test_tables_that_are_views_of_one_tensor(make_expert_inputs, on_gpu):
+    inputs = make_expert_inputs(tokens=40, experts=90, dim=72)
+    both = torch.stack([inputs.w_down, inputs.w_up], dim=1)
+    expected = run_experts(inputs, "gelu", False)
+    both_there = both.cuda()
+    moved = on_gpu(inputs)._replace(w_down=both_there[:, 0], w_up=both_there[:, 1])
+    for a, b in zip(run_experts(moved, "gelu", False), expected, strict=True):
+        assert_close(a, b, torch.float32)
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["shared keys", "keys per head"])
+@pytest.mark.parametrize(
+    ("rows", "columns", "k", "dim_key"),
+    [(7, 6, 4, 8), (64, 64, 16, 64), (300, 280, 64, 46), (1024, 1024, 16, 256), (5000, 3, 20, 32)],
+)
+def test_retrieval_of_exact_scores(
+    make_retrieval_inputs, on_gpu, dtype, shared, rows, columns, k, dim_key
+):
+    inputs = make_retrieval_inputs(
+        tokens=45,
+        heads=3,
+        rows=rows,
+        columns=columns,
+        dim_key=dim_key,
+        shared=shared,
+        dtype=dtype,
+        integers=True,
+    )
+    scores, indices = torch.ops.peer.product_key_topk(*inputs, k)
+    there = torch.ops.peer.product_key_topk(*on_gpu(inputs), k)
+    assert torch.equal(there[0].cpu(), scores)
+    assert torch.equal(there[1].cpu(), indices)
+
+
+@pytest.mark.parametrize("kind", ADVERSARIAL)
+def test_retrieval_of_special_values(make_retrieval_inputs, on_gpu, kind):
+    query, row_keys, col_keys = make_retrieval_inputs(
+        tokens=40, rows=200, columns=150, dim_key=2, integers=True
+    )
+    if kind == "nan":
+        row_keys[3::7] = float("nan")
+    elif kind == "inf":
+        row_keys[3::7], col_keys[5::9] = float("inf"), float("inf")
+    elif kind == "opposite infinities":
+        row_keys[3::7], col_keys[5::9] = float("inf"), -float("inf")
+    elif kind == "zeros":
+        query[::2] = -0.0
+    elif kind == "constant":
+        row_keys[:], col_keys[:] = 1.0, 1.0
+    else:
+        row_keys[:], query[:] = -float("inf"), 1.0
+    inputs = query, row_keys, col_keys
+    scores, indices = torch.ops.peer.product_key_topk(*inputs, 16)
+    there = torch.ops.peer.product_key_topk(*(t.cuda() for t in inputs), 16)
+    torch.testing.assert_close(there[0].cpu(), scores, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(there[1].cpu(), indices)
+
+
+def test_retrieval_of_random_scores(make_retrieval_inputs, on_gpu, dtype):
+    inputs = make_retrieval_inputs(
+        tokens=200, heads=4, rows=1024, columns=1024, dim_key=256, dtype=dtype
+    )
+    scores, _ = torch.ops.peer.product_key_topk(*inputs, 16)
+    there, indices = torch.ops.peer.product_key_topk(*on_gpu(inputs), 16)
+    assert_close(there, scores, torch.float32 if dtype != torch.float64 else dtype)
+    assert all(len(ids.unique()) == 16 for ids in indices.flatten(0, 1).cpu())
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["shared keys", "keys per head"])
+def test_retrieval_backward(make_retrieval_inputs, on_gpu, dtype, shared):
+    inputs = make_retrieval_inputs(
+        tokens=300, heads=3, rows=40, columns=50, dim_key=46, dtype=dtype, shared=shared
+    )
+    scores, indices = torch.ops.peer.product_key_topk(*inputs, 16)
+    arguments = (scores.sin(), *inputs, indices)
+    expected = torch.ops.peer.product_key_topk_backward(*arguments, (True,) * 3)
+    moved = (t.cuda() for t in arguments)
+    for a, b in zip(
+        torch.ops.peer.product_key_topk_backward(*moved, (True,) * 3), expected, strict=True
+    ):
+        assert_close(a, b, dtype)
+
+
+OPTIMIZERS = {
+    "adagrad": (peer.optim.RowwiseAdagrad, {"lr": 0.1, "weight_decay": 0.1}),
+    "sgd": (peer.optim.SGD, {"lr": 0.1}),
+    "nesterov": (peer.optim.SGD, {"lr": 0.1, "momentum": 0.8, "nesterov": True}),
+    "adam": (peer.optim.RowwiseAdam, {"lr": 0.1}),
+}
+
+
+@pytest.mark.parametrize("width", [9, 64, 1024, 3000])
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_optimizers(kind, dtype, width):
+    """The same sparse gradients: equal up to the last bits of the arithmetic."""
+    optimizer_class, options = OPTIMIZERS[kind]
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(50, width, generator=generator).to(dtype)
+    table = torch.nn.Parameter(values.clone())
+    there = torch.nn.Parameter(values.cuda())
+    optimizer = optimizer_class([table], stochastic_rounding=False, **options)
+    optimizer_there = optimizer_class([there], stochastic_rounding=False, **options)
+    for _ in range(3):
+        ids = torch.randint(50, (200,), generator=generator)
+        rows = torch.randn(200, width, generator=generator).to(dtype)
+        table.grad = torch.sparse_coo_tensor(ids[None], rows, (50, width))
+        there.grad = torch.sparse_coo_tensor(ids[None].cuda(), rows.cuda(), (50, width))
+        optimizer.step()
+        optimizer_there.step()
+    epsilon = EPSILON[dtype] * 4
+    torch.testing.assert_close(there.detach().cpu(), table.detach(), rtol=epsilon, atol=epsilon)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_stochastic_rounding_draws_the_same_bits(dtype):
+    """With SGD and a power of two as learning rate all arithmetic is exact but the rounding."""
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(500, 40, generator=generator).to(dtype)
+    rows = torch.randn(500, 40, generator=generator).to(dtype)
+    tables = [values.clone(), values.cuda()]
+    for table in tables:
+        torch.ops.peer.sgd_(
+            table, None, None, rows.to(table.device), None, 2.0**-7, 0.0, False, 0.0, 5, 3, 1
+        )
+    assert torch.equal(tables[1].cpu(), tables[0])
+    nearest = (values.float() - 2.0**-7 * rows.float()).to(dtype)
+    assert not torch.equal(tables[0], nearest)

@@ -1,0 +1,96 @@
+"""Sizes at which 32-bit offsets, long runs of pairs and temporary memory would show."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import free_memory
+
+import peer
+
+GIB = 2**30
+
+
+def test_tables_of_more_than_two_to_the_31_elements():
+    rows, width = 2**21 + 5, 1032
+    if free_memory() < 14 * GIB:
+        pytest.skip("needs 14 GiB")
+    w_down = torch.empty(rows, width, dtype=torch.bfloat16, device="cuda").normal_(std=0.03)
+    w_up = torch.empty(rows, width, dtype=torch.bfloat16, device="cuda").normal_(std=0.03)
+    indices = torch.tensor([[rows - 1, 0, rows - 2, 2_080_768]], device="cuda")
+    x = torch.randn(1, width, device="cuda", dtype=torch.bfloat16)
+    weights = torch.rand(1, 4, device="cuda")
+    small = torch.arange(4, device="cuda")[None]
+    inputs = x, weights, indices, w_down, w_up, None
+    few = x, weights, small, w_down[indices[0]], w_up[indices[0]], None
+    out, hidden, gate = torch.ops.peer.expert_mlp(*inputs, "gelu")
+    expected, _, _ = torch.ops.peer.expert_mlp(*few, "gelu")
+    assert torch.equal(out, expected)
+    mask = (True, True, True, False, False)
+    grads = torch.ops.peer.expert_mlp_backward(out, *inputs, hidden, gate, "gelu", True, mask)
+    others = torch.ops.peer.expert_mlp_backward(out, *few, hidden, gate, "gelu", False, mask)
+    assert torch.equal(grads[0], others[0])
+    order = indices[0].argsort()
+    assert torch.equal(grads[2].indices()[0], indices[0][order])
+    assert torch.equal(grads[2].values(), others[2][order])
+    state = torch.zeros(rows, device="cuda")
+    before = w_down[rows - 1].clone()
+    torch.ops.peer.rowwise_adagrad_(w_down, state, indices, x, weights, 0.1, 1e-10, 0.0)
+    assert int(state.count_nonzero()) == 4
+    assert not torch.equal(w_down[rows - 1], before)
+
+
+def test_eight_million_pairs_with_hot_experts():
+    tokens, per_token, experts, width = 2**16, 128, 2**20, 64
+    generator = torch.Generator("cuda").manual_seed(0)
+    indices = torch.randint(experts, (tokens, per_token), device="cuda", generator=generator)
+    indices.view(-1)[1::120] = 12345  # 70,000 pairs of one expert
+    coefficients = torch.randn(tokens, per_token, device="cuda", generator=generator)
+    x = torch.randn(tokens, width, device="cuda", generator=generator)
+    table = torch.zeros(experts, width, device="cuda")
+    torch.ops.peer.sgd_(table, None, indices, x, coefficients, -1.0, 0.0, False, 0.0)
+    for expert in (12345, 0, experts - 1, 777):
+        token, place = (indices == expert).nonzero(as_tuple=True)
+        expected = (coefficients[token, place].double()[:, None] * x[token].double()).sum(0)
+        torch.testing.assert_close(table[expert].double(), expected, rtol=1e-4, atol=1e-2)
+
+
+def test_forward_needs_no_gathered_rows():
+    """T·P·D elements would be 2 GiB; what is allocated is outputs and a few numbers per pair."""
+    tokens, per_token, width = 4096, 128, 1024
+    x = torch.randn(tokens, width, device="cuda", dtype=torch.bfloat16)
+    weights = torch.rand(tokens, per_token, device="cuda")
+    indices = torch.randint(5000, (tokens, per_token), device="cuda")
+    tables = [torch.randn(5000, width, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    out, _, _ = torch.ops.peer.expert_mlp(x, weights, indices, *tables, None, "gelu")
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated() - before
+    assert peak <= out.numel() * 2 + 6 * tokens * per_token * 4
+
+
+def test_a_fused_update_makes_no_gradient_of_the_tables():
+    pool = peer.ExpertPool(
+        1024,
+        num_experts=2**18,
+        num_experts_per_token=128,
+        sparse_grad=True,
+        device="cuda",
+        dtype=torch.bfloat16,
+    )
+    peer.optim.RowwiseAdagrad(pool.parameters(), lr=0.1).fuse_into_backward(pool)
+    peaks = []
+    for _ in range(2):  # the first makes the optimizer's state
+        x = torch.randn(2048, 1024, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        weights = torch.rand(2048, 128, device="cuda")
+        indices = torch.randint(2**18, (2048, 128), device="cuda")
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        pool(x, weights, indices).float().square().sum().backward()
+        torch.cuda.synchronize()
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+    # Even the rows that occur would take 600 MiB for both tables.
+    assert peaks[1] <= 128 * 2**20

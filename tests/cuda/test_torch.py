@@ -1,0 +1,274 @@
+"""How the operators behave under Torch on a GPU: autograd, graphs, streams, compile, errors."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+import peer
+
+TABLES = ("w_down", "w_up", "w_gate")
+
+
+def bits(tensor):
+    dense = tensor.coalesce().values() if tensor.is_sparse else tensor
+    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return dense.detach().contiguous().view(integers[dense.element_size()])
+
+
+def assert_same_bits(one, other):
+    for a, b in zip(one, other, strict=True):
+        assert torch.equal(bits(a), bits(b))
+
+
+def make_layer(**options):
+    torch.manual_seed(0)
+    options = {"num_experts": 32**2, "heads": 4, "num_experts_per_head": 8, **options}
+    return peer.PEER(64, dim_key=32, device="cuda", **options)
+
+
+def train(layer, x):
+    layer.zero_grad(set_to_none=True)
+    x = x.detach().clone().requires_grad_()
+    y = layer(x)
+    y.square().sum().backward()
+    return [y, x.grad, *(p.grad for p in layer.parameters())]
+
+
+def test_gradients_are_those_of_finite_differences(make_expert_inputs, make_retrieval_inputs, glu):
+    inputs = make_expert_inputs(dtype=torch.float64, glu=glu)
+    leaves = [t if t is None else t.cuda() for t in inputs]
+    leaves = [t.requires_grad_() if t is not None and t.is_floating_point() else t for t in leaves]
+    assert torch.autograd.gradcheck(peer.functional.expert_mlp, leaves, nondet_tol=0.0)
+    assert torch.autograd.gradgradcheck(peer.functional.expert_mlp, leaves)
+    retrieval = [
+        t.cuda().requires_grad_() for t in make_retrieval_inputs(tokens=3, dtype=torch.float64)
+    ]
+
+    def scores(*tensors):
+        return peer.functional.product_key_topk(*tensors, k=4)[0]
+
+    assert torch.autograd.gradcheck(scores, retrieval)
+
+
+def test_opcheck(make_expert_inputs, make_retrieval_inputs, on_gpu):
+    inputs = on_gpu(make_expert_inputs(glu=True)).requiring_grad()
+    torch.library.opcheck(torch.ops.peer.expert_mlp.default, (*inputs, "gelu"))
+    retrieval = on_gpu(make_retrieval_inputs()).requiring_grad()
+    torch.library.opcheck(torch.ops.peer.product_key_topk.default, (*retrieval, 4))
+
+
+@pytest.mark.parametrize("sparse_grad", [False, True], ids=["dense", "sparse"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_same_bits_in_every_run(dtype, sparse_grad):
+    layer = make_layer(sparse_grad=sparse_grad, dtype=dtype)
+    x = torch.randn(700, 64, device="cuda", dtype=dtype)
+    first = train(layer, x)
+    for _ in range(5):
+        assert_same_bits(train(layer, x), first)
+
+
+def test_a_token_gets_the_same_bits_alone_and_in_a_batch(make_expert_inputs, on_gpu, dtype, glu):
+    inputs = on_gpu(
+        make_expert_inputs(tokens=600, per_token=70, experts=300, dim=136, dtype=dtype, glu=glu)
+    )
+    x, weights, indices, *tables = inputs
+    together = torch.ops.peer.expert_mlp(*inputs, "gelu", False)
+    backward = torch.ops.peer.expert_mlp_backward(
+        together[0], *inputs, *together[1:], "gelu", False, (True, True, False, False, False)
+    )
+    for t in range(0, 600, 97):
+        part = x[t : t + 1], weights[t : t + 1], indices[t : t + 1], *tables
+        alone = torch.ops.peer.expert_mlp(*part, "gelu", False)
+        assert_same_bits(alone[:1], [together[0][t : t + 1]])
+        grads = torch.ops.peer.expert_mlp_backward(
+            alone[0], *part, *alone[1:], "gelu", False, (True, True, False, False, False)
+        )
+        assert_same_bits(grads[:2], [grad[t : t + 1] for grad in backward[:2]])
+
+
+def test_on_a_stream_of_its_own():
+    layer = make_layer()
+    x = torch.randn(300, 64, device="cuda")
+    expected = train(layer, x)
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(20_000_000)  # so that work on another stream would come too early
+        late = x * 1
+        found = train(layer, late)
+    stream.synchronize()
+    assert_same_bits(found, expected)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_on_a_device_that_is_not_the_current_one(make_expert_inputs):
+    inputs = [t if t is None else t.to("cuda:1") for t in make_expert_inputs()]
+    with torch.cuda.device(0):
+        out = torch.ops.peer.expert_mlp(*inputs, "gelu", True)[0]
+    assert out.device == torch.device("cuda:1")
+    expected = torch.ops.peer.expert_mlp(*make_expert_inputs(), "gelu", True)[0]
+    torch.testing.assert_close(out.cpu(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_graph_replays_forward_and_backward():
+    layer = make_layer(query_norm="layer")
+    x = torch.randn(300, 64, device="cuda", requires_grad=True)
+
+    def step():
+        for parameter in (x, *layer.parameters()):
+            if parameter.grad is not None:
+                parameter.grad.zero_()
+        y = layer(x)
+        y.square().sum().backward()
+        return y
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = step()
+    with torch.no_grad():
+        x.copy_(torch.randn(300, 64, device="cuda"))
+    graph.replay()
+    found = [t.clone() for t in (y, x.grad, *(p.grad for p in layer.parameters()))]
+    assert_same_bits([t + 0.0 for t in found], [t + 0.0 for t in train(layer, x)])
+
+
+def test_a_graph_replays_fused_updates(make_expert_inputs, on_gpu):
+    """The coefficients of the backward pass and the update by them, without a gradient between."""
+    inputs = on_gpu(make_expert_inputs(tokens=200, per_token=16, experts=300, dim=64))
+    x, weights, indices, w_down, w_up, _ = inputs
+    state = torch.zeros(300, device="cuda")
+
+    def update(table, state):
+        out, hidden, gate = torch.ops.peer.expert_mlp(
+            x, weights, indices, table, w_up, None, "gelu", False
+        )
+        _, _, coefficients, _, _ = torch.ops.peer.expert_mlp_backward_coefficients(
+            out, x, weights, indices, table, w_up, None, hidden, gate, "gelu"
+        )
+        torch.ops.peer.rowwise_adagrad_(table, state, indices, x, coefficients, 0.1, 1e-10, 0.0)
+
+    expected_table, expected_state = w_down.clone(), state.clone()
+    for _ in range(4):
+        update(expected_table, expected_state)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    warm_table, warm_state = w_down.clone(), state.clone()
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        update(warm_table, warm_state)
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        update(w_down, state)
+    for _ in range(4):
+        graph.replay()
+    assert_same_bits([w_down, state], [expected_table, expected_state])
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_under_compile(mode):
+    layer = make_layer()
+    x = torch.randn(200, 64, device="cuda")
+    expected = [t.clone() for t in train(copy.deepcopy(layer), x)]
+    compiled = torch.compile(layer, mode=mode, fullgraph=True)
+    for _ in range(3):
+        torch.compiler.cudagraph_mark_step_begin()
+        layer.zero_grad(set_to_none=True)
+        leaf = x.clone().requires_grad_()
+        y = compiled(leaf)
+        y.square().sum().backward()
+        found = [y, leaf.grad, *(p.grad for p in layer.parameters())]
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_under_autocast():
+    layer = make_layer()
+    x = torch.randn(200, 64, device="cuda")
+    with torch.autocast("cuda", torch.bfloat16):
+        y = layer(x)
+    assert y.dtype == torch.bfloat16
+    y.float().square().sum().backward()
+    assert all(p.grad is not None for p in layer.parameters())
+
+
+@pytest.mark.parametrize("kind", ["RowwiseAdagrad", "SGD", "RowwiseAdam"])
+@pytest.mark.parametrize("hot", [False, True], ids=["spread", "hot expert"])
+def test_an_update_fused_into_backward_equals_a_gradient_and_a_step(kind, hot):
+    torch.manual_seed(0)
+    pool = peer.ExpertPool(
+        72, num_experts=300, num_experts_per_token=32, sparse_grad=True, device="cuda"
+    )
+    fused = copy.deepcopy(pool)
+    optimizer, fused_optimizer = (
+        getattr(peer.optim, kind)(each.parameters(), lr=0.1) for each in (pool, fused)
+    )
+    fused_optimizer.fuse_into_backward(fused)
+    for _ in range(3):
+        x = torch.randn(400, 72, device="cuda", requires_grad=True)
+        weights = torch.rand(400, 4, 8, device="cuda", requires_grad=True)
+        indices = torch.randint(300, (400, 4, 8), device="cuda")
+        if hot:
+            indices[torch.rand(indices.shape, device="cuda") < 0.8] = 7
+        pool(x, weights, indices).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        fused(x, weights, indices).square().sum().backward()
+        assert_same_bits(fused.parameters(), pool.parameters())
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+def test_an_index_out_of_range_ends_in_an_error_that_names_it(run_python, backward):
+    """In a process of its own: the device is of no use afterwards."""
+    snippet = """
+import json, sys, torch, peer
+inputs = [torch.randn(3, 8), torch.rand(3, 4), torch.zeros(3, 4, dtype=torch.long)]
+inputs = [t.cuda() for t in (*inputs, torch.randn(5, 8), torch.randn(5, 8))]
+hidden = torch.zeros(3, 4, device="cuda")
+inputs[2][1, 2] = int(sys.argv[2])
+try:
+    if sys.argv[1] == "True":
+        torch.ops.peer.expert_mlp_backward(
+            inputs[0], *inputs, None, hidden, hidden[:0, 0], "gelu", True, (True,) * 5
+        )
+    else:
+        torch.ops.peer.expert_mlp(*inputs, None, "gelu")
+    torch.cuda.synchronize()
+    print(json.dumps("nothing"))
+except RuntimeError as error:
+    print(json.dumps(str(error)))
+"""
+    for bad in (5, -1, 2**40):
+        assert "CUDA" in run_python(snippet, backward, bad)
+
+
+def test_more_than_64_per_head_is_refused(make_retrieval_inputs, on_gpu):
+    inputs = on_gpu(make_retrieval_inputs(rows=20, columns=20))
+    with pytest.raises(ValueError, match="64"):
+        torch.ops.peer.product_key_topk(*inputs, 65)
+
+
+def test_tensors_on_different_devices_are_refused(make_expert_inputs, on_gpu):
+    inputs = on_gpu(make_expert_inputs())
+    for name in ("x", "indices", "w_up"):
+        mixed = inputs._replace(**{name: getattr(inputs, name).cpu()})
+        with pytest.raises(RuntimeError):
+            torch.ops.peer.expert_mlp(*mixed, "gelu", False)
+
+
+def test_a_layer_moves_to_the_gpu_and_back():
+    torch.manual_seed(0)
+    layer = peer.PEER(64, num_experts=32**2, heads=4, num_experts_per_head=8, dim_key=32).eval()
+    x = torch.randn(50, 64)
+    expected = layer(x)
+    there = layer.cuda()(x.cuda())
+    torch.testing.assert_close(there.cpu(), expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(layer.cpu()(x), expected)

@@ -1,0 +1,317 @@
+#include "grid_player.h"
+
+#include <algorithm>
+#include <chrono>
+#include <condition_variable>
+#include <cstring>
+#include <exception>
+#include <memory>
+#include <mutex>
+#include <stdexcept>
+#include <string>
+#include <thread>
+#include <vector>
+
+#ifndef PEER_PLAY_WITH_THREADS
+#include <ucontext.h>
+#endif
+
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#endif
+
+namespace {
+
+constexpr size_t kSharedBytes = 227 << 10;  // what a block may have on sm_90
+
+}  // namespace
+
+alignas(16) unsigned char peer_shared_memory[kSharedBytes];
+
+namespace peer::test {
+
+namespace {
+
+constexpr unsigned kWarp = 32;
+
+// Threads that wait for each other, again and again. Lanes of a warp leave what they exchange here,
+// in turns, so that a lane's next contribution does not meet those that are still being read.
+struct Meeting {
+  unsigned members = 0;
+  unsigned arrived = 0;
+  unsigned round = 0;
+  alignas(16) unsigned char contributions[2][kWarp][16];
+};
+
+struct Player {
+  Place place;
+  Meeting* warp = nullptr;
+  unsigned exchanges = 0;
+};
+
+thread_local Player* current = nullptr;
+
+void prepare_shared_memory(size_t bytes) {
+  if (bytes > kSharedBytes) {
+    throw std::logic_error("a block asks for " + std::to_string(bytes) +
+                           " bytes of shared memory, more than there are");
+  }
+#ifdef __SANITIZE_ADDRESS__
+  ASAN_UNPOISON_MEMORY_REGION(peer_shared_memory, kSharedBytes);
+#endif
+  std::memset(peer_shared_memory, 0xa5, kSharedBytes);
+#ifdef __SANITIZE_ADDRESS__
+  ASAN_POISON_MEMORY_REGION(peer_shared_memory + bytes, kSharedBytes - bytes);
+#endif
+}
+
+// What both ways of playing have alike: the players of one block, and where they meet.
+struct Block {
+  explicit Block(const GridShape& shape) : players(shape.threads), warps(shape.threads / kWarp) {
+    if (shape.threads % kWarp != 0) {
+      throw std::logic_error("a block of " + std::to_string(shape.threads) +
+                             " threads is not made of whole warps");
+    }
+    whole.members = shape.threads;
+    for (Meeting& warp : warps) {
+      warp.members = kWarp;
+    }
+    for (unsigned t = 0; t < shape.threads; ++t) {
+      players[t].place = {t, 0, shape.threads, shape.blocks};
+      players[t].warp = &warps[t / kWarp];
+    }
+  }
+
+  void begin(unsigned block, size_t shared_bytes) {
+    prepare_shared_memory(shared_bytes);
+    for (Player& player : players) {
+      player.place.block = block;
+    }
+  }
+
+  std::vector<Player> players;
+  Meeting whole;
+  std::vector<Meeting> warps;
+  std::exception_ptr failure;
+};
+
+Block* block_played = nullptr;
+
+}  // namespace
+
+#ifdef PEER_PLAY_WITH_THREADS
+
+namespace {
+
+std::mutex mutex;
+std::condition_variable moved;
+bool is_over = false;  // some thread failed: nobody waits any more
+
+struct Abandoned {};
+
+void meet(Meeting& meeting) {
+  std::unique_lock lock(mutex);
+  if (is_over) {
+    throw Abandoned();
+  }
+  const unsigned round = meeting.round;
+  if (++meeting.arrived == meeting.members) {
+    meeting.arrived = 0;
+    ++meeting.round;
+    moved.notify_all();
+    return;
+  }
+  // Long enough for the slowest sanitizer, short enough to tell a deadlock.
+  const bool met = moved.wait_for(lock, std::chrono::seconds(60),
+                                  [&] { return meeting.round != round || is_over; });
+  if (!met) {
+    throw std::logic_error("threads wait for others that do not come");
+  }
+  if (meeting.round == round) {
+    throw Abandoned();
+  }
+}
+
+}  // namespace
+
+void play_grid(const GridShape& shape, const std::function<void()>& body) {
+  Block block(shape);
+  block_played = &block;
+  is_over = false;
+  for (unsigned b = 0; b < shape.blocks && !block.failure; ++b) {
+    block.begin(b, shape.shared_bytes);
+    std::vector<std::thread> threads;
+    for (Player& player : block.players) {
+      threads.emplace_back([&] {
+        current = &player;
+        try {
+          body();
+        } catch (const Abandoned&) {
+        } catch (...) {
+          const std::lock_guard lock(mutex);
+          if (!block.failure) {
+            block.failure = std::current_exception();
+          }
+          is_over = true;
+          moved.notify_all();
+        }
+      });
+    }
+    for (std::thread& thread : threads) {
+      thread.join();
+    }
+  }
+  if (block.failure) {
+    std::rethrow_exception(block.failure);
+  }
+}
+
+#else
+
+namespace {
+
+// A thread of a block, with a stack of its own.
+struct Fiber {
+  static constexpr size_t kStackBytes = 256 << 10;
+  std::unique_ptr<unsigned char[]> stack{new unsigned char[kStackBytes]};
+  ucontext_t context;
+  bool has_returned = false;
+};
+
+struct Scheduler {
+  ucontext_t context;
+  Fiber* running = nullptr;
+  const std::function<void()>* body = nullptr;
+  unsigned moves = 0;  // of any player: without one in a whole turn, there is a deadlock
+  const void* stack = nullptr;
+  size_t stack_bytes = 0;
+};
+
+Scheduler scheduler;
+
+// AddressSanitizer must be told that the stack changes.
+void before_switch([[maybe_unused]] void** fake_stack,
+                   [[maybe_unused]] const void* stack,
+                   [[maybe_unused]] size_t bytes) {
+#ifdef __SANITIZE_ADDRESS__
+  __sanitizer_start_switch_fiber(fake_stack, stack, bytes);
+#endif
+}
+
+void after_switch([[maybe_unused]] void* fake_stack, [[maybe_unused]] bool from_scheduler) {
+#ifdef __SANITIZE_ADDRESS__
+  const void** stack = from_scheduler ? &scheduler.stack : nullptr;
+  __sanitizer_finish_switch_fiber(fake_stack, stack,
+                                  from_scheduler ? &scheduler.stack_bytes : nullptr);
+#endif
+}
+
+void run_until_waiting(Fiber& fiber) {
+  scheduler.running = &fiber;
+  void* fake_stack = nullptr;
+  before_switch(&fake_stack, fiber.stack.get(), Fiber::kStackBytes);
+  swapcontext(&scheduler.context, &fiber.context);
+  after_switch(fake_stack, false);
+}
+
+void wait_for_turn() {
+  Fiber& fiber = *scheduler.running;
+  Player* const player = current;
+  void* fake_stack = nullptr;
+  before_switch(&fake_stack, scheduler.stack, scheduler.stack_bytes);
+  swapcontext(&fiber.context, &scheduler.context);
+  after_switch(fake_stack, true);
+  current = player;
+}
+
+void run_fiber() {
+  after_switch(nullptr, true);
+  try {
+    (*scheduler.body)();
+  } catch (...) {
+    if (!block_played->failure) {
+      block_played->failure = std::current_exception();
+    }
+  }
+  scheduler.running->has_returned = true;
+  ++scheduler.moves;
+  before_switch(nullptr, scheduler.stack, scheduler.stack_bytes);
+  setcontext(&scheduler.context);
+}
+
+void begin_fiber(Fiber& fiber) {
+  fiber.has_returned = false;
+  getcontext(&fiber.context);
+  fiber.context.uc_stack = {};
+  fiber.context.uc_stack.ss_sp = fiber.stack.get();
+  fiber.context.uc_stack.ss_size = Fiber::kStackBytes;
+  fiber.context.uc_link = nullptr;
+  makecontext(&fiber.context, run_fiber, 0);
+}
+
+void meet(Meeting& meeting) {
+  ++scheduler.moves;
+  const unsigned round = meeting.round;
+  if (++meeting.arrived == meeting.members) {
+    meeting.arrived = 0;
+    ++meeting.round;
+    return;
+  }
+  while (meeting.round == round) {
+    wait_for_turn();
+  }
+}
+
+}  // namespace
+
+void play_grid(const GridShape& shape, const std::function<void()>& body) {
+  Block block(shape);
+  block_played = &block;
+  scheduler.body = &body;
+  // Stacks outlive the grid: making them takes longer than playing a small one.
+  static std::vector<Fiber> fibers;
+  if (fibers.size() < shape.threads) {
+    fibers.resize(shape.threads);
+  }
+  for (unsigned b = 0; b < shape.blocks; ++b) {
+    block.begin(b, shape.shared_bytes);
+    std::for_each(fibers.begin(), fibers.begin() + shape.threads, begin_fiber);
+    for (unsigned remaining = shape.threads; remaining > 0;) {
+      const unsigned moves = scheduler.moves;
+      remaining = 0;
+      for (unsigned t = 0; t < shape.threads; ++t) {
+        if (!fibers[t].has_returned) {
+          current = &block.players[t];
+          run_until_waiting(fibers[t]);
+        }
+        if (block.failure) {  // the other fibers are left where they are
+          std::rethrow_exception(block.failure);
+        }
+        remaining += !fibers[t].has_returned;
+      }
+      if (remaining > 0 && scheduler.moves == moves) {
+        throw std::logic_error(std::to_string(remaining) +
+                               " threads wait for others that do not come");
+      }
+    }
+  }
+}
+
+#endif
+
+const Place& place() { return current->place; }
+
+void wait_for_block() { meet(block_played->whole); }
+
+void wait_for_warp() { meet(*current->warp); }
+
+const unsigned char* exchange_in_warp(const void* contribution, size_t size) {
+  Player& player = *current;
+  unsigned char (*slots)[16] = player.warp->contributions[player.exchanges++ % 2];
+  std::memcpy(slots[player.place.thread % kWarp], contribution, size);
+  wait_for_warp();
+  return slots[0];
+}
+
+}  // namespace peer::test

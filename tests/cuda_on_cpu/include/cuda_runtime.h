@@ -1,0 +1,207 @@
+// Stands in for CUDA's header where the kernels are compiled as C++ and played on the CPU: as much
+// of it as they use. Device memory is the host's, streams do everything at once.
+#pragma once
+
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <stdexcept>
+#include <utility>
+
+#include "../grid_player.h"
+
+#define __host__
+#define __device__
+#define __global__
+#define __shared__
+#define __forceinline__ inline
+#define __align__(bytes) __attribute__((aligned(bytes)))
+#define __launch_bounds__(...)
+
+// A coordinate of where the running thread stands; there is only x.
+template <unsigned peer::test::Place::* coordinate>
+struct Coordinate {
+  operator unsigned() const { return ::peer::test::place().*coordinate; }
+};
+
+template <unsigned peer::test::Place::* coordinate>
+struct Coordinates {
+  Coordinate<coordinate> x;
+};
+
+constexpr Coordinates<&peer::test::Place::thread> threadIdx;
+constexpr Coordinates<&peer::test::Place::block> blockIdx;
+constexpr Coordinates<&peer::test::Place::threads> blockDim;
+constexpr Coordinates<&peer::test::Place::blocks> gridDim;
+
+// Collectives.
+
+inline void __syncthreads() { ::peer::test::wait_for_block(); }
+
+inline void __check_all_lanes(unsigned mask) {
+  if (mask != 0xffffffffu) {
+    throw std::logic_error("a collective of less than a warp");
+  }
+}
+
+inline void __syncwarp(unsigned mask = 0xffffffffu) {
+  __check_all_lanes(mask);
+  ::peer::test::wait_for_warp();
+}
+
+template <class Value>
+Value __shfl_sync(unsigned mask, Value value, int source) {
+  static_assert(sizeof(Value) <= 8, "CUDA shuffles 4 or 8 bytes");
+  __check_all_lanes(mask);
+  const unsigned char* values = ::peer::test::exchange_in_warp(&value, sizeof(value));
+  Value result;
+  std::memcpy(&result, values + 16 * (source & 31), sizeof(result));
+  return result;
+}
+
+template <class Value>
+Value __shfl_xor_sync(unsigned mask, Value value, int distance) {
+  return __shfl_sync(mask, value, int(threadIdx.x % 32) ^ distance);
+}
+
+template <class Value>
+Value __shfl_up_sync(unsigned mask, Value value, unsigned distance) {
+  const int lane = int(threadIdx.x % 32);
+  return __shfl_sync(mask, value, lane >= int(distance) ? lane - int(distance) : lane);
+}
+
+template <class Value>
+Value __shfl_down_sync(unsigned mask, Value value, unsigned distance) {
+  const int lane = int(threadIdx.x % 32);
+  return __shfl_sync(mask, value, lane + int(distance) < 32 ? lane + int(distance) : lane);
+}
+
+inline unsigned __ballot_sync(unsigned mask, int predicate) {
+  __check_all_lanes(mask);
+  const unsigned char holds = predicate != 0;
+  const unsigned char* all = ::peer::test::exchange_in_warp(&holds, 1);
+  unsigned ballot = 0;
+  for (int lane = 0; lane < 32; ++lane) {
+    ballot |= unsigned(all[16 * lane]) << lane;
+  }
+  return ballot;
+}
+
+inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
+
+inline int __all_sync(unsigned mask, int predicate) {
+  return __ballot_sync(mask, predicate) == 0xffffffffu;
+}
+
+template <class Value, class Combine>
+Value __reduce_in_warp(unsigned mask, Value value, Combine combine) {
+  __check_all_lanes(mask);
+  const unsigned char* all = ::peer::test::exchange_in_warp(&value, sizeof(value));
+  Value result;
+  std::memcpy(&result, all, sizeof(result));
+  for (int lane = 1; lane < 32; ++lane) {
+    std::memcpy(&value, all + 16 * lane, sizeof(value));
+    result = combine(result, value);
+  }
+  return result;
+}
+
+inline int __reduce_add_sync(unsigned mask, int value) {
+  return __reduce_in_warp(mask, value, [](int a, int b) { return a + b; });
+}
+
+inline unsigned __reduce_add_sync(unsigned mask, unsigned value) {
+  return __reduce_in_warp(mask, value, [](unsigned a, unsigned b) { return a + b; });
+}
+
+inline int __reduce_max_sync(unsigned mask, int value) {
+  return __reduce_in_warp(mask, value, [](int a, int b) { return a < b ? b : a; });
+}
+
+inline int __reduce_min_sync(unsigned mask, int value) {
+  return __reduce_in_warp(mask, value, [](int a, int b) { return a < b ? a : b; });
+}
+
+// Arithmetic.
+
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+inline int __ffs(int bits) { return __builtin_ffs(bits); }
+inline int __clz(int bits) { return bits == 0 ? 32 : __builtin_clz(unsigned(bits)); }
+
+[[noreturn]] inline void __trap() { throw std::runtime_error("a kernel trapped"); }
+
+// The runtime.
+
+using cudaStream_t = void*;
+
+struct dim3 {
+  dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+  unsigned x, y, z;
+};
+
+enum cudaError_t { cudaSuccess, cudaErrorInvalidValue };
+enum cudaDeviceAttr {
+  cudaDevAttrMultiProcessorCount,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin,
+  cudaDevAttrMaxThreadsPerMultiProcessor,
+};
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+enum cudaMemcpyKind { cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice };
+
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes = 0;
+  cudaStream_t stream = nullptr;
+};
+
+inline const char* cudaGetErrorString(cudaError_t) { return "invalid value"; }
+
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int /*device*/) {
+  switch (attribute) {
+    case cudaDevAttrMultiProcessorCount:
+      *value = 3;
+      break;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+      *value = 227 << 10;
+      break;
+    case cudaDevAttrMaxThreadsPerMultiProcessor:
+      *value = 2048;
+      break;
+  }
+  return cudaSuccess;
+}
+
+inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
+
+inline cudaError_t cudaMemsetAsync(void* target, int value, size_t bytes, cudaStream_t) {
+  std::memset(target, value, bytes);
+  return cudaSuccess;
+}
+
+inline cudaError_t cudaMemcpyAsync(void* target,
+                                   const void* source,
+                                   size_t bytes,
+                                   cudaMemcpyKind,
+                                   cudaStream_t) {
+  std::memcpy(target, source, bytes);
+  return cudaSuccess;
+}
+
+inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
+
+template <class... Parameters, class... Arguments>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config,
+                               void (*kernel)(Parameters...),
+                               Arguments&&... arguments) {
+  if (config->gridDim.x == 0 || config->blockDim.x == 0 || config->blockDim.x > 1024) {
+    return cudaErrorInvalidValue;
+  }
+  ::peer::test::play_grid({config->gridDim.x, config->blockDim.x, config->dynamicSmemBytes},
+                          [&] { kernel(arguments...); });
+  return cudaSuccess;
+}
