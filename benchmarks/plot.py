@@ -37,6 +37,7 @@ MODES = {
     "step": "training step",
     "experts-forward": "experts forward",
     "experts-backward": "experts backward",
+    "routing": "query projection + retrieval",
     "retrieval": "retrieval",
     "selection": "selection",
     "optimizer": "optimizer",
@@ -44,6 +45,7 @@ MODES = {
 COLORS = {
     "peer": "#c2410c",
     "peer-fused": "#f59e0b",
+    "peer-graph": "#92400e",
     "peer-dense-grad": "#fdba74",
     "eager": "#1e3a8a",
     "compiled": "#3b82f6",
@@ -83,7 +85,7 @@ def describe(row: Row, without: str = "") -> str:
     parts = [f"{names.get(n, n)}={row[n]}" for n in SIZES if n not in (without, "dtype", "threads")]
     if without != "dtype":
         parts.append(row["dtype"])
-    if without != "threads":
+    if without != "threads" and row["device"] == "cpu":
         parts.append(f"{row['threads']} threads")
     if without != "distribution":
         parts.append(row["distribution"])
@@ -96,6 +98,11 @@ def spell_time(seconds: float) -> str:
         if seconds * scale >= 1:
             return f"{seconds * scale:.3g} {unit}"
     return f"{seconds * 1e6:.2g} µs"
+
+
+def name_stream(row: Row) -> str:
+    """What bandwidth a row is compared with: read on a CPU, copied on a GPU."""
+    return "copy" if row["stream_formula"].startswith("copy") else "stream"
 
 
 def draw_bars(rows: list[Row], folder: Path) -> list[Path]:
@@ -123,7 +130,7 @@ def draw_bars(rows: list[Row], folder: Path) -> list[Path]:
                 axes.plot(spread, (place, place), color="black", linewidth=1)
                 text = f"  {spell_time(seconds)}"
                 if mode.startswith("experts") and row["stream_share"]:
-                    text += f", {100 * float(row['stream_share']):.0f} % of stream"
+                    text += f", {100 * float(row['stream_share']):.0f} % of {name_stream(row)}"
                 axes.text(max(seconds, spread[1]), place, text, va="center", fontsize=8)
                 ticks.append(place)
                 labels.append(f"{name} ({row['spelling']})" if row["spelling"] else name)
@@ -221,7 +228,7 @@ def _draw_sweep(field: str, rows: list[Row], path: Path) -> bool:
                 axes.set_xticks(range(len(values)), values, fontsize=7, rotation=45)
             axes.minorticks_off()
     grid[0][0].set_ylabel("time, median over rounds")
-    grid[1][0].set_ylabel("algorithmic bytes per second,\n% of stream bandwidth")
+    grid[1][0].set_ylabel(f"algorithmic bytes per second,\n% of {name_stream(rows[0])} bandwidth")
     handles: dict[str, object] = {}
     for axes in grid[0]:
         handles.update(zip(*axes.get_legend_handles_labels()[::-1], strict=True))

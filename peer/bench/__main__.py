@@ -12,10 +12,11 @@ from pathlib import Path
 import torch
 
 from peer.bench import rows as csv_rows
-from peer.bench.cases import DTYPES, MODES, PRESETS, list_plans
+from peer.bench.cases import DEVICES, DTYPES, MODES, PRESETS, list_plans
 from peer.bench.check import WrongResultError
 from peer.bench.distributions import parse_exponent
-from peer.bench.memory import HEADROOM, available
+from peer.bench.machine import ASSUMED_GPU, MachineError, Sizes, open_machine
+from peer.bench.memory import HEADROOM
 from peer.bench.providers import PROVIDERS
 from peer.bench.rows import HUGE_PAGES, uses_huge_pages
 from peer.bench.run import Listing, Options, list_entries, run_plans
@@ -25,6 +26,7 @@ from peer.bench.timing import Settings
 __all__ = ["main"]
 
 CAPABILITY = "PEER_CPU_CAPABILITY"
+DEFAULTS = {"cpu": "quick", "cuda": "cuda-targets"}  # presets
 GIB = 2**30
 
 SIZES = ("num_experts", "tokens", "dim", "heads", "k", "dim_key", "threads")
@@ -41,7 +43,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "commas, instead of the preset's; benchmarks/README.md describes the rows.",
     )
     add = parser.add_argument
-    add("--preset", choices=list(PRESETS), default="quick", help="what to measure")
+    add(
+        "--preset",
+        choices=list(PRESETS),
+        help=f"what to measure; default: {DEFAULTS['cpu']}, with --device cuda {DEFAULTS['cuda']}",
+    )
     add("--providers", help=f"out of {', '.join(PROVIDERS)}")
     add("--modes", help=f"out of {', '.join(MODES)}; backward includes forward")
     add("--distribution", help="of the ids: uniform, zipf:EXPONENT, router")
@@ -59,9 +65,15 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--stream-mib", type=int, help="size of the buffer that bandwidth is measured on")
     add("--max-memory", type=float, help="GiB to use at most; default: all but 2 GiB of the rest")
     add("--huge-pages", action="store_true", help=f"{HUGE_PAGES}=1: large tensors on huge pages")
-    add("--device", choices=["cpu"], default="cpu", help="where to measure")
+    add("--device", choices=list(DEVICES), default="cpu", help="where to measure")
     add("--dry-run", action="store_true", help="list what would run, and allocate nothing")
     options = parser.parse_args(arguments)
+    if options.preset is None:
+        options.preset = DEFAULTS[options.device]
+    if options.device != "cpu":
+        for name in ("threads", "huge_pages"):
+            if getattr(options, name):
+                parser.error(f"--{name.replace('_', '-')} is for --device cpu")
     try:
         options.plans = list_plans(
             options.preset,
@@ -69,6 +81,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
             providers=_names(options.providers, PROVIDERS, "--providers"),
             distributions=_distributions(options.distribution),
             sizes=_sizes(options),
+            device=options.device,
         )
     except ValueError as error:
         parser.error(str(error))
@@ -103,7 +116,11 @@ def _sizes(options: argparse.Namespace) -> dict[str, tuple[int | str, ...]]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs a preset. Returns the exit status: 1 for a wrong provider, 130 after Ctrl-C."""
+    """Runs a preset.
+
+    Returns:
+        The exit status: 1 for a wrong provider, 2 where something is missing, 130 after Ctrl-C.
+    """
     options = parse(arguments)
     try:
         from rich.console import Console
@@ -117,8 +134,21 @@ def main(arguments: list[str] | None = None) -> int:
     # A pipe or a file has no width of its own; tables are for reading there too.
     console = Console() if sys.stdout.isatty() else Console(width=160)
     memory = None if options.max_memory is None else round(options.max_memory * GIB)
-    budget = available() - HEADROOM if memory is None else memory
-    listings = [entry for plan in options.plans for entry in list_entries(plan, budget)]
+    try:
+        machine = open_machine(options.device)
+        sizes = machine.sizes
+    except MachineError as error:
+        if not options.dry_run:
+            print(f"peer.bench: {error}", file=sys.stderr)
+            return 2
+        sizes = ASSUMED_GPU
+        console.print(f"{error}. {describe_assumed(sizes, memory)}", highlight=False)
+    budget = sizes.memory - HEADROOM if memory is None else memory
+    listings = [
+        entry
+        for plan in options.plans
+        for entry in list_entries(plan, budget, sizes.last_level_cache)
+    ]
     if options.dry_run:
         console.print(report.make_listing_table(listings))
         return 0
@@ -128,6 +158,7 @@ def main(arguments: list[str] | None = None) -> int:
         settings=Settings(options.rounds, options.min_time),
         stream_size=None if options.stream_mib is None else options.stream_mib * 2**20,
         memory=memory,
+        machine=machine,
     )
     display = report.Display(console, count_turns(listings, options.rounds))
     try:
@@ -140,11 +171,24 @@ def main(arguments: list[str] | None = None) -> int:
         print("\nStopped; rows that were measured are kept.", file=sys.stderr)
         return 130
     console.print(report.make_rows_table(rows))
-    if options.preset == "targets":
-        console.print(report.make_targets_table(evaluate(rows)))
-        if torch.ops.peer.cpu_capability() == "avx512":
-            console.print(report.make_rows_table(measure_as("avx2", options)))
+    if options.preset in ("targets", "cuda-targets"):
+        console.print(report.make_targets_table(evaluate(rows, options.device)))
+    if options.preset == "targets" and torch.ops.peer.cpu_capability() == "avx512":
+        console.print(report.make_rows_table(measure_as("avx2", options)))
     return 0
+
+
+def describe_assumed(sizes: Sizes, memory: int | None) -> str:
+    """What the list of a dry run reckons with in place of a GPU.
+
+    Args:
+        sizes: that are assumed.
+        memory: bytes that the command line allows, or None.
+    """
+    cache = f"{sizes.last_level_cache / 2**20:.0f} MiB of last-level cache"
+    if memory is not None:
+        return f"The list is for one of which {memory / GIB:g} GiB may be used, with {cache}."
+    return f"The list is for one with {sizes.memory / GIB:g} GiB and {cache}."
 
 
 def count_turns(listings: list[Listing], rounds: int) -> int:

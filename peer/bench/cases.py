@@ -9,18 +9,32 @@ from itertools import product
 
 import torch
 
-__all__ = ["DTYPES", "MODES", "PRESETS", "Case", "Plan", "canonical", "list_plans"]
+__all__ = [
+    "DEVICES",
+    "DTYPES",
+    "MODES",
+    "ONLY_ON",
+    "PRESETS",
+    "Case",
+    "Plan",
+    "canonical",
+    "list_plans",
+]
+
+DEVICES = ("cpu", "cuda")
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 # The whole layer, then its stages. "backward" is forward and backward; "step" adds the optimizer
-# and zero_grad; "experts-backward" is the backward pass alone.
+# and zero_grad; "experts-backward" is the backward pass alone; "routing" is the product with the
+# query weights and then retrieval.
 MODES = (
     "forward",
     "backward",
     "step",
     "experts-forward",
     "experts-backward",
+    "routing",
     "retrieval",
     "selection",
     "optimizer",
@@ -38,10 +52,11 @@ class Case:
         heads: H.
         k: K, experts per head.
         dim_key: query width per head.
-        dtype: of the tables, a key of `DTYPES`. All else is in float32 for 16-bit tables.
+        dtype: of the tables, a key of `DTYPES`. `activation_dtype` is that of all else.
         threads: of torch.
         routers: how many copies of the router take turns. With a single token the query weights
             are most of the bytes, and one copy of them would stay in the caches.
+        device: "cpu" or "cuda".
     """
 
     num_experts: int = 1024**2
@@ -53,12 +68,15 @@ class Case:
     dtype: str = "float32"
     threads: int = 0
     routers: int = 1
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
         if self.root**2 != self.num_experts:
             raise ValueError(f"expected num_experts to be a square, got {self.num_experts}")
         if self.dtype not in DTYPES:
             raise ValueError(f"expected dtype out of {', '.join(DTYPES)}, got {self.dtype}")
+        if self.device not in DEVICES:
+            raise ValueError(f"expected device out of {', '.join(DEVICES)}, got {self.device}")
         for name in ("num_experts", "tokens", "dim", "heads", "k", "routers"):
             if getattr(self, name) < 1:
                 raise ValueError(f"expected {name} to be positive, got {getattr(self, name)}")
@@ -79,8 +97,18 @@ class Case:
 
     @property
     def itemsize(self) -> int:
-        """Bytes of one element."""
+        """Bytes of one element of the tables."""
         return DTYPES[self.dtype].itemsize
+
+    @property
+    def activation_dtype(self) -> torch.dtype:
+        """The dtype of inputs, router and dense layers.
+
+        On a GPU the tables', as in a model that is trained in bfloat16; on a CPU float32 for 16-bit
+        tables, which only save memory there.
+        """
+        tables = DTYPES[self.dtype]
+        return tables if self.device == "cuda" else torch.promote_types(tables, torch.float32)
 
     @property
     def table_bytes(self) -> int:
@@ -160,6 +188,29 @@ def _stages() -> list[Plan]:
     return [Plan(canonical(dim=dim), MODES, ALL) for dim in (512, 1024)]
 
 
+def _cuda_targets() -> list[Plan]:
+    plans = []
+    one_pass = ("experts-forward", "routing", "retrieval")
+    everyone = (*OURS, "eager", "embedding_bag", "compiled", "PEER-pytorch", "dense-4d")
+    # What is not in bfloat16 is for information.
+    for dtype in ("bfloat16", "float32"):
+        case = canonical(tokens=8192, dim=1024, dtype=dtype)
+        plans += [
+            Plan(case, (*one_pass, "backward", "experts-backward", "step"), everyone),
+            Plan(
+                case,
+                ("experts-forward", "experts-backward", "step"),
+                OURS,
+                ("uniform", "zipf:1.0"),
+            ),
+        ]
+    for dtype in ("bfloat16", "float32"):
+        case = canonical(tokens=1, dim=1024, dtype=dtype, routers=32)
+        contestants = ("peer", "peer-graph", "eager", "dense-4d")
+        plans.append(Plan(case, ("forward",), contestants, ("router",)))
+    return plans
+
+
 def _capability() -> list[Plan]:
     modes = ("experts-forward", "experts-backward", "selection", "step")
     return [Plan(canonical(dim=dim), modes, OURS) for dim in (512, 1024)]
@@ -198,6 +249,7 @@ def _distributions() -> list[Plan]:
 
 PRESETS: dict[str, Callable[[], list[Plan]]] = {
     "targets": _targets,
+    "cuda-targets": _cuda_targets,
     "quick": _quick,
     "stages": _stages,
     "capability": _capability,
@@ -213,6 +265,9 @@ PRESETS: dict[str, Callable[[], list[Plan]]] = {
     "sweep-distribution": _distributions,
 }
 
+# Presets that mean something on one device only.
+ONLY_ON = {"targets": "cpu", "capability": "cpu", "sweep-threads": "cpu", "cuda-targets": "cuda"}
+
 
 def list_plans(
     preset: str,
@@ -221,6 +276,7 @@ def list_plans(
     providers: tuple[str, ...] = (),
     distributions: tuple[str, ...] = (),
     sizes: dict[str, tuple[int | str, ...]] | None = None,
+    device: str | None = None,
 ) -> list[Plan]:
     """The plans of a preset, with what the command line says instead.
 
@@ -230,18 +286,23 @@ def list_plans(
         providers: instead of the preset's.
         distributions: instead of the preset's.
         sizes: fields of `Case` with one value or several each; cases are their combinations.
+        device: of all cases, by default the preset's, which is "cpu" for most.
 
     Returns:
         Plans without repetitions.
 
     Raises:
-        ValueError: a size is out of range.
+        ValueError: a size is out of range, or the preset is for another device.
     """
+    own = ONLY_ON.get(preset)
+    if None not in (own, device) and own != device:
+        raise ValueError(f"the preset {preset} is for --device {own}, got --device {device}")
     plans: dict[Plan, None] = {}
     names = list(sizes or {})
     for plan in PRESETS[preset]():
         for values in product(*(sizes or {}).values()):
             changes = dict(zip(names, values, strict=True))
+            changes["device"] = device or own or "cpu"
             plans[
                 Plan(
                     replace(plan.case, **changes),  # type: ignore[arg-type]

@@ -40,7 +40,9 @@ class NormedLayer(Layer):
         super().__init__()
         self.shared = shared
         self.parameters_of_router = router
-        self.norm = BatchQueryNorm(len(router.norm_weight), dtype=shared.dtype)
+        self.norm = BatchQueryNorm(
+            len(router.norm_weight), device=shared.device, dtype=shared.dtype
+        )
         self.norm.weight, self.norm.bias = router.norm_weight, router.norm_bias
         self.row_keys, self.col_keys = router.row_keys, router.col_keys
 
@@ -176,8 +178,8 @@ class DenseLayer(nn.Module):
     def __init__(self, shared: Shared, hidden: int) -> None:
         super().__init__()
         dim = shared.case.dim
-        self.up = nn.Linear(dim, hidden, dtype=shared.dtype)
-        self.down = nn.Linear(hidden, dim, dtype=shared.dtype)
+        self.up = nn.Linear(dim, hidden, device=shared.device, dtype=shared.dtype)
+        self.down = nn.Linear(hidden, dim, device=shared.device, dtype=shared.dtype)
 
     def forward(self, x: Tensor, ids: Tensor | None = None) -> tuple[Tensor, None]:
         """Applies the layer; it retrieves nothing."""

@@ -8,19 +8,22 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import peer
 from peer.bench import traffic
 from peer.bench.cases import Case
 from peer.bench.layers import DenseLayer, OurLayer, PlainLayer, PublishedLayer
 from peer.bench.shared import Shared
-from peer.bench.spellings import EXPERTS, retrieve, select
+from peer.bench.spellings import EXPERTS, project, retrieve, route, select
 from peer.bench.works import (
     ExpertsWork,
+    FusedExpertsWork,
+    GraphWork,
     LayerWork,
     OptimizerWork,
     RetrievalWork,
+    RoutingWork,
     SelectionWork,
     Stepper,
     Work,
@@ -34,6 +37,7 @@ TABLE_LEARNING_RATE = 1e-3
 
 LAYER = ("forward", "backward", "step")
 EXPERTS_ALONE = ("experts-forward", "experts-backward")
+CHOICE = ("routing", "retrieval", "selection")  # no expert is read
 
 
 def _nothing() -> None:
@@ -75,7 +79,7 @@ class Provider:
     def algorithmic_bytes(self, case: Case, mode: str, spelling: str, distinct: float) -> int:
         """Bytes by the formulas of `peer.bench.traffic`."""
         gradients = self._gradients(spelling)
-        if mode in ("retrieval", "selection"):
+        if mode in CHOICE:
             return traffic.retrieval_bytes(case, mode)
         if mode in LAYER:
             return traffic.layer_bytes(case, mode, distinct, gradients)
@@ -96,25 +100,21 @@ def _gradient_bytes(case: Case, gradients: str) -> int:
 def _routing_temporary_bytes(case: Case) -> int:
     """Queries before and after normalisation, with gradients, and the router's optimizer."""
     queries = 6 * case.tokens * case.heads * case.dim_key * max(4, case.itemsize)
-    return queries + 5 * traffic.routing_bytes(case) + case.tokens * (40 * case.per_token)
+    return queries + 5 * traffic.router_bytes(case) + case.tokens * (40 * case.per_token)
 
 
 class Ours(Provider):
     """peer with sparse gradients."""
 
     name = "peer"
-    modes: ClassVar[tuple[str, ...]] = (
-        *LAYER,
-        *EXPERTS_ALONE,
-        "retrieval",
-        "selection",
-        "optimizer",
-    )
+    modes: ClassVar[tuple[str, ...]] = (*LAYER, *EXPERTS_ALONE, *CHOICE, "optimizer")
     gradients = "sparse"
 
     def build(self, shared: Shared, distribution: str, mode: str, spelling: str) -> Work:
         """Operators by `peer.functional`, the layer by `peer.PEER`."""
         sparse = self.gradients != "dense"
+        if mode == "routing":
+            return RoutingWork(shared, distribution, _route)
         if mode == "retrieval":
             return RetrievalWork(shared, distribution, peer.functional.product_key_topk)
         if mode == "selection":
@@ -122,7 +122,9 @@ class Ours(Provider):
             return SelectionWork(shared, distribution, function, from_scores=False)
         if mode in EXPERTS_ALONE:
             experts = functools.partial(peer.functional.expert_mlp, sparse_grad=sparse)
-            return ExpertsWork(shared, distribution, mode, experts)
+            return ExpertsWork(
+                shared, distribution, mode, experts, weights_dtype=shared.weights.dtype
+            )
         layers = [OurLayer(shared, router, sparse_grad=sparse) for router in shared.routers]
         if mode == "optimizer":
             return OptimizerWork(shared, distribution, mode, layers, self.make_optimizers)
@@ -140,6 +142,14 @@ class Ours(Provider):
             total += _gradient_bytes(case, self.gradients) if self.gradients != "fused" else 0
             total += 8 * case.num_experts
         return total
+
+
+def _route(
+    x: Tensor, query_weight: Tensor, row_keys: Tensor, col_keys: Tensor, k: int
+) -> tuple[Tensor, Tensor]:
+    """The projection of torch, and the retrieval of peer."""
+    query = project(x, query_weight, 2 * row_keys.shape[-1])
+    return peer.functional.product_key_topk(query, row_keys, col_keys, k)
 
 
 def _row_wise(layer: nn.Module) -> list[Any]:
@@ -172,14 +182,63 @@ class OursFused(Ours):
     """peer with the tables' update fused into the backward pass."""
 
     name = "peer-fused"
-    modes: ClassVar[tuple[str, ...]] = ("step",)
+    modes: ClassVar[tuple[str, ...]] = ("step", "experts-backward")
     gradients = "fused"
+
+    def build(self, shared: Shared, distribution: str, mode: str, spelling: str) -> Work:
+        """For the experts alone a pool, in whose backward pass the update is."""
+        if mode == "experts-backward":
+            return FusedExpertsWork(shared, distribution, _pool(shared), _fuse_into_pool)
+        return super().build(shared, distribution, mode, spelling)
 
     def make_optimizers(self, layer: nn.Module) -> tuple[Sequence[Stepper], Callable[[], None]]:
         """Row-wise Adagrad during backward, fused AdamW for the rest."""
         optimizers = _row_wise(layer)
         handle = optimizers[0].fuse_into_backward(layer)
         return optimizers, handle.remove
+
+    def algorithmic_bytes(self, case: Case, mode: str, spelling: str, distinct: float) -> int:
+        """The backward pass of the experts includes the update of their rows."""
+        total = super().algorithmic_bytes(case, mode, spelling, distinct)
+        if mode == "experts-backward":
+            total += traffic.experts_bytes(case, "optimizer", distinct, self.gradients)
+        return total
+
+
+def _pool(shared: Shared) -> peer.ExpertPool:
+    """A pool that holds the shared tables."""
+    pool = peer.ExpertPool(
+        shared.case.dim,
+        num_experts=shared.case.num_experts,
+        num_experts_per_token=shared.case.per_token,
+        sparse_grad=True,
+        device="meta",
+        dtype=shared.table_dtype,
+    )
+    pool.w_down, pool.w_up = shared.w_down, shared.w_up
+    return pool
+
+
+def _fuse_into_pool(pool: nn.Module) -> tuple[Sequence[Stepper], Callable[[], None]]:
+    """Row-wise Adagrad during backward."""
+    optimizer = peer.optim.RowwiseAdagrad(pool.parameters(), lr=TABLE_LEARNING_RATE)
+    return [optimizer], optimizer.fuse_into_backward(pool).remove
+
+
+class OursInGraph(Ours):
+    """peer replayed from a CUDA graph, which leaves out what the host does for each kernel."""
+
+    name = "peer-graph"
+    modes: ClassVar[tuple[str, ...]] = ("forward",)
+
+    def missing(self, case: Case, mode: str) -> str | None:
+        """Graphs are of GPUs."""
+        return None if case.device == "cuda" else "a CUDA graph needs --device cuda"
+
+    def build(self, shared: Shared, distribution: str, mode: str, spelling: str) -> Work:
+        """The layers of `Ours`."""
+        layers = [OurLayer(shared, router, sparse_grad=True) for router in shared.routers]
+        return GraphWork(shared, distribution, mode, layers, self.make_optimizers)
 
 
 def _dense_adam(layer: nn.Module) -> tuple[Sequence[Stepper], Callable[[], None]]:
@@ -190,8 +249,9 @@ def _sparse_adam(layer: nn.Module) -> tuple[Sequence[Stepper], Callable[[], None
     assert isinstance(layer, PlainLayer)
     tables = [layer.w_down, layer.w_up]
     others = [p for p in layer.parameters() if all(p is not table for table in tables)]
+    eps = 1e-4 if layer.w_down.dtype == torch.float16 else 1e-8  # 1e-8 is 0 in float16
     optimizers: list[Stepper] = [
-        torch.optim.SparseAdam(tables, lr=LEARNING_RATE),
+        torch.optim.SparseAdam(tables, lr=LEARNING_RATE, eps=eps),
         torch.optim.AdamW(others, lr=LEARNING_RATE, fused=True),
     ]
     return optimizers, _nothing
@@ -201,13 +261,7 @@ class Plain(Provider):
     """Plain PyTorch: gather and einsum, eagerly."""
 
     name = "eager"
-    modes: ClassVar[tuple[str, ...]] = (
-        *LAYER,
-        *EXPERTS_ALONE,
-        "retrieval",
-        "selection",
-        "optimizer",
-    )
+    modes: ClassVar[tuple[str, ...]] = (*LAYER, *EXPERTS_ALONE, *CHOICE, "optimizer")
     compiled = False
 
     def spellings(self, mode: str) -> tuple[str, ...]:
@@ -216,6 +270,10 @@ class Plain(Provider):
 
     def build(self, shared: Shared, distribution: str, mode: str, spelling: str) -> Work:
         """Routing and experts of `peer.bench.spellings`."""
+        if mode == "routing":
+            return RoutingWork(
+                shared, distribution, compile_whole(route) if self.compiled else route
+            )
         if mode == "retrieval":
             function = compile_whole(retrieve) if self.compiled else retrieve
             return RetrievalWork(shared, distribution, function)
@@ -235,12 +293,14 @@ class Plain(Provider):
         gathered = case.tokens * case.per_token * case.dim * case.itemsize
         scores = 2 * case.root + 3 * case.k**2
         total = _routing_temporary_bytes(case) + 12 * case.tokens * case.heads * scores
-        if mode in ("retrieval", "selection"):
+        if mode in CHOICE:
             return total
         if mode in ("forward", "experts-forward"):
             return total + 2 * gathered
         gradients = self._gradients(spelling)
         total += 3 * gathered + _gradient_bytes(case, gradients)
+        if case.device == "cuda":  # a gradient's partial sums, in float32
+            total += 4 * case.tokens * case.per_token * case.dim
         if mode in ("step", "optimizer"):
             total += 2 * case.table_bytes
         return total
@@ -261,7 +321,7 @@ class Compiled(Plain):
     """Plain PyTorch under `torch.compile`; time to compile is not counted."""
 
     name = "compiled"
-    modes: ClassVar[tuple[str, ...]] = (*LAYER, *EXPERTS_ALONE, "retrieval", "selection")
+    modes: ClassVar[tuple[str, ...]] = (*LAYER, *EXPERTS_ALONE, *CHOICE)
     compiled = True
 
     def missing(self, case: Case, mode: str) -> str | None:
@@ -272,7 +332,7 @@ class Compiled(Plain):
 
     def spellings(self, mode: str) -> tuple[str, ...]:
         """Of the experts; bags are of use forward."""
-        if mode in ("retrieval", "selection"):
+        if mode in CHOICE:
             return ("einsum",)
         return ("einsum", "sum", "bags") if "forward" in mode else ("einsum", "sum")
 
@@ -286,7 +346,7 @@ class Published(Plain):
 
     def missing(self, case: Case, mode: str) -> str | None:
         """It is an optional dependency, and has one dtype for all."""
-        if case.itemsize < 4:
+        if case.activation_dtype.itemsize != case.itemsize:
             return "its tables have the dtype of its inputs"
         if any(importlib.util.find_spec(name) is None for name in ("PEER_pytorch", "einx")):
             return "not installed: pip install PEER-pytorch"
@@ -348,6 +408,7 @@ PROVIDERS: dict[str, Provider] = {
         Ours(),
         OursDense(),
         OursFused(),
+        OursInGraph(),
         Plain(),
         Bags(),
         Compiled(),

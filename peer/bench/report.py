@@ -13,7 +13,7 @@ from rich.table import Table
 
 from peer.bench.rows import Row
 from peer.bench.run import Listing
-from peer.bench.targets import Verdict, format_number
+from peer.bench.verdicts import Verdict, format_number
 
 __all__ = ["Display", "make_listing_table", "make_rows_table", "make_targets_table"]
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import csv
 import os
-import platform
-import re
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,7 @@ import torch
 import peer
 from peer.bench.cases import Case
 
-__all__ = ["HUGE_PAGES", "Row", "append", "name_processor", "read", "uses_huge_pages"]
+__all__ = ["HUGE_PAGES", "Row", "append", "read", "uses_huge_pages"]
 
 # With it set to 1, torch asks for huge pages for large tensors, whoever's they are. Without it only
 # the tables and gradients of peer's own layer lie on them.
@@ -105,16 +103,6 @@ def read(path: Path) -> list[Row]:
             values: dict[str, Any] = {name: _parse(types[name], line[name]) for name in types}
             found.append(Row(**values))
         return found
-
-
-def name_processor() -> str:
-    """The processor's model, as far as the system tells."""
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        text = ""
-    model = re.search(r"^model name\s*:\s*(.*)$", text, re.MULTILINE)
-    return model[1].strip() if model else platform.processor() or platform.machine()
 
 
 def _format(value: object) -> object:

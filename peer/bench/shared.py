@@ -10,9 +10,9 @@ from torch import Tensor, nn
 import peer
 from peer.bench.cases import DTYPES, Case
 from peer.bench.distributions import draw_ids, parse_exponent
-from peer.bench.stream import last_level_cache
+from peer.bench.machine import CPU, Machine
 
-__all__ = ["Router", "Shared"]
+__all__ = ["Router", "Shared", "count_inputs"]
 
 
 @dataclass
@@ -37,41 +37,59 @@ class Shared:
         case: the sizes.
         distributions: of the ids; for "router" they are what this router retrieves.
         seed: of everything random.
+        machine: where everything is; of the case's device.
+
+    Raises:
+        ValueError: the machine is another device than the case's.
     """
 
-    def __init__(self, case: Case, distributions: tuple[str, ...], seed: int = 0) -> None:
+    def __init__(
+        self,
+        case: Case,
+        distributions: tuple[str, ...],
+        seed: int = 0,
+        machine: Machine = CPU,
+    ) -> None:
+        if case.device != machine.kind:
+            raise ValueError(f"the case is for {case.device}, the machine is {machine.kind}")
         self.case = case
+        self.machine = machine
+        self.device = machine.device
         self.table_dtype = DTYPES[case.dtype]
-        self.dtype = torch.promote_types(self.table_dtype, torch.float32)
-        self.generator = torch.Generator().manual_seed(seed)
+        self.dtype = case.activation_dtype
+        self.generator = torch.Generator(self.device).manual_seed(seed)
+        # Ids are drawn on the CPU, and moved.
+        is_cpu = self.device.type == "cpu"
+        ids_generator = self.generator if is_cpu else torch.Generator().manual_seed(seed)
         self.routers = [self._make_router() for _ in range(case.routers)]
         self.w_down = self._table(std=case.dim**-0.5)
         self.w_up = self._table(std=case.per_token**-0.5)
-        self.inputs = count_inputs(case)
-        self.x = [
-            torch.randn(case.tokens, case.dim, generator=self.generator).to(self.dtype)
-            for _ in range(self.inputs)
-        ]
+        self.inputs = count_inputs(case, machine.last_level_cache)
+        self.x = [self._draw(case.tokens, case.dim).to(self.dtype) for _ in range(self.inputs)]
         shape = (case.tokens, case.heads, case.k)
-        scores = torch.randn(*shape, generator=self.generator)
-        self.weights = scores.sort(descending=True).values.softmax(-1).to(self.dtype)
-        self.grad_out = torch.randn(case.tokens, case.dim, generator=self.generator).to(self.dtype)
+        # In float32, as peer's router has them; plain ones have them in the activations' dtype.
+        self.weights = self._draw(*shape).sort(descending=True).values.softmax(-1)
+        self.grad_out = self._draw(case.tokens, case.dim).to(self.dtype)
         self._retrieved: dict[int, Tensor] = {}
         self.ids: dict[str, list[Tensor]] = {}
         for distribution in distributions:
             exponent = parse_exponent(distribution)
             if exponent is not None:
                 self.ids[distribution] = [
-                    draw_ids(shape, case.num_experts, exponent, self.generator) for _ in self.x
+                    draw_ids(shape, case.num_experts, exponent, ids_generator).to(self.device)
+                    for _ in self.x
                 ]
+
+    def _draw(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, generator=self.generator, device=self.device)
 
     def _table(self, *, std: float) -> nn.Parameter:
         shape = self.case.num_experts, self.case.dim
-        values = peer.empty_huge(*shape, dtype=self.table_dtype)  # as a pool's
+        values = peer.empty_huge(*shape, dtype=self.table_dtype, device=self.device)  # as a pool's
         return nn.Parameter(values.normal_(std=std, generator=self.generator))
 
     def _normal(self, *shape: int, std: float) -> nn.Parameter:
-        values = torch.empty(*shape, dtype=self.dtype)
+        values = torch.empty(*shape, dtype=self.dtype, device=self.device)
         return nn.Parameter(values.normal_(std=std, generator=self.generator))
 
     def _make_router(self) -> Router:
@@ -79,7 +97,7 @@ class Shared:
         features = case.heads * case.dim_key
         keys = [
             nn.Parameter(
-                torch.empty(case.root, half, dtype=self.dtype).uniform_(
+                torch.empty(case.root, half, dtype=self.dtype, device=self.device).uniform_(
                     -(half**-0.5), half**-0.5, generator=self.generator
                 )
             )
@@ -87,8 +105,8 @@ class Shared:
         ]
         return Router(
             self._normal(features, case.dim, std=case.dim**-0.5),
-            nn.Parameter(torch.ones(features, dtype=self.dtype)),
-            nn.Parameter(torch.zeros(features, dtype=self.dtype)),
+            nn.Parameter(torch.ones(features, dtype=self.dtype, device=self.device)),
+            nn.Parameter(torch.zeros(features, dtype=self.dtype, device=self.device)),
             *keys,
         )
 
@@ -124,7 +142,12 @@ class Shared:
         return sum(ids.unique().numel() for ids in sets) / len(sets)
 
 
-def count_inputs(case: Case) -> int:
-    """How many inputs take turns: their rows are 4 times the last-level cache, 4 to 64 inputs."""
+def count_inputs(case: Case, cache: int) -> int:
+    """How many inputs take turns: their rows are 4 times the last-level cache, 4 to 64 inputs.
+
+    Args:
+        case: the sizes.
+        cache: bytes of the last-level cache.
+    """
     rows = case.tokens * case.per_token * 2 * case.dim * case.itemsize
-    return min(64, max(4, -(-4 * last_level_cache() // rows)))
+    return min(64, max(4, -(-4 * cache // rows)))

@@ -8,7 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["EXPERTS", "Experts", "gather_and_einsum", "retrieve", "select"]
+__all__ = [
+    "EXPERTS",
+    "Experts",
+    "gather_and_einsum",
+    "project",
+    "retrieve",
+    "route",
+    "select",
+]
 
 # x (T, D), weights and ids (T, P), tables (N, D) -> (T, D).
 Experts = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -30,6 +38,19 @@ def retrieve(query: Tensor, row_keys: Tensor, col_keys: Tensor, k: int) -> tuple
     row_scores = torch.einsum("thd,nd->thn", row_query, row_keys)
     col_scores = torch.einsum("thd,nd->thn", col_query, col_keys)
     return select(row_scores, col_scores, k)
+
+
+def project(x: Tensor, query_weight: Tensor, dim_key: int) -> Tensor:
+    """Queries (T, H, dim_key) of inputs (T, D)."""
+    return F.linear(x, query_weight).view(len(x), -1, dim_key)
+
+
+def route(
+    x: Tensor, query_weight: Tensor, row_keys: Tensor, col_keys: Tensor, k: int
+) -> tuple[Tensor, Tensor]:
+    """`project` and `retrieve`."""
+    query = project(x, query_weight, 2 * row_keys.shape[-1])
+    return retrieve(query, row_keys, col_keys, k)
 
 
 def gather_and_einsum(

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from peer.bench.memory import drop_kept_gradients, measure_peak, release
-from peer.bench.stream import Stream
+from peer.bench.stream import Bandwidth
 from peer.bench.works import Work
 
 __all__ = ["Entry", "Settings", "measure_first", "measure_rounds", "takes_part"]
@@ -50,13 +48,16 @@ class Entry:
         return statistics.median(self.seconds)
 
 
-def _call(work: Work, index: int) -> float:
-    work.prepare(index)
-    start = time.perf_counter()
-    work.run(index)
-    seconds = time.perf_counter() - start
-    work.finish()
-    return seconds
+def _time(work: Work, first: int, count: int = 1) -> float:
+    """Seconds of some calls together, of which what prepares them is no part."""
+    clock = work.shared.machine.start_clock()
+    for index in range(first, first + count):
+        work.prepare(index)
+        clock.start()
+        work.run(index)
+        clock.stop()
+        work.finish()
+    return clock.total()
 
 
 def measure_first(entry: Entry, warm: bool) -> None:
@@ -66,13 +67,12 @@ def measure_first(entry: Entry, warm: bool) -> None:
     def turn() -> None:
         work.open()
         work.keep_parameters()
-        entry.first = _call(work, 0)
+        entry.first = _time(work, 0)
         if warm or entry.first < SLOW:  # the first step also makes the optimizer's state
-            entry.first = min(_call(work, 1), _call(work, 2) if entry.first < SLOW else 1e9)
+            entry.first = min(_time(work, 1), _time(work, 2) if entry.first < SLOW else 1e9)
         work.close()
 
-    drop_kept_gradients()
-    entry.peak = measure_peak(turn)
+    entry.peak = work.shared.machine.measure_peak(turn)
 
 
 def takes_part(round_: int, rounds: int, seconds: float) -> bool:
@@ -85,7 +85,7 @@ def takes_part(round_: int, rounds: int, seconds: float) -> bool:
 def measure_rounds(
     entries: list[Entry],
     settings: Settings,
-    stream: Stream,
+    stream: Bandwidth,
     warm: bool,
     advance: Callable[[str], None],
 ) -> list[float]:
@@ -95,7 +95,7 @@ def measure_rounds(
         entries: measured once by `measure_first`.
         settings: how long.
         stream: measured in every round, too.
-        warm: whether even a slow provider's turn starts with a call that is not timed.
+        warm: whether even a slow provider's turn starts with calls that are not timed.
         advance: called with the provider's name after each turn.
 
     Returns:
@@ -112,17 +112,16 @@ def measure_rounds(
 
 
 def _turn(entry: Entry, settings: Settings, warm: bool) -> float:
-    work = entry.work
+    work, machine = entry.work, entry.work.shared.machine
     calls = max(1, min(10_000, round(settings.min_time / max(entry.first, 1e-7))))
     work.open()
     work.keep_parameters()
     if warm or entry.first < SLOW:
-        _call(work, entry.calls)
-    total = 0.0
-    for index in range(entry.calls + 1, entry.calls + 1 + calls):
-        total += _call(work, index)
+        _time(work, entry.calls, machine.warm_up_calls)
+    entry.calls += machine.warm_up_calls
+    total = _time(work, entry.calls, calls)
+    entry.calls += calls
     work.close()
-    entry.calls += calls + 1
     if entry.peak is None or entry.peak > LARGE:
-        release()  # room for the next provider
+        machine.release()  # room for the next provider
     return total / calls

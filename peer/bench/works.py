@@ -12,17 +12,22 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+import peer
 from peer.bench.layers import OurLayer
 from peer.bench.shared import Shared
 from peer.bench.spellings import Experts
 
 __all__ = [
     "ExpertsWork",
+    "FusedExpertsWork",
+    "GraphWork",
     "LayerWork",
     "OptimizerWork",
     "Optimizers",
     "RetrievalWork",
+    "RoutingWork",
     "SelectionWork",
+    "Stepper",
     "Work",
     "compile_whole",
 ]
@@ -58,6 +63,8 @@ class Work:
     def __init__(self, shared: Shared, distribution: str) -> None:
         self.shared = shared
         self.distribution = distribution
+        self.optimizers: Sequence[Stepper] = ()
+        self._undo: Callable[[], None] | None = None
 
     def ids(self, index: int) -> Tensor | None:
         """The ids of an input, None where the router's own are used."""
@@ -68,7 +75,15 @@ class Work:
         """Begins a turn."""
 
     def keep_parameters(self) -> None:
-        """From here on, calls leave the parameters as they are."""
+        """From here on, calls leave the parameters as they are.
+
+        Steps do all their work, but are too small to change a parameter. Otherwise those of one
+        provider would train the parameters that the next ones are checked with, until hidden values
+        are so large that their GELU in float32 is zero.
+        """
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = NO_LEARNING_RATE
 
     def prepare(self, index: int) -> None:
         """Makes the input of a call."""
@@ -82,7 +97,10 @@ class Work:
         self.shared.drop_gradients()
 
     def close(self) -> None:
-        """Ends a turn."""
+        """Ends a turn, and drops the optimizers."""
+        if self._undo is not None:
+            self._undo()
+        self.optimizers, self._undo = (), None
         self.shared.drop_gradients()
 
 
@@ -103,8 +121,6 @@ class LayerWork(Work):
         self.layers = layers
         self.calls: list[Any] = [compile_whole(layer) if compiled else layer for layer in layers]
         self.make_optimizers = make_optimizers
-        self.optimizers: Sequence[Stepper] = ()
-        self._undo: Callable[[], None] | None = None
         self._x: Tensor | None = None
         self._ids: Tensor | None = None
         self._out: Any = None
@@ -115,16 +131,6 @@ class LayerWork(Work):
         """Makes the optimizers; their state comes with the first call."""
         if self.mode == "step":
             self.optimizers, self._undo = self.make_optimizers(self.layers[0])
-
-    def keep_parameters(self) -> None:
-        """Steps do all their work, but are too small to change a parameter.
-
-        Otherwise those of one provider would train the parameters that the next ones are checked
-        with, until hidden values are so large that their GELU in float32 is zero.
-        """
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = NO_LEARNING_RATE
 
     def prepare(self, index: int) -> None:
         """In training x requires a gradient, as it does in the middle of a network."""
@@ -155,16 +161,78 @@ class LayerWork(Work):
         for layer in self.layers:
             layer.zero_grad(set_to_none=True)
 
+
+class Graph:
+    """A layer's forward pass for inputs of one shape, captured in a CUDA graph.
+
+    Args:
+        layer: with parameters on the current GPU.
+        x: an input; those of later calls are copied to where its copy is.
+        ids: instead of the router's, likewise, or None.
+    """
+
+    def __init__(self, layer: nn.Module, x: Tensor, ids: Tensor | None) -> None:
+        self.x = x.clone()
+        self.ids = None if ids is None else ids.clone()
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.no_grad():
+            # Libraries set themselves up in their first calls, which cannot be captured.
+            aside = torch.cuda.Stream()
+            aside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(aside):
+                for _ in range(3):
+                    layer(self.x, self.ids)
+            torch.cuda.current_stream().wait_stream(aside)
+            with torch.cuda.graph(self.graph):
+                self.out, self.chosen = layer(self.x, self.ids)
+
+    def load(self, x: Tensor, ids: Tensor | None) -> None:
+        """Puts the inputs of the next replay in their place."""
+        self.x.copy_(x)
+        if self.ids is not None and ids is not None:
+            self.ids.copy_(ids)
+
+    def __call__(self, x: Tensor, ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The layer's output and the ids that its router chose, until the next replay."""
+        self.load(x, ids)
+        self.graph.replay()
+        return self.out, self.chosen
+
+
+class GraphWork(LayerWork):
+    """A layer's forward pass, replayed from a CUDA graph. Inputs are copied to it before."""
+
+    def open(self) -> None:
+        """Captures each layer."""
+        x, ids = self.shared.x[0], self.ids(0)
+        self.calls = [Graph(layer, x, ids) for layer in self.layers]
+
+    def prepare(self, index: int) -> None:
+        """Copies the input."""
+        x = self.shared.x[index % self.shared.inputs]
+        self.calls[index % len(self.calls)].load(x, self.ids(index))
+
+    def run(self, index: int) -> None:
+        """Replays."""
+        self.calls[index % len(self.calls)].graph.replay()
+
     def close(self) -> None:
-        """Drops the optimizers."""
-        if self._undo is not None:
-            self._undo()
-        self.optimizers, self._undo = (), None
+        """Drops the graphs."""
+        self.calls = []
         super().close()
 
 
 class ExpertsWork(Work):
-    """The experts alone: "experts-forward", or "experts-backward", which is the backward pass."""
+    """The experts alone: "experts-forward", or "experts-backward", which is the backward pass.
+
+    Args:
+        shared: of the case.
+        distribution: of the ids.
+        mode: of the two.
+        experts: a spelling of them.
+        compiled: whether to compile it.
+        weights_dtype: as the provider's router gives them, by default the activations'.
+    """
 
     def __init__(
         self,
@@ -173,11 +241,12 @@ class ExpertsWork(Work):
         mode: str,
         experts: Experts,
         compiled: bool = False,
+        weights_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(shared, distribution)
         self.mode = mode
         self.experts: Any = compile_whole(experts) if compiled else experts
-        self.weights = shared.weights.flatten(-2)
+        self.weights = shared.weights.flatten(-2).to(weights_dtype or shared.dtype)
         self._inputs: tuple[Tensor, ...] = ()
         self._out: Tensor | None = None
 
@@ -212,6 +281,84 @@ class ExpertsWork(Work):
         super().finish()
 
 
+class FusedExpertsWork(ExpertsWork):
+    """The backward pass of a pool with the update of its tables in it: "experts-backward".
+
+    Args:
+        shared: of the case.
+        distribution: of the ids.
+        pool: with the shared tables.
+        make_optimizers: fuses an update into the backward pass of the pool.
+    """
+
+    def __init__(
+        self,
+        shared: Shared,
+        distribution: str,
+        pool: peer.ExpertPool,
+        make_optimizers: Optimizers,
+    ) -> None:
+        super().__init__(
+            shared, distribution, "experts-backward", self._apply, weights_dtype=torch.float32
+        )
+        self.pool = pool
+        self.make_optimizers = make_optimizers
+
+    def _apply(self, x: Tensor, weights: Tensor, ids: Tensor, w_down: Tensor, w_up: Tensor) -> Any:
+        assert w_down is self.pool.w_down
+        assert w_up is self.pool.w_up
+        return self.pool(x, weights, ids)
+
+    def open(self) -> None:
+        """Makes the optimizer; its state comes with the first call."""
+        self.optimizers, self._undo = self.make_optimizers(self.pool)
+
+
+# Inputs, query weights, keys of both halves and k -> scores and ids (T, H, K).
+Route = Callable[[Tensor, Tensor, Tensor, Tensor, int], "tuple[Tensor, Tensor]"]
+
+
+class RoutingWork(Work):
+    """From inputs to ids: the product with the query weights, then retrieval.
+
+    There is no normalisation, which can be folded into the weights after training.
+
+    Args:
+        shared: of the case.
+        distribution: of no matter here.
+        function: inputs (T, D), query weights and keys to scores and ids.
+    """
+
+    def __init__(self, shared: Shared, distribution: str, function: Route) -> None:
+        super().__init__(shared, distribution)
+        self.function = function
+        self.row_keys, self.col_keys = shared.routers[0].row_keys, shared.routers[0].col_keys
+        self.out: tuple[Tensor, Tensor] | None = None
+
+    def exact_queries(self, tokens: Tensor) -> Tensor:
+        """Queries of some tokens of the first input in float64, (S, H, 2, dim_key / 2)."""
+        x = self.shared.x[0][tokens].double()
+        query = x @ self.shared.routers[0].query_weight.detach().double().T
+        return query.unflatten(-1, (self.shared.case.heads, 2, -1))
+
+    def run(self, index: int) -> None:
+        """Projects and retrieves."""
+        shared = self.shared
+        router = shared.routers[index % len(shared.routers)]
+        with torch.no_grad():
+            self.out = self.function(
+                shared.x[index % shared.inputs],
+                router.query_weight,
+                router.row_keys,
+                router.col_keys,
+                shared.case.k,
+            )
+
+    def finish(self) -> None:
+        """Drops scores and ids."""
+        self.out = None
+
+
 # Queries, keys of both halves and k -> scores and ids (T, H, K).
 Retrieve = Callable[[Tensor, Tensor, Tensor, int], "tuple[Tensor, Tensor]"]
 
@@ -239,11 +386,15 @@ class RetrievalWork(Work):
         width = case.dim_key if dim_key is None else dim_key
 
         def draw(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=generator).to(shared.dtype)
+            return torch.randn(*shape, generator=generator).to(shared.device, shared.dtype)
 
         self.row_keys, self.col_keys = (draw(case.root, width // 2) for _ in range(2))
         self.queries = [draw(case.tokens, case.heads, width) for _ in range(4)]
         self.out: tuple[Tensor, Tensor] | None = None
+
+    def exact_queries(self, tokens: Tensor) -> Tensor:
+        """Some of the first queries in float64, (S, H, 2, dim_key / 2)."""
+        return self.queries[0][tokens].double().unflatten(-1, (2, -1))
 
     def run(self, index: int) -> None:
         """Retrieves."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import math
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,23 +21,89 @@ from torch import Tensor
 import peer
 from peer.bench import rows, stream, traffic
 from peer.bench.__main__ import count_turns, measure_as, parse
-from peer.bench.cases import MODES, PRESETS, Case, Plan, list_plans
+from peer.bench.cases import DTYPES, MODES, PRESETS, Case, Plan, list_plans
 from peer.bench.check import WrongResultError, check
+from peer.bench.clock import EventClock, WallClock
 from peer.bench.distributions import draw_ids, parse_exponent, zipf_probabilities
+from peer.bench.machine import CPU, Cpu
 from peer.bench.memory import drop_kept_gradients, measure_peak
 from peer.bench.providers import PROVIDERS
 from peer.bench.rows import Row
 from peer.bench.run import Options, estimate_case, list_entries, run_plans
 from peer.bench.shared import Shared
-from peer.bench.spellings import EXPERTS
+from peer.bench.spellings import EXPERTS, project, route
 from peer.bench.targets import evaluate
 from peer.bench.timing import Entry, Settings, measure_first, measure_rounds, takes_part
-from peer.bench.works import ExpertsWork, LayerWork, RetrievalWork, SelectionWork
+from peer.bench.works import (
+    ExpertsWork,
+    GraphWork,
+    LayerWork,
+    RetrievalWork,
+    RoutingWork,
+    SelectionWork,
+)
 
 MIB = 2**20
 PLOT = Path(__file__).resolve().parents[2] / "benchmarks" / "plot.py"
 SMALL = Case(num_experts=16**2, tokens=12, dim=8, heads=2, k=4, dim_key=8)
 FAST = Settings(rounds=2, min_time=0.0)
+SMALL_ON_GPU = replace(SMALL, device="cuda", dtype="bfloat16")
+without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+
+
+class Timeline:
+    """A GPU's queue on which every piece of work takes as long as it says.
+
+    Args:
+        tick: milliseconds that pass with each event, where no work says anything.
+    """
+
+    def __init__(self, tick: float = 0.0) -> None:
+        self.now = 0.0
+        self.waits = 0
+        self.tick = tick
+
+    def work(self, milliseconds: float) -> None:
+        self.now += milliseconds
+
+    def wait(self) -> None:
+        self.waits += 1
+
+    def make_event(self) -> TimelineEvent:
+        return TimelineEvent(self)
+
+
+class TimelineEvent:
+    """As `torch.cuda.Event`."""
+
+    def __init__(self, timeline: Timeline) -> None:
+        self.timeline = timeline
+        self.time: float | None = None
+
+    def record(self) -> None:
+        assert self.time is None, "recorded twice"
+        self.time = self.timeline.now
+        self.timeline.work(self.timeline.tick)
+
+    def elapsed_time(self, end_event: TimelineEvent) -> float:
+        assert self.timeline.waits
+        assert self.time is not None
+        assert end_event.time is not None
+        return end_event.time - self.time
+
+
+class PretendedGpu(Cpu):
+    """What is asked of a GPU, on the CPU: its dtypes, and its events on a timeline."""
+
+    kind = "cuda"
+    warm_up_calls = 3
+
+    def __init__(self, tick: float = 1.0) -> None:
+        super().__init__()
+        self.timeline = Timeline(tick)
+
+    def start_clock(self) -> EventClock:
+        return EventClock(self.timeline.make_event, self.timeline.wait)
 
 
 def run_bench(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -331,6 +399,237 @@ def test_drawn_ids_replace_those_of_the_router(shared: Shared) -> None:
         torch.testing.assert_close(own, again)
 
 
+@pytest.mark.parametrize("dtype", list(DTYPES))
+def test_a_wrong_choice_is_caught_in_every_dtype_of_a_gpu(dtype: str) -> None:
+    case = Case(num_experts=64**2, tokens=16, dim=32, heads=2, k=8, dim_key=32, device="cuda")
+    shared = Shared(replace(case, dtype=dtype), ("uniform",), machine=PretendedGpu())
+
+    def second_best(*arguments: Any) -> Any:
+        scores, ids = route(*arguments[:-1], arguments[-1] + 1)
+        return scores[..., 1:], ids[..., 1:]
+
+    def ours(x: Tensor, query_weight: Tensor, rows: Tensor, columns: Tensor, k: int) -> Any:
+        return peer.functional.product_key_topk(project(x, query_weight, 32), rows, columns, k)
+
+    def unrouted(x: Tensor, query_weight: Tensor, rows: Tensor, columns: Tensor, k: int) -> Any:
+        return route(x, query_weight.roll(1, 0), rows, columns, k)
+
+    check(RoutingWork(shared, "uniform", route))
+    check(RoutingWork(shared, "uniform", ours))
+    for wrong in (second_best, unrouted):
+        with pytest.raises(WrongResultError, match="scores of the retrieved experts"):
+            check(RoutingWork(shared, "uniform", wrong))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_update_fused_into_the_experts_is_right_and_is_caught_once_it_is_not(
+    dtype: str,
+) -> None:
+    shared = Shared(replace(SMALL, dtype=dtype), ("uniform",))
+    (work,) = built("peer-fused", shared, "experts-backward")
+    before = [table.detach().clone() for table in (shared.w_down, shared.w_up)]
+    work.open()
+    check(work)
+    work.close()
+    assert torch.equal(shared.w_down, before[0])
+    assert torch.equal(shared.w_up, before[1])
+    work.open()
+    work.optimizers[0].param_groups[0]["lr"] *= 1.01 if dtype == "float32" else 1.5
+    with pytest.raises(WrongResultError, match="step of w_down"):
+        check(work)
+    work.close()
+    assert work.pool.fused_update is None
+
+
+def test_timed_updates_fused_into_the_experts_leave_the_tables_as_they_were(
+    shared: Shared,
+) -> None:
+    (work,) = built("peer-fused", shared, "experts-backward")
+    before = [table.detach().clone() for table in (shared.w_down, shared.w_up)]
+    entry = Entry("peer-fused", "", "uniform", work)
+    measure_first(entry, warm=False)
+    measure_rounds([entry], FAST, stream.Stream(MIB), False, lambda _: None)
+    assert entry.calls > 0
+    for table, value in zip((shared.w_down, shared.w_up), before, strict=True):
+        torch.testing.assert_close(table.detach(), value, rtol=1e-7, atol=1e-9)
+
+
+# Machines.
+
+
+def test_the_cpu_says_what_it_is() -> None:
+    assert CPU.device == torch.device("cpu")
+    assert CPU.kind == "cpu"
+    assert CPU.processor
+    assert CPU.capability == torch.ops.peer.cpu_capability()
+    assert CPU.sizes.last_level_cache == stream.last_level_cache()
+    assert 0 < CPU.sizes.memory < 2**60
+    assert isinstance(CPU.start_clock(), WallClock)
+    assert CPU.make_stream(MIB).formula.startswith("read")
+    peak = CPU.measure_peak(lambda: torch.ones(32 * MIB // 4))
+    assert peak is None or 31 * MIB < peak < 48 * MIB
+
+
+def test_a_clock_by_the_wall_adds_up_calls_alone() -> None:
+    clock = WallClock()
+    assert clock.total() == 0.0
+    for _ in range(2):
+        clock.start()
+        time.sleep(0.01)
+        clock.stop()
+        time.sleep(0.2)
+    assert 0.02 <= clock.total() < 0.2
+
+
+def test_a_clock_by_events_adds_up_what_lies_between_them_and_waits_once() -> None:
+    timeline = Timeline()
+    clock = EventClock(timeline.make_event, timeline.wait)
+    for milliseconds in (2.0, 3.0):
+        timeline.work(100.0)  # prepares the call
+        clock.start()
+        timeline.work(milliseconds)
+        clock.stop()
+        timeline.work(10.0)
+    assert timeline.waits == 0
+    assert clock.total() == pytest.approx(5e-3)
+    assert timeline.waits == 1
+
+
+def test_what_prepares_a_call_and_what_warms_up_is_not_timed() -> None:
+    machine = PretendedGpu(tick=0.0)
+    shared = Shared(SMALL_ON_GPU, ("uniform",), machine=machine)
+    indices: list[int] = []
+
+    class Slowing(RetrievalWork):
+        def prepare(self, index: int) -> None:
+            machine.timeline.work(50.0)
+
+        def run(self, index: int) -> None:
+            indices.append(index)
+            is_warm = len(indices) not in (4, 5, 6)  # the calls at the start of the round
+            machine.timeline.work(2.0 if is_warm else 1000.0)
+
+    entry = Entry("peer", "", "uniform", Slowing(shared, "uniform", route))
+    measure_first(entry, warm=False)
+    assert entry.first == pytest.approx(2e-3)
+    measure_rounds([entry], Settings(1, 0.0), stream.Stream(MIB), False, lambda _: None)
+    assert entry.seconds == [pytest.approx(2e-3)]
+    assert entry.calls == machine.warm_up_calls + 1
+    assert indices == [0, 1, 2, 0, 1, 2, 3]
+
+
+def test_a_copy_counts_its_bytes_twice() -> None:
+    timeline = Timeline()
+
+    class Copying(EventClock):
+        def stop(self) -> None:
+            timeline.work(4.0)
+            super().stop()
+
+    copy = stream.CopyStream(
+        torch.device("cpu"), lambda: Copying(timeline.make_event, timeline.wait), 10**6
+    )
+    assert copy.measure() == pytest.approx(2 * 10**6 / 4e-3 / 1e9)
+    assert "copy" in copy.formula
+    assert copy._from.float().std() > 50
+
+
+def test_a_case_is_measured_on_its_own_device() -> None:
+    with pytest.raises(ValueError, match="the case is for cuda, the machine is cpu"):
+        Shared(SMALL_ON_GPU, ("uniform",))
+    with pytest.raises(ValueError, match="expected device"):
+        replace(SMALL, device="tpu")
+
+
+def test_activations_have_the_dtype_of_the_tables_on_a_gpu_alone() -> None:
+    case = replace(SMALL, dtype="bfloat16")
+    assert case.activation_dtype == torch.float32
+    assert Shared(case, ()).x[0].dtype == torch.float32
+    assert SMALL_ON_GPU.activation_dtype == torch.bfloat16
+    shared = Shared(SMALL_ON_GPU, (), machine=PretendedGpu())
+    assert {p.dtype for p in shared.parameters()} == {torch.bfloat16}
+    assert {t.dtype for t in (*shared.x, shared.grad_out)} == {torch.bfloat16}
+    half = replace(SMALL, dtype="float16", device="cuda")
+    assert half.activation_dtype == torch.float16
+    assert replace(half, dtype="float32").activation_dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_every_provider_is_right_in_the_dtypes_of_a_gpu(dtype: str) -> None:
+    case = replace(SMALL_ON_GPU, dtype=dtype)
+    names = tuple(name for name in PROVIDERS if name not in ("compiled", "peer-graph"))
+    plans = [
+        Plan(case, MODES, names),
+        Plan(case, ("forward", "backward"), ("peer", "eager"), ("router",)),
+        Plan(replace(case, tokens=1, routers=2), ("forward",), ("peer", "eager"), ("router",)),
+    ]
+    options = Options(settings=FAST, stream_size=MIB, machine=PretendedGpu())
+    found = run_plans(plans, options, lambda _: None, lambda *_: None)
+    assert {row.device for row in found} == {"cuda"}
+    assert {row.mode for row in found if not row.skipped} == set(MODES)
+    skipped = {row.provider for row in found if row.skipped}
+    assert skipped <= {"PEER-pytorch"}, "it may be missing"
+
+
+def test_a_graph_is_captured_for_each_layer_and_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a graph that only counts: its output stays that of the first input."""
+    done: list[object] = []
+
+    class Graph:
+        def replay(self) -> None:
+            done.append(self)
+
+    class Stream:
+        def wait_stream(self, _: object) -> None:
+            pass
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    for name in ("stream", "graph"):
+        monkeypatch.setattr(torch.cuda, name, lambda _: contextlib.nullcontext())
+    case = replace(SMALL_ON_GPU, tokens=1, routers=2)
+    shared = Shared(case, ("router",), machine=PretendedGpu())
+    work = PROVIDERS["peer-graph"].build(shared, "router", "forward", "")
+    assert isinstance(work, GraphWork)
+    work.open()
+    check(work)
+    graphs = [call.graph for call in work.calls]
+    assert done == graphs
+    assert len(set(graphs)) == 2
+    for index in (2, 3):
+        work.prepare(index)
+        work.run(index)
+        assert torch.equal(work.calls[index % 2].x, shared.x[index])
+        work.finish()
+    assert done[2:] == graphs
+    work.close()
+    assert work.calls == []
+
+
+def test_a_graph_on_the_cpu_is_skipped_with_the_reason() -> None:
+    (listing,) = list_entries(Plan(SMALL, ("forward",), ("peer-graph",)), 2**50)
+    assert listing.skipped == "a CUDA graph needs --device cuda"
+    (listing,) = list_entries(Plan(SMALL_ON_GPU, ("forward",), ("peer-graph",)), 2**50)
+    assert listing.skipped == ""
+
+
+def test_a_provider_that_exhausts_a_gpu_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    def exhaust(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setitem(EXPERTS, "einsum", exhaust)
+    plan = Plan(SMALL_ON_GPU, ("backward",), ("eager", "peer"))
+    options = Options(settings=FAST, stream_size=MIB, machine=PretendedGpu())
+    turns: list[int] = []
+    found = run_plans([plan], options, lambda _: None, lambda _, count: turns.append(count))
+    assert {row.provider: row.skipped for row in found} == {
+        "eager": "does not fit: out of memory when it was tried",
+        "peer": "",
+    }
+    assert sum(turns) == count_turns(list(list_entries(plan, 2**50)), FAST.rounds)
+
+
 # Memory.
 
 
@@ -447,6 +746,22 @@ def test_bytes_of_the_experts_are_rows_times_widths() -> None:
     assert traffic.experts_bytes(half, "experts-forward", 7, "sparse") == rows_read * row // 2
 
 
+def test_bytes_of_routing_are_inputs_query_weights_keys_and_what_is_written() -> None:
+    case = Case(tokens=1000, dim=512, heads=8, k=16, dim_key=256)
+    read = 1000 * 512 + 512 * 8 * 256 + 2 * 1024 * 128
+    assert traffic.retrieval_bytes(case, "routing") == 4 * read + 12 * 1000 * 128
+    half = replace(case, dtype="bfloat16")
+    assert traffic.retrieval_bytes(half, "routing") == 4 * read + 12 * 1000 * 128
+    on_gpu = replace(half, device="cuda")
+    assert traffic.retrieval_bytes(on_gpu, "routing") == 2 * read + 12 * 1000 * 128
+
+
+def test_bytes_of_a_fused_update_are_those_of_the_backward_pass_and_the_rows() -> None:
+    case = Case(num_experts=1024**2, tokens=1000, dim=512)
+    found = PROVIDERS["peer-fused"].algorithmic_bytes(case, "experts-backward", "", 7.0)
+    assert found == (1000 * 128 + 2 * 7) * 2 * 512 * 4
+
+
 def test_bytes_of_one_token_are_query_weights_keys_and_rows() -> None:
     case = Case(tokens=1)
     expected = 4 * (512 * 8 * 256 + 2 * 1024 * 128 + 128 * 2 * 512 + 2 * 512)
@@ -526,6 +841,66 @@ def test_sizes_of_the_command_line_replace_those_of_the_preset() -> None:
     assert {plan.providers for plan in options.plans} == {("peer",)}
 
 
+def test_a_gpu_has_a_preset_of_its_own() -> None:
+    assert parse([]).preset == "quick"
+    options = parse(["--device", "cuda"])
+    assert options.preset == "cuda-targets"
+    assert {plan.case.device for plan in options.plans} == {"cuda"}
+    assert {plan.case.tokens for plan in options.plans} == {1, 8192}
+    options = parse(["--device", "cuda", "--preset", "stages", "--dtype", "bfloat16"])
+    assert {plan.case.device for plan in options.plans} == {"cuda"}
+    half = parse(["--device", "cuda", "--dtype", "bfloat16"])
+    assert {plan.case.dtype for plan in half.plans} == {"bfloat16"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "what"),
+    [
+        (("--device", "cuda", "--threads", "2"), "--threads is for --device cpu"),
+        (("--device", "cuda", "--huge-pages"), "--huge-pages is for --device cpu"),
+        (("--device", "cuda", "--preset", "targets"), "targets is for --device cpu"),
+        (("--device", "cuda", "--preset", "sweep-threads"), "sweep-threads is for --device cpu"),
+        (("--preset", "cuda-targets"), "cuda-targets is for --device cuda"),
+        (("--device", "tpu"), "invalid choice"),
+    ],
+)
+def test_what_means_nothing_on_a_device_is_refused(
+    arguments: tuple[str, ...], what: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        parse(list(arguments))
+    assert what in capsys.readouterr().err
+
+
+@without_gpu
+def test_without_a_gpu_a_sentence_says_so() -> None:
+    pytest.importorskip("rich")
+    result = run_bench("--device", "cuda")
+    assert result.returncode == 2
+    assert result.stdout == ""
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("peer.bench: --device cuda needs a GPU, but torch ")
+
+
+@without_gpu
+def test_a_dry_run_for_a_gpu_needs_none() -> None:
+    pytest.importorskip("rich")
+    result = run_bench("--device", "cuda", "--dry-run")
+    assert result.returncode == 0, result.stderr
+    text = " ".join(result.stdout.split())
+    assert "The list is for one with 80 GiB and 50 MiB of last-level cache." in text
+    for plan in list_plans("cuda-targets"):
+        assert plan.case.describe() in text
+    for name in ("peer-graph", "peer-fused", "compiled", "embedding_bag bags, sparse", "zipf:1.0"):
+        assert name in text
+    assert "does not fit" not in text
+    result = run_bench("--device", "cuda", "--dry-run", "--max-memory", 20)
+    assert result.returncode == 0, result.stderr
+    text = " ".join(result.stdout.split())
+    assert "of which 20 GiB may be used" in text
+    assert "does not fit" in text
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -595,8 +970,71 @@ def test_targets_compare_with_the_best_of_the_others() -> None:
     assert missing.note == "not measured"
 
 
-def test_every_target_is_measured_by_the_preset() -> None:
-    listed = [entry for plan in list_plans("targets") for entry in list_entries(plan, 2**50)]
+def make_gpu_row(provider: str, mode: str, seconds: float, **changes: Any) -> Row:
+    usual = {"device": "cuda", "tokens": 8192, "dim": 1024, "dtype": "bfloat16"}
+    return make_row(provider, mode, seconds, **{**usual, **changes})
+
+
+def test_targets_of_a_gpu_are_times_shares_and_ratios() -> None:
+    speed = {"gb_per_s": 2700.0, "stream_gb_per_s": 3000.0, "stream_share": 0.9}
+    verdicts = evaluate(
+        [
+            make_gpu_row("peer", "experts-forward", 1.5e-3, **speed),
+            make_gpu_row("compiled", "experts-forward", 1.8e-3, spelling="sum"),
+            make_gpu_row("compiled", "experts-forward", 9e-3, spelling="einsum"),
+            make_gpu_row("peer", "routing", 0.2e-3),
+            make_gpu_row("eager", "routing", 3e-3, spelling="einsum"),
+            make_gpu_row("peer", "experts-backward", 2.1e-3),
+            make_gpu_row("peer-fused", "experts-backward", 2.1e-3),
+            make_gpu_row("peer", "step", 4e-3, peak_bytes=2**31),
+            make_gpu_row("peer-fused", "step", 3e-3, peak_bytes=2**28),
+            make_gpu_row("eager", "step", 30e-3, spelling="einsum", peak_bytes=2**34),
+            make_gpu_row("embedding_bag", "step", 1e-3, spelling="bags"),
+            make_gpu_row("peer", "experts-forward", 1.2e-3),
+            make_gpu_row("peer", "experts-forward", 1.25e-3, distribution="zipf:1.0"),
+            make_gpu_row("peer-graph", "forward", 14e-6, tokens=1, distribution="router"),
+            make_gpu_row("peer", "step", 9e-3, dtype="float32"),
+            # Of the CPU, and of other sizes: none of these counts.
+            make_row("peer", "routing", 1e-6, tokens=8192, dim=1024, dtype="bfloat16"),
+            make_gpu_row("peer", "routing", 1e-6, dim=512),
+        ],
+        "cuda",
+    )
+    found = {verdict.target.text: verdict for verdict in verdicts}
+    share = found["experts forward, share of copy bandwidth"]
+    assert share.measured == 0.9
+    assert share.is_met
+    assert "2700 of 3000 GB/s" in share.note
+    expected = {
+        "retrieval, projection included": (0.2e-3, True),
+        "routing / the same with torch.topk": (15.0, True),
+        "experts backward, sparse gradients": (2.1e-3, False),
+        "experts backward, row-wise Adagrad fused into it": (2.1e-3, True),
+        "training step": (3e-3, True),
+        "training step / eager einsum with fused dense Adam": (10.0, True),
+        "peak memory of that eager step over peer's": (64.0, True),
+        "experts forward / best compiled spelling": (1.2, False),
+        "layer forward + backward / best compiled spelling": (None, None),
+        "Zipf(1.0) over uniform, peer experts-forward": (1.25 / 1.2, False),
+        "one token, layer forward in a CUDA graph": (14e-6, True),
+        "bfloat16 over float32, step": (3.0, None),
+    }
+    for text, (measured, is_met) in expected.items():
+        assert found[text].measured == pytest.approx(measured), text
+        assert found[text].is_met is is_met, text
+    assert str(found["training step"].target) == "≤ 3.60 ms"
+    assert str(found["one token, layer forward in a CUDA graph"].target) == "≤ 15 µs"
+
+
+def test_rows_of_one_device_do_not_count_on_the_other() -> None:
+    on_gpu = make_gpu_row("peer", "step", 1.0, tokens=1024, dtype="float32", dim=512)
+    assert all(verdict.measured is None for verdict in evaluate([on_gpu]))
+    assert all(v.measured is None for v in evaluate([make_row("peer", "step", 1.0)], "cuda"))
+
+
+@pytest.mark.parametrize(("preset", "device"), [("targets", "cpu"), ("cuda-targets", "cuda")])
+def test_every_target_is_measured_by_the_preset(preset: str, device: str) -> None:
+    listed = [entry for plan in list_plans(preset) for entry in list_entries(plan, 2**50)]
     measured = [
         make_row(
             entry.provider,
@@ -608,6 +1046,7 @@ def test_every_target_is_measured_by_the_preset() -> None:
             tokens=entry.case.tokens,
             dim=entry.case.dim,
             dtype=entry.case.dtype,
+            device=entry.case.device,
             gb_per_s=1.0,
             stream_gb_per_s=2.0,
             stream_share=0.5,
@@ -615,7 +1054,7 @@ def test_every_target_is_measured_by_the_preset() -> None:
         )
         for entry in listed
     ]
-    unmeasured = [v.target.text for v in evaluate(measured) if v.measured is None]
+    unmeasured = [v.target.text for v in evaluate(measured, device) if v.measured is None]
     assert unmeasured == []
 
 
@@ -628,6 +1067,11 @@ def test_the_plot_script_draws_bars_and_sweeps(tmp_path: Path) -> None:
         pytest.skip("the checkout is not here")
     path = tmp_path / "rows.csv"
     timed = {"min_s": 0.5, "max_s": 2.0, "stream_share": 0.5, "processor": "one", "capability": "x"}
+    on_gpu = {**timed, "capability": "sm_90", "stream_formula": "copy, 2 * bytes / seconds"}
+    rows.append(
+        [make_gpu_row(name, "experts-forward", 0.001, **on_gpu) for name in ("peer", "eager")],
+        path,
+    )
     rows.append(
         [
             make_row(provider, mode, 0.001 * dim * factor, dim=dim, **timed)
@@ -646,6 +1090,6 @@ def test_the_plot_script_draws_bars_and_sweeps(tmp_path: Path) -> None:
     )
     assert result.returncode == 0, result.stderr
     pictures = sorted((tmp_path / "out").iterdir())
-    assert [picture.name.split("-")[0] for picture in pictures] == ["modes"] * 3 + ["sweep"]
+    assert [picture.name.split("-")[0] for picture in pictures] == ["modes"] * 4 + ["sweep"]
     assert all(picture.read_bytes().startswith(b"\x89PNG") for picture in pictures)
     assert [Path(line) for line in sorted(result.stdout.split())] == pictures
