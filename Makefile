@@ -4,6 +4,8 @@
 #   TORCH   version of torch to install in it
 #   PYTHON  interpreter to make it from
 #   ARGS    further arguments for the demo, for the benchmarks, or for pytest
+#
+# What setup.py reads from the environment counts here too; its first lines say what that is.
 
 VENV ?= .venv
 TORCH ?= 2.15.*
@@ -18,29 +20,36 @@ export PATH := $(BIN):$(PATH)
 unexport PYTHONPATH
 
 torch := $(VENV)/.made-torch-$(subst *,x,$(TORCH))
-package := $(VENV)/.made-package
+# The CUDA kernels take minutes to compile: not for a machine that cannot run them, unless they are asked for.
+has_gpu := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
+ifeq ($(has_gpu)$(PEER_CUDA)$(FORCE_CUDA),)
+  PEER_CUDA := 0
+endif
+export PEER_CUDA
+package := $(VENV)/.made-package$(if $(PEER_CUDA),-cuda$(PEER_CUDA))
 test_tools := $(VENV)/.made-test-tools
 lint_tools := $(VENV)/.made-lint-tools
 demo_tools := $(VENV)/.made-demo-tools
 bench_tools := $(VENV)/.made-bench-tools
 
 sources := $(shell find csrc cmake build_backend peer -name include -prune -o -name lib -prune -o -type f \
-             \( -name '*.cpp' -o -name '*.h' -o -name '*.in' -o -name '*.cmake' -o -name '*.py' -o -name py.typed \) -print)
-cpp_files = $(shell find csrc tests/cpp -name '*.cpp' -o -name '*.h' -o -name '*.hpp')
+             \( -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.in' -o -name '*.cmake' -o -name '*.py' -o -name py.typed \) -print)
+cpp_files = $(shell find csrc tests -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.hpp' -o -name '*.cuh')
 python_files := peer tests examples build_backend setup.py $(wildcard benchmarks)
 
-.PHONY: help demo bench test test-cpp test-python build lint format clean catch2 compiler
+.PHONY: help demo bench test test-cpp test-python test-cuda test-cuda-installed build lint format clean catch2 compiler
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
 help:
-	@echo "make demo     train a small language model with a PEER layer beside its dense twin"
-	@echo "make test     C++ and Python tests"
-	@echo "make bench    measure the layer beside what it replaces, against its targets"
-	@echo "make build    compile in place, so that 'import peer' works from the checkout"
-	@echo "make lint     ruff, mypy and clang-format, changing nothing"
-	@echo "make format   ruff and clang-format, changing files"
-	@echo "make clean    remove what was built"
+	@echo "make demo       train a small language model with a PEER layer beside its dense twin"
+	@echo "make test       C++ and Python tests"
+	@echo "make test-cuda  the tests that need a GPU, after a build with CUDA"
+	@echo "make bench      measure the layer beside what it replaces, against its targets"
+	@echo "make build      compile in place, so that 'import peer' works from the checkout"
+	@echo "make lint       ruff, mypy and clang-format, changing nothing"
+	@echo "make format     ruff and clang-format, changing files"
+	@echo "make clean      remove what was built"
 	@echo
 	@echo "Variables: VENV=$(VENV) TORCH=$(TORCH) PYTHON=$(PYTHON) ARGS="
 
@@ -64,6 +73,14 @@ test-cpp: $(test_tools) compiler catch2
 test-python: $(package) $(test_tools) $(demo_tools) $(bench_tools)
 	$(BIN)/pytest $(ARGS)
 
+# Asks for CUDA, which the other targets do without where there is no nvcc.
+test-cuda:
+	@nvidia-smi -L || { echo "There is no GPU here that could run the CUDA tests: nvidia-smi -L lists none" >&2; exit 1; }
+	$(MAKE) PEER_CUDA=1 test-cuda-installed
+
+test-cuda-installed: $(package) $(test_tools)
+	$(BIN)/pytest tests/cuda $(ARGS)
+
 build: $(torch) $(test_tools) compiler
 	$(BIN)/python setup.py build_ext --inplace
 
@@ -80,7 +97,7 @@ format: $(lint_tools)
 
 clean:
 	rm -rf build peer/lib peer/include peer/_build_info.json peer.egg-info
-	rm -f $(package)
+	rm -f $(VENV)/.made-package*
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -88,11 +105,12 @@ $(BIN)/python:
 
 # Another torch makes what was built for the last one worthless.
 $(torch): | $(BIN)/python
-	rm -f $(VENV)/.made-torch-* $(package)
+	rm -f $(VENV)/.made-torch-* $(VENV)/.made-package*
 	$(BIN)/python -m pip install 'torch==$(TORCH)'
 	touch $@
 
 $(package): $(torch) $(sources) CMakeLists.txt setup.py pyproject.toml | compiler
+	rm -f $(VENV)/.made-package*
 	$(BIN)/python -m pip install .
 	touch $@
 

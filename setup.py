@@ -5,7 +5,13 @@ Environment variables:
     MAX_JOBS    compiler processes at a time; default: one per 2 GB of memory, at most one per core
     CMAKE_ARGS  further arguments for CMake, such as -DCMAKE_CXX_COMPILER_LAUNCHER=ccache
     DEBUG       1 builds without optimisation and with debug information
-    PEER_CUDA   0 or 1; there are no CUDA kernels yet, so 1 (like FORCE_CUDA=1) is an error
+    PEER_CUDA   1 (or FORCE_CUDA=1) compiles the CUDA kernels or fails, 0 leaves them out; default:
+                compile them where torch was built with CUDA and there is an nvcc that fits it
+    CUDACXX, CUDA_HOME
+                the nvcc, or the toolkit with it; default: from PATH, or /usr/local/cuda
+    TORCH_CUDA_ARCH_LIST
+                the GPUs to compile for, such as "8.0;9.0+PTX"; default: those of this machine, or,
+                without one, those that torch was compiled for
 """
 
 from __future__ import annotations
@@ -28,18 +34,27 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 
 sys.path.insert(0, str(ROOT / "build_backend"))
-from torch_location import TorchNotFoundError, find_torch, minor, version  # noqa: E402
+from cuda_toolkit import NoCudaError, Toolkit, find_toolkit, wanted  # noqa: E402
+from torch_location import TorchNotFoundError, cuda, find_torch, minor, version  # noqa: E402
 
 DEBUG = os.environ.get("DEBUG", "0") not in ("", "0")
 
 
-def refuse_cuda() -> None:
-    """Says so if CUDA kernels are asked for."""
-    for name in ("PEER_CUDA", "FORCE_CUDA"):
-        if os.environ.get(name, "0") not in ("", "0"):
-            sys.exit(
-                f"peer: {name}={os.environ[name]}, but there are no CUDA kernels yet; unset it"
-            )
+def toolkit(torch: Path) -> Toolkit | None:
+    """What compiles the CUDA kernels, or None for a build without them, whose reason is printed."""
+    try:
+        asked_for = wanted()
+        if asked_for is False or (asked_for is None and cuda(torch) is None):
+            return None
+        try:
+            return find_toolkit(torch)
+        except NoCudaError as error:
+            if asked_for:
+                sys.exit(f"peer: CUDA kernels are asked for, but {error}")
+            print(f"peer: the CUDA kernels are left out, because {error}")
+            return None
+    except ValueError as error:
+        sys.exit(str(error))
 
 
 def jobs() -> int:
@@ -63,23 +78,43 @@ def tool(name: str, directory: str) -> str:
     sys.exit(f"peer: {name} is needed for the build; {sys.executable} -m pip install {name}")
 
 
-def build_directory(torch: Path) -> Path:
-    """One per torch and kind of build, so that builds beside each other do not meet."""
-    place = hashlib.sha256(str(torch).encode()).hexdigest()[:8]
+def build_directory(torch: Path, with_cuda: Toolkit | None = None) -> Path:
+    """One per torch, CUDA compiler and kind of build: builds beside each other do not meet."""
+    tools = str(torch) if with_cuda is None else f"{torch} {with_cuda.nvcc}"
+    place = hashlib.sha256(tools.encode()).hexdigest()[:8]
     first, second = minor(torch)
-    return ROOT / "build" / f"torch{first}.{second}-{'debug' if DEBUG else 'release'}-{place}"
+    kind = ("debug" if DEBUG else "release") + ("-cuda" if with_cuda else "")
+    return ROOT / "build" / f"torch{first}.{second}-{kind}-{place}"
+
+
+def cuda_arguments(with_cuda: Toolkit | None) -> list[str]:
+    """What CMake has to know of CUDA."""
+    if with_cuda is None:
+        return ["-DPEER_CUDA=OFF"]
+    return [
+        "-DPEER_CUDA=ON",
+        f"-DCMAKE_CUDA_COMPILER={with_cuda.nvcc}",
+        f"-DCMAKE_CUDA_ARCHITECTURES={';'.join(with_cuda.architectures)}",
+    ]
 
 
 def build_and_install(prefix: Path) -> None:
     """Configures, builds and installs into the directory of the package."""
-    refuse_cuda()
     try:
         torch = find_torch()
     except TorchNotFoundError as error:
         sys.exit(str(error))
     cmake, ninja = tool("cmake", "CMAKE_BIN_DIR"), tool("ninja", "BIN_DIR")
-    directory = build_directory(torch)
-    print(f"peer: compiling for torch {version(torch)} in {torch}, {jobs()} jobs, without CUDA")
+    with_cuda = toolkit(torch)
+    directory = build_directory(torch, with_cuda)
+    print(
+        f"peer: compiling for torch {version(torch)} in {torch}, {jobs()} jobs, "
+        + (
+            f"with CUDA {with_cuda.version} for {' '.join(with_cuda.architectures)}"
+            if with_cuda
+            else "without CUDA"
+        )
+    )
     configure = [
         cmake,
         *("-S", str(ROOT), "-B", str(directory), "-G", "Ninja"),
@@ -87,6 +122,7 @@ def build_and_install(prefix: Path) -> None:
         f"-DCMAKE_BUILD_TYPE={'Debug' if DEBUG else 'Release'}",
         f"-DPEER_PYTHON={sys.executable}",
         f"-DTORCH_DIR={torch}",
+        *cuda_arguments(with_cuda),
         *shlex.split(os.environ.get("CMAKE_ARGS", "")),
     ]
     for command in (

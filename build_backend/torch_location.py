@@ -62,13 +62,14 @@ def minor(torch: Path) -> tuple[int, int]:
     return int(first), int(second)
 
 
-def _in_this_process() -> Path | None:
-    spec = importlib.util.find_spec("torch")
-    locations = spec.submodule_search_locations if spec else None
-    return Path(locations[0]) if locations else None
+def cuda(torch: Path) -> str | None:
+    """The version of CUDA that the torch in this directory was built with, such as "13.2"."""
+    match = re.search(r"^cuda\b.*=\s*'([^']+)'", (torch / "version.py").read_text(), re.MULTILINE)
+    return match[1] if match else None
 
 
-def _in_the_environment() -> Path | None:
+def run_in_the_environment(code: str) -> str:
+    """What the code prints outside of the build's isolation; nothing if it fails."""
     environment = {
         name: value
         for name, value in os.environ.items()
@@ -76,14 +77,24 @@ def _in_the_environment() -> Path | None:
     }
     # From the root directory: Python looks for modules in the directory that it is started in.
     run = subprocess.run(
-        [sys.executable, "-c", _FIND],
+        [sys.executable, "-c", code],
         env=environment,
         cwd="/",
         capture_output=True,
         text=True,
         check=False,
     )
-    found = run.stdout.strip()
+    return run.stdout.strip() if run.returncode == 0 else ""
+
+
+def _in_this_process() -> Path | None:
+    spec = importlib.util.find_spec("torch")
+    locations = spec.submodule_search_locations if spec else None
+    return Path(locations[0]) if locations else None
+
+
+def _in_the_environment() -> Path | None:
+    found = run_in_the_environment(_FIND)
     return Path(found) if found else None
 
 

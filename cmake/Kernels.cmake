@@ -1,4 +1,5 @@
-# The torch-free kernels as the target peer_kernels, for libpeer.so and for the C++ tests.
+# The torch-free kernels: those for the CPU as the target peer_kernels, for libpeer.so and for the C++ tests; those for CUDA as a list, for
+# cmake/Cuda.cmake and for the tests that play them on the CPU.
 
 set(PEER_CPU_KERNELS
     csrc/kernels/cpu/capability_table.cpp
@@ -6,6 +7,15 @@ set(PEER_CPU_KERNELS
     csrc/kernels/cpu/retrieval.cpp
     csrc/kernels/cpu/row_update.cpp
     csrc/kernels/cpu/token_pass.cpp)
+
+set(PEER_CUDA_KERNELS
+    csrc/kernels/cuda/expert_pass.cu
+    csrc/kernels/cuda/gather_sum.cu
+    csrc/kernels/cuda/key_owners.cu
+    csrc/kernels/cuda/retrieval.cu
+    csrc/kernels/cuda/row_update.cu
+    csrc/kernels/cuda/sorted_pairs.cu
+    csrc/kernels/cuda/token_pass.cu)
 
 # Compiled once per capability. The first is what runs on any processor of the architecture.
 set(PEER_CAPABILITIES baseline)

@@ -1,13 +1,16 @@
 # libpeer.so: the operators, registered with Torch, over the kernels. It knows nothing of Python.
 
 include(cmake/TorchWithoutCuda.cmake)
+set(PEER_CUDA_INFO "null")
+if(PEER_CUDA)
+  include(cmake/Cuda.cmake)
+endif()
 
 add_library(
   peer SHARED
   csrc/library.cpp
   csrc/ops/build_info.cpp
   csrc/ops/expert_mlp.cpp
-  csrc/ops/no_cuda.cpp
   csrc/ops/product_key_topk.cpp
   csrc/ops/row_update.cpp
   csrc/ops/autocast/expert_mlp.cpp
@@ -25,11 +28,24 @@ add_library(
   csrc/ops/meta/product_key_topk.cpp
   csrc/ops/meta/row_update.cpp)
 target_link_libraries(peer PRIVATE peer_kernels peer_torch)
+if(PEER_CUDA)
+  target_sources(
+    peer
+    PRIVATE csrc/ops/cuda/expert_mlp.cpp
+            csrc/ops/cuda/glue.cpp
+            csrc/ops/cuda/product_key_topk.cpp
+            csrc/ops/cuda/row_update.cpp
+            $<TARGET_OBJECTS:peer_cuda_kernels>)
+  target_link_libraries(peer PRIVATE peer_torch_cuda)
+else()
+  target_sources(peer PRIVATE csrc/ops/no_cuda.cpp)
+endif()
 
 configure_file(csrc/version.h.in generated/version.h @ONLY)
 target_include_directories(peer PRIVATE csrc "${CMAKE_CURRENT_BINARY_DIR}/generated")
 set(PEER_COMPILER "${CMAKE_CXX_COMPILER_ID} ${CMAKE_CXX_COMPILER_VERSION}")
-set_source_files_properties(csrc/ops/build_info.cpp PROPERTIES COMPILE_DEFINITIONS "PEER_COMPILER=\"${PEER_COMPILER}\"")
+set_source_files_properties(
+  csrc/ops/build_info.cpp PROPERTIES COMPILE_DEFINITIONS "PEER_COMPILER=\"${PEER_COMPILER}\";PEER_CUDA_INFO=R\"(${PEER_CUDA_INFO})\"")
 
 # at::parallel_for is header code, serial unless compiled with OpenMP. The flag is for compiling alone: linking with it would bring in the
 # system's libgomp as a second runtime beside the one that torch ships, and torch.set_num_threads would not reach it. The few GOMP_*
@@ -44,7 +60,7 @@ add_custom_command(
 
 # Installed, the library lies in peer/lib beside torch/lib. In a checkout, or anywhere else, torch has been imported before it is loaded, and the
 # loader takes the libraries that are already there.
-set_target_properties(peer PROPERTIES BUILD_WITH_INSTALL_RPATH ON INSTALL_RPATH "$ORIGIN/../../torch/lib" INSTALL_REMOVE_ENVIRONMENT_RPATH ON)
+set_target_properties(peer PROPERTIES LINKER_LANGUAGE CXX BUILD_WITH_INSTALL_RPATH ON INSTALL_RPATH "$ORIGIN/../../torch/lib" INSTALL_REMOVE_ENVIRONMENT_RPATH ON)
 
 # Also for `import peer` to compare before it loads the library, and for bug reports.
 set(PEER_CPU_CAPABILITIES "${PEER_CAPABILITIES}")
@@ -65,7 +81,7 @@ file(
   \"torch\": \"@PEER_TORCH_VERSION@\",
   \"torch_minor\": \"@PEER_TORCH_MINOR@\",
   \"torch_cuda\": @torch_cuda@,
-  \"cuda\": null,
+  \"cuda\": @PEER_CUDA_INFO@,
   \"cpu_capabilities\": [\"@PEER_CPU_CAPABILITIES@\"],
   \"compiler\": \"@PEER_COMPILER@\",
   \"build_type\": \"@CMAKE_BUILD_TYPE@\",

@@ -1,7 +1,8 @@
 """Locates and loads `libpeer.so`, which registers `torch.ops.peer`.
 
-The library is tied to the minor version of Torch that it was compiled for. That is compared before
-loading, because what the loader says otherwise is an unknown symbol.
+The library is tied to the minor version of Torch that it was compiled for, and with CUDA to a Torch
+that has it. That is compared before loading, because what the loader says otherwise is an unknown
+symbol or a missing file.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ _PACKAGE = Path(__file__).resolve().parent
 
 
 class BinaryMismatchError(ImportError):
-    """The compiled part of peer was built for another version of Torch than the one at hand."""
+    """The compiled part of peer was built for another Torch than the one at hand."""
 
 
 def library_path() -> Path:
@@ -33,7 +34,7 @@ def build_info() -> dict[str, Any]:
     """How the compiled library was built, as recorded beside it.
 
     Returns:
-        peer and torch versions, compiler, CPU capabilities and more, by name.
+        peer and torch versions, compiler, CPU capabilities, CUDA and more, by name.
 
     Raises:
         ImportError: If there is no such record: nothing was built here.
@@ -71,7 +72,8 @@ def load() -> None:
     """Loads the compiled library, once; later calls do nothing.
 
     Raises:
-        BinaryMismatchError: If it was built for another minor version of Torch.
+        BinaryMismatchError: If it was built for another minor version of Torch, or with CUDA for a
+            Torch that has none.
         ImportError: If it is missing or the loader refuses it.
     """
     path = library_path()
@@ -83,6 +85,11 @@ def load() -> None:
         raise BinaryMismatchError(
             f"peer was built for PyTorch {built['torch']}, but this is PyTorch {found}, and "
             f"compiled code works with one minor version only. {_HOW_TO_REBUILD}"
+        )
+    if built["cuda"] and not torch.version.cuda:
+        raise BinaryMismatchError(
+            f"peer was built with CUDA {built['cuda']['toolkit']}, but this PyTorch {found} has "
+            f"none. {_HOW_TO_REBUILD}"
         )
     try:
         torch.ops.load_library(str(path))

@@ -23,6 +23,9 @@ _VARIABLES = (
     "PEER_CPU_CAPABILITY",
     "PEER_CUDA",
     "FORCE_CUDA",
+    "TORCH_CUDA_ARCH_LIST",
+    "CUDA_HOME",
+    "CUDACXX",
     "MAX_JOBS",
     "CMAKE_ARGS",
     "DEBUG",
@@ -57,7 +60,8 @@ def _torch() -> str:
     )
     if torch.cuda.is_available():
         for device in range(torch.cuda.device_count()):
-            lines.append(f"GPU {device}: {torch.cuda.get_device_name(device)}")
+            major, minor = torch.cuda.get_device_capability(device)
+            lines.append(f"GPU {device}: {torch.cuda.get_device_name(device)}, {major}.{minor}")
     else:
         lines.append("no usable GPU")
     lines.append(f"CPU capability {torch.backends.cpu.get_cpu_capability()}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
 
@@ -45,9 +46,9 @@ def describe() -> str:
     return "\n".join(f"{name:<15} {text}" for name, text in lines.items())
 
 
-def _cuda(built: dict[str, object]) -> str:
-    if built["cuda"]:
-        return f"built with {built['cuda']}"
+def _cuda(built: dict[str, Any]) -> str:
+    if cuda := built["cuda"]:
+        return f"built with {cuda['toolkit']} for {', '.join(cuda['architectures'])}"
     if torch.version.cuda:
         return f"not built (torch has {torch.version.cuda})"
     return "not built"

@@ -2,6 +2,8 @@
 
 #include <cstdint>
 
+#include "kernels/host_device.h"
+
 namespace peer {
 
 // A table of expert rows. Rows are contiguous, but may lie further apart than they are long.
@@ -10,7 +12,7 @@ struct Rows {
   Element* data = nullptr;
   int64_t stride = 0;
 
-  explicit operator bool() const { return data != nullptr; }
+  PEER_HOST_DEVICE explicit operator bool() const { return data != nullptr; }
 };
 
 }  // namespace peer

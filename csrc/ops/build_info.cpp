@@ -13,7 +13,7 @@ std::string build_info() {
   std::ostringstream json;
   json << "{\"peer\": \"" << PEER_VERSION << "\", \"torch\": \"" << TORCH_VERSION
        << "\", \"compiler\": \"" << PEER_COMPILER << "\", \"cpu_capabilities\": \""
-       << cpu::compiled_capabilities() << "\", \"cuda\": null}";
+       << cpu::compiled_capabilities() << "\", \"cuda\": " << PEER_CUDA_INFO << "}";
   return json.str();
 }
 

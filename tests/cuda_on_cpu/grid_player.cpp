@@ -21,19 +21,14 @@
 #include <sanitizer/common_interface_defs.h>
 #endif
 
-namespace {
-
-constexpr size_t kSharedBytes = 227 << 10;  // what a block may have on sm_90
-
-}  // namespace
-
-alignas(16) unsigned char peer_shared_memory[kSharedBytes];
+alignas(16) unsigned char peer_shared_memory[peer::test::kSharedBytes];
 
 namespace peer::test {
 
 namespace {
 
 constexpr unsigned kWarp = 32;
+constexpr int kGarbage = 0xa5;  // what memory holds before anything is written to it
 
 // Threads that wait for each other, again and again. Lanes of a warp leave what they exchange here,
 // in turns, so that a lane's next contribution does not meet those that are still being read.
@@ -41,26 +36,38 @@ struct Meeting {
   unsigned members = 0;
   unsigned arrived = 0;
   unsigned round = 0;
+  std::condition_variable over;  // where players are threads of the system
   alignas(16) unsigned char contributions[2][kWarp][16];
+};
+
+struct Copy {
+  void* target;
+  const void* source;
+  size_t size;
+  size_t batch;
 };
 
 struct Player {
   Place place;
   Meeting* warp = nullptr;
   unsigned exchanges = 0;
+  std::vector<Copy> copies;  // still to be made
+  size_t batches = 0;        // of copies, that have ended
 };
 
 thread_local Player* current = nullptr;
 
+size_t shared_limit = kSharedBytes;
+
 void prepare_shared_memory(size_t bytes) {
-  if (bytes > kSharedBytes) {
+  if (bytes > shared_limit) {
     throw std::logic_error("a block asks for " + std::to_string(bytes) +
                            " bytes of shared memory, more than there are");
   }
 #ifdef __SANITIZE_ADDRESS__
   ASAN_UNPOISON_MEMORY_REGION(peer_shared_memory, kSharedBytes);
 #endif
-  std::memset(peer_shared_memory, 0xa5, kSharedBytes);
+  std::memset(peer_shared_memory, kGarbage, kSharedBytes);
 #ifdef __SANITIZE_ADDRESS__
   ASAN_POISON_MEMORY_REGION(peer_shared_memory + bytes, kSharedBytes - bytes);
 #endif
@@ -87,6 +94,7 @@ struct Block {
     prepare_shared_memory(shared_bytes);
     for (Player& player : players) {
       player.place.block = block;
+      player.copies.clear();
     }
   }
 
@@ -105,7 +113,6 @@ Block* block_played = nullptr;
 namespace {
 
 std::mutex mutex;
-std::condition_variable moved;
 bool is_over = false;  // some thread failed: nobody waits any more
 
 struct Abandoned {};
@@ -119,12 +126,12 @@ void meet(Meeting& meeting) {
   if (++meeting.arrived == meeting.members) {
     meeting.arrived = 0;
     ++meeting.round;
-    moved.notify_all();
+    meeting.over.notify_all();
     return;
   }
   // Long enough for the slowest sanitizer, short enough to tell a deadlock.
-  const bool met = moved.wait_for(lock, std::chrono::seconds(60),
-                                  [&] { return meeting.round != round || is_over; });
+  const bool met = meeting.over.wait_for(lock, std::chrono::seconds(60),
+                                         [&] { return meeting.round != round || is_over; });
   if (!met) {
     throw std::logic_error("threads wait for others that do not come");
   }
@@ -154,7 +161,10 @@ void play_grid(const GridShape& shape, const std::function<void()>& body) {
             block.failure = std::current_exception();
           }
           is_over = true;
-          moved.notify_all();
+          block.whole.over.notify_all();
+          for (Meeting& warp : block.warps) {
+            warp.over.notify_all();
+          }
         }
       });
     }
@@ -177,6 +187,10 @@ struct Fiber {
   std::unique_ptr<unsigned char[]> stack{new unsigned char[kStackBytes]};
   ucontext_t context;
   bool has_returned = false;
+  const Meeting* meeting = nullptr;  // that it waits for, until the round is over
+  unsigned round = 0;
+
+  bool is_waiting() const { return meeting != nullptr && meeting->round == round; }
 };
 
 struct Scheduler {
@@ -242,6 +256,7 @@ void run_fiber() {
 
 void begin_fiber(Fiber& fiber) {
   fiber.has_returned = false;
+  fiber.meeting = nullptr;
   getcontext(&fiber.context);
   fiber.context.uc_stack = {};
   fiber.context.uc_stack.ss_sp = fiber.stack.get();
@@ -258,9 +273,9 @@ void meet(Meeting& meeting) {
     ++meeting.round;
     return;
   }
-  while (meeting.round == round) {
-    wait_for_turn();
-  }
+  scheduler.running->meeting = &meeting;
+  scheduler.running->round = round;
+  wait_for_turn();
 }
 
 }  // namespace
@@ -281,7 +296,7 @@ void play_grid(const GridShape& shape, const std::function<void()>& body) {
       const unsigned moves = scheduler.moves;
       remaining = 0;
       for (unsigned t = 0; t < shape.threads; ++t) {
-        if (!fibers[t].has_returned) {
+        if (!fibers[t].has_returned && !fibers[t].is_waiting()) {
           current = &block.players[t];
           run_until_waiting(fibers[t]);
         }
@@ -300,6 +315,10 @@ void play_grid(const GridShape& shape, const std::function<void()>& body) {
 
 #endif
 
+size_t shared_bytes_limit() { return shared_limit; }
+
+void limit_shared_bytes(size_t bytes) { shared_limit = std::min(bytes, kSharedBytes); }
+
 const Place& place() { return current->place; }
 
 void wait_for_block() { meet(block_played->whole); }
@@ -312,6 +331,23 @@ const unsigned char* exchange_in_warp(const void* contribution, size_t size) {
   std::memcpy(slots[player.place.thread % kWarp], contribution, size);
   wait_for_warp();
   return slots[0];
+}
+
+void copy_later(void* target, const void* source, size_t size) {
+  std::memset(target, kGarbage, size);
+  current->copies.push_back({target, source, size, current->batches});
+}
+
+void end_batch_of_copies() { ++current->batches; }
+
+void wait_for_copies(size_t batches_left) {
+  std::vector<Copy>& copies = current->copies;
+  const auto end = std::find_if(copies.begin(), copies.end(), [&](const Copy& copy) {
+    return copy.batch + batches_left >= current->batches;
+  });
+  std::for_each(copies.begin(), end,
+                [](const Copy& copy) { std::memcpy(copy.target, copy.source, copy.size); });
+  copies.erase(copies.begin(), end);
 }
 
 }  // namespace peer::test

@@ -31,6 +31,12 @@ struct Place {
 // with; throws std::logic_error where threads wait in vain.
 void play_grid(const GridShape& shape, const std::function<void()>& body);
 
+// What a block may have of dynamic shared memory: as much as on sm_90, or less where a test says
+// so.
+constexpr size_t kSharedBytes = 227 << 10;
+size_t shared_bytes_limit();
+void limit_shared_bytes(size_t bytes);
+
 // For a thread that is played: where it stands.
 const Place& place();
 
@@ -38,7 +44,14 @@ void wait_for_block();
 void wait_for_warp();
 
 // Every lane of the warp contributes `size` bytes, at most 16, and gets those of all of them: lane
-// l's at 16·l. They hold until the lane's next exchange but one.
+// l's at 16·l. They hold until the lane's next exchange.
 const unsigned char* exchange_in_warp(const void* contribution, size_t size);
+
+// Copies that go on while the thread does. They are made as late as they may be, when it waits for
+// them, and until then there is garbage where they go.
+void copy_later(void* target, const void* source, size_t size);
+void end_batch_of_copies();
+// For all batches but the last ones.
+void wait_for_copies(size_t batches_left);
 
 }  // namespace peer::test

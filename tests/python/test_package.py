@@ -14,7 +14,8 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -69,7 +70,7 @@ def test_library_and_its_record_agree():
     assert library["compiler"] == record["compiler"]
     assert library["cpu_capabilities"].split() == record["cpu_capabilities"]
     assert record["torch"].startswith(library["torch"].split("+")[0])
-    assert library["cuda"] is record["cuda"] is None
+    assert library["cuda"] == record["cuda"]
 
 
 def test_show_config_prints_versions_build_and_capability(capsys: pytest.CaptureFixture[str]):
@@ -79,7 +80,10 @@ def test_show_config_prints_versions_build_and_capability(capsys: pytest.Capture
     assert lines["torch"] == torch.__version__
     assert lines["CPU kernels"].split()[0] == torch.ops.peer.cpu_capability()
     assert lines["threads"] == str(torch.get_num_threads())
-    assert lines["CUDA"].startswith("not built")
+    built = json.loads(torch.ops.peer.build_info())["cuda"]
+    assert lines["CUDA"].startswith(
+        f"built with {built['toolkit']} for {built['architectures'][0]}" if built else "not built"
+    )
     assert "not usable" not in lines
 
 
@@ -110,6 +114,20 @@ def test_another_torch_is_named_with_what_to_type(package_for_another_torch: Pat
     error = result.stderr.splitlines()[-1]
     assert error.startswith("peer._library.BinaryMismatchError: peer was built for PyTorch 2.3.1")
     assert f"but this is PyTorch {torch.__version__}" in error
+    assert f"{sys.executable} -m pip install" in error
+
+
+def test_torch_without_cuda_is_refused_by_a_library_with_it(copied_package: Path):
+    record = copied_package / "_build_info.json"
+    built = json.loads(record.read_text())
+    cuda = {"toolkit": "13.0", "architectures": ["sm_90"]}
+    record.write_text(json.dumps({**built, "cuda": cuda}))
+    result = run(
+        "-c", "import torch; torch.version.cuda = None; import peer", package=copied_package
+    )
+    assert result.returncode != 0
+    error = result.stderr.splitlines()[-1]
+    assert "BinaryMismatchError: peer was built with CUDA 13.0, but this PyTorch" in error
     assert f"{sys.executable} -m pip install" in error
 
 
@@ -278,15 +296,149 @@ class TestBuild:
         assert "peer needs torch 2.11 or newer" in result.stderr
 
     @pytest.mark.parametrize("variable", ["PEER_CUDA", "FORCE_CUDA"])
-    def test_asking_for_cuda_is_refused(self, variable: str):
-        pytest.importorskip("setuptools")
-        result = subprocess.run(
-            [sys.executable, "setup.py", "build_ext", "--inplace"],
-            cwd=CHECKOUT,
-            env={**os.environ, variable: "1"},
-            capture_output=True,
-            text=True,
-            check=False,
+    def test_cuda_without_a_compiler_for_it_is_an_error(self, variable: str, tmp_path: Path):
+        result = build_in_place(TORCH_DIR=fake_torch(tmp_path), CUDA_HOME=tmp_path, **{variable: 1})
+        assert result.returncode != 0
+        assert result.stderr.strip() == (
+            f"peer: CUDA kernels are asked for, but there is no nvcc in CUDA_HOME={tmp_path}"
+        )
+
+    def test_cuda_with_a_torch_that_has_none_is_an_error(self, tmp_path: Path):
+        torch_dir = fake_torch(tmp_path, cuda=None)
+        result = build_in_place(TORCH_DIR=torch_dir, PEER_CUDA=1)
+        assert result.returncode != 0
+        assert "but torch 2.15.0" in result.stderr
+        assert "was built without CUDA" in result.stderr
+
+    def test_cuda_of_another_major_version_is_an_error(self, tmp_path: Path):
+        result = build_in_place(
+            TORCH_DIR=fake_torch(tmp_path, cuda="12.6"), CUDACXX=fake_nvcc(tmp_path), PEER_CUDA=1
         )
         assert result.returncode != 0
-        assert f"{variable}=1, but there are no CUDA kernels yet" in result.stderr
+        assert f"was built with CUDA 12.6, but {tmp_path / 'nvcc'} is of CUDA 13.0" in result.stderr
+
+    @pytest.mark.parametrize("value", ["yes", "2"])
+    def test_peer_cuda_is_0_or_1(self, value: str, tmp_path: Path):
+        result = build_in_place(TORCH_DIR=fake_torch(tmp_path), PEER_CUDA=value)
+        assert result.returncode != 0
+        assert f"expected PEER_CUDA=0 or PEER_CUDA=1, got '{value}'" in result.stderr
+
+
+class TestCudaToolkit:
+    """For which GPUs the CUDA kernels are compiled."""
+
+    pytestmark = TestBuild.pytestmark
+    known: ClassVar = {75, 80, 86, 89, 90, 100, 120}
+
+    @pytest.fixture
+    def toolkit(self, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+        monkeypatch.syspath_prepend(str(CHECKOUT / "build_backend"))
+        return importlib.import_module("cuda_toolkit")
+
+    @pytest.mark.parametrize(
+        ("text", "expected"),
+        [
+            ("9.0", ["90-real"]),
+            ("8.0;9.0+PTX", ["80-real", "90"]),
+            ("8.0 9.0a, 9.0a;12.0", ["80-real", "90a-real", "120-real"]),
+            ("7.5;8.6", ["86-real"]),
+            (" 8.0 ; 9.0; ", ["80-real", "90-real"]),
+        ],
+    )
+    def test_architectures_are_those_of_the_list(self, toolkit, text: str, expected: list[str]):
+        assert toolkit.parse_architectures(text, self.known) == expected
+
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ("Hopper", r"expected compute capabilities .*'8.0;9.0\+PTX', got 'Hopper'"),
+            ("90", "got '90'"),
+            (";", "got ''"),
+            ("7.0;7.5+PTX", "names no GPU of compute capability 8.0 or newer"),
+            ("8.0;13.0", "asks for 13.0, but this nvcc knows 7.5, 8.0, .*, 12.0"),
+        ],
+    )
+    def test_a_list_that_names_no_gpus_is_refused(self, toolkit, text: str, message: str):
+        with pytest.raises(ValueError, match=message):
+            toolkit.parse_architectures(text, self.known)
+
+    @pytest.mark.parametrize(
+        ("gpus", "expected"),
+        [
+            ({90}, ["90"]),
+            ({75, 80, 86, 90, 100}, ["80-real", "86-real", "90-real", "100"]),
+            ({86, 87}, ["86"]),  # nvcc does not know the second
+            ({130}, ["120"]),  # PTX of the newest that nvcc knows
+        ],
+    )
+    def test_gpus_get_machine_code_and_the_newest_ptx(
+        self, toolkit, gpus: set[int], expected: list[str]
+    ):
+        assert toolkit.choose_architectures(gpus, self.known) == expected
+
+    @pytest.mark.parametrize(
+        ("gpus", "message"), [({70, 75}, "these are 7.0, 7.5"), (set(), "is unknown")]
+    )
+    def test_gpus_that_are_too_old_leave_no_build(self, toolkit, gpus: set[int], message: str):
+        with pytest.raises(toolkit.NoCudaError, match=message):
+            toolkit.choose_architectures(gpus, self.known)
+
+    def test_the_list_is_asked_before_the_machine(
+        self, toolkit, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ):
+        nvcc = fake_nvcc(tmp_path)
+        monkeypatch.setenv("CUDACXX", str(nvcc))
+        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0")
+        found = toolkit.find_toolkit(fake_torch(tmp_path))
+        assert found == toolkit.Toolkit(nvcc, "13.0", ["90-real"])
+
+    def test_this_machine_s_gpus_are_the_default(
+        self, toolkit, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ):
+        monkeypatch.setenv("CUDACXX", str(fake_nvcc(tmp_path)))
+        monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+        monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+        fake_program(tmp_path / "nvidia-smi", "echo 8.0\necho 9.0\necho 9.0")
+        found = toolkit.find_toolkit(fake_torch(tmp_path))
+        assert found.architectures == ["80-real", "90"]
+
+
+def build_in_place(**environment: object) -> subprocess.CompletedProcess[str]:
+    """Runs setup.py for a build that ends before it compiles anything."""
+    pytest.importorskip("setuptools")
+    inherited = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("PEER_CUDA", "FORCE_CUDA", "CUDACXX", "CUDA_HOME", "TORCH_CUDA_ARCH_LIST")
+    }
+    return subprocess.run(
+        [sys.executable, "setup.py", "build_ext", "--inplace"],
+        cwd=CHECKOUT,
+        env={**inherited, **{name: str(value) for name, value in environment.items()}},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def fake_torch(directory: Path, cuda: str | None = "13.2") -> Path:
+    """A directory that is torch's as far as the choice of a CUDA compiler goes."""
+    directory = directory / "torch"
+    directory.mkdir()
+    (directory / "version.py").write_text(
+        f"__version__ = '2.15.0+test'\ncuda: Optional[str] = {cuda!r}\n"
+    )
+    return directory
+
+
+def fake_program(path: Path, script: str) -> Path:
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    return path
+
+
+def fake_nvcc(directory: Path) -> Path:
+    return fake_program(
+        directory / "nvcc",
+        "echo 'Cuda compilation tools, release 13.0, V13.0.88'\necho compute_80\necho compute_90",
+    )

@@ -5,6 +5,7 @@
 //                   (sub_scores.h)
 //   2. selection    the k best rows and the k best columns of every token, sorted (selection.h)
 //   3. pairs        of the sums row + column, only those that can be among the k best
+//                   (pair_pruning.h)
 //
 // Work item   a block of tokens and one head
 // Traffic     the packed keys once per work item; nothing of size R or C per token leaves the cache
@@ -21,26 +22,20 @@
 #include "kernels/cpu/sub_scores.h"
 #include "kernels/cpu/vector.h"
 #include "kernels/ordered.h"
+#include "kernels/pair_pruning.h"
 
 namespace peer::cpu::PEER_CAPABILITY {
 
 namespace {
 
-// Pairs that can be among the k best. With both lists sorted, pair (i, j) comes after every pair
-// (i', j') with i' <= i and j' <= j, since rounding is monotone and equal sums are ordered by rank:
-// if (i + 1)(j + 1) > k there are k better ones.
-constexpr bool can_be_chosen(int64_t row_rank, int64_t column_rank, int64_t k) {
-  return (row_rank + 1) * (column_rank + 1) <= k;
-}
-
 // The pairs of ranks that can be chosen, in order of (row rank, column rank): so a pair's position
 // decides between equal scores.
 struct PairRanks {
   PairRanks(int64_t row_count, int64_t column_count, int64_t k)
-      : count(count_pairs(row_count, column_count, k)), rows(count), columns(count) {
+      : count(pairs_of(row_count, column_count, k)), rows(count), columns(count) {
     int64_t position = 0;
     for (int64_t i = 0; i < row_count; ++i) {
-      for (int64_t j = 0; j < column_count && can_be_chosen(i, j, k); ++j) {
+      for (int64_t j = 0; j < columns_beside(i, column_count, k); ++j) {
         rows[position] = int32_t(i);
         columns[position++] = int32_t(j);
       }
@@ -49,15 +44,6 @@ struct PairRanks {
 
   int64_t count;
   Scratch<int32_t> rows, columns;
-
- private:
-  static int64_t count_pairs(int64_t row_count, int64_t column_count, int64_t k) {
-    int64_t pairs = 0;
-    for (int64_t i = 0; i < std::min(row_count, k); ++i) {
-      pairs += std::min(column_count, k / (i + 1));
-    }
-    return pairs;
-  }
 };
 
 // One half of a token's candidates: the best keys, sorted. Padded, so that whole vectors of scores
@@ -93,7 +79,7 @@ void add_pairs(const BestKeys<Real>& rows,
   constexpr int lanes = kLanes<Real>;
   int64_t position = 0;
   for (int64_t i = 0; position < count; ++i) {
-    const int64_t partners = std::min(columns.count, k / (i + 1));
+    const int64_t partners = columns_beside(i, columns.count, k);
     for (int64_t j = 0; j < partners; j += lanes) {
       const Vector<Real> sum = rows.scores[i] + load(columns.scores.data() + j);
       store_ordered<Real>(sums + position + j, to_ordered_vector<Real>(sum));

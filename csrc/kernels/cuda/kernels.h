@@ -64,22 +64,11 @@ template <class Table, class Input>
 void token_backward(const TokenBackward<Table, Input>& pass, const Context& context);
 
 // A pair is one retrieval: token t's p-th expert has the pair number t·P + p. Pairs sorted by what
-// they contribute to, stably, and the work list over them; all in device memory, none of it known
-// to the host.
-//
-// A run of pairs with one owner is cut into chunks of at most kPairsPerChunk. A whole run goes to
-// its owner's row of the output; a piece of a longer run goes to a row of partial sums.
-constexpr int64_t kPairsPerChunk = 64;
-
+// they contribute to, stably, and where the sums over them go: see chunks.h. All in device memory,
+// none of it known to the host.
 enum class OutputRows {
   by_owner,  // row = owner: a dense gradient
   compact,   // row = how many smaller owners occur: a sparse gradient's values
-};
-
-struct Chunk {
-  int32_t first, count;  // range of sorted pairs
-  int32_t row;           // row of the output, or of the partial sums
-  int32_t is_partial;
 };
 
 // The partial sums [first, first + count) that make up one row of the output.
@@ -90,18 +79,18 @@ struct SplitRun {
 
 // How many there are of each.
 struct ExpertPassCounts {
-  int32_t owners, chunks, split_runs, partial_rows;
+  int32_t owners, split_runs, partial_rows;
 };
 
 struct SortedPairs {
   int64_t count = 0;
-  std::shared_ptr<int32_t> owners;           // (count), ascending
-  std::shared_ptr<int32_t> numbers;          // (count)
-  std::shared_ptr<int32_t> distinct_owners;  // (count), of which counts->owners are set
-  std::shared_ptr<Chunk> chunks;             // (count), of which counts->chunks are set
-  std::shared_ptr<SplitRun> split_runs;      // (count / kPairsPerChunk)
+  std::shared_ptr<int32_t> numbers;          // (count), by ascending owner
+  std::shared_ptr<int32_t> targets;          // (count): what becomes of the sum after each
+  std::shared_ptr<int32_t> distinct_owners;  // (count), of which counts->owners are set; if compact
+  std::shared_ptr<SplitRun> split_runs;      // (most_split_runs)
   std::shared_ptr<ExpertPassCounts> counts;  // (1)
   // Bounds that the host knows, for grids and for memory.
+  int64_t most_split_runs = 0;
   int64_t most_partial_rows = 0;
 };
 

@@ -1,11 +1,9 @@
 #include "ops/cpu/glue.h"
 
-#include <ATen/ops/_sparse_coo_tensor_with_dims_and_tensors.h>
 #include <ATen/ops/empty.h>
 
 #include <atomic>
 
-#include "ops/checks.h"
 #include "ops/cpu/huge_pages.h"
 
 namespace peer::ops::cpu {
@@ -21,41 +19,6 @@ std::shared_ptr<void> recycled_memory(int64_t bytes) {
 }
 
 }  // namespace
-
-void check_index_range(const char* op, const at::Tensor& contiguous_indices, int64_t count) {
-  const int64_t* indices = contiguous_indices.const_data_ptr<int64_t>();
-  const int64_t total = contiguous_indices.numel();
-  std::atomic<int64_t> first_bad = total;
-  at::parallel_for(0, total, 1 << 15, [&](int64_t first, int64_t last) {
-    // Unsigned, so that one comparison catches negative ids too; no branch, so that the loop
-    // vectorises.
-    uint64_t largest = 0;
-    for (int64_t i = first; i < last; ++i) {
-      largest = std::max(largest, uint64_t(indices[i]));
-    }
-    if (largest < uint64_t(count)) {
-      return;
-    }
-    int64_t bad = first;
-    while (uint64_t(indices[bad]) < uint64_t(count)) {
-      ++bad;
-    }
-    int64_t known = first_bad.load();
-    while (bad < known && !first_bad.compare_exchange_weak(known, bad)) {
-    }
-  });
-  if (first_bad < total) {
-    const int64_t bad = first_bad;
-    std::vector<int64_t> position;
-    for (int64_t axis = 0, rest = bad; axis < contiguous_indices.dim(); ++axis) {
-      position.push_back(rest / contiguous_indices.stride(axis));
-      rest %= contiguous_indices.stride(axis);
-    }
-    TORCH_CHECK_INDEX(false, "peer::", op, ": index ", indices[bad], " at position ",
-                      at::IntArrayRef(position), " of indices is out of range for ", count,
-                      " experts");
-  }
-}
 
 SortedPairs::SortedPairs(const at::Tensor& contiguous_owners, int64_t owner_count, OutputRows rows)
     : pairs(sort_pairs(contiguous_owners.const_data_ptr<int64_t>(),
@@ -107,9 +70,44 @@ at::Tensor TableGradient::sum(const at::Tensor& coefficients,
   }
   const at::Tensor ids = at::empty({1, distinct}, like.dtype(at::kLong));
   std::copy_n(plan.owners.data(), distinct, ids.mutable_data_ptr<int64_t>());
-  return at::_sparse_coo_tensor_with_dims_and_tensors(
-      /*sparse_dim=*/1, /*dense_dim=*/1, {owner_count_, width}, ids, values,
-      like.layout(at::kSparse), /*is_coalesced=*/true);
+  return sparse_gradient(owner_count_, ids, values);
+}
+
+void Device::check_index_range(const char* op,
+                               const at::Tensor& contiguous_indices,
+                               int64_t count) {
+  const int64_t* indices = contiguous_indices.const_data_ptr<int64_t>();
+  const int64_t total = contiguous_indices.numel();
+  std::atomic<int64_t> first_bad = total;
+  at::parallel_for(0, total, 1 << 15, [&](int64_t first, int64_t last) {
+    // Unsigned, so that one comparison catches negative ids too; no branch, so that the loop
+    // vectorises.
+    uint64_t largest = 0;
+    for (int64_t i = first; i < last; ++i) {
+      largest = std::max(largest, uint64_t(indices[i]));
+    }
+    if (largest < uint64_t(count)) {
+      return;
+    }
+    int64_t bad = first;
+    while (uint64_t(indices[bad]) < uint64_t(count)) {
+      ++bad;
+    }
+    int64_t known = first_bad.load();
+    while (bad < known && !first_bad.compare_exchange_weak(known, bad)) {
+    }
+  });
+  if (first_bad < total) {
+    const int64_t bad = first_bad;
+    std::vector<int64_t> position;
+    for (int64_t axis = 0, rest = bad; axis < contiguous_indices.dim(); ++axis) {
+      position.push_back(rest / contiguous_indices.stride(axis));
+      rest %= contiguous_indices.stride(axis);
+    }
+    TORCH_CHECK_INDEX(false, "peer::", op, ": index ", indices[bad], " at position ",
+                      at::IntArrayRef(position), " of indices is out of range for ", count,
+                      " experts");
+  }
 }
 
 }  // namespace peer::ops::cpu

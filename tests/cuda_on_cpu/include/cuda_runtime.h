@@ -130,6 +130,20 @@ inline int __clz(int bits) { return bits == 0 ? 32 : __builtin_clz(unsigned(bits
 
 [[noreturn]] inline void __trap() { throw std::runtime_error("a kernel trapped"); }
 
+// Memory. How long caches keep what is written makes no difference here.
+
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+
+template <class Value>
+void __stcs(Value* target, Value value) {
+  std::memcpy(target, &value, sizeof(value));
+}
+
 // The runtime.
 
 using cudaStream_t = void*;
@@ -154,6 +168,9 @@ struct cudaLaunchConfig_t {
   cudaStream_t stream = nullptr;
 };
 
+// For tests to change: nothing but speed may depend on it.
+inline int multiprocessors_played = 3;
+
 inline const char* cudaGetErrorString(cudaError_t) { return "invalid value"; }
 
 inline cudaError_t cudaGetDevice(int* device) {
@@ -164,10 +181,10 @@ inline cudaError_t cudaGetDevice(int* device) {
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int /*device*/) {
   switch (attribute) {
     case cudaDevAttrMultiProcessorCount:
-      *value = 3;
+      *value = multiprocessors_played;
       break;
     case cudaDevAttrMaxSharedMemoryPerBlockOptin:
-      *value = 227 << 10;
+      *value = int(::peer::test::shared_bytes_limit());
       break;
     case cudaDevAttrMaxThreadsPerMultiProcessor:
       *value = 2048;

@@ -1,0 +1,85 @@
+#include "ops/device/product_key_topk.h"
+
+#include <torch/library.h>
+
+#include "ops/cuda/glue.h"
+
+namespace peer::ops::cuda {
+
+namespace {
+
+// Keys (count, half_width) that the heads share, or (H, count, half_width).
+template <class Query>
+Keys<Query> keys_of(const Tensor& keys) {
+  return {const_data_of<Query>(keys), keys.size(-2), keys.dim() == 3 ? keys.stride(0) : 0};
+}
+
+struct Cuda : Device {
+  static void retrieve(const Tensor& query,
+                       const Tensor& row_keys,
+                       const Tensor& col_keys,
+                       const Tensor& scores,
+                       const Tensor& indices) {
+    TORCH_CHECK_VALUE(scores.size(2) <= kMostRetrieved,
+                      "peer::product_key_topk: expected k of at most ", kMostRetrieved, " on ",
+                      query.device(), ", got ", scores.size(2));
+    with_table_type(query.scalar_type(), [&]<class Query>() {
+      using Real = accumulation_t<Query>;
+      const Retrieval<Query> retrieval = {
+          .tokens = query.size(0),
+          .heads = query.size(1),
+          .half_width = query.size(2) / 2,
+          .k = scores.size(2),
+          .query = const_data_of<Query>(query),
+          .rows = keys_of<Query>(row_keys),
+          .columns = keys_of<Query>(col_keys),
+          .scores = data_of<Real>(scores),
+          .indices = data_of<int64_t>(indices),
+      };
+      peer::cuda::retrieve(retrieval, current_context());
+    });
+  }
+
+  static void find_retrieved_keys(const RetrievedKeys& keys) {
+    const KeyOwners pass = {
+        .retrievals = keys.indices.size(0) * keys.indices.size(1),
+        .heads = keys.indices.size(1),
+        .k = keys.indices.size(2),
+        .columns = keys.columns_per_head,
+        .experts = keys.experts(),
+        .row_head_stride = keys.row_head_stride(),
+        .column_head_stride = keys.column_head_stride(),
+        .indices = keys.indices.const_data_ptr<int64_t>(),
+        .row_owners = data_of<int64_t>(keys.rows),
+        .column_owners = data_of<int64_t>(keys.columns),
+    };
+    find_key_owners(pass, current_context());
+  }
+
+  static void gather_sum(const Tensor& coefficients,
+                         const Tensor& indices,
+                         const Tensor& table,
+                         const Tensor& out) {
+    with_accumulation_type(out.scalar_type(), [&]<class Real>() {
+      const GatherSum<Real> pass = {
+          .items = out.size(0),
+          .terms = indices.size(2),
+          .width = table.size(1),
+          .coefficients = const_data_of<Real>(coefficients),
+          .indices = indices.const_data_ptr<int64_t>(),
+          .table = rows_of<Real>(table),
+          .out = mutable_rows_of<Real>(out),
+      };
+      peer::cuda::gather_sum(pass, current_context());
+    });
+  }
+};
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(peer, CUDA, m) {
+  m.impl("product_key_topk", product_key_topk_on<Cuda>);
+  m.impl("product_key_topk_backward", product_key_topk_backward_on<Cuda>);
+}
+
+}  // namespace peer::ops::cuda

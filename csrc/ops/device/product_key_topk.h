@@ -1,0 +1,103 @@
+// product_key_topk on a device, which adds to what glue.h asks of it
+//
+//   retrieve(query, row_keys, col_keys, scores, indices)
+//   find_retrieved_keys(const RetrievedKeys&)
+//   gather_sum(coefficients, indices, table, out)
+//
+// the last of which is out[i] = Σ_p coefficients[i, p]·table[indices[i, p]], all in one type of
+// accumulation.
+#pragma once
+
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+
+#include "ops/device/glue.h"
+#include "ops/product_key_topk.h"
+
+namespace peer::ops {
+
+// Which row and which column of the keys every retrieval took. The keys of all heads are one table;
+// a retrieval owns row r (or c) of it, in its head's part where the heads have their own keys.
+struct RetrievedKeys {
+  RetrievedKeys(const Tensor& given_indices, const Tensor& row_keys, const Tensor& col_keys)
+      : rows_per_head(row_keys.size(-2)),
+        columns_per_head(col_keys.size(-2)),
+        heads_share_rows(row_keys.dim() == 2),
+        heads_share_columns(col_keys.dim() == 2),
+        indices(given_indices.contiguous()),
+        rows(at::empty_like(indices)),
+        columns(at::empty_like(indices)) {}
+
+  int64_t experts() const { return rows_per_head * columns_per_head; }
+  int64_t row_head_stride() const { return heads_share_rows ? 0 : rows_per_head; }
+  int64_t column_head_stride() const { return heads_share_columns ? 0 : columns_per_head; }
+
+  int64_t rows_per_head, columns_per_head;
+  bool heads_share_rows, heads_share_columns;
+  Tensor indices;        // (T, H, k)
+  Tensor rows, columns;  // (T, H, k), found by the device
+};
+
+template <class Device>
+std::tuple<Tensor, Tensor> product_key_topk_on(const Tensor& query,
+                                               const Tensor& row_keys,
+                                               const Tensor& col_keys,
+                                               int64_t k) {
+  check_product_key_topk(query, row_keys, col_keys, k);
+  const c10::DeviceGuard guard(query.device());
+  const at::ScalarType type = query.scalar_type();
+  const Tensor scores =
+      at::empty({query.size(0), query.size(1), k}, query.options().dtype(accumulation_type(type)));
+  const Tensor indices = at::empty_like(scores, scores.options().dtype(at::kLong));
+  Device::retrieve(as_input<Device>(query, type), as_input<Device>(row_keys, type),
+                   as_input<Device>(col_keys, type), scores, indices);
+  return {scores, indices};
+}
+
+template <class Device>
+std::tuple<Tensor, Tensor, Tensor> product_key_topk_backward_on(const Tensor& grad_scores,
+                                                                const Tensor& query,
+                                                                const Tensor& row_keys,
+                                                                const Tensor& col_keys,
+                                                                const Tensor& indices,
+                                                                std::array<bool, 3> output_mask) {
+  const char* op = "product_key_topk_backward";
+  check_product_key_topk_backward(query, row_keys, col_keys, indices);
+  check_product_key_topk_grad_scores(grad_scores, indices);
+  const c10::DeviceGuard guard(query.device());
+  const at::ScalarType type = query.scalar_type();
+  const int64_t retrievals = query.size(0) * query.size(1);
+  const int64_t half_width = query.size(2) / 2;
+  const Tensor grad = contiguous_as(grad_scores, accumulation_type(type));
+  const RetrievedKeys keys(indices, row_keys, col_keys);
+  Device::check_index_range(op, keys.indices, keys.experts());
+  Device::find_retrieved_keys(keys);
+
+  Tensor grad_query;
+  if (output_mask[0]) {
+    const Tensor sums = at::empty({retrievals, 2 * half_width}, grad.options());
+    const auto add_half = [&](const Tensor& table, const Tensor& retrieved, int64_t column) {
+      Device::gather_sum(grad, retrieved,
+                         contiguous_as(table, grad.scalar_type()).reshape({-1, half_width}),
+                         sums.narrow(1, column, half_width));
+    };
+    add_half(row_keys, keys.rows, 0);
+    add_half(col_keys, keys.columns, half_width);
+    grad_query = sums.view(query.sizes()).to(type);
+  }
+
+  const Tensor queries = output_mask[1] || output_mask[2]
+                             ? as_input<Device>(query, type).view({retrievals, 2 * half_width})
+                             : Tensor();
+  const auto grad_keys = [&](const Tensor& table, const Tensor& retrieved, int64_t column) {
+    const int64_t count = table.numel() / half_width;
+    check_sortable<Device>(op, retrieved, count);
+    const typename Device::TableGradient gradient(retrieved, count, /*sparse=*/false);
+    return gradient.sum(grad, queries.narrow(1, column, half_width), table.options())
+        .view(table.sizes());
+  };
+  return {grad_query, output_mask[1] ? grad_keys(row_keys, keys.rows, 0) : Tensor(),
+          output_mask[2] ? grad_keys(col_keys, keys.columns, half_width) : Tensor()};
+}
+
+}  // namespace peer::ops

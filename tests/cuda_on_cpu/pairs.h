@@ -1,0 +1,124 @@
+// What the tests of the passes over sorted pairs share.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cstring>
+#include <memory>
+#include <vector>
+
+#include "kernels/cuda/kernels.h"
+#include "support.h"
+
+namespace peer::test {
+
+// Memory as the allocator of a device gives it: what was there before, here NaN.
+inline std::shared_ptr<void> used_memory(int64_t bytes) {
+  const std::shared_ptr<void> memory = plain_memory(bytes);
+  std::memset(memory.get(), 0xff, bytes);
+  return memory;
+}
+
+inline const cuda::Context kContext = {nullptr, used_memory};
+
+// The table's and the source's element types, as instantiated.
+template <class TableType, class SourceType>
+struct Types {
+  using Table = TableType;
+  using Source = SourceType;
+};
+
+#define PEER_TABLE_AND_SOURCE_TYPES                                            \
+  (Types<float, float>), (Types<double, double>), (Types<BFloat16, BFloat16>), \
+      (Types<BFloat16, float>), (Types<Half, Half>), (Types<Half, float>)
+
+// For as long as it lives, the device has so many multiprocessors.
+class Multiprocessors {
+ public:
+  explicit Multiprocessors(int count) : before_(multiprocessors_played) {
+    multiprocessors_played = count;
+  }
+  ~Multiprocessors() { multiprocessors_played = before_; }
+
+ private:
+  int before_;
+};
+
+// Owners of runs of so many pairs, shuffled.
+inline std::vector<int64_t> owners_of_runs(const std::vector<int64_t>& runs) {
+  std::vector<int64_t> owners;
+  for (size_t owner = 0; owner < runs.size(); ++owner) {
+    owners.insert(owners.end(), runs[owner], owner);
+  }
+  std::shuffle(owners.begin(), owners.end(), std::mt19937_64(7));
+  return owners;
+}
+
+// Rows in memory of their own, `offset` elements behind an address aligned to 64 bytes and
+// `padding` elements apart.
+struct Layout {
+  int64_t offset = 0, padding = 0;
+};
+
+template <class Element>
+class RowMemory {
+ public:
+  RowMemory(int64_t rows, int64_t width, Layout layout, Element value)
+      : width_(width),
+        stride_(std::max<int64_t>(width + layout.padding, 1)),
+        memory_(rows * stride_ + layout.offset + 64 / sizeof(Element), value) {
+    while (reinterpret_cast<uintptr_t>(memory_.data() + first_) % 64 != 0) {
+      ++first_;
+    }
+    first_ += layout.offset;
+  }
+
+  RowMemory(const RowMemory&) = delete;
+
+  Rows<Element> rows() { return {memory_.data() + first_, stride_}; }
+  Rows<const Element> rows() const { return {memory_.data() + first_, stride_}; }
+  Element& at(int64_t row, int64_t column) { return memory_[first_ + row * stride_ + column]; }
+  const Element& at(int64_t row, int64_t column) const {
+    return memory_[first_ + row * stride_ + column];
+  }
+
+  // Row by row, without what lies between.
+  std::vector<Element> values(int64_t rows) const {
+    std::vector<Element> values;
+    for (int64_t row = 0; row < rows; ++row) {
+      const Element* first = memory_.data() + first_ + row * stride_;
+      values.insert(values.end(), first, first + width_);
+    }
+    return values;
+  }
+
+  void set(const std::vector<Element>& values) {
+    for (size_t i = 0; i < values.size(); ++i) {
+      at(i / width_, i % width_) = values[i];
+    }
+  }
+
+  // Whether everything but the rows holds this value.
+  bool is_elsewhere(int64_t rows, Element value) const {
+    for (int64_t i = 0; i < int64_t(memory_.size()); ++i) {
+      const int64_t place = i - first_;
+      const bool is_in_row = place >= 0 && place / stride_ < rows && place % stride_ < width_;
+      if (!is_in_row && std::memcmp(&memory_[i], &value, sizeof(value)) != 0) {
+        return false;
+      }
+    }
+    return true;
+  }
+
+ private:
+  int64_t width_, stride_, first_ = 0;
+  std::vector<Element> memory_;
+};
+
+template <class Element>
+bool have_same_bits(const std::vector<Element>& a, const std::vector<Element>& b) {
+  return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(Element)) == 0;
+}
+
+}  // namespace peer::test
