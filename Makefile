@@ -11,7 +11,7 @@ VENV ?= .venv
 TORCH ?= 2.15.*
 PYTHON ?= python3
 ARGS ?=
-# Sanitizers for `make test-cpp`: address,undefined or thread.
+# Sanitizers for `make test-cpp`: address,undefined or thread; for `make test-cuda`: memcheck, racecheck, initcheck or synccheck.
 SANITIZE ?=
 
 BIN := $(abspath $(VENV))/bin
@@ -78,8 +78,13 @@ test-cuda:
 	@nvidia-smi -L || { echo "There is no GPU here that could run the CUDA tests: nvidia-smi -L lists none" >&2; exit 1; }
 	$(MAKE) PEER_CUDA=1 test-cuda-installed
 
+# Without Torch's own cache of memory, compute-sanitizer sees where every tensor ends.
 test-cuda-installed: $(package) $(test_tools)
+ifeq ($(SANITIZE),)
 	$(BIN)/pytest tests/cuda $(ARGS)
+else
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $(SANITIZE) --error-exitcode 1 $(BIN)/python $(BIN)/pytest tests/cuda/test_agreement.py $(ARGS)
+endif
 
 build: $(torch) $(test_tools) compiler
 	$(BIN)/python setup.py build_ext --inplace

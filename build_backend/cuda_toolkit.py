@@ -171,7 +171,8 @@ def _known_to(nvcc: Path) -> set[int]:
 
 def _gpus_here() -> set[int]:
     capabilities = _output("nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader")
-    return {int(major + minor) for major, minor in re.findall(r"^(\d+)\.(\d)$", capabilities, re.M)}
+    found = re.findall(r"^(\d+)\.(\d)\s*$", capabilities, re.MULTILINE)
+    return {int(major + minor) for major, minor in found}
 
 
 def _gpus_of(torch: Path) -> set[int]:

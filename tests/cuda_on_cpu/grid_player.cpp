@@ -28,7 +28,7 @@ namespace peer::test {
 namespace {
 
 constexpr unsigned kWarp = 32;
-constexpr int kGarbage = 0xa5;  // what memory holds before anything is written to it
+constexpr int kGarbage = 0xff;  // what memory holds before anything is written to it: NaN
 
 // Threads that wait for each other, again and again. Lanes of a warp leave what they exchange here,
 // in turns, so that a lane's next contribution does not meet those that are still being read.

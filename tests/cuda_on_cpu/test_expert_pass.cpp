@@ -102,8 +102,7 @@ TEMPLATE_TEST_CASE("a table's gradient is the sum over the pairs of each row",
                    PEER_TABLE_AND_SOURCE_TYPES) {
   using Table = typename TestType::Table;
   using Source = typename TestType::Source;
-  for (const int64_t width :
-       {1, 3, 7, 8, 9, 31, 64, 127, 128, 129, 256, 257, 264, 511, 512, 513, 999, 2100}) {
+  for (const int64_t width : {1, 3, 8, 31, 128, 129, 257, 512, 513, 999, 2100}) {
     Random random(3);
     const Problem<Table, Source> problem(random.integers(180, 60), 6, 70, width);
     INFO("width " << width);
@@ -218,7 +217,8 @@ TEST_CASE("no pairs and no columns leave everything as it is", "[expert_pass]") 
 
 TEMPLATE_TEST_CASE("a small gradient is right, whichever thread comes first",
                    "[expert_pass][races]",
-                   PEER_TABLE_AND_SOURCE_TYPES) {
+                   (Types<float, float>),
+                   (Types<BFloat16, BFloat16>)) {
   const Problem<typename TestType::Table, typename TestType::Source> problem(
       owners_of_runs({2, 130, 1}), 2, 3, 520);
   CHECK(problem.distance(problem.solve(OutputRows::by_owner)) <= 1);

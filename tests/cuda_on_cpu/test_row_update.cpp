@@ -23,7 +23,7 @@ struct Hyperparameters {
 };
 
 const std::vector<Hyperparameters> kRules = {
-    {.rule = Rule::rowwise_adagrad, .has_momentum = false},
+    {.rule = Rule::rowwise_adagrad},
     {.rule = Rule::sgd, .has_momentum = false},
     {.rule = Rule::sgd},
     {.rule = Rule::sgd, .nesterov = true},
@@ -209,7 +209,7 @@ struct Problem {
 TEMPLATE_TEST_CASE("every rule updates the rows that have pairs, and no others",
                    "[row_update]",
                    PEER_TABLE_AND_SOURCE_TYPES) {
-  for (const int64_t width : {1, 3, 8, 33, 256, 257, 1030}) {
+  for (const int64_t width : {1, 7, 33, 256, 1030}) {
     for (const Given given : kGiven) {
       const Problem<typename TestType::Table, typename TestType::Source> problem(
           given, 20, width, {1, 2, 0, 7, 0, 3, 5}, 3);
@@ -229,7 +229,7 @@ TEMPLATE_TEST_CASE("rows of more columns than a block takes at once follow their
   for (const Given given : {Given::rows, Given::pairs_with_coefficients}) {
     const Problem<typename TestType::Table, typename TestType::Source> problem(given, 5, width,
                                                                                {1, 3, 0, 129}, 4);
-    for (const Hyperparameters& rule : {kRules[0], kRules[3], kRules[4]}) {
+    for (const Hyperparameters& rule : {kRules[2], kRules[4]}) {
       INFO("given " << int(given) << " rule " << int(rule.rule));
       CHECK(problem.distance(problem.solve(rule), rule) <= 1);
     }
@@ -241,8 +241,8 @@ TEMPLATE_TEST_CASE("rows with many pairs are updated once, and the same on a dev
                    PEER_TABLE_AND_SOURCE_TYPES) {
   using Table = typename TestType::Table;
   const Problem<Table, typename TestType::Source> problem(
-      Given::pairs_with_coefficients, 12, 72, {1, 128, 129, 1200, 2, 256, 257, 0, 1, 1}, 5);
-  for (const Hyperparameters& rule : kRules) {
+      Given::pairs_with_coefficients, 12, 72, {1, 128, 129, 700, 2, 256, 257, 0, 1, 1}, 5);
+  for (const Hyperparameters& rule : {kRules[0], kRules[3], kRules[4]}) {
     const State<Table> state = problem.solve(rule);
     INFO("rule " << int(rule.rule) << " momentum " << rule.has_momentum);
     CHECK(problem.distance(state, rule) <= 1);
@@ -310,15 +310,11 @@ TEST_CASE("nothing to update by leaves everything as it is", "[row_update]") {
   CHECK(no_pairs.solve(kRules[4]) == no_pairs.start);
 }
 
-TEMPLATE_TEST_CASE("a small update is right, whichever thread comes first",
-                   "[row_update][races]",
-                   (Types<float, float>),
-                   (Types<BFloat16, BFloat16>)) {
-  const Problem<typename TestType::Table, typename TestType::Source> problem(
-      Given::pairs_with_coefficients, 3, 1030, {2, 130, 1}, 9);
-  for (const Hyperparameters& rule : {kRules[0], kRules[4]}) {
-    CHECK(problem.distance(problem.solve(rule), rule) <= 1);
-  }
+TEST_CASE("a small update is right, whichever thread comes first", "[row_update][races]") {
+  const Problem<float, float> by_pairs(Given::pairs_with_coefficients, 3, 520, {2, 130, 1}, 9);
+  CHECK(by_pairs.distance(by_pairs.solve(kRules[4]), kRules[4]) <= 1);
+  const Problem<float, float> of_wide_rows(Given::rows, 3, 4400, {}, 9);
+  CHECK(of_wide_rows.distance(of_wide_rows.solve(kRules[0]), kRules[0]) <= 1);
 }
 
 namespace {

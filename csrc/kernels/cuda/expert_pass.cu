@@ -17,6 +17,7 @@
 //             copied ahead and others are not
 #include "kernels/cuda/kernels.h"
 #include "kernels/cuda/pair_sums.h"
+#include "kernels/cuda/partial_sums.h"
 
 namespace peer::cuda {
 
@@ -39,8 +40,7 @@ __global__ void sum_tiles(TermList<Real> list,
         for_each_pack(
             [&](int p) { store_pack<Kept::briefly>(row, p, narrow_pack<Element>(sum.packs[p])); });
       } else {
-        const auto row = partial_sums.slice(partial_row_of(target), column);
-        for_each_pack([&](int p) { store_pack(row, p, sum.packs[p]); });
+        store(partial_sums.slice(partial_row_of(target), column), sum);
       }
     };
     add_terms<Source, Real>(count, source, column, request_nothing, write_row);

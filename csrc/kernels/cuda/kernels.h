@@ -143,7 +143,7 @@ template <class Table, class Source>
 void update_by_pairs(const RowUpdate<Table, Source>& update,
                      const SortedPairs& pairs,
                      const Context& context);
-// By the rows of source themselves: row i of `rows` updates row i of the table.
+// By the rows of source themselves, fewer than 2^31: row i updates row i of the table.
 template <class Table, class Source>
 void update_rows(const RowUpdate<Table, Source>& update, int64_t rows, const Context& context);
 

@@ -97,8 +97,7 @@ TermList<Real> terms_of_split_runs(const SortedPairs& pairs) {
   return list;
 }
 
-// The first position from `position` on where a sum begins; at the list's end, one is taken to.
-// By a whole warp.
+// The first position from `position` on where a sum begins, or the list's end. By a whole warp.
 template <class Real>
 __device__ int32_t find_beginning(const TermList<Real>& list, int32_t count, int64_t position) {
   for (;; position += kWarp) {
@@ -192,12 +191,11 @@ class Ring {
         }
       });
     } else {
-      const LaneValues<Source, pack> values = load(row);
-      for_each_pack([&](int p) { store_pack(place(i), p, values.packs[p]); });
+      store(place(i), load(row));
     }
   }
 
-  __device__ LaneValues<Source, pack> read(int i) const { return load(place(i)); }
+  __device__ RawValues<Source, pack> read(int i) const { return load(place(i)); }
 
  private:
   __device__ Slice<Source, pack> place(int i) const {
@@ -236,7 +234,7 @@ __device__ void add_terms(int count,
     request_term(i + kAhead);
     wait_for_copies<kAhead>();
     const Term<Real> term = terms[i];
-    const LaneValues<Source, pack> row = ring.read(i);
+    const RawValues<Source, pack> row = ring.read(i);
     for_each_pack([&](int p) {
       const Elements<Real, pack> values = widen_pack(row.packs[p]);
       for_each_element<pack>([&](int e) {
@@ -257,9 +255,9 @@ struct TileShape {
   int warps;      // of a block: one for each slice, or for several slices each the same number
 };
 
-// As many warps as a multiprocessor holds are wanted for each of them, and a second such wave, so
-// that no multiprocessor is idle for long at the end; with many terms, tiles are large, so that
-// reading the terms is a small part of the work. Results do not depend on this.
+// Two waves of as many warps as the multiprocessors hold are wanted, so that none of these is idle
+// for long at the end. With more terms than that takes, tiles are as large as they may be, so that
+// reading the terms is a small part of the work. Results do not depend on any of it.
 template <int pack>
 TileShape tile_shape(int64_t terms, int64_t width) {
   constexpr int64_t kFewestPositions = 8;
@@ -277,96 +275,6 @@ template <class Source, class Real>
 LaunchShape launch_shape(const TileShape& shape, int64_t terms, int64_t more_shared_bytes = 0) {
   return {(terms + shape.positions - 1) / shape.positions, shape.warps * kWarp,
           TileMemory<Source, Real>::bytes(shape.warps) + more_shared_bytes};
-}
-
-// The partial sums of split runs: rows of whole packs of any type.
-template <class Real>
-class PartialSums {
- public:
-  PartialSums(const SortedPairs& pairs, int64_t width, const Context& context)
-      : stride_((width + kPack<BFloat16> - 1) / kPack<BFloat16> * kPack<BFloat16>),
-        memory_(context.array<Real>(pairs.most_partial_rows * stride_)) {}
-
-  template <int pack>
-  SlicedRows<Real, pack> rows() const {
-    return {memory_.get(), stride_, stride_, true};
-  }
-  template <int pack>
-  SlicedRows<const Real, pack> as_source() const {
-    return {memory_.get(), stride_, stride_, true};
-  }
-
- private:
-  int64_t stride_;
-  std::shared_ptr<Real> memory_;
-};
-
-// Adds up the partial sums of split runs.
-//
-// One block  of one run, one slice; then others, however many there are
-// One warp   of its eight, every eighth partial row, four of them in flight; their sums are added
-// in
-//            the order of the warps, by one thread per column
-// Traffic    each partial row is read once; a row is written, to the output or in place of the
-//            run's first partial row
-// Exactness  the order depends on the number of partial rows alone
-constexpr int kWarpsPerRun = 8;
-
-template <class Real, class Element>
-__global__ void add_partial_sums(const SplitRun* runs,
-                                 const ExpertPassCounts* counts,
-                                 SlicedRows<const Real, kPack<Real>> partial_sums,
-                                 SlicedRows<Element, kPack<Real>> out,
-                                 bool is_in_place) {
-  constexpr int pack = kPack<Real>;
-  constexpr int columns = kSliceColumns<pack>;
-  Real* const of_warps = reinterpret_cast<Real*>(peer_shared_memory);  // (warps, columns)
-  const int64_t slices = count_slices(out.width, columns);
-  const int64_t items = counts->split_runs * slices;
-  for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
-    const SplitRun run = runs[item / slices];
-    const int64_t slice_column = item % slices * columns;
-    LaneValues<Real, pack> sum = {};
-#pragma unroll 4
-    for (int i = warp_in_block(); i < run.count; i += kWarpsPerRun) {
-      const auto values = load(partial_sums.slice(run.first + i, lane_column<pack>(slice_column)));
-      for_each_pack([&](int p) {
-        for_each_element<pack>([&](int e) { sum.packs[p].values[e] += values.packs[p].values[e]; });
-      });
-    }
-    Real* const of_warp = of_warps + warp_in_block() * columns;
-    const Slice<Real, pack> place = {of_warp + lane_column<pack>(0), columns, true};
-    for_each_pack([&](int p) { store_pack(place, p, sum.packs[p]); });
-    __syncthreads();
-    const int64_t column = slice_column + threadIdx.x;
-    if (int(threadIdx.x) < columns && column < out.width) {
-      Real total = 0;
-      for (int warp = 0; warp < kWarpsPerRun; ++warp) {
-        total += of_warps[warp * columns + int(threadIdx.x)];
-      }
-      const int64_t row = is_in_place ? run.first : run.row;
-      out.data[row * out.stride + column] = narrow<Element>(total);
-    }
-    __syncthreads();  // the memory is written again
-  }
-}
-
-// Most often there is nothing to add up, of which the host knows nothing: a few blocks find out.
-template <class Real, class Element>
-void add_up_split_runs(const SortedPairs& pairs,
-                       const PartialSums<Real>& partial_sums,
-                       const SlicedRows<Element, kPack<Real>>& out,
-                       bool is_in_place,
-                       const Context& context) {
-  constexpr int64_t kBlocksPerMultiprocessor = 8;
-  constexpr int columns = kSliceColumns<kPack<Real>>;
-  static_assert(columns <= kWarpsPerRun * kWarp);
-  const int64_t blocks = std::min(pairs.most_split_runs * count_slices(out.width, columns),
-                                  multiprocessors() * kBlocksPerMultiprocessor);
-  launch(add_partial_sums<Real, Element>,
-         {blocks, kWarpsPerRun * kWarp, kWarpsPerRun * columns * int64_t(sizeof(Real))},
-         context.stream, pairs.split_runs.get(), pairs.counts.get(),
-         partial_sums.template as_source<kPack<Real>>(), out, is_in_place);
 }
 
 }  // namespace peer::cuda

@@ -20,8 +20,8 @@
 // Order       higher score first; among equal scores the smaller (row rank, column rank), where
 //             ranks break ties by the smaller key id. Scores are compared as ordered integers
 //             (ordered.h), so NaN ranks highest and -0 equals 0
-// Requires    k up to kMostRetrieved and R·C; less than 2^31 keys. Nothing of alignments: elements
-//             that are not packed are read one by one
+// Requires    k up to kMostRetrieved and R·C; R, C and dim_key below 2^31. Nothing of alignments:
+//             elements that are not packed are read one by one
 #include <cuda_runtime.h>
 
 #include <algorithm>

@@ -41,11 +41,19 @@ PEER_HOST_DEVICE constexpr int pack_offset(int p) {
   return p * kWarp * pack;
 }
 
-// What a lane has of a slice.
+// Elements side by side as they lie in memory. Those of 16 bits are taken out where they are used:
+// taken out before, they would fill twice the registers, and moving them takes instructions.
 template <class Element, int pack>
-struct LaneValues {
-  Elements<Element, pack> packs[kPacksPerLane];
+struct alignas(Elements<Element, pack>) RawPack {
+  uint32_t words[pack * sizeof(Element) / sizeof(uint32_t)];
 };
+
+template <class Element, int pack>
+__device__ RawPack<Element, pack> raw(const Elements<Element, pack>& elements) {
+  RawPack<Element, pack> result;
+  std::memcpy(&result, &elements, sizeof(result));
+  return result;
+}
 
 // A lane's part of a slice of a row.
 template <class Element, int pack>
@@ -108,19 +116,33 @@ __device__ void for_each_element(const Body& body) {
   }
 }
 
+// What a lane has of a slice, and what it computes for it.
+
+template <class Element, int pack>
+struct RawValues {
+  RawPack<Element, pack> packs[kPacksPerLane];
+};
+
+template <class Real, int pack>
+struct LaneValues {
+  Elements<Real, pack> packs[kPacksPerLane];
+};
+
 // Zeros beyond the row's end.
 template <class Element, int pack, class Mutable = std::remove_const_t<Element>>
-__device__ LaneValues<Mutable, pack> load(const Slice<Element, pack>& slice) {
-  LaneValues<Mutable, pack> values = {};
+__device__ RawValues<Mutable, pack> load(const Slice<Element, pack>& slice) {
+  RawValues<Mutable, pack> values = {};
   for_each_pack([&](int p) {
     if (!slice.is_packed) {
+      Elements<Mutable, pack> elements = {};
       for_each_element<pack>([&](int i) {
         if (slice.has(p, i)) {
-          values.packs[p].values[i] = slice.pack_address(p)[i];
+          elements.values[i] = slice.pack_address(p)[i];
         }
       });
+      values.packs[p] = raw(elements);
     } else if (slice.has_pack(p)) {
-      values.packs[p] = *reinterpret_cast<const Elements<Mutable, pack>*>(slice.pack_address(p));
+      values.packs[p] = *reinterpret_cast<const RawPack<Mutable, pack>*>(slice.pack_address(p));
     }
   });
   return values;
@@ -133,19 +155,19 @@ enum class Kept {
 };
 
 // By accesses of 16 bytes, or of 8 where there are no more.
-template <Kept kept, class Element, int count>
-__device__ void write(Element* target, const Elements<Element, count>& elements) {
-  using Word = std::conditional_t<sizeof(elements) % sizeof(uint4) == 0, uint4, uint2>;
-  constexpr int word_count = sizeof(elements) / sizeof(Word);
-  Word words[word_count];
-  std::memcpy(words, &elements, sizeof(elements));
+template <Kept kept, class Element, int pack>
+__device__ void write(Element* target, const RawPack<Element, pack>& values) {
+  using Access = std::conditional_t<sizeof(values) % sizeof(uint4) == 0, uint4, uint2>;
+  constexpr int count = sizeof(values) / sizeof(Access);
+  Access parts[count];
+  std::memcpy(parts, &values, sizeof(values));
 #pragma unroll
-  for (int i = 0; i < word_count; ++i) {
-    Word* const place = reinterpret_cast<Word*>(target) + i;
+  for (int i = 0; i < count; ++i) {
+    Access* const place = reinterpret_cast<Access*>(target) + i;
     if constexpr (kept == Kept::briefly) {
-      __stcs(place, words[i]);
+      __stcs(place, parts[i]);
     } else {
-      *place = words[i];
+      *place = parts[i];
     }
   }
 }
@@ -153,64 +175,75 @@ __device__ void write(Element* target, const Elements<Element, count>& elements)
 template <Kept kept = Kept::as_usual, class Element, int pack>
 __device__ void store_pack(const Slice<Element, pack>& slice,
                            int p,
-                           const Elements<Element, pack>& elements) {
+                           const RawPack<Element, pack>& values) {
   if (!slice.is_packed) {
+    Elements<Element, pack> elements;
+    std::memcpy(&elements, &values, sizeof(elements));
     for_each_element<pack>([&](int i) {
       if (slice.has(p, i)) {
         slice.pack_address(p)[i] = elements.values[i];
       }
     });
   } else if (slice.has_pack(p)) {
-    write<kept>(slice.pack_address(p), elements);
+    write<kept>(slice.pack_address(p), values);
   }
-}
-
-// Two at a time, which GPUs since sm_80 do in one instruction.
-template <class Element>
-__device__ Elements<Element, 2> narrow_two(accumulation_t<Element> first,
-                                           accumulation_t<Element> second) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-  if constexpr (sizeof(Element) == 2) {
-    uint32_t word;
-    if constexpr (std::is_same_v<Element, BFloat16>) {
-      asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(second), "f"(first));
-    } else {
-      asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(second), "f"(first));
-    }
-    Elements<Element, 2> elements;
-    std::memcpy(&elements, &word, sizeof(elements));
-    return elements;
-  }
-#endif
-  return {narrow<Element>(first), narrow<Element>(second)};
 }
 
 template <class Element, int pack>
-__device__ Elements<Element, pack> narrow_pack(
-    const Elements<accumulation_t<Element>, pack>& wide) {
-  Elements<Element, pack> result;
-#pragma unroll
-  for (int i = 0; i < pack; i += 2) {
-    const auto two = narrow_two<Element>(wide.values[i], wide.values[i + 1]);
-    std::memcpy(result.values + i, &two, sizeof(two));
+__device__ void store(const Slice<Element, pack>& slice, const RawValues<Element, pack>& values) {
+  for_each_pack([&](int p) { store_pack(slice, p, values.packs[p]); });
+}
+
+template <class Real, int pack>
+__device__ void store(const Slice<Real, pack>& slice, const LaneValues<Real, pack>& values) {
+  for_each_pack([&](int p) { store_pack(slice, p, raw(values.packs[p])); });
+}
+
+// Two to a word, which GPUs since sm_80 do in one instruction.
+template <class Element>
+__device__ uint32_t narrow_two(float first, float second) {
+  uint32_t word;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  if constexpr (std::is_same_v<Element, BFloat16>) {
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(second), "f"(first));
+  } else {
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(second), "f"(first));
   }
-  return result;
+#else
+  const Element two[] = {narrow<Element>(first), narrow<Element>(second)};
+  std::memcpy(&word, two, sizeof(word));
+#endif
+  return word;
+}
+
+template <class Element, int pack>
+__device__ RawPack<Element, pack> narrow_pack(const Elements<accumulation_t<Element>, pack>& wide) {
+  if constexpr (sizeof(Element) == 2) {
+    RawPack<Element, pack> result;
+#pragma unroll
+    for (int w = 0; w < pack / 2; ++w) {
+      result.words[w] = narrow_two<Element>(wide.values[2 * w], wide.values[2 * w + 1]);
+    }
+    return result;
+  } else {
+    return raw(wide);
+  }
 }
 
 template <class Element, int pack>
 __device__ Elements<accumulation_t<Element>, pack> widen_pack(
-    const Elements<Element, pack>& elements) {
+    const RawPack<Element, pack>& values) {
   Elements<accumulation_t<Element>, pack> result;
   if constexpr (std::is_same_v<Element, BFloat16>) {
-    // Both halves of a word, by one instruction each, which compilers do not find.
+    // A half of a word by one instruction, which compilers do not find.
 #pragma unroll
-    for (int i = 0; i < pack; i += 2) {
-      uint32_t word;
-      std::memcpy(&word, elements.values + i, sizeof(word));
-      const uint32_t halves[] = {word << 16, word & 0xffff0000u};
-      std::memcpy(result.values + i, halves, sizeof(halves));
+    for (int w = 0; w < pack / 2; ++w) {
+      const uint32_t halves[] = {values.words[w] << 16, values.words[w] & 0xffff0000u};
+      std::memcpy(result.values + 2 * w, halves, sizeof(halves));
     }
   } else {
+    Elements<Element, pack> elements;
+    std::memcpy(&elements, &values, sizeof(elements));
     for_each_element<pack>([&](int i) { result.values[i] = widen(elements.values[i]); });
   }
   return result;

@@ -9,8 +9,7 @@
 //             the source. The warps of a block meet once for each row whose rule needs the mean of
 //             its gradient's squares. Split runs are summed first, then updated by their sums, as
 //             rows of a source are that are gradients already.
-// Traffic     per pair, as in the expert pass; per row, the table's row, its momentum and its
-// state,
+// Traffic     per pair, as in the expert pass; per row, the table's row, its momentum and state,
 //             read and written once. Rows lie anywhere in a table far larger than any cache: they
 //             are requested as far ahead as the source's, so that a warp reads them from the
 //             second-level cache
@@ -23,6 +22,7 @@
 
 #include "kernels/cuda/kernels.h"
 #include "kernels/cuda/pair_sums.h"
+#include "kernels/cuda/partial_sums.h"
 #include "kernels/cuda/stochastic_rounding.h"
 #include "kernels/random_bits.h"
 
@@ -141,7 +141,7 @@ class TableSlice {
   __device__ void follow(const LaneValues<Real, pack>& gradient, Real scale) {
     const Numbers<Real>& numbers = update_.numbers;
     const uint64_t table_key = key_of(2 * uint64_t(row_));
-    const uint64_t momentum_key = key_of(2 * uint64_t(row_) + 1);
+    const uint64_t momentum_key = update_.has_momentum() ? key_of(2 * uint64_t(row_) + 1) : 0;
     for_each_pack([&](int p) {
       Pack direction = gradient.packs[p];
       if (update_.has_momentum()) {
@@ -167,7 +167,7 @@ class TableSlice {
     return update_.rounds_stochastically ? derive_key(update_.key, number) : 0;
   }
 
-  __device__ Elements<Table, pack> round(const Pack& wide, uint64_t row_key, int p) const {
+  __device__ RawPack<Table, pack> round(const Pack& wide, uint64_t row_key, int p) const {
     if (!update_.rounds_stochastically) {
       return narrow_pack<Table>(wide);
     }
@@ -177,13 +177,13 @@ class TableSlice {
       result.values[i] =
           narrow_stochastically<Table>(wide.values[i], random_word(row_key, column + i));
     });
-    return result;
+    return raw(result);
   }
 
   const Update<Table, pack>& update_;
   const int32_t row_;
   const int64_t column_;
-  LaneValues<Table, pack> w_ = {}, m_ = {};
+  RawValues<Table, pack> w_ = {}, m_ = {};
 };
 
 // Behind the tile's memory, what the warps of a block tell each other.
@@ -265,8 +265,7 @@ __global__ void update_tiles(TermList<Real> list,
     };
     const auto finish = [&](int i, int32_t target, const LaneValues<Real, pack>& gradient) {
       if (!is_row_of_output(target)) {
-        const auto row = partial_sums.slice(partial_row_of(target), column);
-        for_each_pack([&](int p) { store_pack(row, p, gradient.packs[p]); });
+        store(partial_sums.slice(partial_row_of(target), column), gradient);
         return;
       }
       TableSlice<Table, pack> slice(update, target, column);
@@ -310,11 +309,13 @@ void update_by_terms(const TermList<Real>& list,
 
 template <int pack, class Table, class Source>
 Update<Table, pack> update_of(const RowUpdate<Table, Source>& given) {
+  const UpdateRule<Table>& rule = given.rule;
+  const bool has_momentum = rule.rule != Rule::rowwise_adagrad;
   return {sliced<pack>(given.table, given.width),
-          sliced<pack>(given.rule.momentum, given.width),
-          given.rule.rule == Rule::sgd ? nullptr : given.rule.second_moments,
-          given.rule.rule == Rule::rowwise_adam ? given.rule.row_steps : nullptr,
-          numbers_of(given.rule),
+          sliced<pack>(has_momentum ? rule.momentum : Rows<Table>{}, given.width),
+          rule.rule != Rule::sgd ? rule.second_moments : nullptr,
+          rule.rule == Rule::rowwise_adam ? rule.row_steps : nullptr,
+          numbers_of(rule),
           given.stochastic_rounding,
           given.key};
 }

@@ -1,13 +1,11 @@
 // The product of queries and keys, by one warp: all the block's queries times kKeysPerTile keys, of
 // which a lane keeps the sums in registers.
 //
-// Keys       read from global memory, 64 (16-bit) or 32 bytes of a row at a time. In the
-// second-level
-//            cache the keys of all heads have room
+// Keys       read from global memory, 64 (16-bit) or 32 bytes of a row at a time. The second-level
+//            cache has room for the keys of all heads
 // Queries    a stage of them in shared memory
 // Product    16-bit: tensor cores. Others: a lane multiplies two keys with all queries, with as
-// many
-//            independent sums as hide the latency of multiply-add
+//            many independent sums as hide the latency of multiply-add
 // Exactness  every sub-score is summed in an order that depends on nothing but its width
 //
 // The two forms of a tile have in common
@@ -109,11 +107,11 @@ struct ScoreRows {
   int stride;
 };
 
-// Lane 4g + q reads elements 8q to 8q + 7 of a step's columns of the keys 8n + g. Columns 8q + 4j +
-// i of all q, i < 4, make the j-th of the two steps that the tensor cores take: i = 0 and 1 are
-// what they call columns 2q and 2q + 1, i = 2 and 3 columns 2q + 8 and 2q + 9. The queries are
-// staged in that order: of every 16 of them, and for each step of the tensor cores, the four words
-// of lane 0, then those of lane 1, and so on.
+// Lane 4g + q reads elements 8q to 8q + 7 of a step's columns of the keys 8n + g. Of these the
+// tensor cores, in two steps, j = 0 and 1, take elements 8q + 4j and the next as what they call
+// columns 2q and 2q + 1, and the two after those as columns 2q + 8 and 2q + 9. The queries are
+// staged in that order: of every 16 of them, for each step of the tensor cores, the four words of
+// lane 0, then those of lane 1, and so on.
 template <class Query>
 struct TensorCoreTile {
   static constexpr int kQueryTiles = kQueriesPerBlock<Query> / 16;

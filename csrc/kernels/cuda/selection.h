@@ -1,5 +1,4 @@
-// Selection by one warp: the k best of some hundred scores, sorted, on ordered integers
-// (ordered.h).
+// Selection by one warp: the k best of some hundred scores on ordered integers (ordered.h), sorted.
 //
 //   1. floor    a value that at least k of the scores are above, and few more
 //   2. filter   those above it, gathered in a list
@@ -8,8 +7,7 @@
 // Lanes      lane l holds the scores at positions l, l + 32, l + 64, ... in registers, kBelowAll
 //            where there is none, and reads each once
 // List       up to kMostCandidates, in shared memory. Where more are above the floor, as in rows of
-//            ties, the k best are found exactly: bisection for the k-th, then equal ones by
-//            position
+//            ties, the k best alone: bisection for the k-th, then equal ones by position
 // Order      higher score first, equal scores by id. Ids grow with positions
 #pragma once
 

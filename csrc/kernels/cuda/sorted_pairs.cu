@@ -22,7 +22,8 @@ namespace {
 
 using Counts = ExpertPassCounts;
 
-constexpr int kTile = 512;  // positions, and threads
+constexpr int kTile = 512;         // positions, and threads
+constexpr int kTilesAtOnce = 256;  // that are added up, and threads
 
 __device__ Counts operator+(const Counts& a, const Counts& b) {
   return {a.owners + b.owners, a.split_runs + b.split_runs, a.partial_rows + b.partial_rows};
@@ -60,7 +61,9 @@ __device__ SumsOfWarps add_up_warps(const Counts& counts) {
   return sums;
 }
 
-constexpr int64_t kSharedBytes = kTile / kWarp * int64_t(sizeof(Counts));
+LaunchShape shape_of(int64_t blocks, int threads) {
+  return {blocks, threads, threads / kWarp * int64_t(sizeof(Counts))};
+}
 
 // What ends in a warp, one bit per lane.
 struct EndsInWarp {
@@ -201,7 +204,7 @@ SortedPairs sort_pairs(const int64_t* owners,
     return pairs;
   }
   const int64_t tile_count = (count + kTile - 1) / kTile;
-  const LaunchShape per_tile = {tile_count, kTile, kSharedBytes};
+  const LaunchShape per_tile = shape_of(tile_count, kTile);
   const int32_t narrow_count = int32_t(count);
 
   const Order given = {context.array<int32_t>(count), context.array<int32_t>(count)};
@@ -219,7 +222,7 @@ SortedPairs sort_pairs(const int64_t* owners,
   pairs.counts = context.array<Counts>(1);
   const auto tiles = context.array<Counts>(tile_count);
   launch(count_in_tiles, per_tile, context.stream, sorted.owners.get(), narrow_count, tiles.get());
-  launch(add_up_tiles, {1, kTile, kSharedBytes}, context.stream, tiles.get(), int32_t(tile_count),
+  launch(add_up_tiles, shape_of(1, kTilesAtOnce), context.stream, tiles.get(), int32_t(tile_count),
          pairs.counts.get());
   launch(list_targets, per_tile, context.stream, sorted.owners.get(), narrow_count, rows,
          tiles.get(), pairs.targets.get(), pairs.distinct_owners.get(), pairs.split_runs.get());
