@@ -44,7 +44,7 @@ PEER_HOST_DEVICE constexpr int pack_offset(int p) {
 // Elements side by side as they lie in memory. Those of 16 bits are taken out where they are used:
 // taken out before, they would fill twice the registers, and moving them takes instructions.
 template <class Element, int pack>
-struct alignas(Elements<Element, pack>) RawPack {
+struct alignas(Elements<Element, pack>) [[gnu::may_alias]] RawPack {
   uint32_t words[pack * sizeof(Element) / sizeof(uint32_t)];
 };
 
