@@ -1,6 +1,7 @@
 #include "grid_player.h"
 
 #include <algorithm>
+#include <atomic>
 #include <chrono>
 #include <condition_variable>
 #include <cstring>
@@ -36,8 +37,16 @@ struct Meeting {
   unsigned members = 0;
   unsigned arrived = 0;
   unsigned round = 0;
-  std::condition_variable over;  // where players are threads of the system
+  // Where players are threads of the system. Each meeting has its own lock: one for all would order
+  // what only a barrier may, and hide races.
+  std::mutex mutex;
+  std::condition_variable over;
   alignas(16) unsigned char contributions[2][kWarp][16];
+
+  void end_for_all() {
+    const std::lock_guard lock(mutex);  // nobody is between looking and waiting
+    over.notify_all();
+  }
 };
 
 struct Copy {
@@ -112,13 +121,13 @@ Block* block_played = nullptr;
 
 namespace {
 
-std::mutex mutex;
-bool is_over = false;  // some thread failed: nobody waits any more
+std::mutex failure_mutex;
+std::atomic<bool> is_over = false;  // some thread failed: nobody waits any more
 
 struct Abandoned {};
 
 void meet(Meeting& meeting) {
-  std::unique_lock lock(mutex);
+  std::unique_lock lock(meeting.mutex);
   if (is_over) {
     throw Abandoned();
   }
@@ -156,15 +165,16 @@ void play_grid(const GridShape& shape, const std::function<void()>& body) {
           body();
         } catch (const Abandoned&) {
         } catch (...) {
-          const std::lock_guard lock(mutex);
-          if (!block.failure) {
-            block.failure = std::current_exception();
+          {
+            const std::lock_guard lock(failure_mutex);
+            if (!block.failure) {
+              block.failure = std::current_exception();
+            }
           }
           is_over = true;
-          block.whole.over.notify_all();
-          for (Meeting& warp : block.warps) {
-            warp.over.notify_all();
-          }
+          block.whole.end_for_all();
+          std::for_each(block.warps.begin(), block.warps.end(),
+                        [](Meeting& warp) { warp.end_for_all(); });
         }
       });
     }

@@ -224,7 +224,8 @@ class Team {
     return total;
   }
 
-  // Of rows whose columns are taken in several rounds.
+  // Of rows whose columns are taken in several rounds. A row's sum is read after its next sum of
+  // squares, and so after a barrier.
   __device__ void add_to_row(int i, bool is_first, Real sum) {
     if (threadIdx.x == 0) {
       memory_->row_sums[i] = is_first ? sum : memory_->row_sums[i] + sum;
@@ -291,7 +292,6 @@ __global__ void update_tiles(TermList<Real> list,
       slice.follow(gradient, scale);
     };
     add_terms<Source, Real>(count, source, column, request_row, finish);
-    __syncthreads();  // the round's sums are in memory
   }
 }
 
