@@ -40,6 +40,14 @@ def test_tables_of_more_than_two_to_the_31_elements():
     assert not torch.equal(w_down[rows - 1], before)
 
 
+def test_more_rows_than_can_be_numbered_are_refused():
+    if free_memory() < 5 * GIB:
+        pytest.skip("needs 5 GiB")
+    table = torch.empty(2**31, 1, dtype=torch.bfloat16, device="cuda")
+    with pytest.raises(ValueError, match="at most 2147483647"):
+        torch.ops.peer.sgd_(table, None, None, table, None, 0.1, 0.0, False, 0.0)
+
+
 def test_eight_million_pairs_with_hot_experts():
     tokens, per_token, experts, width = 2**16, 128, 2**20, 64
     generator = torch.Generator("cuda").manual_seed(0)

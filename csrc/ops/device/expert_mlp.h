@@ -147,7 +147,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> expert_mlp_backward_on(
   Tensor grad_down, grad_up, grad_gate;
   const bool wants_grad_gate = output_mask[kGradGate] && w_gate.has_value();
   if (output_mask[kGradDown] || output_mask[kGradUp] || wants_grad_gate) {
-    check_sortable<Device>(op, tokens.indices, w_down.size(0));
+    check_sortable<Device>(op, w_down, tokens.indices.numel(), w_down.size(0));
     const typename Device::TableGradient gradient(tokens.indices, w_down.size(0), sparse_grad);
     if (output_mask[kGradDown] || wants_grad_gate) {
       const Tensor inputs = as_input<Device>(x, w_down.scalar_type());

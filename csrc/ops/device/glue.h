@@ -108,13 +108,12 @@ Rows<Element> mutable_rows_of(const Tensor& table) {
   return {data_of<Element>(table), table.stride(0)};
 }
 
-// Every id must fit the list in which the device's kernels sort them.
+// So many indices of a table's rows must fit the list in which the device's kernels sort them.
 template <class Device>
-void check_sortable(const char* op, const Tensor& indices, int64_t rows) {
-  TORCH_CHECK_VALUE(indices.numel() <= Device::kMostPairs && rows <= Device::kMostPairs,
-                    "peer::", op, ": expected at most ", Device::kMostPairs,
-                    " indices and table rows on ", indices.device(), ", got ", indices.numel(),
-                    " indices of ", rows, " rows");
+void check_sortable(const char* op, const Tensor& table, int64_t indices, int64_t rows) {
+  TORCH_CHECK_VALUE(indices <= Device::kMostPairs && rows <= Device::kMostPairs, "peer::", op,
+                    ": expected at most ", Device::kMostPairs, " indices and table rows on ",
+                    table.device(), ", got ", indices, " indices of ", rows, " rows");
 }
 
 // A coalesced gradient of a table of so many rows: ids (1, distinct) ascending, values (distinct,

@@ -91,7 +91,7 @@ std::tuple<Tensor, Tensor, Tensor> product_key_topk_backward_on(const Tensor& gr
                              : Tensor();
   const auto grad_keys = [&](const Tensor& table, const Tensor& retrieved, int64_t column) {
     const int64_t count = table.numel() / half_width;
-    check_sortable<Device>(op, retrieved, count);
+    check_sortable<Device>(op, table, retrieved.numel(), count);
     const typename Device::TableGradient gradient(retrieved, count, /*sparse=*/false);
     return gradient.sum(grad, queries.narrow(1, column, half_width), table.options())
         .view(table.sizes());

@@ -26,8 +26,8 @@ void update_table_on(const char* op,
   const Tensor indices = gradient.indices.has_value() ? gradient.indices->contiguous() : Tensor();
   if (indices.defined()) {
     Device::check_index_range(op, indices, table.size(0));
-    check_sortable<Device>(op, indices, table.size(0));
   }
+  check_sortable<Device>(op, table, indices.defined() ? indices.numel() : 0, table.size(0));
   if (gradient.source.numel() == 0 || (indices.defined() && indices.numel() == 0)) {
     return;
   }
