@@ -139,4 +139,10 @@ inline ParallelFor on_threads(int threads) {
   };
 }
 
+template <class Element>
+bool have_same_bits(const std::vector<Element>& a, const std::vector<Element>& b) {
+  return a.size() == b.size() &&
+         (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(Element)) == 0);
+}
+
 }  // namespace peer::test

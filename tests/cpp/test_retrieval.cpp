@@ -2,6 +2,7 @@
 #include <map>
 #include <set>
 
+#include "oracles/retrieval.h"
 #include "support.h"
 
 using namespace peer;
@@ -48,72 +49,15 @@ struct Problem {
         0, items, 1, [&](int64_t first, int64_t last) { kernel.retrieve(retrieval, first, last); });
   }
 
-  // Sub-scores in the order of the key's elements; exact for the small integers that the tests use.
-  std::vector<Real> sub_scores(int64_t token,
-                               int64_t head,
-                               const std::vector<Real>& keys,
-                               int64_t count,
-                               int64_t half) const {
-    std::vector<Real> result(count);
-    const Real* q = &query[(token * heads + head) * 2 * half_width + half * half_width];
-    for (int64_t i = 0; i < count; ++i) {
-      const Real* key = &keys[((shared ? 0 : head * count) + i) * half_width];
-      for (int64_t j = 0; j < half_width; ++j) {
-        result[i] += q[j] * key[j];
-      }
-    }
-    return result;
+  std::vector<Real> scores_of(int64_t token,
+                              int64_t head,
+                              const std::vector<Real>& keys,
+                              int64_t count,
+                              int64_t half) const {
+    return sub_scores<Real>(&query[((token * heads + head) * 2 + half) * half_width],
+                            &keys[(shared ? 0 : head * count) * half_width], count, half_width);
   }
 };
-
-// NaN above all, then by value; -0 equals 0.
-template <class Real>
-bool is_above(Real a, Real b) {
-  return std::isnan(a) ? !std::isnan(b) : a > b;
-}
-
-template <class Real>
-std::vector<int64_t> ranks(const std::vector<Real>& scores) {
-  std::vector<int64_t> order(scores.size()), rank(scores.size());
-  for (size_t i = 0; i < order.size(); ++i) {
-    order[i] = i;
-  }
-  std::stable_sort(order.begin(), order.end(),
-                   [&](int64_t a, int64_t b) { return is_above(scores[a], scores[b]); });
-  for (size_t i = 0; i < order.size(); ++i) {
-    rank[order[i]] = i;
-  }
-  return rank;
-}
-
-// All N pairs, sorted by score and then by (row rank, column rank).
-template <class Real>
-std::vector<std::pair<Real, int64_t>> brute_force(const std::vector<Real>& rows,
-                                                  const std::vector<Real>& columns) {
-  const std::vector<int64_t> row_ranks = ranks(rows), column_ranks = ranks(columns);
-  struct Expert {
-    Real score;
-    int64_t row_rank, column_rank, id;
-  };
-  std::vector<Expert> experts;
-  for (size_t r = 0; r < rows.size(); ++r) {
-    for (size_t c = 0; c < columns.size(); ++c) {
-      experts.push_back(
-          {rows[r] + columns[c], row_ranks[r], column_ranks[c], int64_t(r * columns.size() + c)});
-    }
-  }
-  std::sort(experts.begin(), experts.end(), [](const Expert& a, const Expert& b) {
-    if (is_above(a.score, b.score) || is_above(b.score, a.score)) {
-      return is_above(a.score, b.score);
-    }
-    return std::tie(a.row_rank, a.column_rank) < std::tie(b.row_rank, b.column_rank);
-  });
-  std::vector<std::pair<Real, int64_t>> result;
-  for (const Expert& expert : experts) {
-    result.emplace_back(expert.score, expert.id);
-  }
-  return result;
-}
 
 template <class Real>
 void check_against_brute_force(Problem<Real> problem, const std::string& what) {
@@ -122,16 +66,10 @@ void check_against_brute_force(Problem<Real> problem, const std::string& what) {
     int64_t wrong = 0;
     for (int64_t t = 0; t < problem.tokens; ++t) {
       for (int64_t h = 0; h < problem.heads; ++h) {
-        const auto expected =
-            brute_force(problem.sub_scores(t, h, problem.row_keys, problem.rows, 0),
-                        problem.sub_scores(t, h, problem.col_keys, problem.columns, 1));
-        for (int64_t i = 0; i < problem.k; ++i) {
-          const int64_t position = (t * problem.heads + h) * problem.k + i;
-          const Real score = problem.scores[position];
-          const bool same_score =
-              std::isnan(expected[i].first) ? std::isnan(score) : score == expected[i].first;
-          wrong += !same_score || problem.indices[position] != expected[i].second;
-        }
+        const int64_t first = (t * problem.heads + h) * problem.k;
+        wrong += count_wrong(problem.scores_of(t, h, problem.row_keys, problem.rows, 0),
+                             problem.scores_of(t, h, problem.col_keys, problem.columns, 1),
+                             problem.k, &problem.scores[first], &problem.indices[first]);
       }
     }
     INFO(name << ": " << what);

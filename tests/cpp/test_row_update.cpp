@@ -3,6 +3,7 @@
 
 #include "kernels/cpu/stochastic_rounding.h"
 #include "kernels/random_bits.h"
+#include "oracles/row_update.h"
 #include "support.h"
 
 using namespace peer;
@@ -13,35 +14,6 @@ namespace {
 
 // Where the gradients of the rows come from.
 enum class Given { dense, distinct_rows, pairs, pairs_with_coefficients };
-
-struct Hyperparameters {
-  Rule rule;
-  double lr = 0.05, weight_decay = 0.1, eps = 1e-3, beta1 = 0.8, beta2 = 0.9;
-  bool nesterov = false, has_momentum = true;
-};
-
-const std::vector<Hyperparameters> kRules = {
-    {.rule = Rule::rowwise_adagrad},
-    {.rule = Rule::sgd, .has_momentum = false},
-    {.rule = Rule::sgd},
-    {.rule = Rule::sgd, .nesterov = true},
-    {.rule = Rule::rowwise_adam},
-};
-
-template <class Table>
-struct State {
-  using Real = accumulation_t<Table>;
-  std::vector<Table> table, momentum;  // strided rows
-  std::vector<Real> second_moments;
-  std::vector<int32_t> row_steps;
-
-  bool operator==(const State& other) const {
-    return std::memcmp(table.data(), other.table.data(), table.size() * sizeof(Table)) == 0 &&
-           std::memcmp(momentum.data(), other.momentum.data(), momentum.size() * sizeof(Table)) ==
-               0 &&
-           second_moments == other.second_moments && row_steps == other.row_steps;
-  }
-};
 
 // One update of a table: what it is given, the kernels' result, and the obvious one in double.
 template <class Table, class Source>
@@ -85,16 +57,7 @@ struct Problem {
     update.width = width;
     update.source = {source.data(), stride};
     update.table = {state.table.data(), stride};
-    update.rule = {.rule = h.rule,
-                   .lr = h.lr,
-                   .kept = 1 - h.lr * h.weight_decay,
-                   .eps = h.eps,
-                   .beta1 = h.beta1,
-                   .beta2 = h.beta2,
-                   .nesterov = h.nesterov,
-                   .momentum = {h.has_momentum ? state.momentum.data() : nullptr, stride},
-                   .second_moments = state.second_moments.data(),
-                   .row_steps = state.row_steps.data()};
+    update.rule = rule_of<Table>(h, {state.momentum.data(), stride}, state);
     update.stochastic_rounding = stochastic_rounding;
     update.key = 17;
     const UpdateKernels<Table, Source>& kernel = kernels.experts<Table>().template update<Source>();
@@ -122,82 +85,14 @@ struct Problem {
     return state;
   }
 
-  // The gradients, and the sums of absolute values, which bound the rounding.
-  std::pair<std::vector<double>, std::vector<double>> gradients() const {
-    std::vector<double> sums(rows * width), magnitudes(rows * width);
-    for (size_t i = 0; i < owners.size(); ++i) {
-      const double coefficient =
-          given == Given::pairs_with_coefficients ? double(coefficients[i]) : 1;
-      for (int64_t column = 0; column < width; ++column) {
-        const double term = coefficient * to_double(source[i / pairs_per_row * stride + column]);
-        sums[owners[i] * width + column] += term;
-        magnitudes[owners[i] * width + column] += std::abs(term);
-      }
-    }
-    return {sums, magnitudes};
+  Gradients gradients() const {
+    return sum_gradients(owners, rows, width, source.data(), stride, pairs_per_row,
+                         given == Given::pairs_with_coefficients ? coefficients.data() : nullptr);
   }
 
-  // The largest distance from the rules in double, in units of what rounding allows.
   double distance(const State<Table>& result, const Hyperparameters& h) const {
-    const auto [sums, magnitudes] = gradients();
-    const double tolerance = 40 * kEpsilon<Real>;
-    double worst = 0;
-    const auto compare = [&](double actual, double expected, double allowed) {
-      worst = std::max(worst, std::abs(actual - expected) / (allowed + 1e-30));
-    };
-    for (int64_t row = 0; row < rows; ++row) {
-      const bool is_touched = std::find(owners.begin(), owners.end(), row) != owners.end();
-      double mean = 0, mean_magnitude = 0;
-      for (int64_t column = 0; column < width; ++column) {
-        mean += std::pow(sums[row * width + column], 2) / width;
-        mean_magnitude += std::pow(magnitudes[row * width + column], 2) / width;
-      }
-      double second = start.second_moments[row];
-      int32_t step = start.row_steps[row];
-      double scale = h.lr;
-      if (is_touched && h.rule == Rule::rowwise_adagrad) {
-        second += mean;
-        scale = h.lr / (std::sqrt(second) + h.eps);
-      }
-      if (is_touched && h.rule == Rule::rowwise_adam) {
-        ++step;
-        second = h.beta2 * second + (1 - h.beta2) * mean;
-        scale = h.lr / (1 - std::pow(h.beta1, step)) /
-                (std::sqrt(second / (1 - std::pow(h.beta2, step))) + h.eps);
-      }
-      compare(result.second_moments[row], second,
-              is_touched ? tolerance * (second + mean_magnitude) : 0);
-      REQUIRE(result.row_steps[row] == step);
-      for (int64_t column = 0; column < stride; ++column) {
-        const int64_t i = row * stride + column;
-        const double w = to_double(start.table[i]), m = to_double(start.momentum[i]);
-        if (!is_touched || column >= width) {
-          compare(to_double(result.table[i]), w, 0);
-          compare(to_double(result.momentum[i]), m, 0);
-          continue;
-        }
-        const double g = sums[row * width + column];
-        const double magnitude = magnitudes[row * width + column];
-        double direction = g, momentum = m;
-        if (h.rule == Rule::sgd && h.has_momentum) {
-          momentum = h.beta1 * m + g;
-          direction = h.nesterov ? g + h.beta1 * momentum : momentum;
-        } else if (h.rule == Rule::rowwise_adam) {
-          momentum = h.beta1 * m + (1 - h.beta1) * g;
-          direction = momentum;
-        }
-        const double expected = (1 - h.lr * h.weight_decay) * w - scale * direction;
-        compare(to_double(result.momentum[i]), momentum,
-                momentum == m
-                    ? 0
-                    : kEpsilon<Table> * std::abs(momentum) + tolerance * (std::abs(m) + magnitude));
-        compare(to_double(result.table[i]), expected,
-                kEpsilon<Table> * std::abs(expected) +
-                    tolerance * (std::abs(w) + scale * (std::abs(m) + 2 * magnitude) +
-                                 std::abs(scale * direction)));
-      }
-    }
-    return worst;
+    return distance_from_rule(h, gradients(), start, result, rows, width, stride,
+                              40 * kEpsilon<Real>);
   }
 
   Given given;

@@ -1,3 +1,4 @@
+#include "oracles/activations.h"
 #include "support.h"
 
 using namespace peer;
@@ -5,36 +6,6 @@ using namespace peer::cpu;
 using namespace peer::test;
 
 namespace {
-
-// The oracle's activations, from their definitions.
-double activate(Activation activation, double z) {
-  switch (activation) {
-    case Activation::gelu:
-      return z * 0.5 * std::erfc(-z / std::sqrt(2.0));
-    case Activation::gelu_tanh:
-      return z / (1 + std::exp(-2 * std::sqrt(2 / M_PI) * (z + 0.044715 * z * z * z)));
-    case Activation::relu:
-      return std::max(z, 0.0);
-    case Activation::silu:
-      return z / (1 + std::exp(-z));
-    case Activation::identity:
-      return z;
-    case Activation::relu2:
-      return z > 0 ? z * z : 0;
-  }
-  return NAN;
-}
-
-double derivative(Activation activation, double z) {
-  constexpr double h = 1e-5;
-  if (activation == Activation::relu) {
-    return z > 0;
-  }
-  return (activate(activation, z + h) - activate(activation, z - h)) / (2 * h);
-}
-
-constexpr Activation kActivations[] = {Activation::gelu, Activation::gelu_tanh, Activation::relu,
-                                       Activation::silu, Activation::identity,  Activation::relu2};
 
 template <class Table>
 struct Problem {
@@ -49,6 +20,7 @@ struct Problem {
           Activation activation,
           uint64_t seed)
       : tokens(tokens),
+        experts(experts),
         experts_per_token(experts_per_token),
         dim(dim),
         dim_out(dim_out),
@@ -85,16 +57,18 @@ struct Problem {
   // Part by part, as with few tokens.
   void forward_in_parts(const Kernels& kernels) {
     const int64_t parts = parts_per_token(experts_per_token);
-    parts_out.assign(tokens * parts * dim_out, Real(NAN));
+    std::vector<Real> parts_out(tokens * parts * dim_out, Real(NAN));
     const TokenForward<Table> pass = forward_pass();
     for (int64_t item = tokens * parts; item-- > 0;) {
-      kernels.experts<Table>().token_parts_forward(pass, item, item + 1);
+      kernels.experts<Table>().token_parts_forward(pass, parts_out.data(), item, item + 1);
     }
-    kernels.experts<Table>().add_token_parts(pass, 0, tokens);
+    kernels.experts<Table>().add_token_parts(pass, parts_out.data(), 0, tokens);
   }
 
   TokenForward<Table> forward_pass() {
-    return {experts_per_token,
+    return {tokens,
+            experts,
+            experts_per_token,
             dim,
             dim_out,
             activation,
@@ -106,12 +80,13 @@ struct Problem {
             gate_rows(),
             out.data(),
             hidden.data(),
-            gate.data(),
-            parts_out.data()};
+            gate.data()};
   }
 
   void backward(const Kernels& kernels) {
-    const TokenBackward<Table> pass = {experts_per_token,
+    const TokenBackward<Table> pass = {tokens,
+                                       experts,
+                                       experts_per_token,
                                        dim,
                                        dim_out,
                                        activation,
@@ -143,12 +118,11 @@ struct Problem {
     return sum;
   }
 
-  int64_t tokens, experts_per_token, dim, dim_out;
+  int64_t tokens, experts, experts_per_token, dim, dim_out;
   bool glu;
   Activation activation;
   int64_t down_stride, up_stride;
   std::vector<Table> w_down, w_up, w_gate;
-  std::vector<Real> parts_out;
   std::vector<Real> x, weights, grad_out, hidden, gate, out, grad_x, grad_weights,
       down_coefficients, gate_coefficients, up_coefficients;
   std::vector<int64_t> indices;
@@ -285,10 +259,9 @@ TEST_CASE("every half-precision value is read and written as itself", "[token_pa
       const float one = 1;
       const int64_t index = 0;
       float out, hidden;
-      const TokenForward<Half> forward = {1,        1,      1,      Activation::identity,
-                                          &one,     &one,   &index, {&down, 1},
-                                          {&up, 1}, {},     &out,   &hidden,
-                                          nullptr,  nullptr};
+      const TokenForward<Half> forward = {
+          1,        1,  1,    1,       1,      Activation::identity, &one, &one, &index, {&down, 1},
+          {&up, 1}, {}, &out, &hidden, nullptr};
       capability.kernels->experts<Half>().token_forward(forward, 0, 1);
       const double expected = to_double(up);
       const bool is_read = std::isnan(expected) ? std::isnan(out) : double(out) == expected;
@@ -345,7 +318,8 @@ TEMPLATE_TEST_CASE("a weighted sum of rows lands in its strip of the output and 
     const TestType coefficients[] = {2, 1, -1, 3};
     const int64_t indices[] = {0, 1, 1, 1};
     std::vector<TestType> out(12, -7);
-    const GatherSum<TestType> pass = {2, 3, coefficients, indices, {table, 3}, {out.data() + 2, 6}};
+    const GatherSum<TestType> pass = {
+        2, 2, 3, coefficients, indices, {table, 3}, {out.data() + 2, 6}};
     capability.kernels->retrieval<TestType>().gather_sum(pass, 0, 2);
     CHECK(out == std::vector<TestType>{-7, -7, 12, 24, 36, -7, -7, -7, 20, 40, 60, -7});
   }

@@ -1,5 +1,4 @@
-#include "pairs.h"
-#include "support.h"
+#include "cuda_support.h"
 
 using namespace peer;
 using namespace peer::cuda;

@@ -1,23 +1,10 @@
-#include "kernels/cuda/kernels.h"
-#include "support.h"
+#include "cuda_support.h"
 
 using namespace peer;
 using namespace peer::cuda;
 using namespace peer::test;
 
 namespace {
-
-const Context kContext = {nullptr, plain_memory};
-
-// Where the rows of the table and of the output lie: so many elements from where they would be
-// aligned, and so much further apart than they are long.
-struct Layout {
-  int64_t offset = 0;
-  int64_t gap = 0;
-};
-
-constexpr Layout kAligned = {0, 8};
-constexpr Layout kUnaligned = {1, 3};
 
 template <class Table>
 struct Problem {
@@ -26,7 +13,7 @@ struct Problem {
         terms(terms),
         width(width),
         offset(layout.offset),
-        stride(width + layout.gap) {
+        stride(width + layout.padding) {
     Random random(11);
     coefficients = random.normal<Table>(items * terms);
     indices = random.integers(items * terms, kRows);

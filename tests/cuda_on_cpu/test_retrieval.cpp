@@ -1,22 +1,19 @@
 // Retrieval by the CUDA backend, played on the CPU. The stand-in for a device has 3
 // multiprocessors: up to 3 blocks are large ones.
 #include <limits>
-#include <numeric>
 #include <set>
 
+#include "cuda_support.h"
 #include "kernels/cuda/elements.h"
-#include "kernels/cuda/kernels.h"
 #include "kernels/cuda/mma.h"
 #include "kernels/pair_pruning.h"
-#include "support.h"
+#include "oracles/retrieval.h"
 
 using namespace peer;
 using namespace peer::cuda;
 using namespace peer::test;
 
 namespace {
-
-const Context kContext = {nullptr, plain_memory};
 
 // To nearest, and infinities and NaN as they are, which from_double does not promise.
 template <class Element>
@@ -58,73 +55,16 @@ struct Problem {
     retrieve(retrieval, kContext);
   }
 
-  // In the order of the key's elements; exact for the small integers that most tests use.
   template <class Sum>
-  std::vector<Sum> sub_scores(int64_t token,
-                              int64_t head,
-                              const std::vector<Query>& keys,
-                              int64_t count,
-                              int64_t half) const {
-    std::vector<Sum> result(count);
-    const Query* q = &query[(token * heads + head) * 2 * half_width + half * half_width];
-    for (int64_t i = 0; i < count; ++i) {
-      const Query* key = &keys[((shared ? 0 : head * count) + i) * half_width];
-      for (int64_t j = 0; j < half_width; ++j) {
-        result[i] += Sum(to_double(q[j])) * Sum(to_double(key[j]));
-      }
-    }
-    return result;
+  std::vector<Sum> scores_of(int64_t token,
+                             int64_t head,
+                             const std::vector<Query>& keys,
+                             int64_t count,
+                             int64_t half) const {
+    return sub_scores<Sum>(&query[((token * heads + head) * 2 + half) * half_width],
+                           &keys[(shared ? 0 : head * count) * half_width], count, half_width);
   }
 };
-
-// NaN above all, then by value; -0 equals 0.
-template <class Real>
-bool is_above(Real a, Real b) {
-  return std::isnan(a) ? !std::isnan(b) : a > b;
-}
-
-template <class Real>
-std::vector<int64_t> ranks(const std::vector<Real>& scores) {
-  std::vector<int64_t> order(scores.size()), rank(scores.size());
-  std::iota(order.begin(), order.end(), 0);
-  std::stable_sort(order.begin(), order.end(),
-                   [&](int64_t a, int64_t b) { return is_above(scores[a], scores[b]); });
-  for (size_t i = 0; i < order.size(); ++i) {
-    rank[order[i]] = i;
-  }
-  return rank;
-}
-
-// The k best of all pairs, sorted by score and then by (row rank, column rank).
-template <class Real>
-std::vector<std::pair<Real, int64_t>> brute_force(const std::vector<Real>& rows,
-                                                  const std::vector<Real>& columns,
-                                                  int64_t k) {
-  const std::vector<int64_t> row_ranks = ranks(rows), column_ranks = ranks(columns);
-  struct Expert {
-    Real score;
-    int64_t row_rank, column_rank, id;
-  };
-  std::vector<Expert> experts;
-  for (size_t r = 0; r < rows.size(); ++r) {
-    for (size_t c = 0; c < columns.size(); ++c) {
-      experts.push_back(
-          {rows[r] + columns[c], row_ranks[r], column_ranks[c], int64_t(r * columns.size() + c)});
-    }
-  }
-  const auto is_better = [](const Expert& a, const Expert& b) {
-    if (is_above(a.score, b.score) || is_above(b.score, a.score)) {
-      return is_above(a.score, b.score);
-    }
-    return std::tie(a.row_rank, a.column_rank) < std::tie(b.row_rank, b.column_rank);
-  };
-  std::partial_sort(experts.begin(), experts.begin() + k, experts.end(), is_better);
-  std::vector<std::pair<Real, int64_t>> result;
-  for (int64_t i = 0; i < k; ++i) {
-    result.emplace_back(experts[i].score, experts[i].id);
-  }
-  return result;
-}
 
 template <class Query>
 void check_against_brute_force(Problem<Query> problem, const std::string& what) {
@@ -133,16 +73,11 @@ void check_against_brute_force(Problem<Query> problem, const std::string& what) 
   int64_t wrong = 0;
   for (int64_t t = 0; t < problem.tokens; ++t) {
     for (int64_t h = 0; h < problem.heads; ++h) {
-      const auto expected = brute_force(
-          problem.template sub_scores<Real>(t, h, problem.row_keys, problem.rows, 0),
-          problem.template sub_scores<Real>(t, h, problem.col_keys, problem.columns, 1), problem.k);
-      for (int64_t i = 0; i < problem.k; ++i) {
-        const int64_t position = (t * problem.heads + h) * problem.k + i;
-        const Real score = problem.scores[position];
-        const bool same_score =
-            std::isnan(expected[i].first) ? std::isnan(score) : score == expected[i].first;
-        wrong += !same_score || problem.indices[position] != expected[i].second;
-      }
+      const int64_t first = (t * problem.heads + h) * problem.k;
+      wrong +=
+          count_wrong(problem.template scores_of<Real>(t, h, problem.row_keys, problem.rows, 0),
+                      problem.template scores_of<Real>(t, h, problem.col_keys, problem.columns, 1),
+                      problem.k, &problem.scores[first], &problem.indices[first]);
     }
   }
   INFO(what);
@@ -435,9 +370,9 @@ TEMPLATE_TEST_CASE("random scores are right within rounding, and the best are fo
   problem.solve();
   const double tolerance = 200 * kEpsilon<accumulation_t<TestType>>;
   for (int64_t t = 0; t < tokens; ++t) {
-    const auto row_scores = problem.template sub_scores<double>(t, 0, problem.row_keys, rows, 0);
+    const auto row_scores = problem.template scores_of<double>(t, 0, problem.row_keys, rows, 0);
     const auto column_scores =
-        problem.template sub_scores<double>(t, 0, problem.col_keys, columns, 1);
+        problem.template scores_of<double>(t, 0, problem.col_keys, columns, 1);
     const auto expected = brute_force(row_scores, column_scores, k);
     const std::set<int64_t> ids(&problem.indices[t * k], &problem.indices[t * k] + k);
     CHECK(ids.size() == k);

@@ -1,9 +1,9 @@
+#include "cuda_support.h"
 #include "kernels/cpu/capability_kernels.h"
 #include "kernels/cpu/stochastic_rounding.h"
 #include "kernels/cuda/stochastic_rounding.h"
 #include "kernels/random_bits.h"
-#include "pairs.h"
-#include "support.h"
+#include "oracles/row_update.h"
 
 using namespace peer;
 using namespace peer::cuda;
@@ -15,32 +15,6 @@ namespace {
 enum class Given { rows, pairs, pairs_with_coefficients };
 
 constexpr Given kGiven[] = {Given::rows, Given::pairs, Given::pairs_with_coefficients};
-
-struct Hyperparameters {
-  Rule rule;
-  double lr = 0.05, weight_decay = 0.1, eps = 1e-3, beta1 = 0.8, beta2 = 0.9;
-  bool nesterov = false, has_momentum = true;
-};
-
-const std::vector<Hyperparameters> kRules = {
-    {.rule = Rule::rowwise_adagrad},
-    {.rule = Rule::sgd, .has_momentum = false},
-    {.rule = Rule::sgd},
-    {.rule = Rule::sgd, .nesterov = true},
-    {.rule = Rule::rowwise_adam},
-};
-
-template <class Table>
-struct State {
-  std::vector<Table> table, momentum;  // (rows, width)
-  std::vector<accumulation_t<Table>> second_moments;
-  std::vector<int32_t> row_steps;
-
-  bool operator==(const State& other) const {
-    return have_same_bits(table, other.table) && have_same_bits(momentum, other.momentum) &&
-           have_same_bits(second_moments, other.second_moments) && row_steps == other.row_steps;
-  }
-};
 
 // One update of a table: what it is given, the kernels' result, and the obvious one in double.
 template <class Table, class Source>
@@ -86,16 +60,7 @@ struct Problem {
     RowUpdate<Table, Source> update = {
         .width = width,
         .table = table.rows(),
-        .rule = {.rule = h.rule,
-                 .lr = h.lr,
-                 .kept = 1 - h.lr * h.weight_decay,
-                 .eps = h.eps,
-                 .beta1 = h.beta1,
-                 .beta2 = h.beta2,
-                 .nesterov = h.nesterov,
-                 .momentum = h.has_momentum ? momentum.rows() : Rows<Table>{},
-                 .second_moments = state.second_moments.data(),
-                 .row_steps = state.row_steps.data()},
+        .rule = rule_of(h, momentum.rows(), state),
         .stochastic_rounding = stochastic_rounding,
         .key = 17,
         .source = std::as_const(source_memory).rows(),
@@ -117,82 +82,14 @@ struct Problem {
     return state;
   }
 
-  // The gradients, and the sums of absolute values, which bound the rounding.
-  std::pair<std::vector<double>, std::vector<double>> gradients() const {
-    std::vector<double> sums(rows * width), magnitudes(rows * width);
-    for (size_t i = 0; i < owners.size(); ++i) {
-      const double coefficient =
-          given == Given::pairs_with_coefficients ? double(coefficients[i]) : 1;
-      for (int64_t column = 0; column < width; ++column) {
-        const double term = coefficient * to_double(source[i / pairs_per_row * width + column]);
-        sums[owners[i] * width + column] += term;
-        magnitudes[owners[i] * width + column] += std::abs(term);
-      }
-    }
-    return {sums, magnitudes};
+  Gradients gradients() const {
+    return sum_gradients(owners, rows, width, source.data(), width, pairs_per_row,
+                         given == Given::pairs_with_coefficients ? coefficients.data() : nullptr);
   }
 
-  // The largest distance from the rules in double, in units of what rounding allows.
   double distance(const State<Table>& result, const Hyperparameters& h) const {
-    const auto [sums, magnitudes] = gradients();
-    const double tolerance = 64 * kEpsilon<Real>;
-    double worst = 0;
-    const auto compare = [&](double actual, double expected, double allowed) {
-      const double distance = std::abs(actual - expected) / (allowed + 1e-30);
-      worst = std::isnan(distance) ? INFINITY : std::max(worst, distance);
-    };
-    for (int64_t row = 0; row < rows; ++row) {
-      const bool is_touched = std::find(owners.begin(), owners.end(), row) != owners.end();
-      double mean = 0, mean_magnitude = 0;
-      for (int64_t column = 0; column < width; ++column) {
-        mean += std::pow(sums[row * width + column], 2) / width;
-        mean_magnitude += std::pow(magnitudes[row * width + column], 2) / width;
-      }
-      double second = start.second_moments[row];
-      int32_t step = start.row_steps[row];
-      double scale = h.lr;
-      if (is_touched && h.rule == Rule::rowwise_adagrad) {
-        second += mean;
-        scale = h.lr / (std::sqrt(second) + h.eps);
-      }
-      if (is_touched && h.rule == Rule::rowwise_adam) {
-        ++step;
-        second = h.beta2 * second + (1 - h.beta2) * mean;
-        scale = h.lr / (1 - std::pow(h.beta1, step)) /
-                (std::sqrt(second / (1 - std::pow(h.beta2, step))) + h.eps);
-      }
-      compare(result.second_moments[row], second,
-              is_touched ? tolerance * (second + mean_magnitude) : 0);
-      REQUIRE(result.row_steps[row] == step);
-      for (int64_t column = 0; column < width; ++column) {
-        const int64_t i = row * width + column;
-        const double w = to_double(start.table[i]), m = to_double(start.momentum[i]);
-        if (!is_touched) {
-          compare(to_double(result.table[i]), w, 0);
-          compare(to_double(result.momentum[i]), m, 0);
-          continue;
-        }
-        const double g = sums[i], magnitude = magnitudes[i];
-        double direction = g, momentum = m;
-        if (h.rule == Rule::sgd && h.has_momentum) {
-          momentum = h.beta1 * m + g;
-          direction = h.nesterov ? g + h.beta1 * momentum : momentum;
-        } else if (h.rule == Rule::rowwise_adam) {
-          momentum = h.beta1 * m + (1 - h.beta1) * g;
-          direction = momentum;
-        }
-        const double expected = (1 - h.lr * h.weight_decay) * w - scale * direction;
-        compare(to_double(result.momentum[i]), momentum,
-                momentum == m
-                    ? 0
-                    : kEpsilon<Table> * std::abs(momentum) + tolerance * (std::abs(m) + magnitude));
-        compare(to_double(result.table[i]), expected,
-                kEpsilon<Table> * std::abs(expected) +
-                    tolerance * (std::abs(w) + scale * (std::abs(m) + 2 * magnitude) +
-                                 std::abs(scale * direction)));
-      }
-    }
-    return worst;
+    return distance_from_rule(h, gradients(), start, result, rows, width, width,
+                              64 * kEpsilon<Real>);
   }
 
   Given given;

@@ -1,10 +1,9 @@
 #include <array>
 #include <map>
 
+#include "cuda_support.h"
 #include "kernels/cuda/chunks.h"
 #include "kernels/cuda/kernels.h"
-#include "pairs.h"
-#include "support.h"
 
 using namespace peer;
 using namespace peer::cuda;

@@ -3,20 +3,14 @@
 // fewer than 3, with the smallest shares are blocks of their own.
 #include <tuple>
 
-#include "kernels/cuda/kernels.h"
-#include "support.h"
+#include "cuda_support.h"
+#include "oracles/activations.h"
 
 using namespace peer;
 using namespace peer::cuda;
 using namespace peer::test;
 
 namespace {
-
-template <class TableType, class InputType>
-struct Types {
-  using Table = TableType;
-  using Input = InputType;
-};
 
 using AllTypes = std::tuple<Types<float, float>,
                             Types<double, double>,
@@ -25,54 +19,12 @@ using AllTypes = std::tuple<Types<float, float>,
                             Types<Half, Half>,
                             Types<Half, float>>;
 
-const Context kContext = {nullptr, plain_memory};
-
-// The oracle's activations, from their definitions.
-double activate(Activation activation, double z) {
-  switch (activation) {
-    case Activation::gelu:
-      return z * 0.5 * std::erfc(-z / std::sqrt(2.0));
-    case Activation::gelu_tanh:
-      return z / (1 + std::exp(-2 * std::sqrt(2 / M_PI) * (z + 0.044715 * z * z * z)));
-    case Activation::relu:
-      return std::max(z, 0.0);
-    case Activation::silu:
-      return z / (1 + std::exp(-z));
-    case Activation::identity:
-      return z;
-    case Activation::relu2:
-      return z > 0 ? z * z : 0;
-  }
-  return NAN;
-}
-
-double derivative(Activation activation, double z) {
-  constexpr double h = 1e-5;
-  if (activation == Activation::relu) {
-    return z > 0;
-  }
-  return (activate(activation, z + h) - activate(activation, z - h)) / (2 * h);
-}
-
-constexpr Activation kActivations[] = {Activation::gelu, Activation::gelu_tanh, Activation::relu,
-                                       Activation::silu, Activation::identity,  Activation::relu2};
-
 struct Sizes {
   int64_t tokens, experts_per_token, dim, dim_out;
   bool has_gate = false;
   Activation activation = Activation::gelu;
   int64_t experts = 50;
 };
-
-// How the arrays lie in memory: so many elements from where they would be aligned, and rows so much
-// further apart than they are long.
-struct Layout {
-  int64_t offset = 0;
-  int64_t gap = 8;
-};
-
-constexpr Layout kAligned = {0, 8};
-constexpr Layout kUnaligned = {1, 3};
 
 // An array that begins some elements into memory of its own, so that sanitizers see its ends.
 template <class Element>
@@ -97,7 +49,7 @@ template <class Table>
 struct TableOfRows {
   TableOfRows() = default;
   TableOfRows(const std::vector<Table>& dense, int64_t width, const Layout& layout)
-      : stride(width + layout.gap) {
+      : stride(width + layout.padding) {
     const int64_t rows = width == 0 ? 0 : int64_t(dense.size()) / width;
     std::vector<Table> values(rows * stride, from_double<Table>(1e3));
     for (int64_t row = 0; row < rows; ++row) {
@@ -117,10 +69,10 @@ struct TableOfRows {
 template <class Types>
 struct Problem {
   using Table = typename Types::Table;
-  using Input = typename Types::Input;
+  using Input = typename Types::Source;
   using Real = accumulation_t<Table>;
 
-  Problem(const Sizes& sizes, const Layout& layout = {}, uint64_t seed = 5) : sizes(sizes) {
+  Problem(const Sizes& sizes, const Layout& layout = kAligned, uint64_t seed = 5) : sizes(sizes) {
     Random random(seed);
     const int64_t pairs = sizes.tokens * sizes.experts_per_token;
     w_down = {random.normal<Table>(sizes.experts * sizes.dim), sizes.dim, layout};
@@ -215,7 +167,7 @@ struct Sum {
 template <class Types>
 struct Comparison {
   using Real = accumulation_t<typename Types::Table>;
-  using Input = typename Types::Input;
+  using Input = typename Types::Source;
 
   void add(double actual, double expected, double allowed) {
     const double error = std::abs(actual - expected);

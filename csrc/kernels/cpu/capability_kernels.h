@@ -13,13 +13,19 @@ namespace peer::cpu::PEER_CAPABILITY {
 template <class Table>
 void token_forward(const TokenForward<Table>&, int64_t first, int64_t last);
 template <class Table>
-void token_parts_forward(const TokenForward<Table>&, int64_t first, int64_t last);
+void token_parts_forward(const TokenForward<Table>&,
+                         accumulation_t<Table>* parts_out,
+                         int64_t first,
+                         int64_t last);
 template <class Table>
-void add_token_parts(const TokenForward<Table>&, int64_t first, int64_t last);
+void add_token_parts(const TokenForward<Table>&,
+                     const accumulation_t<Table>* parts_out,
+                     int64_t first,
+                     int64_t last);
 template <class Table>
 void token_backward(const TokenBackward<Table>&, int64_t first, int64_t last);
-template <class Table>
-void gather_sum(const GatherSum<Table>&, int64_t first, int64_t last);
+template <class Real>
+void gather_sum(const GatherSum<Real>&, int64_t first, int64_t last);
 
 template <class Element>
 void sum_chunks(const ExpertPass<Element>&, int64_t first, int64_t last);

@@ -8,8 +8,8 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "kernels/activation.h"
 #include "kernels/rows.h"
+#include "kernels/token_pass.h"
 #include "kernels/types.h"
 #include "kernels/update_rule.h"
 
@@ -23,71 +23,6 @@ constexpr int64_t kExpertsPerPart = 32;
 constexpr int64_t parts_per_token(int64_t experts_per_token) {
   return (experts_per_token + kExpertsPerPart - 1) / kExpertsPerPart;
 }
-
-// Token pass, forward. A work item is a token; for token_parts_forward a part of one, number
-// token·parts + part, whose sum is left in parts_out.
-//
-//   hidden = <x, w_down[e]>       gate = <x, w_gate[e]>, or 1 without w_gate
-//   out = Σ_p weights·act(hidden)·gate·w_up[e]
-template <class Table>
-struct TokenForward {
-  using Real = accumulation_t<Table>;
-  int64_t experts_per_token;  // P
-  int64_t dim;                // D
-  int64_t dim_out;            // O
-  Activation activation;
-  const Real* x;                           // (T, D)
-  const Real* weights;                     // (T, P)
-  const int64_t* indices;                  // (T, P), all in range
-  Rows<const Table> w_down, w_up, w_gate;  // (N, D), (N, O), (N, D) or none
-  Real* out;                               // (T, O)
-  Real* hidden;                            // (T, P)
-  Real* gate;                              // (T, P) where w_gate is given
-  Real* parts_out;                         // (T, parts, O), for token_parts_forward alone
-};
-
-// Token pass, backward. A work item is a token. With s = <grad_out, w_up[e]>:
-//
-//   grad_weights      = s·act(hidden)·gate
-//   down_coefficients = s·weights·act'(hidden)·gate
-//   gate_coefficients = s·weights·act(hidden)
-//   up_coefficients   = weights·act(hidden)·gate
-//   grad_x            = Σ_p down_coefficients·w_down[e] + gate_coefficients·w_gate[e]
-//
-// The coefficients are what the expert pass multiplies x and grad_out by.
-template <class Table>
-struct TokenBackward {
-  using Real = accumulation_t<Table>;
-  int64_t experts_per_token;
-  int64_t dim;
-  int64_t dim_out;
-  Activation activation;
-  const Real* grad_out;    // (T, O)
-  const Real* weights;     // (T, P)
-  const int64_t* indices;  // (T, P)
-  Rows<const Table> w_down, w_up, w_gate;
-  const Real* hidden;       // (T, P)
-  const Real* gate;         // (T, P) where w_gate is given
-  Real* grad_x;             // (T, D), or null
-  Real* grad_weights;       // (T, P)
-  Real* down_coefficients;  // (T, P)
-  Real* gate_coefficients;  // (T, P) where w_gate is given
-  Real* up_coefficients;    // (T, P)
-};
-
-// Weighted sums of rows. A work item is an output row.
-//
-//   out[i] = Σ_p coefficients[i, p]·table[indices[i, p]]
-template <class Table>
-struct GatherSum {
-  using Real = accumulation_t<Table>;
-  int64_t terms;
-  int64_t width;
-  const Real* coefficients;  // (items, terms)
-  const int64_t* indices;    // (items, terms)
-  Rows<const Table> table;
-  Rows<Real> out;
-};
 
 // A pair is one retrieval: token t's p-th expert has the pair number t·P + p.
 struct Pair {
@@ -198,10 +133,19 @@ struct UpdateKernels {
 
 template <class Table>
 struct ExpertKernels {
+  // A work item of the token passes is a token. Indices are all in range.
   void (*token_forward)(const TokenForward<Table>&, int64_t first, int64_t last);
-  void (*token_parts_forward)(const TokenForward<Table>&, int64_t first, int64_t last);
+  // A work item is a part of a token, number token·parts + part, whose sum is left in parts_out
+  // (T, parts, O).
+  void (*token_parts_forward)(const TokenForward<Table>&,
+                              accumulation_t<Table>* parts_out,
+                              int64_t first,
+                              int64_t last);
   // Adds up the parts of a token, of which there is one at least. A work item is a token.
-  void (*add_token_parts)(const TokenForward<Table>&, int64_t first, int64_t last);
+  void (*add_token_parts)(const TokenForward<Table>&,
+                          const accumulation_t<Table>* parts_out,
+                          int64_t first,
+                          int64_t last);
   void (*token_backward)(const TokenBackward<Table>&, int64_t first, int64_t last);
   void (*sum_chunks)(const ExpertPass<Table>&, int64_t first, int64_t last);
   void (*sum_split_runs)(const ExpertPass<Table>&, int64_t first, int64_t last);
@@ -223,7 +167,7 @@ struct RetrievalKernels {
   int64_t keys_per_panel;
   void (*pack_keys)(const PackKeys<Real>&, int64_t first, int64_t last);
   void (*retrieve)(const Retrieval<Real>&, int64_t first, int64_t last);
-  void (*gather_sum)(const GatherSum<Real>&, int64_t first, int64_t last);
+  void (*gather_sum)(const GatherSum<Real>&, int64_t first, int64_t last);  // of items
 };
 
 struct Kernels {

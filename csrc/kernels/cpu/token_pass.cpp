@@ -108,21 +108,27 @@ void token_forward(const TokenForward<Table>& pass, int64_t first, int64_t last)
 }
 
 template <class Table>
-void token_parts_forward(const TokenForward<Table>& pass, int64_t first, int64_t last) {
+void token_parts_forward(const TokenForward<Table>& pass,
+                         accumulation_t<Table>* parts_out,
+                         int64_t first,
+                         int64_t last) {
   const int64_t parts = parts_per_token(pass.experts_per_token);
   Scratch<accumulation_t<Table>> coefficients(kExpertsPerPart);
   for (int64_t i = first; i < last; ++i) {
     const ExpertRange experts = part_of_token(pass, i % parts);
     compute_coefficients(pass, i / parts, experts, coefficients.data());
-    sum_part(pass, i / parts, experts, coefficients.data(), pass.parts_out + i * pass.dim_out);
+    sum_part(pass, i / parts, experts, coefficients.data(), parts_out + i * pass.dim_out);
   }
 }
 
 template <class Table>
-void add_token_parts(const TokenForward<Table>& pass, int64_t first, int64_t last) {
+void add_token_parts(const TokenForward<Table>& pass,
+                     const accumulation_t<Table>* parts_out,
+                     int64_t first,
+                     int64_t last) {
   const int64_t parts = parts_per_token(pass.experts_per_token);
   for (int64_t t = first; t < last; ++t) {
-    const auto* part_out = pass.parts_out + t * parts * pass.dim_out;
+    const auto* part_out = parts_out + t * parts * pass.dim_out;
     auto* out = pass.out + t * pass.dim_out;
     std::memcpy(out, part_out, pass.dim_out * sizeof(*out));
     for (int64_t part = 1; part < parts; ++part) {
@@ -175,30 +181,29 @@ void token_backward(const TokenBackward<Table>& pass, int64_t first, int64_t las
   }
 }
 
-template <class Table>
-void gather_sum(const GatherSum<Table>& pass, int64_t first, int64_t last) {
+template <class Real>
+void gather_sum(const GatherSum<Real>& pass, int64_t first, int64_t last) {
   for (int64_t i = first; i < last; ++i) {
     sum_weighted_rows(pass.coefficients + i * pass.terms, pass.table, pass.indices + i * pass.terms,
                       pass.terms, pass.width, pass.out.data + i * pass.out.stride);
   }
 }
 
-template void token_forward(const TokenForward<float>&, int64_t, int64_t);
-template void token_forward(const TokenForward<double>&, int64_t, int64_t);
-template void token_forward(const TokenForward<BFloat16>&, int64_t, int64_t);
-template void token_forward(const TokenForward<Half>&, int64_t, int64_t);
-template void token_parts_forward(const TokenForward<float>&, int64_t, int64_t);
-template void token_parts_forward(const TokenForward<double>&, int64_t, int64_t);
-template void token_parts_forward(const TokenForward<BFloat16>&, int64_t, int64_t);
-template void token_parts_forward(const TokenForward<Half>&, int64_t, int64_t);
-template void add_token_parts(const TokenForward<float>&, int64_t, int64_t);
-template void add_token_parts(const TokenForward<double>&, int64_t, int64_t);
-template void add_token_parts(const TokenForward<BFloat16>&, int64_t, int64_t);
-template void add_token_parts(const TokenForward<Half>&, int64_t, int64_t);
-template void token_backward(const TokenBackward<float>&, int64_t, int64_t);
-template void token_backward(const TokenBackward<double>&, int64_t, int64_t);
-template void token_backward(const TokenBackward<BFloat16>&, int64_t, int64_t);
-template void token_backward(const TokenBackward<Half>&, int64_t, int64_t);
+#define PEER_INSTANTIATE(Table)                                                                    \
+  template void token_forward(const TokenForward<Table>&, int64_t, int64_t);                       \
+  template void token_parts_forward(const TokenForward<Table>&, accumulation_t<Table>*, int64_t,   \
+                                    int64_t);                                                      \
+  template void add_token_parts(const TokenForward<Table>&, const accumulation_t<Table>*, int64_t, \
+                                int64_t);                                                          \
+  template void token_backward(const TokenBackward<Table>&, int64_t, int64_t);
+
+PEER_INSTANTIATE(float)
+PEER_INSTANTIATE(double)
+PEER_INSTANTIATE(BFloat16)
+PEER_INSTANTIATE(Half)
+
+#undef PEER_INSTANTIATE
+
 template void gather_sum(const GatherSum<float>&, int64_t, int64_t);
 template void gather_sum(const GatherSum<double>&, int64_t, int64_t);
 

@@ -8,56 +8,15 @@
 
 #include <cstdint>
 
-#include "kernels/activation.h"
 #include "kernels/cuda/launch.h"
 #include "kernels/rows.h"
+#include "kernels/token_pass.h"
 #include "kernels/types.h"
 #include "kernels/update_rule.h"
 
 namespace peer::cuda {
 
-// Token pass, forward: see kernels/cpu/kernels.h for the formulas. An index outside [0, experts)
-// ends the kernel with a message and a trap.
-template <class Table, class Input>
-struct TokenForward {
-  using Real = accumulation_t<Table>;
-  int64_t tokens;             // T
-  int64_t experts;            // N
-  int64_t experts_per_token;  // P
-  int64_t dim;                // D
-  int64_t dim_out;            // O
-  Activation activation;
-  const Input* x;                          // (T, D)
-  const Real* weights;                     // (T, P)
-  const int64_t* indices;                  // (T, P)
-  Rows<const Table> w_down, w_up, w_gate;  // (N, D), (N, O), (N, D) or none
-  Input* out;                              // (T, O)
-  Real* hidden;                            // (T, P)
-  Real* gate;                              // (T, P) where w_gate is given
-};
-
-template <class Table, class Input>
-struct TokenBackward {
-  using Real = accumulation_t<Table>;
-  int64_t tokens;
-  int64_t experts;
-  int64_t experts_per_token;
-  int64_t dim;
-  int64_t dim_out;
-  Activation activation;
-  const Input* grad_out;   // (T, O)
-  const Real* weights;     // (T, P)
-  const int64_t* indices;  // (T, P)
-  Rows<const Table> w_down, w_up, w_gate;
-  const Real* hidden;       // (T, P)
-  const Real* gate;         // (T, P) where w_gate is given
-  Input* grad_x;            // (T, D), or null
-  Real* grad_weights;       // (T, P)
-  Real* down_coefficients;  // (T, P)
-  Real* gate_coefficients;  // (T, P) where w_gate is given
-  Real* up_coefficients;    // (T, P)
-};
-
+// An index outside [0, experts) ends the kernel with a message and a trap.
 template <class Table, class Input>
 void token_forward(const TokenForward<Table, Input>& pass, const Context& context);
 template <class Table, class Input>
@@ -191,20 +150,7 @@ struct KeyOwners {
 
 void find_key_owners(const KeyOwners& pass, const Context& context);
 
-// Weighted sums of rows:  out[i] = Σ_p coefficients[i, p]·table[indices[i, p]]
-template <class Table>
-struct GatherSum {
-  using Real = accumulation_t<Table>;
-  int64_t items;
-  int64_t terms;
-  int64_t width;
-  const Real* coefficients;  // (items, terms)
-  const int64_t* indices;    // (items, terms)
-  Rows<const Table> table;
-  Rows<Table> out;
-};
-
-template <class Table>
-void gather_sum(const GatherSum<Table>& pass, const Context& context);
+template <class Real>
+void gather_sum(const GatherSum<Real>& pass, const Context& context);
 
 }  // namespace peer::cuda

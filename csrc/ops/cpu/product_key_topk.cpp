@@ -87,23 +87,11 @@ struct Cpu : Device {
     });
   }
 
-  static void gather_sum(const Tensor& coefficients,
-                         const Tensor& indices,
-                         const Tensor& table,
-                         const Tensor& out) {
-    with_accumulation_type(out.scalar_type(), [&]<class Real>() {
-      const GatherSum<Real> pass = {
-          .terms = indices.size(2),
-          .width = table.size(1),
-          .coefficients = const_data_of<Real>(coefficients),
-          .indices = indices.const_data_ptr<int64_t>(),
-          .table = rows_of<Real>(table),
-          .out = mutable_rows_of<Real>(out),
-      };
-      const RetrievalKernels<Real>& kernel = kernels().template retrieval<Real>();
-      at::parallel_for(0, out.size(0), 64,
-                       [&](int64_t first, int64_t last) { kernel.gather_sum(pass, first, last); });
-    });
+  template <class Real>
+  static void gather_sum(const GatherSum<Real>& pass) {
+    const RetrievalKernels<Real>& kernel = kernels().template retrieval<Real>();
+    at::parallel_for(0, pass.items, 64,
+                     [&](int64_t first, int64_t last) { kernel.gather_sum(pass, first, last); });
   }
 };
 

@@ -56,22 +56,9 @@ struct Cuda : Device {
     find_key_owners(pass, current_context());
   }
 
-  static void gather_sum(const Tensor& coefficients,
-                         const Tensor& indices,
-                         const Tensor& table,
-                         const Tensor& out) {
-    with_accumulation_type(out.scalar_type(), [&]<class Real>() {
-      const GatherSum<Real> pass = {
-          .items = out.size(0),
-          .terms = indices.size(2),
-          .width = table.size(1),
-          .coefficients = const_data_of<Real>(coefficients),
-          .indices = indices.const_data_ptr<int64_t>(),
-          .table = rows_of<Real>(table),
-          .out = mutable_rows_of<Real>(out),
-      };
-      peer::cuda::gather_sum(pass, current_context());
-    });
+  template <class Real>
+  static void gather_sum(const GatherSum<Real>& pass) {
+    peer::cuda::gather_sum(pass, current_context());
   }
 };
 

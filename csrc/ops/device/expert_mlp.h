@@ -3,11 +3,13 @@
 //   forward(const Experts&, const TokenOutputs&)
 //   backward(const Experts&, const TokenGradients&)
 //
-// the token passes. The tables' gradients are sums over the retrievals, which one sort serves all.
+// the token passes, which forward_pass and backward_pass make of these. The tables' gradients are
+// sums over the retrievals, which one sort serves all.
 #pragma once
 
 #include <ATen/ops/empty.h>
 
+#include "kernels/token_pass.h"
 #include "ops/device/glue.h"
 #include "ops/expert_mlp.h"
 
@@ -59,6 +61,54 @@ struct TokenGradients {
   Tensor grad_weights, down_coefficients, up_coefficients;
   Tensor gate_coefficients;  // undefined without w_gate
 };
+
+template <class Table, class Input>
+TokenForward<Table, Input> forward_pass(const Experts& experts, const TokenOutputs& tokens) {
+  using Real = accumulation_t<Table>;
+  return {
+      .tokens = tokens.x.size(0),
+      .experts = experts.count(),
+      .experts_per_token = experts.per_token(),
+      .dim = tokens.x.size(1),
+      .dim_out = tokens.out.size(1),
+      .activation = experts.activation,
+      .x = const_data_of<Input>(tokens.x),
+      .weights = const_data_of<Real>(experts.weights),
+      .indices = experts.indices.const_data_ptr<int64_t>(),
+      .w_down = rows_of<Table>(experts.w_down),
+      .w_up = rows_of<Table>(experts.w_up),
+      .w_gate = experts.gate_rows<Table>(),
+      .out = data_of<Input>(tokens.out),
+      .hidden = data_of<Real>(tokens.hidden),
+      .gate = data_of<Real>(tokens.gate),
+  };
+}
+
+template <class Table, class Input>
+TokenBackward<Table, Input> backward_pass(const Experts& experts, const TokenGradients& tokens) {
+  using Real = accumulation_t<Table>;
+  return {
+      .tokens = tokens.grad_out.size(0),
+      .experts = experts.count(),
+      .experts_per_token = experts.per_token(),
+      .dim = experts.w_down.size(1),
+      .dim_out = experts.w_up.size(1),
+      .activation = experts.activation,
+      .grad_out = const_data_of<Input>(tokens.grad_out),
+      .weights = const_data_of<Real>(experts.weights),
+      .indices = experts.indices.const_data_ptr<int64_t>(),
+      .w_down = rows_of<Table>(experts.w_down),
+      .w_up = rows_of<Table>(experts.w_up),
+      .w_gate = experts.gate_rows<Table>(),
+      .hidden = const_data_of<Real>(tokens.hidden),
+      .gate = const_data_or_null<Real>(tokens.gate),
+      .grad_x = data_or_null<Input>(tokens.grad_x),
+      .grad_weights = data_of<Real>(tokens.grad_weights),
+      .down_coefficients = data_of<Real>(tokens.down_coefficients),
+      .gate_coefficients = data_or_null<Real>(tokens.gate_coefficients),
+      .up_coefficients = data_of<Real>(tokens.up_coefficients),
+  };
+}
 
 template <class Device>
 std::tuple<Tensor, Tensor, Tensor> expert_mlp_on(const Tensor& x,

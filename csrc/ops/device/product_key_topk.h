@@ -2,15 +2,13 @@
 //
 //   retrieve(query, row_keys, col_keys, scores, indices)
 //   find_retrieved_keys(const RetrievedKeys&)
-//   gather_sum(coefficients, indices, table, out)
-//
-// the last of which is out[i] = Σ_p coefficients[i, p]·table[indices[i, p]], all in one type of
-// accumulation.
+//   gather_sum(const GatherSum<Real>&)
 #pragma once
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 
+#include "kernels/token_pass.h"
 #include "ops/device/glue.h"
 #include "ops/product_key_topk.h"
 
@@ -76,10 +74,20 @@ std::tuple<Tensor, Tensor, Tensor> product_key_topk_backward_on(const Tensor& gr
   Tensor grad_query;
   if (output_mask[0]) {
     const Tensor sums = at::empty({retrievals, 2 * half_width}, grad.options());
-    const auto add_half = [&](const Tensor& table, const Tensor& retrieved, int64_t column) {
-      Device::gather_sum(grad, retrieved,
-                         contiguous_as(table, grad.scalar_type()).reshape({-1, half_width}),
-                         sums.narrow(1, column, half_width));
+    const auto add_half = [&](const Tensor& given, const Tensor& retrieved, int64_t column) {
+      const Tensor table = contiguous_as(given, sums.scalar_type()).reshape({-1, half_width});
+      with_accumulation_type(sums.scalar_type(), [&]<class Real>() {
+        const GatherSum<Real> pass = {
+            .items = retrievals,
+            .terms = retrieved.size(2),
+            .width = half_width,
+            .coefficients = const_data_of<Real>(grad),
+            .indices = retrieved.const_data_ptr<int64_t>(),
+            .table = rows_of<Real>(table),
+            .out = mutable_rows_of<Real>(sums.narrow(1, column, half_width)),
+        };
+        Device::gather_sum(pass);
+      });
     };
     add_half(row_keys, keys.rows, 0);
     add_half(col_keys, keys.columns, half_width);

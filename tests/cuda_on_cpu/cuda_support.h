@@ -1,4 +1,4 @@
-// What the tests of the passes over sorted pairs share.
+// What the tests of the CUDA kernels share.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -22,7 +22,7 @@ inline std::shared_ptr<void> used_memory(int64_t bytes) {
 
 inline const cuda::Context kContext = {nullptr, used_memory};
 
-// The table's and the source's element types, as instantiated.
+// The element types of a table, and of what goes with it, as instantiated.
 template <class TableType, class SourceType>
 struct Types {
   using Table = TableType;
@@ -60,6 +60,9 @@ inline std::vector<int64_t> owners_of_runs(const std::vector<int64_t>& runs) {
 struct Layout {
   int64_t offset = 0, padding = 0;
 };
+
+inline constexpr Layout kAligned = {0, 8};
+inline constexpr Layout kUnaligned = {1, 3};
 
 template <class Element>
 class RowMemory {
@@ -115,11 +118,5 @@ class RowMemory {
   int64_t width_, stride_, first_ = 0;
   std::vector<Element> memory_;
 };
-
-template <class Element>
-bool have_same_bits(const std::vector<Element>& a, const std::vector<Element>& b) {
-  return a.size() == b.size() &&
-         (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(Element)) == 0);
-}
 
 }  // namespace peer::test

@@ -1,0 +1,80 @@
+// The passes over tokens as the kernels of every device take them.
+//
+// Table is the element type of expert tables, Input that of activations: of the table's
+// accumulation, or, on devices whose kernels say so, the table's own.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/activation.h"
+#include "kernels/rows.h"
+#include "kernels/types.h"
+
+namespace peer {
+
+// Forward.
+//
+//   hidden = <x, w_down[e]>       gate = <x, w_gate[e]>, or 1 without w_gate
+//   out = Σ_p weights·act(hidden)·gate·w_up[e]
+template <class Table, class Input = accumulation_t<Table>>
+struct TokenForward {
+  using Real = accumulation_t<Table>;
+  int64_t tokens;             // T
+  int64_t experts;            // N
+  int64_t experts_per_token;  // P
+  int64_t dim;                // D
+  int64_t dim_out;            // O
+  Activation activation;
+  const Input* x;                          // (T, D)
+  const Real* weights;                     // (T, P)
+  const int64_t* indices;                  // (T, P)
+  Rows<const Table> w_down, w_up, w_gate;  // (N, D), (N, O), (N, D) or none
+  Input* out;                              // (T, O)
+  Real* hidden;                            // (T, P)
+  Real* gate;                              // (T, P) where w_gate is given
+};
+
+// Backward. With s = <grad_out, w_up[e]>:
+//
+//   grad_weights      = s·act(hidden)·gate
+//   down_coefficients = s·weights·act'(hidden)·gate
+//   gate_coefficients = s·weights·act(hidden)
+//   up_coefficients   = weights·act(hidden)·gate
+//   grad_x            = Σ_p down_coefficients·w_down[e] + gate_coefficients·w_gate[e]
+//
+// The coefficients are what the expert pass multiplies x and grad_out by.
+template <class Table, class Input = accumulation_t<Table>>
+struct TokenBackward {
+  using Real = accumulation_t<Table>;
+  int64_t tokens;
+  int64_t experts;
+  int64_t experts_per_token;
+  int64_t dim;
+  int64_t dim_out;
+  Activation activation;
+  const Input* grad_out;   // (T, O)
+  const Real* weights;     // (T, P)
+  const int64_t* indices;  // (T, P)
+  Rows<const Table> w_down, w_up, w_gate;
+  const Real* hidden;       // (T, P)
+  const Real* gate;         // (T, P) where w_gate is given
+  Input* grad_x;            // (T, D), or null
+  Real* grad_weights;       // (T, P)
+  Real* down_coefficients;  // (T, P)
+  Real* gate_coefficients;  // (T, P) where w_gate is given
+  Real* up_coefficients;    // (T, P)
+};
+
+// Weighted sums of rows:  out[i] = Σ_p coefficients[i, p]·table[indices[i, p]]
+template <class Real>
+struct GatherSum {
+  int64_t items;
+  int64_t terms;
+  int64_t width;
+  const Real* coefficients;  // (items, terms)
+  const int64_t* indices;    // (items, terms)
+  Rows<const Real> table;
+  Rows<Real> out;  // (items, width)
+};
+
+}  // namespace peer
