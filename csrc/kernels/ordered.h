@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 
 #include "kernels/host_device.h"
 
@@ -51,6 +52,32 @@ PEER_HOST_DEVICE static inline Real from_ordered(ordered_t<Real> order) {
   Real score;
   std::memcpy(&score, &bits, sizeof(score));
   return score;
+}
+
+// Bisection between low, which at least k scores reach, and high, which no score is above: count
+// the scores that reach the middle, then narrow, while low < high. In the end low is the k-th best
+// score, or a bound that at least k scores reach and no more than `enough`.
+template <class Order>
+PEER_HOST_DEVICE static inline Order middle_of(Order low, Order high) {
+  using Unsigned = std::make_unsigned_t<Order>;
+  return Order(Unsigned(high) - (Unsigned(high) - Unsigned(low)) / 2);
+}
+
+template <class Order, class Count>
+PEER_HOST_DEVICE static inline void narrow_to_kth(Order& low,
+                                                  Order& high,
+                                                  Order middle,
+                                                  Count reaching,
+                                                  Count k,
+                                                  Count enough) {
+  if (reaching < k) {
+    high = middle - 1;
+    return;
+  }
+  low = middle;
+  if (reaching <= enough) {
+    high = low;
+  }
 }
 
 }  // namespace peer

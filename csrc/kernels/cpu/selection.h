@@ -75,7 +75,6 @@ static inline ordered_t<Real> bound_of_kth(const ordered_t<Real>* scores,
                                            int64_t padded,
                                            int64_t k) {
   using Integer = ordered_t<Real>;
-  using Unsigned = std::make_unsigned_t<Integer>;
   using Integers = OrderedVector<Real>;
   constexpr int lanes = kLanes<Real>;
   const auto smaller = [](Integers a, Integers b) { return a < b ? a : b; };
@@ -91,20 +90,13 @@ static inline ordered_t<Real> bound_of_kth(const ordered_t<Real>* scores,
   Integer high = fold<Real>(greatest, greater);
   const int64_t enough = k + k / 8 + 1;
   while (low < high) {
-    const Integer middle = Integer(Unsigned(high) - (Unsigned(high) - Unsigned(low)) / 2);
+    const Integer middle = middle_of(low, high);
     Integers reaching = {};  // counts down: true is -1
     for (int64_t i = 0; i < padded; i += lanes) {
       reaching += load_ordered<Real>(scores + i) > middle - 1;
     }
     const int64_t count = -fold<Real>(reaching, [](Integers a, Integers b) { return a + b; });
-    if (count < k) {
-      high = middle - 1;
-      continue;
-    }
-    low = middle;
-    if (count <= enough) {
-      break;
-    }
+    narrow_to_kth(low, high, middle, count, k, enough);
   }
   return low;
 }

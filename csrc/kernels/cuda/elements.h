@@ -102,28 +102,17 @@ struct alignas(count * sizeof(Element) <= 16 ? count * sizeof(Element) : 16) Ele
   Element values[count];
 };
 
-// Reads that will not be repeated soon, such as of table rows: past the first-level cache, which is
-// left to what all warps of a block read.
-template <class Element>
-__device__ Elements<Element, kPack<Element>> load_once(const Element* source) {
-  Elements<Element, kPack<Element>> elements;
-#ifdef __CUDA_ARCH__
-  uint32_t words[4];
-  asm("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-      : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
-      : "l"(source));
-  std::memcpy(&elements, words, sizeof(elements));
-#else
-  std::memcpy(&elements, source, sizeof(elements));
-#endif
-  return elements;
+// Whether rows can be read and written in whole packs of so many elements: aligned, and all of the
+// same number of them.
+template <int pack, class Element>
+bool is_packed(const Element* data, int64_t stride, int64_t width) {
+  return reinterpret_cast<uintptr_t>(data) % alignof(Elements<Element, pack>) == 0 &&
+         stride % pack == 0 && width % pack == 0;
 }
 
-// Whether rows can be read and written in whole packs: aligned, and all of the same number of them.
 template <class Element>
 bool is_packed(const Element* data, int64_t stride, int64_t width) {
-  return reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride % kPack<Element> == 0 &&
-         width % kPack<Element> == 0;
+  return is_packed<kPack<Element>>(data, stride, width);
 }
 
 }  // namespace peer::cuda

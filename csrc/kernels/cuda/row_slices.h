@@ -92,10 +92,7 @@ struct SlicedRows {
 
 template <int pack, class Element>
 SlicedRows<Element, pack> sliced(Rows<Element> rows, int64_t width) {
-  constexpr uintptr_t alignment = alignof(Elements<Element, pack>);
-  const bool is_packed = reinterpret_cast<uintptr_t>(rows.data) % alignment == 0 &&
-                         rows.stride % pack == 0 && width % pack == 0;
-  return {rows.data, rows.stride, width, is_packed};
+  return {rows.data, rows.stride, width, is_packed<pack>(rows.data, rows.stride, width)};
 }
 
 // body(p) for each of a lane's packs, body(i) for each element of a pack.

@@ -15,10 +15,10 @@
 
 #include <cstdint>
 #include <limits>
-#include <type_traits>
 
 #include "kernels/cuda/launch.h"
 #include "kernels/cuda/warp.h"
+#include "kernels/ordered.h"
 
 namespace peer::cuda {
 
@@ -76,7 +76,6 @@ __device__ inline int sum_before(int value) {
 // scores.
 template <int count, class Order>
 __device__ Order bound_of_kth(const Order (&scores)[count], int k, int enough) {
-  using Unsigned = std::make_unsigned_t<Order>;
   const auto lesser = [](Order a, Order b) { return a < b ? a : b; };
   const auto greater = [](Order a, Order b) { return a > b ? a : b; };
   Order least = scores[0];
@@ -89,16 +88,9 @@ __device__ Order bound_of_kth(const Order (&scores)[count], int k, int enough) {
   Order low = greater(fold_warp(least, lesser), kBelowAll<Order> + 1);
   Order high = fold_warp(greatest, greater);
   while (low < high) {
-    const Order middle = Order(Unsigned(high) - (Unsigned(high) - Unsigned(low)) / 2);
+    const Order middle = middle_of(low, high);
     const int reaching = __reduce_add_sync(kAllLanes, count_above(scores, Order(middle - 1)));
-    if (reaching < k) {
-      high = middle - 1;
-      continue;
-    }
-    low = middle;
-    if (reaching <= enough) {
-      break;
-    }
+    narrow_to_kth(low, high, middle, reaching, k, enough);
   }
   return low;
 }

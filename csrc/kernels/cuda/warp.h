@@ -14,11 +14,6 @@ constexpr unsigned kAllLanes = 0xffffffffu;
 __device__ inline int lane() { return int(threadIdx.x) % kWarp; }
 __device__ inline int warp_in_block() { return int(threadIdx.x) / kWarp; }
 
-template <class Value>
-__device__ Value broadcast(Value value, int source_lane) {
-  return __shfl_sync(kAllLanes, value, source_lane);
-}
-
 // The sum over the lanes, in every lane, always in the same order.
 template <class Value>
 __device__ Value sum_of_warp(Value value) {

@@ -10,11 +10,9 @@
 
 #include "../grid_player.h"
 
-#define __host__
 #define __device__
 #define __global__
 #define __shared__
-#define __forceinline__ inline
 #define __align__(bytes) __attribute__((aligned(bytes)))
 #define __launch_bounds__(...)
 
@@ -89,10 +87,6 @@ inline unsigned __ballot_sync(unsigned mask, int predicate) {
 
 inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
 
-inline int __all_sync(unsigned mask, int predicate) {
-  return __ballot_sync(mask, predicate) == 0xffffffffu;
-}
-
 template <class Value, class Combine>
 Value __reduce_in_warp(unsigned mask, Value value, Combine combine) {
   __check_all_lanes(mask);
@@ -118,16 +112,10 @@ inline int __reduce_max_sync(unsigned mask, int value) {
   return __reduce_in_warp(mask, value, [](int a, int b) { return a < b ? b : a; });
 }
 
-inline int __reduce_min_sync(unsigned mask, int value) {
-  return __reduce_in_warp(mask, value, [](int a, int b) { return a < b ? a : b; });
-}
-
 // Arithmetic.
 
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline int __ffs(int bits) { return __builtin_ffs(bits); }
-inline int __clz(int bits) { return bits == 0 ? 32 : __builtin_clz(unsigned(bits)); }
-
 [[noreturn]] inline void __trap() { throw std::runtime_error("a kernel trapped"); }
 
 // Memory. How long caches keep what is written makes no difference here.
@@ -157,10 +145,9 @@ enum cudaError_t { cudaSuccess, cudaErrorInvalidValue };
 enum cudaDeviceAttr {
   cudaDevAttrMultiProcessorCount,
   cudaDevAttrMaxSharedMemoryPerBlockOptin,
-  cudaDevAttrMaxThreadsPerMultiProcessor,
 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
-enum cudaMemcpyKind { cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice };
+enum cudaMemcpyKind { cudaMemcpyDeviceToHost };
 
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
@@ -186,19 +173,11 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
     case cudaDevAttrMaxSharedMemoryPerBlockOptin:
       *value = int(::peer::test::shared_bytes_limit());
       break;
-    case cudaDevAttrMaxThreadsPerMultiProcessor:
-      *value = 2048;
-      break;
   }
   return cudaSuccess;
 }
 
 inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
-
-inline cudaError_t cudaMemsetAsync(void* target, int value, size_t bytes, cudaStream_t) {
-  std::memset(target, value, bytes);
-  return cudaSuccess;
-}
 
 inline cudaError_t cudaMemcpyAsync(void* target,
                                    const void* source,
