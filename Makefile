@@ -21,9 +21,10 @@ unexport PYTHONPATH
 
 torch := $(VENV)/.made-torch-$(subst *,x,$(TORCH))
 # The CUDA kernels take minutes to compile: not for a machine that cannot run them, unless they are asked for.
-has_gpu := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
-ifeq ($(has_gpu)$(PEER_CUDA)$(FORCE_CUDA),)
-  PEER_CUDA := 0
+ifeq ($(PEER_CUDA)$(FORCE_CUDA),)
+  ifeq ($(shell nvidia-smi -L >/dev/null 2>&1 && echo yes),)
+    PEER_CUDA := 0
+  endif
 endif
 export PEER_CUDA
 package := $(VENV)/.made-package$(if $(PEER_CUDA),-cuda$(PEER_CUDA))
