@@ -33,9 +33,9 @@ lint_tools := $(VENV)/.made-lint-tools
 demo_tools := $(VENV)/.made-demo-tools
 bench_tools := $(VENV)/.made-bench-tools
 
-sources := $(shell find csrc cmake build_backend peer -name include -prune -o -name lib -prune -o -type f \
+sources := $(shell find csrc cmake build_backend peer -path peer/include -prune -o -path peer/lib -prune -o -path peer/share -prune -o -type f \
              \( -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.in' -o -name '*.cmake' -o -name '*.py' -o -name py.typed \) -print)
-cpp_files = $(shell find csrc tests -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.hpp' -o -name '*.cuh')
+cpp_files = $(shell find csrc tests examples -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.hpp' -o -name '*.cuh')
 python_files := peer tests examples build_backend setup.py $(wildcard benchmarks)
 
 .PHONY: help demo bench test test-cpp test-python test-cuda test-cuda-installed build lint format clean catch2 compiler
@@ -102,7 +102,7 @@ format: $(lint_tools)
 	clang-format -i $(cpp_files)
 
 clean:
-	rm -rf build peer/lib peer/include peer/_build_info.json peer.egg-info
+	rm -rf build peer/lib peer/include peer/share peer/_build_info.json peer.egg-info
 	rm -f $(VENV)/.made-package*
 
 $(BIN)/python:

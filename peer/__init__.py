@@ -11,7 +11,7 @@ Example:
 """
 
 from peer import _library, _vmap, functional, modules, optim, reference
-from peer._library import BinaryMismatchError
+from peer._library import BinaryMismatchError, cmake_prefix_path
 from peer._version import __version__
 from peer.config import show_config
 from peer.memory import empty_huge, zeros_huge
@@ -26,6 +26,7 @@ __all__ = [
     "ProductKeyRouter",
     "UsageTracker",
     "__version__",
+    "cmake_prefix_path",
     "empty_huge",
     "fold_query_norm_",
     "functional",

@@ -16,9 +16,19 @@ from typing import Any
 
 import torch
 
-__all__ = ["BinaryMismatchError", "build_info", "library_path", "load", "load_on_import"]
+__all__ = [
+    "BinaryMismatchError",
+    "build_info",
+    "cmake_prefix_path",
+    "library_path",
+    "load",
+    "load_on_import",
+]
 
 _PACKAGE = Path(__file__).resolve().parent
+
+# Where CMake's find_package(peer) is to look, as torch.utils.cmake_prefix_path is for Torch.
+cmake_prefix_path = str(_PACKAGE / "share" / "cmake")
 
 
 class BinaryMismatchError(ImportError):
