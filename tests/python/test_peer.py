@@ -372,31 +372,6 @@ def test_num_experts_is_that_of_the_grid():
     assert make_layer().num_experts == 48
 
 
-@pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("glu", [True, False])
-@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
-def test_a_scripted_layer_gives_the_results_of_eager(norm, glu, training):
-    layer = make_layer(query_norm=norm, glu=glu).train(training)
-    scripted = torch.jit.script(copy.deepcopy(layer))
-    for arguments in draw_padded(), draw_padded()[:1]:
-        torch.testing.assert_close(scripted(*arguments), layer(*arguments))
-    scripted(*draw_padded()).sum().backward()
-    for name, tensor in layer.state_dict().items():
-        torch.testing.assert_close(scripted.state_dict()[name], tensor) if not training else None
-    assert scripted.experts.w_up.grad is not None
-
-
-def test_a_scripted_layer_moves_its_running_statistics():
-    layer = make_layer()
-    scripted = torch.jit.script(copy.deepcopy(layer))
-    for _ in range(3):
-        arguments = draw_padded()
-        scripted(*arguments)
-        layer(*arguments)
-    for name, tensor in layer.state_dict().items():
-        torch.testing.assert_close(scripted.state_dict()[name], tensor)
-
-
 def test_a_scripted_layer_follows_train_and_eval():
     layer = make_layer()
     scripted = torch.jit.script(copy.deepcopy(layer))
