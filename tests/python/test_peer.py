@@ -407,17 +407,6 @@ def test_a_layer_compiles_to_one_graph_for_all_sizes(norm, training):
 
 
 @pytest.mark.parametrize("norm", NORMS)
-def test_a_layer_exports_with_a_dynamic_number_of_tokens(norm):
-    layer = make_layer(query_norm=norm).eval()
-    length = torch.export.Dim("length", min=1)
-    shapes = ({1: length}, {1: length})
-    program = torch.export.export(layer, draw_padded(), dynamic_shapes=shapes).module()
-    for tokens in 1, 5, 20:
-        x, mask = torch.randn(4, tokens, 10), torch.zeros(4, tokens, dtype=torch.bool)
-        torch.testing.assert_close(program(x, mask), layer(x, mask))
-
-
-@pytest.mark.parametrize("norm", NORMS)
 def test_per_sample_gradients_equal_gradients_of_single_samples(norm):
     layer = make_layer(query_norm=norm, glu=True).eval()
     parameters = {name: parameter.detach() for name, parameter in layer.named_parameters()}
