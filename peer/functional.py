@@ -195,7 +195,9 @@ def flatten_tokens(x: Tensor, weights: Tensor, indices: Tensor) -> tuple[Tensor,
     Raises:
         ValueError: a shape does not fit.
     """
-    if weights.shape != indices.shape:
+    # A trace takes sizes for tensors and would warn of every comparison.
+    is_checked = not torch.jit.is_tracing()  # type: ignore[attr-defined]
+    if is_checked and weights.shape != indices.shape:
         raise ValueError(
             f"peer::expert_mlp: expected weights of indices' shape {list(indices.shape)}, "
             f"got {list(weights.shape)}"
@@ -203,7 +205,7 @@ def flatten_tokens(x: Tensor, weights: Tensor, indices: Tensor) -> tuple[Tensor,
     if weights.dim() == x.dim() + 1:
         weights = weights.flatten(-2)
         indices = indices.flatten(-2)
-    if weights.dim() == 0 or weights.shape[:-1] != x.shape[:-1]:
+    if is_checked and (weights.dim() == 0 or weights.shape[:-1] != x.shape[:-1]):
         raise ValueError(
             f"peer::expert_mlp: expected weights of shape {list(x.shape[:-1])} + [experts per "
             f"token] or [heads, experts per head] to match x, got {list(weights.shape)}"
