@@ -17,9 +17,13 @@ Environment variables:
 from __future__ import annotations
 
 import contextlib
+import email
+import functools
 import hashlib
 import importlib.util
+import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -30,31 +34,91 @@ from setuptools import Distribution, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
+from setuptools.command.editable_wheel import editable_wheel
 
 ROOT = Path(__file__).resolve().parent
 
 sys.path.insert(0, str(ROOT / "build_backend"))
 from cuda_toolkit import NoCudaError, Toolkit, find_toolkit, wanted  # noqa: E402
-from torch_location import TorchNotFoundError, cuda, find_torch, minor, version  # noqa: E402
+from torch_location import (  # noqa: E402
+    OLDEST,
+    TorchNotFoundError,
+    cuda,
+    find_torch,
+    minor,
+    version,
+)
 
 DEBUG = os.environ.get("DEBUG", "0") not in ("", "0")
 
 
-def toolkit(torch: Path) -> Toolkit | None:
-    """What compiles the CUDA kernels, or None for a build without them, whose reason is printed."""
+@functools.cache
+def environment_torch() -> Path:
+    """The directory of the torch to build against."""
+    try:
+        return find_torch()
+    except TorchNotFoundError as error:
+        sys.exit(str(error))
+
+
+@functools.cache
+def toolkit(torch: Path) -> tuple[Toolkit | None, str]:
+    """What compiles the CUDA kernels, or None and why they are left out."""
     try:
         asked_for = wanted()
-        if asked_for is False or (asked_for is None and cuda(torch) is None):
-            return None
+        if asked_for is False:
+            return None, "PEER_CUDA=0 says so"
+        if asked_for is None and cuda(torch) is None:
+            return None, f"torch {version(torch)} has no CUDA"
         try:
-            return find_toolkit(torch)
+            return find_toolkit(torch), ""
         except NoCudaError as error:
             if asked_for:
                 sys.exit(f"peer: CUDA kernels are asked for, but {error}")
-            print(f"peer: the CUDA kernels are left out, because {error}")
-            return None
+            return None, str(error)
     except ValueError as error:
         sys.exit(str(error))
+
+
+def release() -> str:
+    """The version without a tag, such as 0.1.0."""
+    source = (ROOT / "peer" / "_version.py").read_text()
+    match = re.search(r'^__version__ = "([^"]+)"', source, re.MULTILINE)
+    assert match is not None
+    return match[1]
+
+
+def tag(torch_minor: tuple[int, int], cuda_version: str | None) -> str:
+    """What a build is for, such as torch2.15cpu or torch2.15cu130 for CUDA kernels of CUDA 13.0."""
+    kernels = f"cu{cuda_version.replace('.', '')}" if cuda_version else "cpu"
+    return "torch{}.{}".format(*torch_minor) + kernels
+
+
+@functools.cache
+def full_version() -> str:
+    """The release, and for builds from a checkout the tag: 0.1.0+torch2.15cpu.
+
+    What is built from a source distribution has no tag. The version of a source distribution is in
+    its name, before anything is known of torch, and pip refuses it where the build finds another.
+    """
+    if building_sdist() or (ROOT / "PKG-INFO").exists():
+        return release()
+    torch = environment_torch()
+    with_cuda, _ = toolkit(torch)
+    return f"{release()}+{tag(minor(torch), with_cuda.version if with_cuda else None)}"
+
+
+def torch_requirement() -> str:
+    """Compiled code works with one minor version of torch; a source distribution with all."""
+    if building_sdist():
+        return "torch>={}.{}".format(*OLDEST)
+    first, second = minor(environment_torch())
+    return f"torch>={first}.{second},<{first}.{second + 1}"
+
+
+def building_sdist() -> bool:
+    """Whether this is a build of a source distribution, which needs no torch."""
+    return "sdist" in sys.argv[1:]
 
 
 def jobs() -> int:
@@ -100,19 +164,16 @@ def cuda_arguments(with_cuda: Toolkit | None) -> list[str]:
 
 def build_and_install(prefix: Path) -> None:
     """Configures, builds and installs into the directory of the package."""
-    try:
-        torch = find_torch()
-    except TorchNotFoundError as error:
-        sys.exit(str(error))
+    torch = environment_torch()
     cmake, ninja = tool("cmake", "CMAKE_BIN_DIR"), tool("ninja", "BIN_DIR")
-    with_cuda = toolkit(torch)
+    with_cuda, reason = toolkit(torch)
     directory = build_directory(torch, with_cuda)
     print(
         f"peer: compiling for torch {version(torch)} in {torch}, {jobs()} jobs, "
         + (
             f"with CUDA {with_cuda.version} for {' '.join(with_cuda.architectures)}"
             if with_cuda
-            else "without CUDA"
+            else f"without CUDA kernels, because {reason}"
         )
     )
     configure = [
@@ -133,6 +194,21 @@ def build_and_install(prefix: Path) -> None:
         print(" ".join(map(shlex.quote, command)), flush=True)
         if subprocess.run(command, check=False).returncode != 0:
             sys.exit("peer: the build failed; the first error above says why")
+    complete_record(prefix / "_build_info.json", torch, with_cuda)
+
+
+def complete_record(path: Path, torch: Path, with_cuda: Toolkit | None) -> None:
+    """Adds the full version to what CMake recorded, after making sure that it is true."""
+    built = json.loads(path.read_text())
+    first, second = built["torch_minor"].split(".")
+    found = tag((int(first), int(second)), built["cuda"] and built["cuda"]["toolkit"])
+    expected = tag(minor(torch), with_cuda.version if with_cuda else None)
+    if found != expected:
+        sys.exit(
+            f"peer: this was to be a build for {expected}, but CMake made one for {found}; what "
+            "CMAKE_ARGS says of torch and CUDA belongs into TORCH_DIR, PEER_CUDA and CUDA_HOME"
+        )
+    path.write_text(json.dumps({"version": full_version(), **built}, indent=2) + "\n")
 
 
 class Build(build):
@@ -166,6 +242,23 @@ class BuildLibrary(build_ext):
         return []
 
 
+def check_prepared_metadata(directory: str | None) -> None:
+    """Ends a build of something else than its metadata promise, which are often made before it."""
+    if directory is None:
+        return
+    metadata = email.message_from_string((Path(directory) / "METADATA").read_text())
+    torch = next(
+        line for line in metadata.get_all("Requires-Dist", []) if re.match(r"torch\b", line)
+    )
+    bounds = set(re.findall(r"[<>=]+[\d.]+", torch))
+    if (metadata["Version"], bounds) != (full_version(), set(torch_requirement()[5:].split(","))):
+        sys.exit(
+            f"peer: the metadata were made for peer {metadata['Version']} and {torch}, but this is "
+            f"a build of peer {full_version()} for {torch_requirement()}; torch, its place and "
+            "what the build reads from the environment must be the same for both"
+        )
+
+
 class PlatformWheel(bdist_wheel):
     """Bound to the platform, but to no Python: the library does not know of Python."""
 
@@ -173,8 +266,20 @@ class PlatformWheel(bdist_wheel):
         super().finalize_options()
         self.root_is_pure = False
 
+    def run(self) -> None:
+        check_prepared_metadata(self.dist_info_dir)
+        super().run()
+
     def get_tag(self) -> tuple[str, str, str]:
         return "py3", "none", super().get_tag()[2]
+
+
+class EditableWheel(editable_wheel):
+    """Refers to the source tree, in which the library is built."""
+
+    def run(self) -> None:
+        check_prepared_metadata(self.dist_info_dir)
+        super().run()
 
 
 class WithLibrary(Distribution):
@@ -184,23 +289,14 @@ class WithLibrary(Distribution):
         return True
 
 
-def torch_requirement() -> str:
-    """Compiled code works with one minor version of torch; a source distribution with all."""
-    if "sdist" not in sys.argv[1:]:
-        try:
-            first, second = minor(find_torch())
-            return f"torch>={first}.{second},<{first}.{second + 1}"
-        except TorchNotFoundError:
-            pass
-    return "torch>=2.11"
-
-
 setup(
+    version=full_version(),
     distclass=WithLibrary,
     install_requires=[torch_requirement()],
     cmdclass={
         "build": Build,
         "build_ext": BuildLibrary,
         "bdist_wheel": PlatformWheel,
+        "editable_wheel": EditableWheel,
     },
 )

@@ -10,10 +10,7 @@ from __future__ import annotations
 import sys
 
 from setuptools import build_meta
-from setuptools.build_meta import (
-    build_sdist,
-    get_requires_for_build_sdist,
-)
+from setuptools.build_meta import build_sdist
 from torch_location import TorchNotFoundError, find_torch
 
 __all__ = [
@@ -46,8 +43,14 @@ def _after_seeing_torch(hook):
     return with_torch
 
 
-get_requires_for_build_wheel = _after_seeing_torch(build_meta.get_requires_for_build_wheel)
-get_requires_for_build_editable = _after_seeing_torch(build_meta.get_requires_for_build_editable)
+def _no_more_requirements(config_settings=None):
+    """Those of pyproject.toml are all. Setuptools would run setup.py to find that out."""
+    return []
+
+
+get_requires_for_build_sdist = _no_more_requirements
+get_requires_for_build_wheel = _after_seeing_torch(_no_more_requirements)
+get_requires_for_build_editable = _after_seeing_torch(_no_more_requirements)
 prepare_metadata_for_build_wheel = _after_seeing_torch(build_meta.prepare_metadata_for_build_wheel)
 prepare_metadata_for_build_editable = _after_seeing_torch(
     build_meta.prepare_metadata_for_build_editable

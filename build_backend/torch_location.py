@@ -90,12 +90,12 @@ def run_in_the_environment(code: str) -> str:
 def _in_this_process() -> Path | None:
     spec = importlib.util.find_spec("torch")
     locations = spec.submodule_search_locations if spec else None
-    return Path(locations[0]) if locations else None
+    return Path(locations[0]).resolve() if locations else None
 
 
 def _in_the_environment() -> Path | None:
     found = run_in_the_environment(_FIND)
-    return Path(found) if found else None
+    return Path(found).resolve() if found else None
 
 
 _ADVICE = """\

@@ -12,7 +12,6 @@ Example:
 
 from peer import _library, _vmap, functional, modules, optim, reference
 from peer._library import BinaryMismatchError, cmake_prefix_path
-from peer._version import __version__
 from peer.config import show_config
 from peer.memory import empty_huge, zeros_huge
 from peer.modules import PEER, ExpertPool, ProductKeyRouter, fold_query_norm_
@@ -37,6 +36,8 @@ __all__ = [
     "show_config",
     "zeros_huge",
 ]
+
+__version__ = _library.version()
 
 _library.load_on_import()
 _vmap.register()

@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from peer import _version
+
 __all__ = [
     "BinaryMismatchError",
     "build_info",
@@ -23,6 +25,7 @@ __all__ = [
     "library_path",
     "load",
     "load_on_import",
+    "version",
 ]
 
 _PACKAGE = Path(__file__).resolve().parent
@@ -33,6 +36,19 @@ cmake_prefix_path = str(_PACKAGE / "share" / "cmake")
 
 class BinaryMismatchError(ImportError):
     """The compiled part of peer was built for another Torch than the one at hand."""
+
+    __module__ = "peer"  # where users find it, and what a traceback names
+
+
+def version() -> str:
+    """The version with what was built: "0.1.0+torch2.15cpu", or "0.1.0" where that is not recorded.
+
+    It is the one in the metadata of the installed package.
+    """
+    try:
+        return str(build_info().get("version", _version.__version__))
+    except ImportError:
+        return _version.__version__
 
 
 def library_path() -> Path:
@@ -93,13 +109,14 @@ def load() -> None:
     found = str(torch.__version__)
     if built["torch_minor"] != minor_version(found):
         raise BinaryMismatchError(
-            f"peer was built for PyTorch {built['torch']}, but this is PyTorch {found}, and "
-            f"compiled code works with one minor version only. {_HOW_TO_REBUILD}"
+            f"peer {version()} was built for PyTorch {built['torch']}, but {_torch_at_hand()}, and "
+            f"compiled code works with one minor version only. {_HOW_TO_REBUILD} Or go back to "
+            f"that PyTorch: {sys.executable} -m pip install 'torch=={built['torch_minor']}.*'"
         )
     if built["cuda"] and not torch.version.cuda:
         raise BinaryMismatchError(
-            f"peer was built with CUDA {built['cuda']['toolkit']}, but this PyTorch {found} has "
-            f"none. {_HOW_TO_REBUILD}"
+            f"peer {version()} was built with CUDA {built['cuda']['toolkit']}, but "
+            f"{_torch_at_hand()}, without CUDA. {_HOW_TO_REBUILD}"
         )
     try:
         torch.ops.load_library(str(path))
@@ -110,8 +127,12 @@ def load() -> None:
         ) from error
 
 
+def _torch_at_hand() -> str:
+    return f"this is PyTorch {torch.__version__} in {Path(torch.__file__).parent}"
+
+
 _HOW_TO_REBUILD = (
-    "Build it again with this Python, in a checkout of peer: "
+    "Build it for this one, in a checkout of peer or an unpacked source distribution: "
     f"{sys.executable} -m pip install --force-reinstall --no-deps ."
 )
 

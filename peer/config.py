@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from peer import _library
-from peer._version import __version__
 
 __all__ = ["show_config"]
 
@@ -28,7 +27,7 @@ def show_config() -> None:
 def describe() -> str:
     """The text of `show_config`; also where the library does not load, with the reason."""
     lines = {
-        "peer": f"{__version__}, {_library.library_path().parents[1]}",
+        "peer": f"{_library.version()}, {_library.library_path().parents[1]}",
         "torch": str(torch.__version__),
     }
     try:

@@ -9,6 +9,7 @@ import json
 import os
 import pkgutil
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -66,7 +67,8 @@ def test_version_is_the_metadata_s():
 def test_library_and_its_record_agree():
     library = json.loads(torch.ops.peer.build_info())
     record = json.loads((PACKAGE / "_build_info.json").read_text())
-    assert library["peer"] == record["peer"] == peer.__version__
+    assert library["peer"] == record["peer"] == peer.__version__.split("+")[0]
+    assert record.get("version", record["peer"]) == peer.__version__
     assert library["compiler"] == record["compiler"]
     assert library["cpu_capabilities"].split() == record["cpu_capabilities"]
     assert record["torch"].startswith(library["torch"].split("+")[0])
@@ -104,7 +106,7 @@ def test_collect_env_reports_package_torch_and_machine():
 def test_collect_env_works_where_the_library_does_not_load(package_for_another_torch: Path):
     report = run("-m", "peer.collect_env", package=package_for_another_torch)
     assert report.returncode == 0, report.stderr
-    assert re.search(r"not usable +peer was built for PyTorch 2\.3\.1\+cpu", report.stdout)
+    assert re.search(r"not usable +peer \S+ was built for PyTorch 2\.3\.1\+cpu", report.stdout)
     assert report.stdout.count("== torch") == 1
 
 
@@ -112,9 +114,13 @@ def test_another_torch_is_named_with_what_to_type(package_for_another_torch: Pat
     result = run("-c", "import peer", package=package_for_another_torch)
     assert result.returncode != 0
     error = result.stderr.splitlines()[-1]
-    assert error.startswith("peer._library.BinaryMismatchError: peer was built for PyTorch 2.3.1")
-    assert f"but this is PyTorch {torch.__version__}" in error
-    assert f"{sys.executable} -m pip install" in error
+    assert error == (
+        f"peer.BinaryMismatchError: peer {peer.__version__} was built for PyTorch 2.3.1+cpu, but "
+        f"this is PyTorch {torch.__version__} in {Path(torch.__file__).parent}, and compiled code "
+        "works with one minor version only. Build it for this one, in a checkout of peer or an "
+        f"unpacked source distribution: {sys.executable} -m pip install --force-reinstall "
+        f"--no-deps . Or go back to that PyTorch: {sys.executable} -m pip install 'torch==2.3.*'"
+    )
 
 
 def test_torch_without_cuda_is_refused_by_a_library_with_it(copied_package: Path):
@@ -127,8 +133,19 @@ def test_torch_without_cuda_is_refused_by_a_library_with_it(copied_package: Path
     )
     assert result.returncode != 0
     error = result.stderr.splitlines()[-1]
-    assert "BinaryMismatchError: peer was built with CUDA 13.0, but this PyTorch" in error
+    assert error.startswith(
+        f"peer.BinaryMismatchError: peer {peer.__version__} was built with CUDA 13.0, but this is"
+    )
+    assert ", without CUDA. Build it for this one" in error
     assert f"{sys.executable} -m pip install" in error
+
+
+def test_version_without_a_record_is_the_release(copied_package: Path):
+    (copied_package / "_build_info.json").unlink()
+    result = run("-c", "from peer import _library", package=copied_package)
+    assert "_build_info.json is missing" in result.stderr
+    report = run("-m", "peer.collect_env", package=copied_package)
+    assert re.search(r"^peer +\d+\.\d+\.\d+, ", report.stdout, re.M), report.stdout
 
 
 def test_another_torch_is_an_import_error():
@@ -248,7 +265,7 @@ class TestBuild:
     def test_torch_is_found_from_an_isolated_build(self):
         # -S: without site-packages, as in a build that a front end isolates.
         result = run("-S", "-c", self.find, PYTHONPATH="")
-        assert result.stdout.strip() == str(Path(torch.__file__).parent), result.stderr
+        assert result.stdout.strip() == str(Path(torch.__file__).resolve().parent), result.stderr
 
     def test_no_torch_says_what_to_type(self, tmp_path: Path):
         result = run("-c", self.find, TORCH_DIR=str(tmp_path))
@@ -288,6 +305,86 @@ class TestBuild:
         result = build_in_place(TORCH_DIR=fake_torch(tmp_path), PEER_CUDA=value)
         assert result.returncode != 0
         assert f"expected PEER_CUDA=0 or PEER_CUDA=1, got '{value}'" in result.stderr
+
+    @pytest.mark.parametrize(
+        ("tag", "variables"),
+        [
+            ("torch2.15cu130", {"CUDACXX": "nvcc"}),
+            ("torch2.15cpu", {"CUDACXX": "nvcc", "PEER_CUDA": 0}),
+            ("torch2.15cpu", {"CUDA_HOME": "nowhere"}),
+        ],
+        ids=["CUDA", "CUDA left out", "no toolkit"],
+    )
+    def test_version_says_what_the_build_is_for(
+        self, tag: str, variables: dict[str, Any], tmp_path: Path
+    ):
+        fake_nvcc(tmp_path)
+        places = {n: tmp_path / v for n, v in variables.items() if isinstance(v, str)}
+        result = setup_py(
+            "--version",
+            TORCH_DIR=fake_torch(tmp_path),
+            TORCH_CUDA_ARCH_LIST="9.0",
+            **{**variables, **places},
+        )
+        assert result.stdout.strip() == f"{peer.__version__.split('+')[0]}+{tag}", result.stderr
+
+    def test_torch_without_cuda_needs_no_toolkit(self, tmp_path: Path):
+        result = setup_py("--version", TORCH_DIR=fake_torch(tmp_path, cuda=None))
+        assert result.stdout.strip().endswith("+torch2.15cpu"), result.stderr
+
+    def test_build_that_differs_from_its_metadata_is_an_error(self, tmp_path: Path):
+        torch_dir = fake_torch(tmp_path)
+        with_cuda = {"CUDACXX": fake_nvcc(tmp_path), "TORCH_CUDA_ARCH_LIST": "9.0"}
+        prepared = setup_py("dist_info", "-o", str(tmp_path), TORCH_DIR=torch_dir, **with_cuda)
+        assert prepared.returncode == 0, prepared.stderr
+        (metadata,) = tmp_path.glob("*.dist-info")
+        result = setup_py(
+            *("bdist_wheel", "--dist-info-dir", str(metadata)), TORCH_DIR=torch_dir, PEER_CUDA=0
+        )
+        assert result.returncode != 0
+        error = result.stderr.splitlines()[-1]
+        assert re.match(r"peer: the metadata were made for peer \S+\+torch2\.15cu130 and", error)
+        assert re.search(r"this is a build of peer \S+\+torch2\.15cpu for torch>=2\.15,<2", error)
+
+    @pytest.mark.parametrize(
+        ("minor", "toolkit", "found"),
+        [("2.15", "12.6", "torch2.15cu126"), ("2.14", None, "torch2.14cpu")],
+    )
+    def test_cmake_that_makes_something_else_is_an_error(
+        self, minor: str, toolkit: str | None, found: str, tmp_path: Path
+    ):
+        result = self.build_with_cmake_that_makes(minor, toolkit, tmp_path)
+        assert result.returncode != 0
+        assert result.stderr.splitlines()[-1].startswith(
+            f"peer: this was to be a build for torch2.15cpu, but CMake made one for {found}; "
+        )
+
+    def test_record_gets_the_version(self, tmp_path: Path):
+        result = self.build_with_cmake_that_makes("2.15", None, tmp_path)
+        assert result.returncode == 0, result.stderr
+        record = json.loads((tmp_path / "lib" / "peer" / "_build_info.json").read_text())
+        assert record["version"] == f"{peer.__version__.split('+')[0]}+torch2.15cpu"
+
+    def build_with_cmake_that_makes(
+        self, minor: str, toolkit: str | None, directory: Path
+    ) -> subprocess.CompletedProcess[str]:
+        """Builds for the CPU and torch 2.15 by a CMake that leaves nothing but such a record."""
+        record = {"torch_minor": minor, "cuda": toolkit and {"toolkit": toolkit}}
+        (directory / "cmake").mkdir()
+        (directory / "cmake" / "__init__.py").write_text(
+            f"CMAKE_BIN_DIR = {str(directory / 'cmake')!r}\n"
+        )
+        fake_program(
+            directory / "cmake" / "cmake",
+            f"[ $1 = --install ] || exit 0\nmkdir -p $4\n"
+            f"echo {shlex.quote(json.dumps(record))} >$4/_build_info.json",
+        )
+        return setup_py(
+            *("build_ext", "--build-lib", str(directory / "lib")),
+            PYTHONPATH=directory,
+            TORCH_DIR=fake_torch(directory),
+            PEER_CUDA=0,
+        )
 
 
 class TestCudaToolkit:
@@ -368,9 +465,27 @@ class TestCudaToolkit:
         found = toolkit.find_toolkit(fake_torch(tmp_path))
         assert found.architectures == ["80-real", "90"]
 
+    def test_without_a_gpu_those_of_torch_are_compiled_for(
+        self, toolkit, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ):
+        monkeypatch.setenv("CUDACXX", str(fake_nvcc(tmp_path)))
+        monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+        monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+        fake_program(tmp_path / "nvidia-smi", "exit 9")
+        torch_dir = fake_torch(tmp_path)
+        (torch_dir / "__init__.py").write_text(
+            "class _C:\n    _cuda_getArchFlags = lambda: 'sm_75 sm_80 sm_90 compute_90'\n"
+        )
+        assert toolkit.find_toolkit(torch_dir).architectures == ["80-real", "90"]
+
 
 def build_in_place(**environment: object) -> subprocess.CompletedProcess[str]:
     """Runs setup.py for a build that ends before it compiles anything."""
+    return setup_py("build_ext", "--inplace", **environment)
+
+
+def setup_py(*arguments: str, **environment: object) -> subprocess.CompletedProcess[str]:
+    """Runs setup.py with no other variables than these of those that it reads."""
     pytest.importorskip("setuptools")
     inherited = {
         name: value
@@ -378,7 +493,7 @@ def build_in_place(**environment: object) -> subprocess.CompletedProcess[str]:
         if name not in ("PEER_CUDA", "FORCE_CUDA", "CUDACXX", "CUDA_HOME", "TORCH_CUDA_ARCH_LIST")
     }
     return subprocess.run(
-        [sys.executable, "setup.py", "build_ext", "--inplace"],
+        [sys.executable, "setup.py", *arguments],
         cwd=CHECKOUT,
         env={**inherited, **{name: str(value) for name, value in environment.items()}},
         capture_output=True,
