@@ -10,6 +10,7 @@ import pickle
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,7 +39,8 @@ def run(*command: object, **environment: str) -> subprocess.CompletedProcess[str
     """Runs a program with the warnings and errors that it prints kept."""
     return subprocess.run(
         list(map(str, command)),
-        env={**os.environ, "OMP_NUM_THREADS": "2", **environment},
+        # What is preloaded into Python, such as a sanitizer's runtime, these bring themselves.
+        env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "LD_PRELOAD": "", **environment},
         capture_output=True,
         text=True,
         check=False,
@@ -52,40 +54,39 @@ def succeed(*command: object, **environment: str) -> str:
     return result.stdout
 
 
-def configure(source: Path, build: Path, *arguments: str) -> list[object]:
-    """The command that configures a project against this installation of peer.
-
-    The linker drops libraries to which nothing refers, as distributions' compilers make it, and
-    neither CUDA's toolkit nor Python may be looked for.
-    """
-    return [
-        "cmake",
-        *("-S", source, "-B", build, "-G", "Ninja"),
-        f"-DCMAKE_PREFIX_PATH={peer.cmake_prefix_path}",
-        f"-DTORCH_DIR={Path(torch.__file__).parent}",
-        "-DCMAKE_EXE_LINKER_FLAGS=-Wl,--as-needed",
-        "-DCMAKE_CXX_FLAGS=-Wall -Wextra -Werror",
-        "-DCMAKE_DISABLE_FIND_PACKAGE_CUDAToolkit=ON",
-        "-DCMAKE_DISABLE_FIND_PACKAGE_CUDA=ON",
-        "-DCMAKE_DISABLE_FIND_PACKAGE_Python=ON",
-        *arguments,
-    ]
+# The linker drops libraries to which nothing refers, as distributions' compilers make it do.
+FLAGS = {
+    "CMAKE_GENERATOR": "Ninja",
+    "CXXFLAGS": f"-Wall -Wextra -Werror {os.environ.get('CXXFLAGS', '')}",
+    "LDFLAGS": "-Wl,--as-needed",
+    "TORCH_DIR": str(Path(torch.__file__).parent),
+}
 
 
 @pytest.fixture(scope="module")
 def examples(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The directory with the examples' programs."""
-    build = tmp_path_factory.mktemp("examples")
-    succeed(*configure(CHECKOUT / "examples/cpp", build))
-    succeed("cmake", "--build", build)
-    return build
+    """The directory with the examples' programs, made by the commands that the page gives."""
+    page = (CHECKOUT / "docs/cpp.md").read_text()
+    (commands,) = re.findall(r"^```sh\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    directory = tmp_path_factory.mktemp("examples")
+    project = Path(shutil.copytree(CHECKOUT / "examples/cpp", directory / "cpp"))
+    python = directory / "python"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    path = f"{directory}:{os.environ['PATH']}"
+    succeed("bash", "-euc", f"cd {project}\n{commands}", **FLAGS, PATH=path)
+    assert (project / "state.pt").exists()
+    return project / "build"
 
 
 @pytest.fixture(scope="module")
 def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The directory with the tests' programs."""
+    """The directory with the tests' programs. Nothing of CUDA or of Python may be looked for."""
     build = tmp_path_factory.mktemp("programs")
-    succeed(*configure(CHECKOUT / "tests/cpp_program", build))
+    unwanted = [f"-DCMAKE_DISABLE_FIND_PACKAGE_{name}=ON" for name in ("CUDAToolkit", "Python")]
+    prefix = f"-DCMAKE_PREFIX_PATH={peer.cmake_prefix_path}"
+    source = CHECKOUT / "tests/cpp_program"
+    succeed("cmake", "-S", source, "-B", build, prefix, *unwanted, **FLAGS)
     succeed("cmake", "--build", build)
     return build
 
@@ -105,7 +106,7 @@ def test_no_installed_file_holds_a_path_of_the_build():
     assert not [t for t in texts if str(CHECKOUT) in t or str(Path(torch.__file__).parent) in t]
 
 
-@pytest.mark.parametrize("program", ["train", "run_torchscript", "run_aoti"])
+@pytest.mark.parametrize("program", ["operators", "train", "run_torchscript", "run_aoti"])
 def test_programs_need_peer_and_no_python(examples: Path, program: str):
     dynamic = succeed("readelf", "-d", examples / program)
     needed = re.findall(r"NEEDED.*\[(.*)\]", dynamic)
@@ -180,7 +181,21 @@ def test_torch_is_found_beside_peer_and_by_its_own_package(tmp_path: Path):
     assert f"with {elsewhere}/lib" in find_package(tmp_path, "", both)
 
 
-# ---- The examples.
+# ---- The examples, and the page about them.
+
+
+def test_the_page_shows_what_the_examples_are():
+    page = (CHECKOUT / "docs/cpp.md").read_text()
+    shown = re.findall(r"^```(?:cpp|cmake)\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    assert len(shown) > 5
+    examples = [p.read_text() for p in (CHECKOUT / "examples/cpp").iterdir()]
+    missing = [block for block in shown if not any(block in example for example in examples)]
+    assert not missing, missing[0]
+
+
+def test_operators_example_runs(examples: Path):
+    printed = succeed(examples / "operators")
+    assert "output [5, 16], gradients " in printed
 
 
 def test_train_example_learns_and_python_takes_its_state(examples: Path, tmp_path: Path):
@@ -223,7 +238,7 @@ def test_aoti_example_computes_what_python_does(examples: Path, tmp_path: Path):
     layer(torch.randn(64, 16))
     peer.fold_query_norm_(layer.eval())
     tokens = torch.export.Dim("tokens", min=2)
-    program = torch.export.export(layer, (torch.randn(8, 16),), dynamic_shapes=({0: tokens}, None))
+    program = torch.export.export(layer, (torch.randn(8, 16),), dynamic_shapes=({0: tokens},))
     package = torch._inductor.aoti_compile_and_package(
         program, package_path=str(tmp_path / "layer.pt2")
     )
