@@ -22,7 +22,7 @@ add_library(
   csrc/ops/autocast/expert_mlp.cpp
   csrc/ops/autocast/product_key_topk.cpp
   csrc/ops/autograd/expert_mlp.cpp
-  csrc/ops/autograd/expert_mlp_double_backward.cpp
+  csrc/ops/autograd/expert_mlp_derivative.cpp
   csrc/ops/autograd/product_key_topk.cpp
   csrc/ops/autograd/row_update.cpp
   csrc/ops/cpu/expert_mlp.cpp

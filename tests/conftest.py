@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -56,6 +57,15 @@ def two_threads() -> Iterator[None]:
     torch.set_num_threads(2)
     yield
     torch.set_num_threads(2)
+
+
+@pytest.fixture
+def no_slow_fallback() -> Iterator[None]:
+    """Where torch has no batching rule it loops over the samples of a vmap and warns; here it
+    raises."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*performance drop.*batching rule")
+        yield
 
 
 @pytest.fixture(params=[torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
