@@ -15,6 +15,7 @@ add_library(
   csrc/nn/peer.cpp
   csrc/nn/router.cpp
   csrc/nn/state_dict.cpp
+  csrc/nn/state_file.cpp
   csrc/ops/build_info.cpp
   csrc/ops/expert_mlp.cpp
   csrc/ops/product_key_topk.cpp
