@@ -231,6 +231,19 @@ def test_batch_statistics_under_a_transform_are_refused_and_unmoved(samples, tra
     assert_close(dict(layer.state_dict()), dict(before))
 
 
+def test_batch_statistics_move_under_grad_where_buffers_are_arguments(samples):
+    layer, twin = make_layer(query_norm="batch"), make_layer(query_norm="batch")
+
+    def loss(parameters, buffers, x):
+        return functional_call(layer, (parameters, buffers), (x,)).sin().sum()
+
+    gradients = grad(loss)(parameters_of(layer), dict(layer.named_buffers()), samples)
+    twin(samples).sin().sum().backward()
+    for name, parameter in twin.named_parameters():
+        assert_close(gradients[name], parameter.grad)
+    assert_close(dict(layer.named_buffers()), dict(twin.named_buffers()))
+
+
 def test_a_layer_under_no_grad_has_a_tangent_and_no_graph(samples):
     layer = make_layer()
     with torch.no_grad(), forward_ad.dual_level():
