@@ -10,7 +10,7 @@ Example:
     torch.Size([3, 16])
 """
 
-from peer import _library, _vmap, functional, modules, optim, reference
+from peer import _library, _vmap, convert, functional, modules, optim, reference
 from peer._library import BinaryMismatchError
 from peer._version import __version__
 from peer.config import show_config
@@ -26,6 +26,7 @@ __all__ = [
     "ProductKeyRouter",
     "UsageTracker",
     "__version__",
+    "convert",
     "empty_huge",
     "fold_query_norm_",
     "functional",
