@@ -10,7 +10,7 @@ Example:
     torch.Size([3, 16])
 """
 
-from peer import _library, _vmap, functional, modules, optim, reference
+from peer import _library, _vmap, convert, functional, modules, optim, reference
 from peer._library import BinaryMismatchError, cmake_prefix_path
 from peer.config import show_config
 from peer.memory import empty_huge, zeros_huge
