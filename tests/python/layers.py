@@ -5,6 +5,7 @@ New interpreters import this too, to compare a saved layer with the one that was
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -63,12 +64,24 @@ def draw(layer: nn.Module, length: int, masked: bool = True) -> tuple[Tensor, Te
     return x, torch.arange(length) >= ends[:, None] if masked else None
 
 
-def step(layer: nn.Module, x: Tensor, padding_mask: Tensor | None) -> dict[str, Tensor]:
-    """Runs a layer forward and backward: its output, all gradients, its buffers afterwards."""
+def step(
+    layer: nn.Module,
+    x: Tensor,
+    padding_mask: Tensor | None,
+    call: Callable[[Tensor, Tensor | None], Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """Runs a layer forward and backward: its output, all gradients, its buffers afterwards.
+
+    Args:
+        layer: what has the parameters.
+        x: (..., dim).
+        padding_mask: (...) or None.
+        call: what calls the layer; the layer itself unless given.
+    """
     torch.manual_seed(0)
     layer.zero_grad()
     leaf = x.clone().requires_grad_()
-    out = layer(leaf, padding_mask)
+    out = (call or layer)(leaf, padding_mask)
     out.square().sum().backward()
     gradients = {name: parameter.grad for name, parameter in layer.named_parameters()}
     return {

@@ -387,26 +387,6 @@ def test_a_scripted_layer_names_an_input_of_another_width():
 
 
 @pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
-@torch._dynamo.config.patch(error_on_recompile=True)
-def test_a_layer_compiles_to_one_graph_for_all_sizes(norm, training):
-    layer = make_layer(query_norm=norm).train(training)
-    compiled = torch.compile(
-        copy.deepcopy(layer), backend="aot_eager", fullgraph=True, dynamic=True
-    )
-    for length in 7, 9, 12:  # a second graph would be an error
-        x, mask = draw_padded(length=length)
-        ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
-        y, expected = compiled(ours, mask), layer(theirs, mask)
-        torch.testing.assert_close(y, expected)
-        y.square().sum().backward()
-        expected.square().sum().backward()
-        torch.testing.assert_close(ours.grad, theirs.grad)
-    for name, tensor in layer.state_dict().items():
-        torch.testing.assert_close(compiled.state_dict()[f"_orig_mod.{name}"], tensor)
-
-
-@pytest.mark.parametrize("norm", NORMS)
 def test_per_sample_gradients_equal_gradients_of_single_samples(norm):
     layer = make_layer(query_norm=norm, glu=True).eval()
     parameters = {name: parameter.detach() for name, parameter in layer.named_parameters()}
