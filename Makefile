@@ -4,6 +4,7 @@
 #   TORCH   version of torch to install in it
 #   PYTHON  interpreter to make it from
 #   ARGS    further arguments for the demo, for the benchmarks, or for pytest
+#   WHEEL   wheel of peer to install and test, instead of one that is built here
 #
 # What setup.py reads from the environment counts here too; its first lines say what that is.
 
@@ -11,6 +12,7 @@ VENV ?= .venv
 TORCH ?= 2.15.*
 PYTHON ?= python3
 ARGS ?=
+WHEEL ?=
 # Sanitizers for `make test-cpp`: address,undefined or thread; for `make test-cuda`: memcheck, racecheck, initcheck or synccheck.
 SANITIZE ?=
 
@@ -27,7 +29,11 @@ ifeq ($(PEER_CUDA)$(FORCE_CUDA),)
   endif
 endif
 export PEER_CUDA
-package := $(VENV)/.made-package$(if $(PEER_CUDA),-cuda$(PEER_CUDA))
+package := $(VENV)/.made-package$(if $(WHEEL),-of-$(notdir $(WHEEL)),$(if $(PEER_CUDA),-cuda$(PEER_CUDA)))
+# Where the package is made as a release would be: a source distribution, what it unpacks to, and the wheel that is built there. The build
+# directory in it stays, so that only what changed is compiled again.
+packaging := $(abspath build)/package-$(notdir $(abspath $(VENV)))
+build_tools := $(VENV)/.made-build-tools
 test_tools := $(VENV)/.made-test-tools
 lint_tools := $(VENV)/.made-lint-tools
 demo_tools := $(VENV)/.made-demo-tools
@@ -38,21 +44,22 @@ sources := $(shell find csrc cmake build_backend peer -path peer/include -prune 
 cpp_files = $(shell find csrc tests examples -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.hpp' -o -name '*.cuh')
 python_files := peer tests examples build_backend setup.py $(wildcard benchmarks)
 
-.PHONY: help demo bench test test-cpp test-python test-cuda test-cuda-installed build lint format clean catch2 compiler
+.PHONY: help demo bench test test-cpp test-python test-install test-cuda test-cuda-installed build lint format clean catch2 compiler
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
 help:
-	@echo "make demo       train a small language model with a PEER layer beside its dense twin"
-	@echo "make test       C++ and Python tests"
-	@echo "make test-cuda  the tests that need a GPU, after a build with CUDA"
-	@echo "make bench      measure the layer beside what it replaces, against its targets"
-	@echo "make build      compile in place, so that 'import peer' works from the checkout"
-	@echo "make lint       ruff, mypy and clang-format, changing nothing"
-	@echo "make format     ruff and clang-format, changing files"
-	@echo "make clean      remove what was built"
+	@echo "make demo          train a small language model with a PEER layer beside its dense twin"
+	@echo "make test          C++ and Python tests"
+	@echo "make test-install  what pip does with the package, in clean environments"
+	@echo "make test-cuda     the tests that need a GPU, after a build with CUDA"
+	@echo "make bench         measure the layer beside what it replaces, against its targets"
+	@echo "make build         compile in place, so that 'import peer' works from the checkout"
+	@echo "make lint          ruff, mypy and clang-format, changing nothing"
+	@echo "make format        ruff and clang-format, changing files"
+	@echo "make clean         remove what was built"
 	@echo
-	@echo "Variables: VENV=$(VENV) TORCH=$(TORCH) PYTHON=$(PYTHON) ARGS="
+	@echo "Variables: VENV=$(VENV) TORCH=$(TORCH) PYTHON=$(PYTHON) ARGS= WHEEL="
 
 # Started in examples/, where the package's source tree does not hide the installed package.
 demo: $(package) $(demo_tools)
@@ -73,6 +80,12 @@ test-cpp: $(test_tools) compiler catch2
 # The pytest program, not `python -m pytest`: that would put this directory, with the package's source tree, on the path.
 test-python: $(package) $(test_tools) $(demo_tools) $(bench_tools)
 	$(BIN)/pytest $(ARGS)
+
+# In environments of their own, which share only torch with this one. PEER_OTHER_TORCH names the site-packages directory of an environment with
+# another minor version of torch, for what peer says there.
+test-install: $(if $(WHEEL),$(torch) $(build_tools),$(package)) $(test_tools)
+	PEER_WHEEL="$(if $(WHEEL),$(abspath $(WHEEL)),$$(echo $(packaging)/*.whl))" PEER_PACKAGING="$(if $(WHEEL),,$(packaging))" \
+	  $(BIN)/pytest --confcutdir tests/installation tests/installation $(ARGS)
 
 # Asks for CUDA, which the other targets do without where there is no nvcc.
 test-cuda:
@@ -115,9 +128,26 @@ $(torch): | $(BIN)/python
 	$(BIN)/python -m pip install 'torch==$(TORCH)'
 	touch $@
 
-$(package): $(torch) $(sources) CMakeLists.txt setup.py pyproject.toml | compiler
+ifeq ($(WHEEL),)
+$(package): $(torch) $(build_tools) $(sources) CMakeLists.txt MANIFEST.in setup.py pyproject.toml | compiler
 	rm -f $(VENV)/.made-package*
-	$(BIN)/python -m pip install .
+	mkdir -p $(packaging)/source
+	find $(packaging) -maxdepth 1 -type f -delete
+	find $(packaging)/source -mindepth 1 -maxdepth 1 ! -name build -exec rm -rf {} +
+	$(BIN)/python -m build --sdist --outdir $(packaging) .
+	tar -xzf $(packaging)/peer-*.tar.gz -C $(packaging)/source --strip-components=1
+	$(BIN)/python -m pip wheel --no-deps --wheel-dir $(packaging) $(packaging)/source
+	$(BIN)/python -m pip install --force-reinstall --no-deps $(packaging)/peer-*.whl
+	touch $@
+else
+$(package): $(torch) $(WHEEL)
+	rm -f $(VENV)/.made-package*
+	$(BIN)/python -m pip install --force-reinstall --no-deps $(WHEEL)
+	touch $@
+endif
+
+$(build_tools): | $(BIN)/python
+	$(BIN)/python -m pip install --quiet build
 	touch $@
 
 $(test_tools): pyproject.toml | $(BIN)/python
