@@ -26,6 +26,7 @@ __all__ = [
     "UsageTracker",
     "__version__",
     "cmake_prefix_path",
+    "convert",
     "empty_huge",
     "fold_query_norm_",
     "functional",
