@@ -57,6 +57,10 @@ set_source_files_properties(
 # system's libgomp as a second runtime beside the one that torch ships, and torch.set_num_threads would not reach it. The few GOMP_*
 # symbols are found at load time in the runtime that libtorch_cpu.so brings.
 target_compile_options(peer PRIVATE -fopenmp)
+if(PEER_SANITIZE)
+  # Torch's headers, instrumented, take the optimiser minutes.
+  target_compile_options(peer PRIVATE -O1)
+endif()
 
 add_custom_command(
   TARGET peer
