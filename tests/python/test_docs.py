@@ -101,6 +101,7 @@ def own_program(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Non
     """A directory and a main module that a page may do with as it likes."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "__main__", sys.modules["__main__"])
+    torch.compiler.reset()
     yield
     torch.compiler.reset()
 
