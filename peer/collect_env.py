@@ -26,6 +26,7 @@ _VARIABLES = (
     "TORCH_CUDA_ARCH_LIST",
     "CUDA_HOME",
     "CUDACXX",
+    "TORCH_DIR",
     "MAX_JOBS",
     "CMAKE_ARGS",
     "DEBUG",
