@@ -216,9 +216,22 @@ def test_train_example_learns_and_python_takes_its_state(examples: Path, tmp_pat
     assert block.peer.router.norm.num_batches_tracked == 201
 
 
-def test_torchscript_example_computes_what_python_does(examples: Path, tmp_path: Path):
+SCRIPTED = [
+    {"glu": True},
+    {"query_norm": "layer", "query_bias": True, "scores": "sigmoid", "activation": "gelu_tanh"},
+    {"query_norm": "rms", "share_keys": False, "scores": "relu", "activation": "relu2"},
+    {"query_norm": None, "num_experts": (4, 6), "dim_out": 12, "activation": "silu"},
+    {"sparse_grad": True, "activation": "relu", "zero_init_out": True},
+]
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("options", SCRIPTED, ids=lambda options: ",".join(options))
+def test_torchscript_example_computes_what_python_does(
+    examples: Path, tmp_path: Path, options: dict[str, Any], training: bool
+):
     torch.manual_seed(0)
-    layer = peer.PEER(**SMALL, glu=True)
+    layer = peer.PEER(**{**SMALL, **options}).train(training)
     torch.jit.script(layer).save(str(tmp_path / "layer.pt"))
     printed = succeed(examples / "run_torchscript", tmp_path / "layer.pt", 16)
     x = torch.linspace(-1, 1, 8 * 16).view(8, 16).requires_grad_()
@@ -230,6 +243,17 @@ def test_torchscript_example_computes_what_python_does(examples: Path, tmp_path:
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         assert float(found[name]) == pytest.approx(tensor.norm().item(), rel=1e-6), name
+
+
+def test_frozen_torchscript_runs_in_cpp(examples: Path, tmp_path: Path):
+    torch.manual_seed(0)
+    layer = peer.PEER(**SMALL).eval()
+    torch.jit.freeze(torch.jit.script(layer)).save(str(tmp_path / "layer.pt"))
+    printed = succeed(examples / "run_torchscript", tmp_path / "layer.pt", 16)
+    y = layer(torch.linspace(-1, 1, 8 * 16).view(8, 16))
+    norm = re.findall(r"^output .* (\S+)$", printed, re.MULTILINE)
+    assert float(norm[0]) == pytest.approx(y.norm().item(), rel=1e-6)
+    assert "grad router" not in printed  # its parameters have become constants
 
 
 def test_aoti_example_computes_what_python_does(examples: Path, tmp_path: Path):
