@@ -171,6 +171,18 @@ def test_a_package_compiled_ahead_of_time_runs_in_a_new_process(tmp_path, run_py
     assert run_python(COMPILED_IN_A_NEW_PROCESS, package, tmp_path / "cases.pt") == "close"
 
 
+def test_layers_that_share_a_pool_share_its_memory_in_a_loaded_program(tmp_path):
+    first = in_mode("paper", training=False)
+    second = peer.PEER(10, num_experts=(6, 5), heads=2, dim_key=4, experts=first.experts).eval()
+    model = nn.Sequential(first, second)
+    x, _ = draw(first, 7)
+    torch.export.save(export(model, (x,)), tmp_path / "model.pt2")
+    module = torch.export.load(tmp_path / "model.pt2").module()
+    assert torch.equal(module(x), model(x))
+    tables = [module.get_parameter(f"{layer}.experts.w_up") for layer in (0, 1)]
+    assert tables[0].data_ptr() == tables[1].data_ptr()
+
+
 def test_a_folded_norm_leaves_no_trace_in_a_program():
     layer = peer.fold_query_norm_(in_mode("paper", training=False))
     program = exported_layer(layer)
