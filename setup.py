@@ -35,6 +35,7 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
 from setuptools.command.editable_wheel import editable_wheel
+from setuptools.command.sdist import sdist
 
 ROOT = Path(__file__).resolve().parent
 
@@ -282,6 +283,14 @@ class EditableWheel(editable_wheel):
         super().run()
 
 
+class SourceDistribution(sdist):
+    """Holds what MANIFEST.in names now; setuptools would add what the last one held."""
+
+    def run(self) -> None:
+        (ROOT / "peer.egg-info" / "SOURCES.txt").unlink(missing_ok=True)
+        super().run()
+
+
 class WithLibrary(Distribution):
     """Has something compiled, although no Extension that setuptools would know."""
 
@@ -298,5 +307,6 @@ setup(
         "build_ext": BuildLibrary,
         "bdist_wheel": PlatformWheel,
         "editable_wheel": EditableWheel,
+        "sdist": SourceDistribution,
     },
 )

@@ -10,7 +10,6 @@ import json
 import os
 import subprocess
 import sys
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -61,11 +60,12 @@ def two_threads() -> Iterator[None]:
 
 @pytest.fixture
 def no_slow_fallback() -> Iterator[None]:
-    """Where torch has no batching rule it loops over the samples of a vmap and warns; here it
-    raises."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*performance drop.*batching rule")
-        yield
+    """Where torch has no batching rule it loops over the samples of a vmap and warns, not always
+    through Python; here it raises."""
+    enabled = torch._C._functorch._is_vmap_fallback_enabled()
+    torch._C._functorch._set_vmap_fallback_enabled(False)
+    yield
+    torch._C._functorch._set_vmap_fallback_enabled(enabled)
 
 
 @pytest.fixture(params=[torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)

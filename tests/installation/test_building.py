@@ -134,6 +134,19 @@ def test_source_distribution_of_a_source_distribution_is_the_same(
     assert _files(again) == _files(sdist)
 
 
+def test_source_distribution_forgets_what_an_earlier_one_held(
+    make_environment: Callable[..., Environment], sdist: Path, tmp_path: Path
+):
+    environment = make_environment("setuptools")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(tmp_path, filter="data")
+    source = tmp_path / sdist.name.removesuffix(".tar.gz")
+    (source / "notes.txt").touch()
+    (source / "peer.egg-info" / "SOURCES.txt").open("a").write("\nnotes.txt\n")
+    environment.succeed("python setup.py sdist --dist-dir ..", source)
+    assert _files(tmp_path / sdist.name) == _files(sdist)
+
+
 def _files(archive: Path) -> set[str]:
     with tarfile.open(archive) as opened:
         return {member.name for member in opened if member.isfile()}
