@@ -540,28 +540,57 @@ def test_vmap_of_jvp_and_jvp_of_vmap_equal_a_loop(whole):
     assert_close(torch.func.jvp(torch.vmap(layer), (samples,), (directions,)), expected)
 
 
-def test_a_compiled_jvp_is_one_graph_for_any_number_of_tokens(
-    make_retrieval_inputs, make_expert_inputs
-):
-    def layer(x, query, row_keys, w_down, w_up):
-        scores, indices = ops.product_key_topk(query, row_keys, row_keys, 4)
-        weights = scores.softmax(-1).flatten(1)
-        return ops.expert_mlp(x, weights, indices.flatten(1), w_down, w_up, None, "silu")[0]
+def compiled_loss(x, query, row_keys, w_down, w_up):
+    scores, indices = ops.product_key_topk(query, row_keys, row_keys, 4)
+    weights = scores.softmax(-1).flatten(1)
+    out = ops.expert_mlp(x, weights, indices.flatten(1), w_down, w_up, None, "silu")[0]
+    return out.square().sum()
 
-    def jvp(primals, tangents):
-        return torch.func.jvp(layer, primals, tangents)
 
-    torch._dynamo.reset()
-    counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(jvp, fullgraph=True, dynamic=True, backend=counter)
-    for tokens in (10, 19, 23):
-        retrieval = make_retrieval_inputs(tokens=tokens, rows=5, columns=5, dtype=torch.float64)
-        experts = make_expert_inputs(tokens=tokens, experts=25, dim=6, dtype=torch.float64)
+def jvp_of_loss(primals, direction):
+    return torch.func.jvp(compiled_loss, primals, direction)
+
+
+def jvp_of_gradients(primals, direction):
+    gradients = torch.func.grad(compiled_loss, argnums=(0, 1, 2, 3, 4))
+    return torch.func.jvp(gradients, primals, direction)
+
+
+@pytest.fixture
+def draw_loss(make_retrieval_inputs, make_expert_inputs):
+    def draw(tokens, rows):
+        retrieval = make_retrieval_inputs(
+            tokens=tokens, rows=rows, shared=False, dtype=torch.float64
+        )
+        experts = make_expert_inputs(tokens=tokens, experts=rows**2, dtype=torch.float64)
         primals = (experts.x, retrieval.query, retrieval.row_keys, experts.w_down, experts.w_up)
-        direction = draw_like(primals)
-        assert_close(compiled(primals, direction), jvp(primals, direction))
-    assert counter.frame_count == 1
+        return primals, draw_like(primals)
+
+    return draw
+
+
+@pytest.fixture
+def fresh_compiler():
     torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_a_compiled_jvp_is_one_graph_for_any_number_of_tokens_and_keys(draw_loss):
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(jvp_of_loss, fullgraph=True, dynamic=True, backend=counter)
+    for tokens, rows in (10, 5), (19, 6), (23, 7):
+        arguments = draw_loss(tokens, rows)
+        assert_close(compiled(*arguments), jvp_of_loss(*arguments))
+    assert counter.frame_count == 1
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_a_compiled_jvp_of_gradients_equals_eager(draw_loss):
+    compiled = torch.compile(jvp_of_gradients, fullgraph=True, backend="aot_eager")
+    arguments = draw_loss(10, 5)
+    assert_close(compiled(*arguments), jvp_of_gradients(*arguments))
 
 
 # --- what has no derivative ----------------------------------------------------------------------

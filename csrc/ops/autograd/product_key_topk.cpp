@@ -20,7 +20,7 @@ Tensor key_positions(const Tensor& ids_in_half, const Tensor& keys) {
   if (keys.dim() == 2) {
     return ids_in_half.reshape(-1);
   }
-  const Tensor heads = at::arange(keys.size(0), ids_in_half.options()).view({1, -1, 1});
+  const Tensor heads = at::arange(keys.sym_size(0), ids_in_half.options()).view({1, -1, 1});
   return (ids_in_half + heads * keys.sym_size(1)).reshape(-1);
 }
 
@@ -51,7 +51,7 @@ Tensor differentiate_scores(const QueryAndKeys& point,
                             const Tensor& indices,
                             at::ScalarType type) {
   const c10::SymInt half = point.row_keys.sym_size(-1);
-  const Tensor columns_per_row = at::scalar_tensor(point.col_keys.size(-2), indices.options());
+  const Tensor columns_per_row = at::scalar_tensor(point.col_keys.sym_size(-2), indices.options());
   const Tensor rows = at::div(indices, columns_per_row, "floor");
   const Tensor columns = indices - rows * columns_per_row;
   const auto score = [&](const Tensor& query, const Tensor& row_keys, const Tensor& col_keys) {
