@@ -57,7 +57,7 @@ def succeed(*command: object, **environment: str) -> str:
 # The linker drops libraries to which nothing refers, as distributions' compilers make it do.
 FLAGS = {
     "CMAKE_GENERATOR": "Ninja",
-    "CXXFLAGS": f"-Wall -Wextra -Werror {os.environ.get('CXXFLAGS', '')}",
+    "CXXFLAGS": os.environ.get("CXXFLAGS", "-Wall -Wextra -Werror"),
     "LDFLAGS": "-Wl,--as-needed",
     "TORCH_DIR": str(Path(torch.__file__).parent),
 }
