@@ -41,10 +41,10 @@ bench_tools := $(VENV)/.made-bench-tools
 
 sources := $(shell find csrc cmake build_backend peer -path peer/include -prune -o -path peer/lib -prune -o -path peer/share -prune -o -type f \
              \( -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.in' -o -name '*.cmake' -o -name '*.py' -o -name py.typed \) -print)
-cpp_files = $(shell find csrc tests -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.hpp' -o -name '*.cuh')
+cpp_files = $(shell find csrc tests examples -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.hpp' -o -name '*.cuh')
 python_files := peer tests examples build_backend setup.py $(wildcard benchmarks)
 
-.PHONY: help demo bench test test-cpp test-python test-install test-cuda test-cuda-installed build lint format clean catch2 compiler
+.PHONY: help demo bench test test-cpp test-python test-hostile test-install test-cuda test-cuda-installed build lint format clean catch2 compiler
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -52,6 +52,7 @@ help:
 	@echo "make demo          train a small language model with a PEER layer beside its dense twin"
 	@echo "make test          C++ and Python tests"
 	@echo "make test-install  what pip does with the package, in clean environments"
+	@echo "make test-hostile  files and ids made to mislead, under sanitizers"
 	@echo "make test-cuda     the tests that need a GPU, after a build with CUDA"
 	@echo "make bench         measure the layer beside what it replaces, against its targets"
 	@echo "make build         compile in place, so that 'import peer' works from the checkout"
@@ -77,8 +78,20 @@ test-cpp: $(test_tools) compiler catch2
 	cmake --build $(test_build)
 	ctest --test-dir $(test_build) --output-on-failure --no-tests=error
 
+# The readers of files, given hostile ones, with a library under AddressSanitizer and UndefinedBehaviorSanitizer. The sanitized C++ tests have the
+# same kernels, so both share a build directory.
+sanitized := build/tests-address-undefined
+test-hostile: $(torch) $(test_tools) compiler catch2
+	cmake -S . -B $(sanitized) -G Ninja -DPEER_BUILD_LIBRARY=ON -DPEER_BUILD_TESTS=ON -DPEER_SANITIZE=address,undefined -DPEER_PYTHON=$(BIN)/python
+	cmake --build $(sanitized) --target peer
+	rm -rf $(sanitized)/site && mkdir $(sanitized)/site && cp -r peer $(sanitized)/site/peer
+	cmake --install $(sanitized) --prefix $(sanitized)/site/peer
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so)" ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(abspath $(sanitized))/site \
+	  CXXFLAGS="-fsanitize=address,undefined -fno-sanitize=vptr" $(BIN)/pytest tests/python/test_hostile_files.py tests/python/test_cpp.py \
+	  -k "hostile or program_tests" $(ARGS)
+
 # The pytest program, not `python -m pytest`: that would put this directory, with the package's source tree, on the path.
-test-python: $(package) $(test_tools) $(demo_tools) $(bench_tools)
+test-python: $(package) $(test_tools) $(demo_tools) $(bench_tools) catch2
 	$(BIN)/pytest $(ARGS)
 
 # In environments of their own, which share only torch with this one. PEER_OTHER_TORCH names the site-packages directory of an environment with

@@ -1,4 +1,4 @@
-# libpeer.so: the operators, registered with Torch, over the kernels. It knows nothing of Python.
+# libpeer.so: the operators, registered with Torch, over the kernels, and the modules for C++ programs. It knows nothing of Python.
 
 include(cmake/TorchWithoutCuda.cmake)
 set(PEER_CUDA_INFO "null")
@@ -9,6 +9,13 @@ endif()
 add_library(
   peer SHARED
   csrc/library.cpp
+  csrc/nn/experts.cpp
+  csrc/nn/grid.cpp
+  csrc/nn/norms.cpp
+  csrc/nn/peer.cpp
+  csrc/nn/router.cpp
+  csrc/nn/state_dict.cpp
+  csrc/nn/state_file.cpp
   csrc/ops/build_info.cpp
   csrc/ops/expert_mlp.cpp
   csrc/ops/product_key_topk.cpp
@@ -16,7 +23,7 @@ add_library(
   csrc/ops/autocast/expert_mlp.cpp
   csrc/ops/autocast/product_key_topk.cpp
   csrc/ops/autograd/expert_mlp.cpp
-  csrc/ops/autograd/expert_mlp_double_backward.cpp
+  csrc/ops/autograd/expert_mlp_derivative.cpp
   csrc/ops/autograd/product_key_topk.cpp
   csrc/ops/autograd/row_update.cpp
   csrc/ops/cpu/expert_mlp.cpp
@@ -41,8 +48,7 @@ else()
   target_sources(peer PRIVATE csrc/ops/no_cuda.cpp)
 endif()
 
-configure_file(csrc/version.h.in generated/version.h @ONLY)
-target_include_directories(peer PRIVATE csrc "${CMAKE_CURRENT_BINARY_DIR}/generated")
+target_include_directories(peer PRIVATE csrc csrc/include "${CMAKE_CURRENT_BINARY_DIR}/generated")
 set(PEER_COMPILER "${CMAKE_CXX_COMPILER_ID} ${CMAKE_CXX_COMPILER_VERSION}")
 set_source_files_properties(
   csrc/ops/build_info.cpp PROPERTIES COMPILE_DEFINITIONS "PEER_COMPILER=\"${PEER_COMPILER}\";PEER_CUDA_INFO=R\"(${PEER_CUDA_INFO})\"")
@@ -51,6 +57,10 @@ set_source_files_properties(
 # system's libgomp as a second runtime beside the one that torch ships, and torch.set_num_threads would not reach it. The few GOMP_*
 # symbols are found at load time in the runtime that libtorch_cpu.so brings.
 target_compile_options(peer PRIVATE -fopenmp)
+if(PEER_SANITIZE)
+  # Torch's headers, instrumented, take the optimiser minutes.
+  target_compile_options(peer PRIVATE -O1)
+endif()
 
 add_custom_command(
   TARGET peer
@@ -91,7 +101,4 @@ file(
 "
   @ONLY)
 
-# The prefix is the Python package's own directory.
-install(TARGETS peer LIBRARY DESTINATION lib)
-install(FILES csrc/peer.h "${CMAKE_CURRENT_BINARY_DIR}/generated/version.h" DESTINATION include/peer)
-install(FILES "${CMAKE_CURRENT_BINARY_DIR}/generated/_build_info.json" DESTINATION .)
+include(cmake/Package.cmake)

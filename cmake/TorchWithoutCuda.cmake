@@ -3,7 +3,7 @@
 #
 # In:   TORCH_DIR    the directory of the torch Python package; asked from PEER_PYTHON when empty
 # Out:  peer_torch   imported target
-#       TORCH_DIR, PEER_TORCH_VERSION (2.15.0+cu132), PEER_TORCH_MINOR (2.15), PEER_TORCH_CUDA (13.2, or empty)
+#       TORCH_DIR, PEER_TORCH_VERSION (2.15.0+cu132), PEER_TORCH_MINOR (2.15), PEER_TORCH_CUDA (13.2, or empty), cxx11_abi
 
 if(NOT TORCH_DIR)
   # find_spec locates the package without importing it, which would take seconds.

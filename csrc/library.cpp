@@ -2,7 +2,7 @@
 #include <torch/library.h>
 
 #include "ops/build_info.h"
-#include "peer.h"
+#include "peer/functional.h"
 
 TORCH_LIBRARY(peer, m) {
   m.def(

@@ -10,8 +10,8 @@ Example:
     torch.Size([3, 16])
 """
 
-from peer import _library, _vmap, functional, modules, optim, reference
-from peer._library import BinaryMismatchError
+from peer import _library, _vmap, convert, functional, modules, optim, reference
+from peer._library import BinaryMismatchError, cmake_prefix_path
 from peer.config import show_config
 from peer.memory import empty_huge, zeros_huge
 from peer.modules import PEER, ExpertPool, ProductKeyRouter, fold_query_norm_
@@ -25,6 +25,8 @@ __all__ = [
     "ProductKeyRouter",
     "UsageTracker",
     "__version__",
+    "cmake_prefix_path",
+    "convert",
     "empty_huge",
     "fold_query_norm_",
     "functional",

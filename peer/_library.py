@@ -21,6 +21,7 @@ from peer import _version
 __all__ = [
     "BinaryMismatchError",
     "build_info",
+    "cmake_prefix_path",
     "library_path",
     "load",
     "load_on_import",
@@ -28,6 +29,9 @@ __all__ = [
 ]
 
 _PACKAGE = Path(__file__).resolve().parent
+
+# Where CMake's find_package(peer) is to look, as torch.utils.cmake_prefix_path is for Torch.
+cmake_prefix_path = str(_PACKAGE / "share" / "cmake")
 
 
 class BinaryMismatchError(ImportError):

@@ -31,8 +31,8 @@ def product_key_topk(
     scores the one with the smaller pair (row rank, column rank) comes first, where a key's rank is
     its place among the keys of its half, by score and then by id.
 
-    Gradients flow to the query and to both halves of the keys. Forward-mode differentiation is not
-    implemented.
+    Gradients flow to the query and to both halves of the keys, and tangents from them to the
+    scores. The ids are constants of either mode.
 
     Args:
         query: (..., H, dim_key), the queries of H heads. dim_key is even.
@@ -127,8 +127,9 @@ def expert_mlp(
     than once counts each time. Sums are in float32, for float64 in float64, in an order that does
     not depend on the number of threads.
 
-    Gradients flow to x, the weights and the tables. Forward-mode differentiation is not
-    implemented.
+    Gradients flow to x, the weights and the tables, and tangents from them to the result. Forward
+    mode and derivatives of derivatives gather the retrieved rows, T * P * (D + O) numbers; the
+    function itself and its gradients do not.
 
     Args:
         x: (..., D), float32, bfloat16, float16 or float64.
@@ -152,7 +153,7 @@ def expert_mlp(
         TypeError: a dtype is not supported in its place.
         IndexError: an index is outside [0, N).
         NotImplementedError: sparse gradients are asked for while a graph is traced, or are
-            differentiated again.
+            differentiated again, in either mode.
         RuntimeError: the tensors are on different devices, or on one without an implementation.
 
     Source: arXiv 2407.04153, equations 3, 6 and 7.
@@ -195,7 +196,9 @@ def flatten_tokens(x: Tensor, weights: Tensor, indices: Tensor) -> tuple[Tensor,
     Raises:
         ValueError: a shape does not fit.
     """
-    if weights.shape != indices.shape:
+    # A trace takes sizes for tensors and would warn of every comparison.
+    is_checked = not torch.jit.is_tracing()  # type: ignore[attr-defined]
+    if is_checked and weights.shape != indices.shape:
         raise ValueError(
             f"peer::expert_mlp: expected weights of indices' shape {list(indices.shape)}, "
             f"got {list(weights.shape)}"
@@ -203,7 +206,7 @@ def flatten_tokens(x: Tensor, weights: Tensor, indices: Tensor) -> tuple[Tensor,
     if weights.dim() == x.dim() + 1:
         weights = weights.flatten(-2)
         indices = indices.flatten(-2)
-    if weights.dim() == 0 or weights.shape[:-1] != x.shape[:-1]:
+    if is_checked and (weights.dim() == 0 or weights.shape[:-1] != x.shape[:-1]):
         raise ValueError(
             f"peer::expert_mlp: expected weights of shape {list(x.shape[:-1])} + [experts per "
             f"token] or [heads, experts per head] to match x, got {list(weights.shape)}"

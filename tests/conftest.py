@@ -58,6 +58,16 @@ def two_threads() -> Iterator[None]:
     torch.set_num_threads(2)
 
 
+@pytest.fixture
+def no_slow_fallback() -> Iterator[None]:
+    """Where torch has no batching rule it loops over the samples of a vmap and warns, not always
+    through Python; here it raises."""
+    enabled = torch._C._functorch._is_vmap_fallback_enabled()
+    torch._C._functorch._set_vmap_fallback_enabled(False)
+    yield
+    torch._C._functorch._set_vmap_fallback_enabled(enabled)
+
+
 @pytest.fixture(params=[torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     """Each dtype that the operators take."""

@@ -5,7 +5,7 @@
 #include <sstream>
 
 #include "kernels/cpu/kernels.h"
-#include "version.h"
+#include "peer/version.h"
 
 namespace peer {
 

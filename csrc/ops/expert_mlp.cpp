@@ -3,7 +3,7 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 
 #include "ops/checks.h"
-#include "peer.h"
+#include "peer/functional.h"
 
 namespace peer {
 

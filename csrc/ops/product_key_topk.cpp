@@ -3,7 +3,7 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 
 #include "ops/checks.h"
-#include "peer.h"
+#include "peer/functional.h"
 
 namespace peer {
 
@@ -12,6 +12,18 @@ std::tuple<at::Tensor, at::Tensor> product_key_topk(const at::Tensor& query,
                                                     const at::Tensor& col_keys,
                                                     int64_t k) {
   return ops::product_key_topk(query, row_keys, col_keys, k);
+}
+
+at::Tensor router_weights(const at::Tensor& scores, std::string_view function) {
+  if (function == "softmax") {
+    return scores.softmax(-1);
+  }
+  if (function == "sigmoid") {
+    return scores.sigmoid();
+  }
+  TORCH_CHECK_VALUE(function == "relu", "router_weights: expected softmax, sigmoid or relu, got '",
+                    function, "'");
+  return scores.relu();
 }
 
 namespace ops {

@@ -112,15 +112,16 @@ class BatchQueryNorm(nn.BatchNorm1d):
         batches = self.num_batches_tracked
         if running_mean is None or running_var is None or batches is None:
             return
-        with torch.no_grad():
-            has_variance = count > 1.0
-            batches.add_(has_variance)
-            factor = 1.0 / batches.clamp(min=1).to(mean.dtype)
-            if self.momentum is not None:
-                factor = torch.full_like(factor, self.momentum)
-            unbiased = variance * (count / (count - 1.0).clamp(min=1.0))
-            _move_(running_mean, mean, factor, has_variance)
-            _move_(running_var, unbiased, factor, has_variance)
+        # Nothing here requires grad. A block under torch.no_grad() would say so too, but a program
+        # that was exported with one can be saved and not loaded.
+        has_variance = count > 1.0
+        batches.add_(has_variance)
+        factor = 1.0 / batches.clamp(min=1).to(mean.dtype)
+        if self.momentum is not None:
+            factor = torch.full_like(factor, self.momentum)
+        unbiased = variance * (count / (count - 1.0).clamp(min=1.0))
+        _move_(running_mean, mean, factor, has_variance)
+        _move_(running_var, unbiased, factor, has_variance)
 
 
 def _move_(running: Tensor, target: Tensor, factor: Tensor, is_moved: Tensor) -> None:

@@ -156,19 +156,9 @@ class ProductKeyRouter(nn.Module):
                 batch normalisation.
             TypeError: the mask is not bool.
         """
-        if x.dim() == 0 or x.shape[-1] != self.dim:
-            raise ValueError(f"expected x of shape [..., {self.dim}], got {list(x.shape)}")
-        if padding_mask is not None:
-            if padding_mask.dtype != torch.bool:
-                raise TypeError(
-                    f"expected padding_mask of dtype bool, True where padding, "
-                    f"got {padding_mask.dtype}"
-                )
-            if padding_mask.shape != x.shape[:-1]:
-                raise ValueError(
-                    f"expected padding_mask of shape {list(x.shape[:-1])} to match x, "
-                    f"got {list(padding_mask.shape)}"
-                )
+        # A trace takes sizes for tensors and would warn of every comparison.
+        if not torch.jit.is_tracing():  # type: ignore[attr-defined]
+            self._check(x, padding_mask)
         query = self.query(x).reshape(-1, self.heads * self.dim_key)
         if self.masks_padding and padding_mask is not None:
             query = self.norm(query, padding_mask.reshape(-1))
@@ -185,6 +175,21 @@ class ProductKeyRouter(nn.Module):
         shape[-1] = self.heads
         shape.append(self.num_experts_per_head)
         return weights.view(shape), indices.view(shape)
+
+    def _check(self, x: Tensor, padding_mask: Tensor | None) -> None:
+        if x.dim() == 0 or x.shape[-1] != self.dim:
+            raise ValueError(f"expected x of shape [..., {self.dim}], got {list(x.shape)}")
+        if padding_mask is not None:
+            if padding_mask.dtype != torch.bool:
+                raise TypeError(
+                    f"expected padding_mask of dtype bool, True where padding, "
+                    f"got {padding_mask.dtype}"
+                )
+            if padding_mask.shape != x.shape[:-1]:
+                raise ValueError(
+                    f"expected padding_mask of shape {list(x.shape[:-1])} to match x, "
+                    f"got {list(padding_mask.shape)}"
+                )
 
     def extra_repr(self) -> str:
         """The options, for `repr`."""

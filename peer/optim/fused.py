@@ -166,6 +166,14 @@ class _Experts(torch.autograd.Function):
         # Autograd drops the gradients that nobody asked for.
         return None, None, grad_x, grad_weights, None, None, None, None
 
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
+        raise NotImplementedError(
+            "a pool whose update is fused into its backward pass has no forward-mode derivative "
+            "while a graph is recorded; call it under torch.no_grad() or call remove() on what "
+            "fuse_into_backward returned"
+        )
+
 
 def _versions(tables: Iterable[Tensor | None]) -> list[int]:
     return [table._version for table in tables if table is not None]

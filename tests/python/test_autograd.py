@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.autograd import forward_ad, gradcheck, gradgradcheck
+from torch.autograd import gradcheck, gradgradcheck
 
 
 def expert_function(inputs, activation: str, sparse_grad: bool = False):
@@ -160,58 +160,6 @@ def test_retrieval_and_experts_together_pass_gradcheck(make_retrieval_inputs, ma
     arguments = (*retrieval, experts.x, experts.w_down, experts.w_up)
     assert gradcheck(layer, arguments)
     assert gradgradcheck(layer, arguments)
-
-
-def test_forward_mode_through_expert_mlp_is_refused_by_name(make_expert_inputs, glu):
-    inputs = make_expert_inputs(glu=glu)
-    function = expert_function(inputs, "gelu")
-    arguments = inputs.differentiable()
-    for position in range(len(arguments)):
-        with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="peer::expert_mlp"):
-            function(
-                *(
-                    forward_ad.make_dual(tensor, torch.ones_like(tensor))
-                    if i == position
-                    else tensor
-                    for i, tensor in enumerate(arguments)
-                )
-            )
-
-
-def test_forward_mode_through_product_key_topk_is_refused_by_name(make_retrieval_inputs):
-    inputs = make_retrieval_inputs()
-    for position in range(3):
-        with (
-            forward_ad.dual_level(),
-            pytest.raises(NotImplementedError, match="peer::product_key_topk"),
-        ):
-            torch.ops.peer.product_key_topk(
-                *(
-                    forward_ad.make_dual(tensor, torch.ones_like(tensor))
-                    if i == position
-                    else tensor
-                    for i, tensor in enumerate(inputs)
-                ),
-                4,
-            )
-
-
-def test_forward_mode_through_the_backward_operators_is_refused_by_name(
-    make_expert_inputs, make_retrieval_inputs
-):
-    experts = make_expert_inputs()
-    out, hidden, gate = torch.ops.peer.expert_mlp(*experts, "gelu", False)
-    retrieval = make_retrieval_inputs()
-    scores, indices = torch.ops.peer.product_key_topk(*retrieval, 4)
-    with forward_ad.dual_level():
-        with pytest.raises(NotImplementedError, match="peer::expert_mlp_backward"):
-            torch.ops.peer.expert_mlp_backward(
-                forward_ad.make_dual(out, out), *experts, hidden, gate, "gelu", False, [True] * 5
-            )
-        with pytest.raises(NotImplementedError, match="peer::product_key_topk_backward"):
-            torch.ops.peer.product_key_topk_backward(
-                forward_ad.make_dual(scores, scores), *retrieval, indices, [True] * 3
-            )
 
 
 def test_no_graph_is_recorded_without_need(make_expert_inputs, make_retrieval_inputs):

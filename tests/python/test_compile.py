@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 
 import pytest
 import torch
+from layers import OPTIONS, differing, draw, make_layer, step
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.checkpoint import checkpoint
+
+import peer
 
 # None equals another dimension: equal sizes in the first call would be one symbol.
 SIZES = (10, 19, 23)
@@ -175,3 +180,171 @@ def test_compiled_autograd_gives_the_gradients_of_eager(
         ours = run(*make())
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a.grad, b.grad)
+
+
+# --- the whole layer -----------------------------------------------------------------------------
+
+LENGTHS = (
+    7,
+    9,
+    13,
+)  # none equals a size of the layer, such as its heads: that may be another graph
+DENSE = [name for name in OPTIONS if name != "sparse"]
+
+
+def compile_copy(layer, backend="aot_eager", **options):
+    """A copy of the layer, what calls it compiled with its length marked, and the graph counter.
+
+    Where the length is not marked, the first one is a constant.
+    """
+    counter = CompileCounterWithBackend(backend)
+    ours = copy.deepcopy(layer)
+    compiled = torch.compile(ours, fullgraph=True, backend=counter, **options)
+
+    def call(x, padding_mask):
+        for tensor in (x,) if padding_mask is None else (x, padding_mask):
+            torch._dynamo.mark_dynamic(tensor, 1)
+        return compiled(x, padding_mask)
+
+    return ours, call, counter
+
+
+@pytest.mark.parametrize("name", DENSE)
+@pytest.mark.parametrize("training", [True, False], ids=["training-padded", "evaluation"])
+def test_a_layer_is_one_graph_for_all_lengths(name, training):
+    layer = make_layer(name).train(training)
+    ours, call, counter = compile_copy(layer)
+    for length in LENGTHS:
+        inputs = draw(layer, length, masked=training)
+        assert differing(step(ours, *inputs, call=call), step(layer, *inputs)) == []
+    assert counter.frame_count == 1
+
+
+def test_a_layer_trains_under_inductor():
+    layer = make_layer("gated")
+    ours, call, counter = compile_copy(layer, "inductor")
+    for length in LENGTHS:
+        inputs = draw(layer, length)
+        result, expected = step(ours, *inputs, call=call), step(layer, *inputs)
+        assert result.keys() == expected.keys()
+        for name, tensor in expected.items():
+            torch.testing.assert_close(result[name], tensor, rtol=1e-4, atol=1e-4)
+    assert counter.frame_count == 1
+
+
+def test_a_layer_with_a_folded_norm_infers_under_inductor():
+    layer = peer.fold_query_norm_(make_layer("bfloat16_tables").eval())
+    _, call, counter = compile_copy(layer, "inductor")
+    with torch.no_grad():
+        for length in LENGTHS:
+            inputs = draw(layer, length, masked=False)
+            torch.testing.assert_close(call(*inputs), layer(*inputs))
+    assert counter.frame_count == 1
+
+
+def test_lengths_are_dynamic_from_the_first_call_where_dynamic_is_asked_for():
+    layer = make_layer()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True)
+    for length in LENGTHS:  # a second graph would be an error
+        compiled(*draw(layer, length)).sum().backward()
+
+
+def test_lengths_are_dynamic_from_the_second_on_where_nothing_is_said():
+    layer = make_layer()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    with torch._dynamo.config.patch(error_on_recompile=False):
+        for length in LENGTHS[:2]:
+            compiled(*draw(layer, length)).sum().backward()
+    for length in *LENGTHS, 19, 23:
+        compiled(*draw(layer, length)).sum().backward()
+
+
+def test_each_mode_has_one_graph():
+    layer = make_layer()
+    ours, call, counter = compile_copy(layer)
+    with torch._dynamo.config.patch(error_on_recompile=False):
+        for training in True, False, True, False:
+            ours.train(training)
+            layer.train(training)
+            for length in LENGTHS[:2]:
+                inputs = draw(layer, length)
+                assert torch.equal(call(*inputs), layer(*inputs))
+    assert counter.frame_count == 2
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("name", ["paper", "layer", "bfloat16_tables"])
+def test_a_layer_compiles_under_autocast(name, training):
+    layer = make_layer(name).train(training)
+    ours, call, counter = compile_copy(layer)
+
+    def mixed(function):
+        def autocasting(x, padding_mask):
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                return function(x, padding_mask)
+
+        return autocasting
+
+    for length in LENGTHS[:2]:
+        inputs = draw(layer, length)
+        result = step(ours, *inputs, call=mixed(call))
+        assert result["out"].dtype == torch.bfloat16
+        assert differing(result, step(layer, *inputs, call=mixed(layer))) == []
+    assert counter.frame_count == 1
+
+
+def checkpointed(function):
+    """A call that computes again in the backward pass what that needs."""
+    return lambda x, padding_mask: checkpoint(function, x, padding_mask, use_reentrant=False)
+
+
+@pytest.mark.parametrize("name", ["paper", "layer", "bfloat16_tables"])
+def test_a_checkpoint_compiles_with_the_layer(name):
+    layer = make_layer(name)
+    ours = copy.deepcopy(layer)
+    call = torch.compile(checkpointed(ours), fullgraph=True, backend="aot_eager", dynamic=True)
+    for length in LENGTHS[:2]:
+        inputs = draw(layer, length)
+        assert differing(step(ours, *inputs, call=call), step(layer, *inputs)) == []
+
+
+def assert_a_checkpoint_around_it_keeps_the_gradients(layer, call, ours):
+    inputs = draw(layer, 7)
+    found = differing(step(ours, *inputs, call=checkpointed(call)), step(layer, *inputs))
+    # A checkpoint outside of a compiled graph runs the layer twice, and so do its statistics.
+    moved_twice = [f"router.norm.{name}" for name, _ in layer.router.norm.named_buffers()]
+    assert found == sorted(moved_twice)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_a_checkpoint_around_the_layer_keeps_its_gradients(name):
+    layer = make_layer(name)
+    ours = copy.deepcopy(layer)
+    assert_a_checkpoint_around_it_keeps_the_gradients(layer, ours, ours)
+
+
+@pytest.mark.parametrize("name", ["paper", "layer", "bfloat16_tables"])
+def test_a_checkpoint_around_the_compiled_layer_keeps_its_gradients(name):
+    layer = make_layer(name)
+    ours = copy.deepcopy(layer)
+    call = torch.compile(ours, fullgraph=True, backend="aot_eager")
+    assert_a_checkpoint_around_it_keeps_the_gradients(layer, call, ours)
+
+
+# Torch adds the traceback of the forward call in a warning of its own.
+@pytest.mark.filterwarnings("ignore:Error detected in Peer:UserWarning")
+def test_training_a_layer_with_sparse_gradients_is_refused_by_sentence():
+    layer = make_layer("sparse")
+    ours, call, _ = compile_copy(layer)
+    with pytest.raises(Exception, match=r"peer::expert_mlp: sparse_grad=True .*eager"):
+        step(ours, *draw(layer, 7), call=call)
+
+
+def test_a_layer_with_sparse_gradients_compiles_for_inference():
+    layer = make_layer("sparse").eval()
+    _, call, counter = compile_copy(layer)
+    with torch.no_grad():
+        for length in LENGTHS[:2]:
+            inputs = draw(layer, length)
+            assert torch.equal(call(*inputs), layer(*inputs))
+    assert counter.frame_count == 1

@@ -251,40 +251,6 @@ def test_examples_in_docstrings_hold(name: str):
     assert doctest.testmod(importlib.import_module(name)).failed == 0
 
 
-@pytest.mark.skipif(not (CHECKOUT / "README.md").exists(), reason="not in a checkout")
-def test_readme_s_example_runs():
-    class Block(torch.nn.Module):
-        def __init__(self, dim: int) -> None:
-            super().__init__()
-            self.mlp = torch.nn.Linear(dim, dim)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return x + self.mlp(x)
-
-    class Model(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.blocks = torch.nn.Sequential(*(Block(16) for _ in range(3)))
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.blocks(x)
-
-    examples = re.findall(
-        r"^```python\n(.*?)^```", (CHECKOUT / "README.md").read_text(), re.M | re.S
-    )
-    assert examples
-    torch.manual_seed(0)
-    x, y = torch.randn(4, 8, 16), torch.randn(4, 8, 16)
-    names = {"model": Model(), "dim": 16, "x": x, "y": y, "batches": [(x, y)]}
-    for example in examples:
-        exec(compile(example, "README.md", "exec"), names)
-    layer = names["model"].blocks[1].mlp
-    assert isinstance(layer, peer.PEER)
-    stepped = [p for optimizer in names["optimizers"] for p in optimizer.state]
-    assert {id(p) for p in stepped} == {id(p) for p in names["model"].parameters()}
-    assert {layer.experts.w_down, layer.experts.w_up} == set(names["optimizers"][1].state)
-
-
 class TestBuild:
     """What the build says, without building."""
 

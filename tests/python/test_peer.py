@@ -372,31 +372,6 @@ def test_num_experts_is_that_of_the_grid():
     assert make_layer().num_experts == 48
 
 
-@pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("glu", [True, False])
-@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
-def test_a_scripted_layer_gives_the_results_of_eager(norm, glu, training):
-    layer = make_layer(query_norm=norm, glu=glu).train(training)
-    scripted = torch.jit.script(copy.deepcopy(layer))
-    for arguments in draw_padded(), draw_padded()[:1]:
-        torch.testing.assert_close(scripted(*arguments), layer(*arguments))
-    scripted(*draw_padded()).sum().backward()
-    for name, tensor in layer.state_dict().items():
-        torch.testing.assert_close(scripted.state_dict()[name], tensor) if not training else None
-    assert scripted.experts.w_up.grad is not None
-
-
-def test_a_scripted_layer_moves_its_running_statistics():
-    layer = make_layer()
-    scripted = torch.jit.script(copy.deepcopy(layer))
-    for _ in range(3):
-        arguments = draw_padded()
-        scripted(*arguments)
-        layer(*arguments)
-    for name, tensor in layer.state_dict().items():
-        torch.testing.assert_close(scripted.state_dict()[name], tensor)
-
-
 def test_a_scripted_layer_follows_train_and_eval():
     layer = make_layer()
     scripted = torch.jit.script(copy.deepcopy(layer))
@@ -409,37 +384,6 @@ def test_a_scripted_layer_names_an_input_of_another_width():
     scripted = torch.jit.script(make_layer())
     with pytest.raises(torch.jit.Error, match=r"x of shape \[\.\.\., 10\], got \[2, 11\]"):
         scripted(torch.randn(2, 11))
-
-
-@pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
-@torch._dynamo.config.patch(error_on_recompile=True)
-def test_a_layer_compiles_to_one_graph_for_all_sizes(norm, training):
-    layer = make_layer(query_norm=norm).train(training)
-    compiled = torch.compile(
-        copy.deepcopy(layer), backend="aot_eager", fullgraph=True, dynamic=True
-    )
-    for length in 7, 9, 12:  # a second graph would be an error
-        x, mask = draw_padded(length=length)
-        ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
-        y, expected = compiled(ours, mask), layer(theirs, mask)
-        torch.testing.assert_close(y, expected)
-        y.square().sum().backward()
-        expected.square().sum().backward()
-        torch.testing.assert_close(ours.grad, theirs.grad)
-    for name, tensor in layer.state_dict().items():
-        torch.testing.assert_close(compiled.state_dict()[f"_orig_mod.{name}"], tensor)
-
-
-@pytest.mark.parametrize("norm", NORMS)
-def test_a_layer_exports_with_a_dynamic_number_of_tokens(norm):
-    layer = make_layer(query_norm=norm).eval()
-    length = torch.export.Dim("length", min=1)
-    shapes = ({1: length}, {1: length})
-    program = torch.export.export(layer, draw_padded(), dynamic_shapes=shapes).module()
-    for tokens in 1, 5, 20:
-        x, mask = torch.randn(4, tokens, 10), torch.zeros(4, tokens, dtype=torch.bool)
-        torch.testing.assert_close(program(x, mask), layer(x, mask))
 
 
 @pytest.mark.parametrize("norm", NORMS)

@@ -1,12 +1,15 @@
 // With q1, q2 the halves of a query, the score of expert (r, c) is <q1, row_keys[r]> + <q2,
 // col_keys[c]>: linear in the query and in the keys. So the backward operator is bilinear, and its
-// own derivative is made of the same operator and of dot products.
+// own derivative is made of the same operator and of dot products. Derivatives are those of the
+// scores of the experts that were retrieved; which ones these are has none.
 #include "ops/product_key_topk.h"
 
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
 #include "ops/autograd/saved.h"
+#include "ops/autograd/tangents.h"
+#include "ops/autograd/undefined_as_zero.h"
 
 namespace peer::ops::autograd {
 
@@ -17,15 +20,19 @@ Tensor key_positions(const Tensor& ids_in_half, const Tensor& keys) {
   if (keys.dim() == 2) {
     return ids_in_half.reshape(-1);
   }
-  const Tensor heads = at::arange(keys.size(0), ids_in_half.options()).view({1, -1, 1});
+  const Tensor heads = at::arange(keys.sym_size(0), ids_in_half.options()).view({1, -1, 1});
   return (ids_in_half + heads * keys.sym_size(1)).reshape(-1);
 }
 
-// <query_half, key> for the retrieved keys: (T, H, half), (…, half) -> (T, H, k).
+// <query_half, key> for the retrieved keys: (T, H, half), (…, half) -> (T, H, k). Undefined for
+// undefined keys.
 Tensor score_retrieved(const Tensor& query_half,
                        const Tensor& keys,
                        const Tensor& ids_in_half,
                        at::ScalarType type) {
+  if (!keys.defined()) {
+    return Tensor();
+  }
   const Tensor table = keys.reshape_symint({-1, keys.sym_size(-1)}).to(type);
   const Tensor retrieved = table.index_select(0, key_positions(ids_in_half, keys))
                                .reshape_symint({ids_in_half.sym_size(0), ids_in_half.sym_size(1),
@@ -33,19 +40,51 @@ Tensor score_retrieved(const Tensor& query_half,
   return (retrieved * query_half.to(type).unsqueeze(2)).sum(-1);
 }
 
-// The derivative of the scores in the direction (query', row_keys', col_keys'), where one factor is
-// the direction's and one is given.
-Tensor score_both_halves(const Tensor& query,
-                         const Tensor& row_keys,
-                         const Tensor& col_keys,
-                         const Tensor& indices,
-                         at::ScalarType type) {
-  const c10::SymInt half = row_keys.sym_size(-1);
-  const Tensor columns_per_row = at::scalar_tensor(col_keys.size(-2), indices.options());
+// A point, or a direction in which an undefined tensor is zero.
+struct QueryAndKeys {
+  Tensor query, row_keys, col_keys;
+};
+
+// The derivative of the retrieved scores in the direction.
+Tensor differentiate_scores(const QueryAndKeys& point,
+                            const QueryAndKeys& direction,
+                            const Tensor& indices,
+                            at::ScalarType type) {
+  const c10::SymInt half = point.row_keys.sym_size(-1);
+  const Tensor columns_per_row = at::scalar_tensor(point.col_keys.sym_size(-2), indices.options());
   const Tensor rows = at::div(indices, columns_per_row, "floor");
   const Tensor columns = indices - rows * columns_per_row;
-  return score_retrieved(query.narrow_symint(2, 0, half), row_keys, rows, type) +
-         score_retrieved(query.narrow_symint(2, half, half), col_keys, columns, type);
+  const auto score = [&](const Tensor& query, const Tensor& row_keys, const Tensor& col_keys) {
+    if (!query.defined()) {
+      return Tensor();
+    }
+    return sum(score_retrieved(query.narrow_symint(2, 0, half), row_keys, rows, type),
+               score_retrieved(query.narrow_symint(2, half, half), col_keys, columns, type));
+  };
+  return sum(score(direction.query, point.row_keys, point.col_keys),
+             score(point.query, direction.row_keys, direction.col_keys));
+}
+
+// The backward operator at grad_scores and the derivative of all else in the direction. The
+// gradient of the query depends on the keys alone, and theirs on the query.
+std::tuple<Tensor, Tensor, Tensor> differentiate_gradients(const Tensor& grad_scores,
+                                                           const QueryAndKeys& point,
+                                                           const QueryAndKeys& direction,
+                                                           const Tensor& indices,
+                                                           std::array<bool, 3> wanted) {
+  const auto [query, row_keys, col_keys] = direction;
+  wanted[0] = wanted[0] && (row_keys.defined() || col_keys.defined());
+  wanted[1] = wanted[1] && query.defined();
+  wanted[2] = wanted[2] && query.defined();
+  if (!grad_scores.defined() || wanted == std::array<bool, 3>{}) {
+    return {};
+  }
+  const auto or_zeros = [](const Tensor& tensor, const Tensor& like) {
+    return tensor.defined() ? tensor : at::zeros_like(like);
+  };
+  return product_key_topk_backward(grad_scores, or_zeros(query, point.query),
+                                   or_zeros(row_keys, point.row_keys),
+                                   or_zeros(col_keys, point.col_keys), indices, wanted);
 }
 
 struct ProductKeyTopkDoubleBackward : SavingNode {
@@ -56,33 +95,19 @@ struct ProductKeyTopkDoubleBackward : SavingNode {
     return {&grad_scores_, &query_, &row_keys_, &col_keys_, &indices_};
   }
 
-  variable_list apply(variable_list&& directions) override {
-    variable_list grads(4);
-    if (!directions[0].defined() && !directions[1].defined() && !directions[2].defined()) {
-      return grads;
-    }
-    const Tensor grad_scores = grad_scores_.unpack(), query = query_.unpack(),
-                 row_keys = row_keys_.unpack(), col_keys = col_keys_.unpack(),
-                 indices = indices_.unpack();
-    const auto or_zeros = [](const Tensor& direction, const Tensor& like) {
-      return direction.defined() ? direction : at::zeros_like(like);
-    };
-    const Tensor query_direction = or_zeros(directions[0], query);
-    const Tensor row_direction = or_zeros(directions[1], row_keys);
-    const Tensor column_direction = or_zeros(directions[2], col_keys);
-    if (task_should_compute_output(0)) {
-      const at::ScalarType type = grad_scores.scalar_type();
-      grads[0] = score_both_halves(query_direction, row_keys, col_keys, indices, type) +
-                 score_both_halves(query, row_direction, column_direction, indices, type);
-    }
-    const std::array<bool, 3> wanted = {task_should_compute_output(1),
-                                        task_should_compute_output(2),
-                                        task_should_compute_output(3)};
-    if (wanted[0] || wanted[1] || wanted[2]) {
-      std::tie(grads[1], grads[2], grads[3]) = product_key_topk_backward(
-          grad_scores, query_direction, row_direction, column_direction, indices, wanted);
-    }
-    return grads;
+  variable_list apply(variable_list&& grads) override {
+    const Tensor grad_scores = grad_scores_.unpack(), indices = indices_.unpack();
+    const QueryAndKeys point = {query_.unpack(), row_keys_.unpack(), col_keys_.unpack()};
+    const QueryAndKeys direction = {grads[0], grads[1], grads[2]};
+    const Tensor of_grad_scores =
+        task_should_compute_output(0)
+            ? differentiate_scores(point, direction, indices, grad_scores.scalar_type())
+            : Tensor();
+    const auto [of_query, of_row_keys, of_col_keys] =
+        differentiate_gradients(grad_scores, point, direction, indices,
+                                {task_should_compute_output(1), task_should_compute_output(2),
+                                 task_should_compute_output(3)});
+    return {of_grad_scores, of_query, of_row_keys, of_col_keys};
   }
 };
 
@@ -110,7 +135,6 @@ std::tuple<Tensor, Tensor> product_key_topk_autograd(c10::DispatchKeySet keys,
                                                      const Tensor& row_keys,
                                                      const Tensor& col_keys,
                                                      int64_t k) {
-  refuse_forward_mode("product_key_topk", query, row_keys, col_keys);
   NodePtr<ProductKeyTopkBackwardNode> node;
   if (torch::autograd::compute_requires_grad(query, row_keys, col_keys)) {
     node = make_node<ProductKeyTopkBackwardNode>();
@@ -128,6 +152,11 @@ std::tuple<Tensor, Tensor> product_key_topk_autograd(c10::DispatchKeySet keys,
     torch::autograd::set_history(scores, node);
     node->indices_ = SavedVariable(indices, false);
   }
+  if (any_has_tangent(query, row_keys, col_keys)) {
+    set_tangent(scores, differentiate_scores(primals_of<QueryAndKeys>(query, row_keys, col_keys),
+                                             tangents_of<QueryAndKeys>(query, row_keys, col_keys),
+                                             indices, scores.scalar_type()));
+  }
   return {scores, indices};
 }
 
@@ -139,7 +168,6 @@ std::tuple<Tensor, Tensor, Tensor> product_key_topk_backward_autograd(
     const Tensor& col_keys,
     const Tensor& indices,
     std::array<bool, 3> output_mask) {
-  refuse_forward_mode("product_key_topk_backward", grad_scores, query, row_keys, col_keys);
   NodePtr<ProductKeyTopkDoubleBackward> node;
   if (torch::autograd::compute_requires_grad(grad_scores, query, row_keys, col_keys)) {
     node = make_node<ProductKeyTopkDoubleBackward>();
@@ -158,6 +186,20 @@ std::tuple<Tensor, Tensor, Tensor> product_key_topk_backward_autograd(
   }();
   if (node) {
     torch::autograd::set_history(variable_list{grad_query, grad_row_keys, grad_col_keys}, node);
+  }
+  if (any_has_tangent(grad_scores, query, row_keys, col_keys)) {
+    const auto point = primals_of<QueryAndKeys>(query, row_keys, col_keys);
+    const auto [query_t, row_t, col_t] = differentiate_gradients(
+        primal_of(grad_scores), point, tangents_of<QueryAndKeys>(query, row_keys, col_keys),
+        indices, output_mask);
+    std::tuple<Tensor, Tensor, Tensor> linear;
+    if (const Tensor tangent = tangent_of(grad_scores); tangent.defined()) {
+      linear = product_key_topk_backward(tangent, point.query, point.row_keys, point.col_keys,
+                                         indices, output_mask);
+    }
+    set_tangent(grad_query, sum(query_t, std::get<0>(linear)));
+    set_tangent(grad_row_keys, sum(row_t, std::get<1>(linear)));
+    set_tangent(grad_col_keys, sum(col_t, std::get<2>(linear)));
   }
   return {grad_query, grad_row_keys, grad_col_keys};
 }

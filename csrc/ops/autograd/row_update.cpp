@@ -4,6 +4,8 @@
 #include <torch/csrc/autograd/VariableTypeUtils.h>
 #include <torch/library.h>
 
+#include "ops/autograd/tangents.h"
+
 namespace peer::ops::autograd {
 
 namespace {
@@ -18,14 +20,19 @@ void redispatch(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::
 void refuse_gradients(const c10::OperatorHandle& op,
                       c10::DispatchKeySet keys,
                       torch::jit::Stack* stack) {
-  if (at::GradMode::is_enabled()) {
-    const auto& arguments = op.schema().arguments();
-    const auto values = torch::jit::last(*stack, arguments.size());
-    for (size_t i = 0; i < arguments.size(); ++i) {
-      TORCH_CHECK(!values[i].isTensor() || !values[i].toTensor().requires_grad(),
-                  op.schema().name(), ": has no derivative, but ", arguments[i].name(),
-                  " requires grad; call it under torch.no_grad()");
+  const auto& arguments = op.schema().arguments();
+  const auto values = torch::jit::last(*stack, arguments.size());
+  for (size_t i = 0; i < arguments.size(); ++i) {
+    if (!values[i].isTensor()) {
+      continue;
     }
+    const at::Tensor& tensor = values[i].toTensor();
+    TORCH_CHECK(!at::GradMode::is_enabled() || !tensor.requires_grad(), op.schema().name(),
+                ": has no derivative, but ", arguments[i].name(),
+                " requires grad; call it under torch.no_grad()");
+    TORCH_CHECK_NOT_IMPLEMENTED(!any_has_tangent(tensor), op.schema().name(),
+                                ": has no derivative, but ", arguments[i].name(),
+                                " has a tangent; pass ", arguments[i].name(), ".detach()");
   }
   redispatch<at::AutoDispatchBelowAutograd>(op, keys & c10::after_autograd_keyset, stack);
 }

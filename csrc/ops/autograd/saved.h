@@ -63,10 +63,4 @@ class SavingNode : public Node {
   }
 };
 
-template <class... Tensors>
-void refuse_forward_mode(const char* op, const Tensors&... tensors) {
-  TORCH_CHECK_NOT_IMPLEMENTED((!torch::autograd::isFwGradDefined(tensors) && ...), "peer::", op,
-                              ": forward-mode AD is not implemented");
-}
-
 }  // namespace peer::ops::autograd

@@ -11,7 +11,7 @@
 #include <mutex>
 #include <vector>
 
-#include "peer.h"
+#include "peer/functional.h"
 
 namespace peer::ops::cpu {
 

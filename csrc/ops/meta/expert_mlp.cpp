@@ -46,7 +46,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> expert_mlp_backward_meta(
       !(sparse_grad && (output_mask[kGradDown] || output_mask[kGradUp] || output_mask[kGradGate])),
       "peer::expert_mlp: sparse_grad=True works in eager mode only, because the number of "
       "retrieved experts is not "
-      "known when a graph is traced; use sparse_grad=False with torch.compile and torch.export");
+      "known when a graph is traced; use sparse_grad=False with torch.compile");
   const auto like = [](bool is_wanted, const Tensor& tensor) {
     return is_wanted ? at::empty_symint(tensor.sym_sizes(), tensor.options()) : Tensor();
   };

@@ -4,14 +4,12 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <peer/export.h>
 
 #include <cstdint>
 #include <optional>
 #include <string_view>
 #include <tuple>
-
-// The library hides everything but what is declared with this.
-#define PEER_API __attribute__((visibility("default")))
 
 namespace peer {
 
@@ -27,6 +25,10 @@ PEER_API std::tuple<at::Tensor, at::Tensor> product_key_topk(const at::Tensor& q
                                                              const at::Tensor& row_keys,
                                                              const at::Tensor& col_keys,
                                                              int64_t k);
+
+// From the scores of the retrieved experts (..., k) to their weights, of the same shape and dtype:
+// "softmax" over the k of a head, or "sigmoid" or "relu" of each.
+PEER_API at::Tensor router_weights(const at::Tensor& scores, std::string_view function = "softmax");
 
 // The weighted sum of the retrieved experts:  out[t] = Σ_p weights[t, p]·act(<x[t],
 // w_down[e]>)·w_up[e],  e = indices[t, p]; with w_gate, each term is multiplied by <x[t],

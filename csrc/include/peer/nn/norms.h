@@ -1,0 +1,64 @@
+#pragma once
+
+#include <peer/export.h>
+#include <torch/nn/cloneable.h>
+#include <torch/nn/modules/common.h>
+#include <torch/nn/modules/container/any.h>
+#include <torch/nn/pimpl.h>
+
+#include <optional>
+#include <string>
+
+namespace peer::nn {
+
+// Options of QueryNorm for H = heads queries of width dim_key.
+struct PEER_API QueryNormOptions {
+  QueryNormOptions(std::optional<std::string> kind, int64_t heads, int64_t dim_key);
+
+  // "batch", "layer", "rms", or none for the identity.
+  TORCH_ARG(std::optional<std::string>, kind);
+  TORCH_ARG(int64_t, heads);
+  TORCH_ARG(int64_t, dim_key);
+  // Added to the variance, or to the mean square.
+  TORCH_ARG(double, eps) = 1e-5;
+  // "batch": how far the running statistics move; none lets them be the average of all batches.
+  TORCH_ARG(std::optional<double>, momentum) = 0.1;
+  TORCH_ARG(std::optional<torch::Device>, device);
+  TORCH_ARG(std::optional<torch::Dtype>, dtype);
+};
+
+// Normalisation of queries (T, H·dim_key): of each feature over the tokens ("batch"), or of each
+// head's query ("layer", "rms"). Has a weight for every feature, except of the identity.
+//
+// "batch" leaves padding out of its statistics; in evaluation it uses the running ones.
+//
+// State: weight, bias (not "rms"), and of "batch" running_mean, running_var, num_batches_tracked.
+class PEER_API QueryNormImpl : public torch::nn::Cloneable<QueryNormImpl> {
+ public:
+  explicit QueryNormImpl(const QueryNormOptions& options);
+
+  void reset() override;
+  void reset_parameters();
+  void pretty_print(std::ostream& stream) const override;
+
+  // padding_mask: (T,) bool, true for tokens that are padding; for "batch" only.
+  torch::Tensor forward(const torch::Tensor& query, const torch::Tensor& padding_mask = {});
+
+  QueryNormOptions options;
+  torch::Tensor weight, bias;
+  torch::Tensor running_mean, running_var, num_batches_tracked;
+
+ protected:
+  FORWARD_HAS_DEFAULT_ARGS({1, torch::nn::AnyValue(torch::Tensor())})
+
+ private:
+  torch::Tensor normalise_batch(const torch::Tensor& query);
+  torch::Tensor normalise_unpadded(const torch::Tensor& query, const torch::Tensor& padding_mask);
+  void move_running_statistics(const torch::Tensor& mean,
+                               const torch::Tensor& variance,
+                               const torch::Tensor& count);
+};
+
+TORCH_MODULE(QueryNorm);
+
+}  // namespace peer::nn

@@ -1,0 +1,100 @@
+#pragma once
+
+#include <peer/export.h>
+#include <peer/nn/experts.h>
+#include <peer/nn/grid.h>
+#include <peer/nn/router.h>
+#include <torch/nn/cloneable.h>
+#include <torch/nn/modules/common.h>
+#include <torch/nn/modules/container/any.h>
+#include <torch/nn/pimpl.h>
+
+#include <optional>
+#include <string>
+
+namespace peer::nn {
+
+// Options of PEER, those of its router and of its pool in one; the defaults are the paper's layer.
+struct PEER_API PEEROptions {
+  explicit PEEROptions(int64_t dim) : dim_(dim) {}
+
+  // Input width.
+  TORCH_ARG(int64_t, dim);
+  // N, a perfect square, or the grid {rows, columns}.
+  TORCH_ARG(Grid, num_experts) = int64_t{1024} * 1024;
+  // H.
+  TORCH_ARG(int64_t, heads) = 8;
+  // K, at most N.
+  TORCH_ARG(int64_t, num_experts_per_head) = 16;
+  // Query width per head, even.
+  TORCH_ARG(int64_t, dim_key) = 256;
+  // Output width, dim unless given.
+  TORCH_ARG(std::optional<int64_t>, dim_out);
+  // Of the experts: "gelu" (by erf), "gelu_tanh", "relu", "silu", "identity" or "relu2".
+  TORCH_ARG(std::string, activation) = "gelu";
+  // Whether the experts have a linear gate, a third table.
+  TORCH_ARG(bool, glu) = false;
+  // From the K scores of a head to weights: "softmax", "sigmoid" or "relu".
+  TORCH_ARG(std::string, scores) = "softmax";
+  // "batch", "layer", "rms", or none.
+  TORCH_ARG(std::optional<std::string>, query_norm) = "batch";
+  // Whether the query network has a bias before the normalisation.
+  TORCH_ARG(bool, query_bias) = false;
+  // Whether all heads use the same keys.
+  TORCH_ARG(bool, share_keys) = true;
+  // Probability with which, in training, a retrieved expert is left out for a token.
+  TORCH_ARG(double, dropout) = 0.0;
+  // Whether the tables get coalesced sparse gradients.
+  TORCH_ARG(bool, sparse_grad) = false;
+  // Whether w_up starts at zero, so that the layer's output does.
+  TORCH_ARG(bool, zero_init_out) = false;
+  TORCH_ARG(std::optional<torch::Device>, device);
+  TORCH_ARG(std::optional<torch::Dtype>, dtype);
+
+ public:
+  // The share of each part.
+  ProductKeyRouterOptions router() const;
+  ExpertPoolOptions experts() const;
+};
+
+// Parameter Efficient Expert Retrieval, a feed-forward layer with a million tiny experts: Python's
+// peer.PEER. Each of H heads retrieves K of N experts for a token x and weighs them by their
+// scores:
+//
+//   y = Σ_h Σ_p g_hp(x)·act(<x, w_down[e_hp]>)·w_up[e_hp]
+//
+// With the same options and the same seed it starts with the same parameters as Python's, bit by
+// bit, and its state has the same names: those of router and experts, with these prefixes.
+//
+//   peer::nn::PEER layer(peer::nn::PEEROptions(512).num_experts(1024 * 1024));
+//   torch::Tensor y = layer(x);  // x (..., 512)
+class PEER_API PEERImpl : public torch::nn::Cloneable<PEERImpl> {
+ public:
+  explicit PEERImpl(int64_t dim) : PEERImpl(PEEROptions(dim)) {}
+  explicit PEERImpl(const PEEROptions& options);
+  // Of a given router and pool; several layers may share one pool.
+  PEERImpl(ProductKeyRouter router, ExpertPool experts, double dropout = 0.0);
+
+  void reset() override;
+  void reset_parameters();
+  void pretty_print(std::ostream& stream) const override;
+
+  // (..., dim_out) in x's dtype, for x (..., dim).
+  //
+  // padding_mask: (...) bool, true for tokens that are padding. They get outputs like the others,
+  // but do not enter the statistics of batch normalisation.
+  torch::Tensor forward(const torch::Tensor& x, const torch::Tensor& padding_mask = {});
+
+  int64_t num_experts() const { return experts->options.num_experts(); }
+
+  ProductKeyRouter router = nullptr;
+  ExpertPool experts = nullptr;
+  double dropout;
+
+ protected:
+  FORWARD_HAS_DEFAULT_ARGS({1, torch::nn::AnyValue(torch::Tensor())})
+};
+
+TORCH_MODULE(PEER);
+
+}  // namespace peer::nn

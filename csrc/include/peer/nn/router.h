@@ -1,0 +1,94 @@
+#pragma once
+
+#include <peer/export.h>
+#include <peer/nn/grid.h>
+#include <peer/nn/norms.h>
+#include <torch/nn/cloneable.h>
+#include <torch/nn/modules/common.h>
+#include <torch/nn/modules/container/any.h>
+#include <torch/nn/pimpl.h>
+
+#include <optional>
+#include <string>
+#include <tuple>
+
+namespace peer::nn {
+
+// Options of ProductKeyRouter; the defaults are the paper's.
+struct PEER_API ProductKeyRouterOptions {
+  explicit ProductKeyRouterOptions(int64_t dim) : dim_(dim) {}
+
+  // Input width.
+  TORCH_ARG(int64_t, dim);
+  // N, a perfect square, or the grid {rows, columns}.
+  TORCH_ARG(Grid, num_experts) = int64_t{1024} * 1024;
+  // H, the independent query networks.
+  TORCH_ARG(int64_t, heads) = 8;
+  // K, at most N.
+  TORCH_ARG(int64_t, num_experts_per_head) = 16;
+  // Query width per head, even. One half scores the rows, the other the columns.
+  TORCH_ARG(int64_t, dim_key) = 256;
+  // From the K scores of a head to weights: "softmax", "sigmoid" or "relu".
+  TORCH_ARG(std::string, scores) = "softmax";
+  // "batch", "layer", "rms", or none.
+  TORCH_ARG(std::optional<std::string>, query_norm) = "batch";
+  // Whether the query network has a bias before the normalisation.
+  TORCH_ARG(bool, query_bias) = false;
+  // Whether all heads use the same keys.
+  TORCH_ARG(bool, share_keys) = true;
+  TORCH_ARG(std::optional<torch::Device>, device);
+  TORCH_ARG(std::optional<torch::Dtype>, dtype);
+};
+
+// The linear map from tokens to the queries of all heads.
+//
+// State: weight (H·dim_key, dim) and, if asked for, bias (H·dim_key).
+class PEER_API QueryNetworkImpl : public torch::nn::Cloneable<QueryNetworkImpl> {
+ public:
+  explicit QueryNetworkImpl(const ProductKeyRouterOptions& options);
+
+  void reset() override;
+  void reset_parameters();
+  void pretty_print(std::ostream& stream) const override;
+  torch::Tensor forward(const torch::Tensor& x);
+
+  ProductKeyRouterOptions options;
+  torch::Tensor weight, bias;
+};
+
+TORCH_MODULE(QueryNetwork);
+
+// Retrieves experts for tokens by product keys: Python's peer.ProductKeyRouter.
+//
+// State: query.weight, query.bias, norm.*, row_keys (R, dim_key/2), col_keys (C, dim_key/2); keys
+// that are not shared have a leading H.
+class PEER_API ProductKeyRouterImpl : public torch::nn::Cloneable<ProductKeyRouterImpl> {
+ public:
+  explicit ProductKeyRouterImpl(const ProductKeyRouterOptions& options);
+
+  void reset() override;
+  void reset_parameters();
+  void pretty_print(std::ostream& stream) const override;
+
+  // Weights (..., H, K) and the ids of the experts (..., H, K), int64, for x (..., dim).
+  //
+  // padding_mask: (...) bool, true for tokens that are padding. They are routed like the others,
+  // but do not enter the statistics of batch normalisation.
+  std::tuple<torch::Tensor, torch::Tensor> forward(const torch::Tensor& x,
+                                                   const torch::Tensor& padding_mask = {});
+
+  ProductKeyRouterOptions options;
+  QueryNetwork query = nullptr;
+  QueryNorm norm = nullptr;
+  torch::Tensor row_keys, col_keys;
+
+ protected:
+  FORWARD_HAS_DEFAULT_ARGS({1, torch::nn::AnyValue(torch::Tensor())})
+
+ private:
+  void reset_keys();
+};
+
+TORCH_MODULE(ProductKeyRouter);
+
+}  // namespace peer::nn

@@ -1,0 +1,22 @@
+// Files of parameters and buffers by name, as Python's `torch.save(module.state_dict(), path)`
+// writes and `torch.load(path, weights_only=True)` reads them.
+#pragma once
+
+#include <peer/export.h>
+#include <torch/nn/module.h>
+
+#include <string>
+
+namespace peer {
+
+// Writes the state of a module: one dictionary from names to tensors.
+PEER_API void save_state_dict(const torch::nn::Module& module, const std::string& path);
+
+// Reads a state into a module that was built with the options of the one it was saved from.
+//
+// Throws c10::Error, and leaves the module as it was, where the file is damaged or holds anything
+// but tensors by name, and where a name is missing or not the module's, or a shape differs; the
+// message names all of them. Values of another dtype are converted.
+PEER_API void load_state_dict(torch::nn::Module& module, const std::string& path);
+
+}  // namespace peer

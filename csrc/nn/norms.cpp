@@ -1,0 +1,139 @@
+#include "peer/nn/norms.h"
+
+#include <torch/nn/functional/batchnorm.h>
+#include <torch/nn/init.h>
+
+#include <ostream>
+
+#include "nn/factory.h"
+
+namespace peer::nn {
+
+using torch::Tensor;
+
+namespace {
+
+void move(const Tensor& running,
+          const Tensor& target,
+          const Tensor& factor,
+          const Tensor& is_moved) {
+  running.copy_(torch::where(is_moved, running + factor * (target - running), running));
+}
+
+}  // namespace
+
+QueryNormOptions::QueryNormOptions(std::optional<std::string> kind, int64_t heads, int64_t dim_key)
+    : kind_(std::move(kind)), heads_(heads), dim_key_(dim_key) {
+  TORCH_CHECK_VALUE(!kind_ || *kind_ == "batch" || *kind_ == "layer" || *kind_ == "rms",
+                    "expected query_norm to be one of 'batch', 'layer', 'rms' or none, got '",
+                    *kind_, "'");
+}
+
+QueryNormImpl::QueryNormImpl(const QueryNormOptions& options) : options(options) { reset(); }
+
+void QueryNormImpl::reset() {
+  if (!options.kind()) {
+    return;
+  }
+  const int64_t features = options.heads() * options.dim_key();
+  const auto made_with = factory(options);
+  weight = register_parameter("weight", torch::empty({features}, made_with));
+  if (options.kind() != "rms") {
+    bias = register_parameter("bias", torch::empty({features}, made_with));
+  }
+  if (options.kind() == "batch") {
+    running_mean = register_buffer("running_mean", torch::zeros({features}, made_with));
+    running_var = register_buffer("running_var", torch::ones({features}, made_with));
+    num_batches_tracked =
+        register_buffer("num_batches_tracked", torch::zeros({}, made_with.dtype(torch::kLong)));
+  }
+  reset_parameters();
+}
+
+void QueryNormImpl::reset_parameters() {
+  torch::NoGradGuard no_grad;
+  if (weight.defined()) {
+    weight.fill_(1.0);
+  }
+  if (bias.defined()) {
+    bias.zero_();
+  }
+  if (running_mean.defined()) {
+    running_mean.zero_();
+    running_var.fill_(1.0);
+    num_batches_tracked.zero_();
+  }
+}
+
+void QueryNormImpl::pretty_print(std::ostream& stream) const {
+  stream << "peer::nn::QueryNorm(kind=" << options.kind().value_or("none")
+         << ", heads=" << options.heads() << ", dim_key=" << options.dim_key()
+         << ", eps=" << options.eps() << ")";
+}
+
+Tensor QueryNormImpl::forward(const Tensor& query, const Tensor& padding_mask) {
+  if (!options.kind()) {
+    return query;
+  }
+  if (options.kind() == "batch") {
+    return is_training() && padding_mask.defined() ? normalise_unpadded(query, padding_mask)
+                                                   : normalise_batch(query);
+  }
+  const Tensor per_head = query.view({-1, options.heads(), options.dim_key()});
+  if (options.kind() == "layer") {
+    const Tensor normed = torch::layer_norm(per_head, {options.dim_key()}, {}, {}, options.eps());
+    return normed.flatten(-2) * weight + bias;
+  }
+  return torch::rms_norm(per_head, {options.dim_key()}, {}, options.eps()).flatten(-2) * weight;
+}
+
+Tensor QueryNormImpl::normalise_batch(const Tensor& query) {
+  double factor = 0.0;
+  if (is_training()) {
+    num_batches_tracked.add_(1);
+    factor = options.momentum() ? *options.momentum()
+                                : 1.0 / static_cast<double>(num_batches_tracked.item<int64_t>());
+  }
+  // Not torch::nn::BatchNorm1d, whose state is not open to a mask.
+  return torch::nn::functional::batch_norm(query, running_mean, running_var,
+                                           torch::nn::functional::BatchNormFuncOptions()
+                                               .weight(weight)
+                                               .bias(bias)
+                                               .training(is_training())
+                                               .momentum(factor)
+                                               .eps(options.eps()));
+}
+
+Tensor QueryNormImpl::normalise_unpadded(const Tensor& query, const Tensor& padding_mask) {
+  // Sums with padding filled by zeros: shapes do not depend on the mask, and what stands in the
+  // padding, NaN included, cannot reach the statistics.
+  const bool is_narrow =
+      query.scalar_type() == torch::kHalf || query.scalar_type() == torch::kBFloat16;
+  const Tensor values = is_narrow ? query.to(torch::kFloat) : query;
+  const Tensor padding = padding_mask.unsqueeze(-1);
+  const Tensor count = padding_mask.logical_not().sum().to(values.scalar_type());
+  const Tensor divisor = count.clamp_min(1.0);
+  const Tensor mean = values.masked_fill(padding, 0.0).sum(0) / divisor;
+  const Tensor deviation = values - mean;
+  const Tensor variance = deviation.masked_fill(padding, 0.0).square().sum(0) / divisor;
+  move_running_statistics(mean.detach(), variance.detach(), count);
+  const Tensor normed = deviation * (variance + options.eps()).rsqrt() * weight + bias;
+  return normed.to(query.scalar_type());
+}
+
+void QueryNormImpl::move_running_statistics(const Tensor& mean,
+                                            const Tensor& variance,
+                                            const Tensor& count) {
+  torch::NoGradGuard no_grad;
+  const Tensor has_variance = count > 1.0;
+  num_batches_tracked.add_(has_variance);
+  Tensor factor = num_batches_tracked.clamp_min(1).to(mean.scalar_type()).reciprocal();
+  if (options.momentum()) {
+    factor = torch::full_like(factor, *options.momentum());
+  }
+  const Tensor unbiased = variance * (count / (count - 1.0).clamp_min(1.0));
+  move(running_mean, mean, factor, has_variance);
+  move(running_var, unbiased, factor, has_variance);
+}
+
+}  // namespace peer::nn

@@ -1,0 +1,145 @@
+#include "peer/nn/router.h"
+
+#include <torch/nn/functional/linear.h>
+#include <torch/nn/init.h>
+
+#include <cmath>
+#include <ostream>
+
+#include "nn/factory.h"
+#include "peer/functional.h"
+
+namespace peer::nn {
+
+using torch::Tensor;
+
+namespace {
+
+void check(const ProductKeyRouterOptions& options) {
+  TORCH_CHECK_VALUE(options.dim() >= 1, "expected dim to be positive, got ", options.dim());
+  TORCH_CHECK_VALUE(options.heads() >= 1, "expected heads to be positive, got ", options.heads());
+  TORCH_CHECK_VALUE(
+      options.dim_key() >= 2 && options.dim_key() % 2 == 0,
+      "expected an even dim_key, because its halves score the rows and the columns, got ",
+      options.dim_key());
+  const int64_t num_experts = options.num_experts().num_experts();
+  TORCH_CHECK_VALUE(
+      options.num_experts_per_head() >= 1 && options.num_experts_per_head() <= num_experts,
+      "expected num_experts_per_head between 1 and the number of experts ", num_experts, ", got ",
+      options.num_experts_per_head());
+  TORCH_CHECK_VALUE(
+      options.scores() == "softmax" || options.scores() == "sigmoid" || options.scores() == "relu",
+      "expected scores to be one of 'softmax', 'sigmoid', 'relu', got '", options.scores(), "'");
+  TORCH_CHECK_VALUE(options.scores() != "softmax" || options.num_experts_per_head() > 1,
+                    "softmax over one expert per head is 1 whatever its score, so the router "
+                    "would get no gradient: use scores 'sigmoid' or 'relu', or "
+                    "num_experts_per_head > 1");
+}
+
+QueryNormOptions norm_options(const ProductKeyRouterOptions& options) {
+  return QueryNormOptions(options.query_norm(), options.heads(), options.dim_key())
+      .device(options.device())
+      .dtype(options.dtype());
+}
+
+std::vector<int64_t> with_last(at::IntArrayRef sizes, std::initializer_list<int64_t> last) {
+  std::vector<int64_t> result(sizes.begin(), sizes.end() - 1);
+  result.insert(result.end(), last);
+  return result;
+}
+
+}  // namespace
+
+QueryNetworkImpl::QueryNetworkImpl(const ProductKeyRouterOptions& options) : options(options) {
+  reset();
+}
+
+void QueryNetworkImpl::reset() {
+  const int64_t features = options.heads() * options.dim_key();
+  weight = register_parameter("weight", torch::empty({features, options.dim()}, factory(options)));
+  bias = options.query_bias()
+             ? register_parameter("bias", torch::empty({features}, factory(options)))
+             : register_parameter("bias", Tensor(), /*requires_grad=*/false);
+  reset_parameters();
+}
+
+void QueryNetworkImpl::reset_parameters() {
+  torch::nn::init::kaiming_uniform_(weight, std::sqrt(5.0));
+  if (bias.defined()) {
+    const double bound = 1.0 / std::sqrt(static_cast<double>(options.dim()));
+    torch::nn::init::uniform_(bias, -bound, bound);
+  }
+}
+
+void QueryNetworkImpl::pretty_print(std::ostream& stream) const {
+  stream << "peer::nn::QueryNetwork(" << options.dim() << ", "
+         << options.heads() * options.dim_key() << ", bias=" << std::boolalpha
+         << options.query_bias() << ")";
+}
+
+Tensor QueryNetworkImpl::forward(const Tensor& x) {
+  return torch::nn::functional::linear(x, weight, bias);
+}
+
+ProductKeyRouterImpl::ProductKeyRouterImpl(const ProductKeyRouterOptions& options)
+    : options(options) {
+  check(options);
+  reset();
+}
+
+void ProductKeyRouterImpl::reset() {
+  query = register_module("query", QueryNetwork(options));
+  norm = register_module("norm", QueryNorm(norm_options(options)));
+  const auto keys = [&](int64_t count) {
+    const int64_t half = options.dim_key() / 2;
+    return options.share_keys() ? torch::empty({count, half}, factory(options))
+                                : torch::empty({options.heads(), count, half}, factory(options));
+  };
+  row_keys = register_parameter("row_keys", keys(options.num_experts().rows));
+  col_keys = register_parameter("col_keys", keys(options.num_experts().columns));
+  reset_keys();
+}
+
+void ProductKeyRouterImpl::reset_parameters() {
+  query->reset_parameters();
+  norm->reset_parameters();
+  reset_keys();
+}
+
+void ProductKeyRouterImpl::reset_keys() {
+  const double bound = std::pow(static_cast<double>(options.dim_key()) / 2, -0.5);
+  torch::nn::init::uniform_(row_keys, -bound, bound);
+  torch::nn::init::uniform_(col_keys, -bound, bound);
+}
+
+void ProductKeyRouterImpl::pretty_print(std::ostream& stream) const {
+  stream << "peer::nn::ProductKeyRouter(dim=" << options.dim()
+         << ", num_experts=" << options.num_experts() << ", heads=" << options.heads()
+         << ", num_experts_per_head=" << options.num_experts_per_head()
+         << ", dim_key=" << options.dim_key() << ", scores=" << options.scores()
+         << ", share_keys=" << std::boolalpha << options.share_keys() << ")";
+}
+
+std::tuple<Tensor, Tensor> ProductKeyRouterImpl::forward(const Tensor& x,
+                                                         const Tensor& padding_mask) {
+  TORCH_CHECK_VALUE(x.dim() > 0 && x.size(-1) == options.dim(), "expected x of shape [..., ",
+                    options.dim(), "], got ", x.sizes());
+  if (padding_mask.defined()) {
+    TORCH_CHECK_TYPE(padding_mask.scalar_type() == torch::kBool,
+                     "expected padding_mask of dtype bool, true where padding, got ",
+                     padding_mask.scalar_type());
+    TORCH_CHECK_VALUE(padding_mask.sizes() == x.sizes().slice(0, x.dim() - 1),
+                      "expected padding_mask of shape ", x.sizes().slice(0, x.dim() - 1),
+                      " to match x, got ", padding_mask.sizes());
+  }
+  const Tensor queries =
+      norm->forward(query->forward(x).reshape({-1, options.heads() * options.dim_key()}),
+                    padding_mask.defined() ? padding_mask.reshape(-1) : padding_mask);
+  const auto [scores, indices] =
+      product_key_topk(queries.view({-1, options.heads(), options.dim_key()}), row_keys, col_keys,
+                       options.num_experts_per_head());
+  const auto shape = with_last(x.sizes(), {options.heads(), options.num_experts_per_head()});
+  return {router_weights(scores, options.scores()).view(shape), indices.view(shape)};
+}
+
+}  // namespace peer::nn

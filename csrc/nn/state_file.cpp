@@ -1,0 +1,395 @@
+#include "nn/state_file.h"
+
+#include <ATen/ops/empty.h>
+#include <ATen/ops/from_blob.h>
+
+#include <cstring>
+#include <memory>
+#include <optional>
+#include <string_view>
+#include <unordered_map>
+#include <utility>
+#include <variant>
+
+namespace peer::nn {
+
+namespace {
+
+struct Value;
+
+// What the machine computes with. `Other` stands for values that are of no interest here, such as
+// the entries of the metadata that Python appends; they are dropped, so that nothing can nest.
+struct Other {};
+struct Mark {};
+struct Storage {
+  std::string name;
+  at::ScalarType dtype;
+  int64_t size;
+};
+struct Tuple {
+  std::vector<Value> items;
+};
+struct Dict {
+  std::vector<std::pair<std::string, Value>> entries;
+};
+enum class Function { ordered_dict, rebuild_tensor, rebuild_parameter };
+
+struct Value {
+  std::variant<Other,
+               Mark,
+               int64_t,
+               std::string,
+               at::ScalarType,
+               Function,
+               Storage,
+               StoredTensor,
+               std::shared_ptr<Tuple>,
+               std::shared_ptr<Dict>>
+      value;
+};
+
+constexpr std::pair<std::string_view, at::ScalarType> kStorageTypes[] = {
+    {"torch.FloatStorage", at::kFloat}, {"torch.DoubleStorage", at::kDouble},
+    {"torch.HalfStorage", at::kHalf},   {"torch.BFloat16Storage", at::kBFloat16},
+    {"torch.LongStorage", at::kLong},   {"torch.IntStorage", at::kInt},
+    {"torch.ShortStorage", at::kShort}, {"torch.CharStorage", at::kChar},
+    {"torch.ByteStorage", at::kByte},   {"torch.BoolStorage", at::kBool},
+};
+
+constexpr std::pair<std::string_view, Function> kFunctions[] = {
+    {"collections.OrderedDict", Function::ordered_dict},
+    {"torch._utils._rebuild_tensor_v2", Function::rebuild_tensor},
+    {"torch._utils._rebuild_parameter", Function::rebuild_parameter},
+};
+
+// Whether the last element, and so every one, lies within the storage. No number is trusted: their
+// products may not fit an int64.
+bool is_within_storage(const StoredTensor& tensor) {
+  if (tensor.sizes.size() != tensor.strides.size() || tensor.offset < 0) {
+    return false;
+  }
+  bool is_empty = false;
+  for (const int64_t size : tensor.sizes) {
+    if (size < 0) {
+      return false;
+    }
+    is_empty |= size == 0;
+  }
+  int64_t last = tensor.offset;
+  for (size_t dim = 0; dim < tensor.sizes.size(); ++dim) {
+    int64_t step = 0;
+    if (tensor.strides[dim] < 0 ||
+        (!is_empty && (__builtin_mul_overflow(tensor.sizes[dim] - 1, tensor.strides[dim], &step) ||
+                       __builtin_add_overflow(last, step, &last)))) {
+      return false;
+    }
+  }
+  return is_empty ? tensor.offset <= tensor.storage_size : last < tensor.storage_size;
+}
+
+class Machine {
+ public:
+  explicit Machine(std::string_view program) : program_(program) {}
+
+  std::map<std::string, StoredTensor> run() {
+    while (step(take(1)[0])) {
+    }
+    TORCH_CHECK(stack_.size() == 1, "it does not end with one value");
+    std::map<std::string, StoredTensor> tensors;
+    for (auto& [name, value] : pop<std::shared_ptr<Dict>>()->entries) {
+      auto* tensor = std::get_if<StoredTensor>(&value.value);
+      TORCH_CHECK(tensor != nullptr, "'", name, "' is not a tensor");
+      TORCH_CHECK(tensors.emplace(name, std::move(*tensor)).second, "'", name, "' is there twice");
+    }
+    return tensors;
+  }
+
+ private:
+  // One instruction; whether there is another.
+  bool step(char code) {
+    switch (code) {
+      case '\x80':  // PROTO
+        take(1);
+        return true;
+      case 'c':  // GLOBAL
+        push_global();
+        return true;
+      case 'q':  // BINPUT
+        memo_[integer<uint8_t>()] = top();
+        return true;
+      case 'r':  // LONG_BINPUT
+        memo_[integer<uint32_t>()] = top();
+        return true;
+      case 'h':  // BINGET
+        recall(integer<uint8_t>());
+        return true;
+      case 'j':  // LONG_BINGET
+        recall(integer<uint32_t>());
+        return true;
+      case '(':  // MARK
+        push(Mark());
+        return true;
+      case ')':  // EMPTY_TUPLE
+        push_tuple({});
+        return true;
+      case '\x85':  // TUPLE1 to TUPLE3
+      case '\x86':
+      case '\x87':
+        push_tuple(pop_last(static_cast<size_t>(code - '\x84')));
+        return true;
+      case 't':  // TUPLE
+        push_tuple(pop_to_mark());
+        return true;
+      case '}':  // EMPTY_DICT
+        push(std::make_shared<Dict>());
+        return true;
+      case 's':  // SETITEM
+        set_items(pop_last(2));
+        return true;
+      case 'u':  // SETITEMS
+        set_items(pop_to_mark());
+        return true;
+      case 'X':  // BINUNICODE
+        push(std::string(take(integer<uint32_t>())));
+        return true;
+      case 'K':  // BININT1
+        push(int64_t{integer<uint8_t>()});
+        return true;
+      case 'M':  // BININT2
+        push(int64_t{integer<uint16_t>()});
+        return true;
+      case 'J':  // BININT
+        push(int64_t{integer<int32_t>()});
+        return true;
+      case '\x8a':  // LONG1
+        push(long_integer());
+        return true;
+      case '\x88':  // NEWTRUE, NEWFALSE
+      case '\x89':
+      case 'N':  // NONE
+        push(Other());
+        return true;
+      case 'Q':  // BINPERSID
+        push_storage();
+        return true;
+      case 'R':  // REDUCE
+        call();
+        return true;
+      case 'b':  // BUILD: sets attributes, such as the metadata
+        pop();
+        return true;
+      case '.':  // STOP
+        return false;
+      default:
+        TORCH_CHECK(false, "instruction ", static_cast<int>(static_cast<uint8_t>(code)),
+                    " does not belong to a dictionary of tensors as torch.save writes it");
+    }
+  }
+
+  std::string_view take(size_t count) {
+    TORCH_CHECK(count <= program_.size() - position_, "it ends too early");
+    const auto taken = program_.substr(position_, count);
+    position_ += count;
+    return taken;
+  }
+
+  template <typename Integer>
+  Integer integer() {
+    Integer number;
+    std::memcpy(&number, take(sizeof(number)).data(), sizeof(number));
+    return number;
+  }
+
+  // Little-endian, of any length up to eight bytes, with a sign.
+  int64_t long_integer() {
+    const auto bytes = take(integer<uint8_t>());
+    TORCH_CHECK(bytes.size() <= 8, "a number has ", bytes.size(), " bytes");
+    uint64_t number = !bytes.empty() && (bytes.back() & 0x80) != 0 ? ~uint64_t{0} : 0;
+    for (size_t i = bytes.size(); i-- > 0;) {
+      number = number << 8 | static_cast<uint8_t>(bytes[i]);
+    }
+    return static_cast<int64_t>(number);
+  }
+
+  std::string_view line() {
+    const size_t end = program_.find('\n', position_);
+    TORCH_CHECK(end != std::string_view::npos, "it ends too early");
+    const auto text = take(end - position_);
+    take(1);
+    return text;
+  }
+
+  template <typename T>
+  void push(T value) {
+    stack_.push_back(Value{std::move(value)});
+  }
+
+  const Value& top() const {
+    TORCH_CHECK(!stack_.empty(), "it takes a value where there is none");
+    return stack_.back();
+  }
+
+  Value pop() {
+    Value value = top();
+    stack_.pop_back();
+    return value;
+  }
+
+  template <typename T>
+  T pop() {
+    return get<T>(pop());
+  }
+
+  template <typename T>
+  static T get(const Value& value) {
+    const T* found = std::get_if<T>(&value.value);
+    TORCH_CHECK(found != nullptr, "it has a value of an unexpected kind");
+    return *found;
+  }
+
+  std::vector<Value> pop_last(size_t count) {
+    TORCH_CHECK(count <= stack_.size(), "it takes a value where there is none");
+    const auto first = stack_.end() - static_cast<std::ptrdiff_t>(count);
+    std::vector<Value> values(first, stack_.end());
+    stack_.erase(first, stack_.end());
+    return values;
+  }
+
+  std::vector<Value> pop_to_mark() {
+    size_t count = 0;
+    while (count < stack_.size() &&
+           !std::holds_alternative<Mark>(stack_[stack_.size() - 1 - count].value)) {
+      ++count;
+    }
+    TORCH_CHECK(count < stack_.size(), "it takes a value where there is none");
+    auto values = pop_last(count);
+    pop();
+    return values;
+  }
+
+  void recall(uint32_t place) {
+    const auto found = memo_.find(place);
+    TORCH_CHECK(found != memo_.end(), "it recalls what it has not kept");
+    stack_.push_back(found->second);
+  }
+
+  // The arguments of a function hold tuples of numbers, and no tuple is deeper than that.
+  void push_tuple(std::vector<Value> items) {
+    for (const Value& item : items) {
+      if (const auto* inner = std::get_if<std::shared_ptr<Tuple>>(&item.value)) {
+        for (const Value& innermost : (*inner)->items) {
+          TORCH_CHECK(!std::holds_alternative<std::shared_ptr<Tuple>>(innermost.value),
+                      "it nests tuples in tuples");
+        }
+      }
+    }
+    push(std::make_shared<Tuple>(Tuple{std::move(items)}));
+  }
+
+  void set_items(const std::vector<Value>& items) {
+    const auto dict = get<std::shared_ptr<Dict>>(top());
+    TORCH_CHECK(items.size() % 2 == 0, "it has a name without a value");
+    for (size_t i = 0; i < items.size(); i += 2) {
+      const bool is_tensor = std::holds_alternative<StoredTensor>(items[i + 1].value);
+      dict->entries.emplace_back(get<std::string>(items[i]),
+                                 is_tensor ? items[i + 1] : Value{Other()});
+    }
+  }
+
+  void push_global() {
+    const std::string_view package = line();
+    const std::string name = std::string(package) + "." + std::string(line());
+    for (const auto& [known, function] : kFunctions) {
+      if (name == known) {
+        return push(function);
+      }
+    }
+    for (const auto& [known, dtype] : kStorageTypes) {
+      if (name == known) {
+        return push(dtype);
+      }
+    }
+    TORCH_CHECK(false, "it needs ", name, ", which does not belong to a dictionary of tensors");
+  }
+
+  // ("storage", its type, its name, its device, its size)
+  void push_storage() {
+    const auto id = pop<std::shared_ptr<Tuple>>();
+    TORCH_CHECK(id->items.size() == 5 && get<std::string>(id->items[0]) == "storage",
+                "it refers to something that is not a storage");
+    push(Storage{get<std::string>(id->items[2]), get<at::ScalarType>(id->items[1]),
+                 get<int64_t>(id->items[4])});
+  }
+
+  void call() {
+    const auto arguments = pop<std::shared_ptr<Tuple>>();
+    const auto function = pop<Function>();
+    const auto argument = [&](size_t i) -> const Value& {
+      TORCH_CHECK(i < arguments->items.size(), "a tensor lacks an argument");
+      return arguments->items[i];
+    };
+    switch (function) {
+      case Function::ordered_dict:
+        TORCH_CHECK(arguments->items.empty(), "it makes a dictionary of something");
+        return push(std::make_shared<Dict>());
+      case Function::rebuild_parameter:
+        return push(get<StoredTensor>(argument(0)));
+      case Function::rebuild_tensor: {
+        const auto storage = get<Storage>(argument(0));
+        StoredTensor tensor{storage.name,         storage.dtype,
+                            storage.size,         get<int64_t>(argument(1)),
+                            numbers(argument(2)), numbers(argument(3))};
+        TORCH_CHECK(is_within_storage(tensor), "a tensor of sizes ", tensor.sizes, ", strides ",
+                    tensor.strides, " and offset ", tensor.offset,
+                    " lies outside of its storage of ", tensor.storage_size, " elements");
+        return push(std::move(tensor));
+      }
+    }
+  }
+
+  static std::vector<int64_t> numbers(const Value& value) {
+    std::vector<int64_t> result;
+    for (const Value& item : get<std::shared_ptr<Tuple>>(value)->items) {
+      result.push_back(get<int64_t>(item));
+    }
+    return result;
+  }
+
+  std::string_view program_;
+  size_t position_ = 0;
+  std::vector<Value> stack_;
+  std::unordered_map<uint32_t, Value> memo_;
+};
+
+std::string record(caffe2::serialize::PyTorchStreamReader& archive, const std::string& name) {
+  const auto [bytes, size] = archive.getRecord(name);
+  return {static_cast<const char*>(bytes.get()), size};
+}
+
+}  // namespace
+
+StateFile::StateFile(const std::string& path) : archive_(path) {
+  if (archive_.hasRecord("byteorder")) {
+    TORCH_CHECK(record(archive_, "byteorder") == "little", path, " is not in little-endian order");
+  }
+  const std::string program = record(archive_, "data.pkl");
+  try {
+    tensors_ = Machine(program).run();
+  } catch (c10::Error& error) {
+    error.add_context(path + " is not a state dictionary that torch.save wrote, or is damaged");
+    throw;
+  }
+}
+
+at::Tensor StateFile::read(const StoredTensor& tensor) {
+  auto [bytes, size] = archive_.getRecord("data/" + tensor.storage);
+  const size_t item = c10::elementSize(tensor.dtype);
+  TORCH_CHECK(size / item == static_cast<size_t>(tensor.storage_size) && size % item == 0,
+              "storage ", tensor.storage, " has ", size, " bytes instead of ", tensor.storage_size,
+              " times ", item);
+  auto owner = std::make_shared<at::DataPtr>(std::move(bytes));
+  auto* first = static_cast<char*>(owner->get()) + tensor.offset * static_cast<int64_t>(item);
+  return at::from_blob(first, tensor.sizes, tensor.strides, [owner](void*) {}, tensor.dtype);
+}
+
+}  // namespace peer::nn

@@ -1,0 +1,43 @@
+// Reads what Python's `torch.save(state_dict, path)` wrote: a zip archive of a pickle, which says
+// what there is, and the bytes of every storage.
+//
+// A pickle is a program. The machine here knows the few instructions of one that makes a dictionary
+// of tensors, and refuses all others: nothing in a file can be run, and no tensor can point outside
+// of its storage.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <caffe2/serialize/inline_container.h>
+
+#include <map>
+#include <string>
+#include <vector>
+
+namespace peer::nn {
+
+// Where the values of a tensor are in the file.
+struct StoredTensor {
+  std::string storage;
+  at::ScalarType dtype;
+  int64_t storage_size;  // in elements
+  int64_t offset;
+  std::vector<int64_t> sizes;
+  std::vector<int64_t> strides;
+};
+
+class StateFile {
+ public:
+  // Throws c10::Error where the file is not such an archive, or is damaged.
+  explicit StateFile(const std::string& path);
+
+  const std::map<std::string, StoredTensor>& tensors() const { return tensors_; }
+
+  // The values of one, on the CPU.
+  at::Tensor read(const StoredTensor& tensor);
+
+ private:
+  caffe2::serialize::PyTorchStreamReader archive_;
+  std::map<std::string, StoredTensor> tensors_;
+};
+
+}  // namespace peer::nn

@@ -1,0 +1,195 @@
+// Per pair of a token and an expert, let
+//
+//   z = <x, down>                       ż = <x', down> + <x, down'>
+//   q = <x, gate>, or 1                 q̇ = <x', gate> + <x, gate'>
+//   s = <grad_out, up>                  ṡ = <grad_out', up> + <grad_out, up'>
+//
+// be the values and their derivatives in the direction of the primed variables. A pair contributes
+// w·a(z)·q·s to L, whose partial derivatives by w, z, q and s are the coefficients below: those by
+// z, q and s multiply rows of tables in the derivatives by vectors, and vectors in those by tables.
+// Dotted, they are the derivatives of the coefficients in the direction.
+//
+// All of it is written in differentiable ATen operators, so that derivatives of any order follow,
+// and gathers the retrieved rows, (T, P, D): the one place that does.
+#include "ops/autograd/expert_mlp_derivative.h"
+
+#include <ATen/ATen.h>
+
+#include "ops/autograd/undefined_as_zero.h"
+#include "ops/checks.h"
+#include "ops/expert_mlp.h"
+
+namespace peer::ops::autograd {
+
+namespace {
+
+struct ActivationValues {
+  Tensor value, first, second;  // a(z), a'(z), a''(z)
+};
+
+ActivationValues differentiate(Activation activation, const Tensor& z) {
+  switch (activation) {
+    case Activation::gelu: {
+      const Tensor cdf = 0.5 * (1 + at::erf(z * 0.70710678118654752440));
+      const Tensor pdf = 0.39894228040143267794 * at::exp(-0.5 * z * z);
+      return {z * cdf, cdf + z * pdf, pdf * (2 - z * z)};
+    }
+    case Activation::gelu_tanh: {
+      const double root = 0.79788456080286535588;
+      const Tensor t = at::tanh(root * (z + 0.044715 * z * z * z));
+      const Tensor inner_first = root * (1 + 0.134145 * z * z);
+      const Tensor inner_second = root * 0.26829 * z;
+      const Tensor t_first = (1 - t * t) * inner_first;
+      const Tensor t_second = (1 - t * t) * (inner_second - 2 * t * inner_first * inner_first);
+      return {0.5 * z * (1 + t), 0.5 * (1 + t) + 0.5 * z * t_first, t_first + 0.5 * z * t_second};
+    }
+    case Activation::relu: {
+      const Tensor is_positive = (z > 0).to(z.scalar_type());
+      return {at::relu(z), is_positive, Tensor()};
+    }
+    case Activation::silu: {
+      const Tensor s = at::sigmoid(z);
+      const Tensor s_first = s * (1 - s);
+      return {z * s, s + z * s_first, s_first * (2 + z * (1 - 2 * s))};
+    }
+    case Activation::identity:
+      return {z, at::ones_like(z), Tensor()};
+    case Activation::relu2: {
+      const Tensor positive = at::relu(z);
+      return {positive * positive, 2 * positive, 2 * (z > 0).to(z.scalar_type())};
+    }
+  }
+  TORCH_INTERNAL_ASSERT(false);
+}
+
+// The pairs of tokens and experts, and the three ways in which vectors and table rows meet in them.
+// What an undefined tensor takes part in is undefined.
+class Pairs {
+ public:
+  Pairs(const Tensor& indices, at::ScalarType type)
+      : tokens_(indices.sym_size(0)),
+        experts_(indices.sym_size(1)),
+        flat_(indices.reshape(-1)),
+        type_(type) {}
+
+  Tensor rows(const Tensor& table) const {
+    if (!table.defined()) {
+      return Tensor();
+    }
+    return table.index_select(0, flat_)
+        .reshape_symint({tokens_, experts_, table.sym_size(1)})
+        .to(type_);
+  }
+
+  // (T, D) with (T, P, D) -> (T, P)
+  Tensor dot(const Tensor& vectors, const Tensor& rows) const {
+    return vectors.defined() && rows.defined() ? (rows * vectors.to(type_).unsqueeze(1)).sum(-1)
+                                               : Tensor();
+  }
+
+  // (T, P) with (T, P, D) -> (T, D)
+  Tensor combine(const Tensor& coefficients, const Tensor& rows) const {
+    return coefficients.defined() && rows.defined() ? (coefficients.unsqueeze(-1) * rows).sum(1)
+                                                    : Tensor();
+  }
+
+  // (T, P) with (T, D) -> (N, D)
+  Tensor scatter(const Tensor& coefficients, const Tensor& vectors, const Tensor& table) const {
+    if (!coefficients.defined() || !vectors.defined()) {
+      return Tensor();
+    }
+    const Tensor outer = (coefficients.unsqueeze(-1) * vectors.to(type_).unsqueeze(1))
+                             .reshape_symint({tokens_ * experts_, vectors.sym_size(1)});
+    return at::zeros_symint(table.sym_sizes(), table.options().dtype(type_))
+        .index_add(0, flat_, outer);
+  }
+
+ private:
+  c10::SymInt tokens_, experts_;
+  Tensor flat_;
+  at::ScalarType type_;
+};
+
+}  // namespace
+
+std::array<Tensor, 6> differentiate_expert_mlp(const ExpertMlpVariables& point,
+                                               const ExpertMlpVariables& direction,
+                                               const Tensor& indices,
+                                               std::string_view activation,
+                                               std::array<bool, 6> wanted) {
+  const Activation parsed = check_expert_mlp(
+      point.x, point.weights, indices, point.w_down, point.w_up,
+      point.w_gate.defined() ? std::optional<Tensor>(point.w_gate) : std::nullopt, activation);
+  const at::ScalarType type = accumulation_type(point.w_down.scalar_type());
+  const Pairs pairs(indices, type);
+  const Tensor down = pairs.rows(point.w_down), down_dot = pairs.rows(direction.w_down);
+  const Tensor gate = pairs.rows(point.w_gate), gate_dot = pairs.rows(direction.w_gate);
+  const Tensor up = pairs.rows(point.w_up), up_dot = pairs.rows(direction.w_up);
+
+  const Tensor w = point.weights.to(type), w_dot = to_type(direction.weights, type);
+  const Tensor z = pairs.dot(point.x, down);
+  const Tensor z_dot = sum(pairs.dot(direction.x, down), pairs.dot(point.x, down_dot));
+  const Tensor q = gate.defined() ? pairs.dot(point.x, gate) : at::ones_like(z);
+  const Tensor q_dot = sum(pairs.dot(direction.x, gate), pairs.dot(point.x, gate_dot));
+  const Tensor s = pairs.dot(point.grad_out, up);
+  const Tensor s_dot = sum(pairs.dot(direction.grad_out, up), pairs.dot(point.grad_out, up_dot));
+  const auto [a, a1, a2] = differentiate(parsed, z);
+
+  std::array<Tensor, 6> derivative;
+  if (wanted[kOut] || wanted[kOfUp]) {
+    const Tensor of_s = w * a * q;
+    const Tensor of_s_dot =
+        sum(product(a * q, w_dot), product(w * a1 * q, z_dot), product(w * a, q_dot));
+    if (wanted[kOut]) {
+      derivative[kOut] = sum(pairs.combine(of_s_dot, up), pairs.combine(of_s, up_dot));
+    }
+    if (wanted[kOfUp]) {
+      derivative[kOfUp] = sum(pairs.scatter(of_s_dot, point.grad_out, point.w_up),
+                              pairs.scatter(of_s, direction.grad_out, point.w_up));
+    }
+  }
+  if (wanted[kOfWeights]) {
+    derivative[kOfWeights] =
+        sum(product(a1 * q, s, z_dot), product(a, s, q_dot), product(a * q, s_dot));
+  }
+  if (wanted[kOfX] || wanted[kOfDown]) {
+    const Tensor of_z = product(w * a1 * q, s);
+    const Tensor of_z_dot = sum(product(a1 * q, s, w_dot), product(w * q, a2, s, z_dot),
+                                product(w * a1, s, q_dot), product(w * a1 * q, s_dot));
+    if (wanted[kOfX]) {
+      derivative[kOfX] = sum(pairs.combine(of_z_dot, down), pairs.combine(of_z, down_dot));
+    }
+    if (wanted[kOfDown]) {
+      derivative[kOfDown] = sum(pairs.scatter(of_z_dot, point.x, point.w_down),
+                                pairs.scatter(of_z, direction.x, point.w_down));
+    }
+  }
+  if (gate.defined() && (wanted[kOfX] || wanted[kOfGate])) {
+    const Tensor of_q = product(w * a, s);
+    const Tensor of_q_dot =
+        sum(product(a, s, w_dot), product(w * a1, s, z_dot), product(w * a, s_dot));
+    if (wanted[kOfX]) {
+      derivative[kOfX] =
+          sum(derivative[kOfX], pairs.combine(of_q_dot, gate), pairs.combine(of_q, gate_dot));
+    }
+    if (wanted[kOfGate]) {
+      derivative[kOfGate] = sum(pairs.scatter(of_q_dot, point.x, point.w_gate),
+                                pairs.scatter(of_q, direction.x, point.w_gate));
+    }
+  }
+
+  const Tensor variables[] = {point.grad_out.defined() ? point.grad_out : point.x,
+                              point.x,
+                              point.weights,
+                              point.w_down,
+                              point.w_up,
+                              point.w_gate};
+  for (size_t i = 0; i < derivative.size(); ++i) {
+    if (derivative[i].defined()) {
+      derivative[i] = derivative[i].to(variables[i].scalar_type());
+    }
+  }
+  return derivative;
+}
+
+}  // namespace peer::ops::autograd

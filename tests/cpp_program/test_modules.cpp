@@ -1,0 +1,176 @@
+// The modules as LibTorch's own are used: options, copies, containers, printing, and what is
+// refused.
+#include <peer/nn.h>
+#include <torch/nn/modules/container/sequential.h>
+#include <torch/nn/modules/linear.h>
+#include <torch/serialize.h>
+#include <torch/types.h>
+#include <torch/utils.h>
+
+#include <sstream>
+
+#include "../cpp/catch.hpp"
+
+namespace {
+
+using peer::nn::Grid;
+using peer::nn::PEER;
+using peer::nn::PEEROptions;
+
+PEEROptions small(int64_t dim = 8) {
+  return PEEROptions(dim).num_experts({4, 6}).heads(2).num_experts_per_head(3).dim_key(4);
+}
+
+template <typename Options>
+std::string refusal(const Options& options) {
+  try {
+    PEER layer(options);
+  } catch (const c10::ValueError& error) {
+    return error.what_without_backtrace();
+  }
+  return "not refused";
+}
+
+}  // namespace
+
+TEST_CASE("the defaults are the paper's layer") {
+  const PEEROptions options(512);
+  CHECK(options.num_experts() == Grid(1024, 1024));
+  CHECK(options.heads() == 8);
+  CHECK(options.num_experts_per_head() == 16);
+  CHECK(options.dim_key() == 256);
+  CHECK(options.query_norm() == "batch");
+  CHECK(options.scores() == "softmax");
+  CHECK(options.share_keys());
+}
+
+TEST_CASE("a layer maps all leading dimensions") {
+  PEER layer(small().dim_out(5));
+  CHECK(layer(torch::randn({3, 7, 8})).sizes() == torch::IntArrayRef{3, 7, 5});
+  layer->eval();
+  CHECK(layer(torch::randn({8})).sizes() == torch::IntArrayRef{5});
+  CHECK(layer(torch::randn({0, 8})).sizes() == torch::IntArrayRef{0, 5});
+}
+
+TEST_CASE("a number that is no square names its neighbours") {
+  CHECK_THROWS_WITH(Grid(24), Catch::Contains("4^2 = 16 and 5^2 = 25, or the grid {4, 6}"));
+  CHECK_THROWS_WITH(Grid(7), !Catch::Contains("or the grid"));
+  CHECK_THROWS_AS(Grid(0), c10::ValueError);
+  CHECK_THROWS_AS(Grid(-4), c10::ValueError);
+  CHECK_THROWS_AS(Grid(3, 0), c10::ValueError);
+  CHECK_THROWS_AS(Grid(INT64_MAX), c10::ValueError);
+  CHECK_THROWS_AS(Grid(INT64_MAX, 2), c10::ValueError);
+}
+
+TEST_CASE("options out of range are refused by name") {
+  CHECK_THAT(refusal(small(0)), Catch::Contains("dim to be positive"));
+  CHECK_THAT(refusal(small().heads(0)), Catch::Contains("heads to be positive"));
+  CHECK_THAT(refusal(small().dim_key(3)), Catch::Contains("an even dim_key"));
+  CHECK_THAT(refusal(small().num_experts_per_head(25)),
+             Catch::Contains("between 1 and the number of experts 24"));
+  CHECK_THAT(refusal(small().num_experts_per_head(1)),
+             Catch::Contains("the router would get no gradient"));
+  CHECK_THAT(refusal(small().scores("max")),
+             Catch::Contains("'softmax', 'sigmoid', 'relu', got 'max'"));
+  CHECK_THAT(refusal(small().query_norm("group")),
+             Catch::Contains("'batch', 'layer', 'rms' or none, got 'group'"));
+  CHECK_THAT(refusal(small().activation("swish")), Catch::Contains("got 'swish'"));
+  CHECK_THAT(refusal(small().dim_out(0)), Catch::Contains("dim_out to be positive"));
+  CHECK_THAT(refusal(small().dropout(1.5)), Catch::Contains("dropout between 0 and 1"));
+}
+
+TEST_CASE("what does not fit the layer is refused") {
+  PEER layer(small());
+  const torch::Tensor x = torch::randn({3, 8});
+  CHECK_THROWS_AS(layer(torch::randn({3, 7})), c10::ValueError);
+  CHECK_THROWS_AS(layer(torch::randn({})), c10::ValueError);
+  CHECK_THROWS_AS(layer(x, torch::zeros({3})), c10::TypeError);
+  CHECK_THROWS_AS(layer(x, torch::zeros({2}, torch::kBool)), c10::ValueError);
+  const auto ids = torch::zeros({3, 2, 3}, torch::kLong);
+  CHECK_THROWS_AS(layer->experts(x, torch::ones({3, 2, 2}), ids), c10::ValueError);
+  CHECK_THROWS_AS(layer->experts(x, torch::ones({4, 2, 3}), torch::zeros({4, 2, 3}, torch::kLong)),
+                  c10::ValueError);
+  CHECK_THROWS_AS(layer->experts(x, torch::ones({3, 2, 3}), ids + 24), c10::IndexError);
+}
+
+TEST_CASE("a copy is equal, and stands alone") {
+  for (const bool glu : {false, true}) {
+    PEER layer(small().glu(glu).query_bias(glu).dropout(0.25));
+    const torch::Tensor x = torch::randn({5, 8});
+    layer(x);
+    layer->eval();
+    const auto copied = std::dynamic_pointer_cast<peer::nn::PEERImpl>(layer->clone());
+    REQUIRE(copied);
+    CHECK(copied->dropout == 0.25);
+    const torch::Tensor before = layer(x);
+    copied->eval();
+    CHECK(copied->forward(x).equal(before));
+    torch::NoGradGuard no_grad;
+    copied->experts->w_up.zero_();
+    CHECK(layer(x).equal(before));
+    CHECK(copied->forward(x).count_nonzero().item<int64_t>() == 0);
+  }
+}
+
+TEST_CASE("layers share a pool") {
+  PEER first(small());
+  PEER second(peer::nn::ProductKeyRouter(small().router()), first->experts, 0.1);
+  CHECK(second->experts->w_down.is_same(first->experts->w_down));
+  CHECK(second->num_experts() == 24);
+  CHECK_THROWS_AS(PEER(peer::nn::ProductKeyRouter(small(9).router()), first->experts),
+                  c10::ValueError);
+  CHECK_THROWS_AS(
+      PEER(peer::nn::ProductKeyRouter(small().num_experts(25).router()), first->experts),
+      c10::ValueError);
+}
+
+TEST_CASE("a layer stands in a Sequential, and its mask may be left out") {
+  torch::nn::Sequential model(torch::nn::Linear(6, 8), PEER(small()), torch::nn::Linear(8, 2));
+  CHECK(model->forward(torch::randn({5, 6})).sizes() == torch::IntArrayRef{5, 2});
+}
+
+TEST_CASE("options of device and dtype reach every parameter") {
+  PEER layer(small().dtype(torch::kDouble).glu(true).query_bias(true));
+  for (const auto& parameter : layer->named_parameters()) {
+    INFO(parameter.key());
+    CHECK(parameter.value().scalar_type() == torch::kDouble);
+  }
+  PEER shapes(small().device(torch::kMeta).query_norm(std::nullopt));
+  CHECK(shapes(torch::empty({5, 8}, torch::kMeta)).sizes() == torch::IntArrayRef{5, 8});
+}
+
+TEST_CASE("it prints its options") {
+  std::ostringstream text;
+  text << *PEER(small().query_norm("rms"));
+  CHECK_THAT(text.str(), Catch::Contains("num_experts={4, 6}"));
+  CHECK_THAT(text.str(), Catch::Contains("kind=rms"));
+  CHECK_THAT(text.str(), Catch::Contains("peer::nn::ExpertPool(dim=8, num_experts=24"));
+}
+
+TEST_CASE("reset_parameters starts again") {
+  torch::manual_seed(3);
+  PEER layer(small());
+  const torch::Tensor x = torch::randn({5, 8});
+  layer(x);
+  torch::manual_seed(3);
+  layer->reset_parameters();
+  torch::manual_seed(3);
+  PEER fresh(small());
+  for (const auto& item : fresh->named_parameters()) {
+    INFO(item.key());
+    CHECK(layer->named_parameters()[item.key()].equal(item.value()));
+  }
+  CHECK(layer->router->norm->num_batches_tracked.item<int64_t>() == 0);
+  CHECK(layer->router->norm->running_mean.equal(torch::zeros({8})));
+}
+
+TEST_CASE("torch::save and torch::load take the modules") {
+  PEER layer(small()), other(small());
+  layer(torch::randn({5, 8}));
+  std::stringstream file;
+  torch::save(layer, file);
+  torch::load(other, file);
+  layer->eval(), other->eval();
+  const torch::Tensor x = torch::randn({5, 8});
+  CHECK(other(x).equal(layer(x)));
+}

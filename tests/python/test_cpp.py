@@ -1,0 +1,483 @@
+"""C++ programs that use the package as it is installed: the examples, and that they see the same.
+
+The programs are compiled against what `peer.cmake_prefix_path` leads to, as a user's would be.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import peer
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+SMALL: dict[str, Any] = {
+    "dim": 16,
+    "num_experts": 64,
+    "heads": 2,
+    "num_experts_per_head": 4,
+    "dim_key": 8,
+}
+
+pytestmark = [
+    pytest.mark.skipif(not (CHECKOUT / "examples/cpp").exists(), reason="not in a checkout"),
+    pytest.mark.skipif(shutil.which("cmake") is None, reason="there is no cmake"),
+]
+
+
+def run(*command: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs a program with the warnings and errors that it prints kept."""
+    return subprocess.run(
+        list(map(str, command)),
+        # What is preloaded into Python, such as a sanitizer's runtime, these bring themselves.
+        env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "LD_PRELOAD": "", **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def succeed(*command: object, **environment: str) -> str:
+    """What a program prints that has to end well."""
+    result = run(*command, **environment)
+    assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
+    return result.stdout
+
+
+# The linker drops libraries to which nothing refers, as distributions' compilers make it do.
+FLAGS = {
+    "CMAKE_GENERATOR": "Ninja",
+    "CXXFLAGS": os.environ.get("CXXFLAGS", "-Wall -Wextra -Werror"),
+    "LDFLAGS": "-Wl,--as-needed",
+    "TORCH_DIR": str(Path(torch.__file__).parent),
+}
+
+
+@pytest.fixture(scope="module")
+def examples(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory with the examples' programs, made by the commands that the page gives."""
+    page = (CHECKOUT / "docs/cpp.md").read_text()
+    (commands,) = re.findall(r"^```sh\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    directory = tmp_path_factory.mktemp("examples")
+    project = Path(shutil.copytree(CHECKOUT / "examples/cpp", directory / "cpp"))
+    python = directory / "python"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    path = f"{directory}:{os.environ['PATH']}"
+    succeed("bash", "-euc", f"cd {project}\n{commands}", **FLAGS, PATH=path)
+    assert (project / "state.pt").exists()
+    return project / "build"
+
+
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory with the tests' programs. Nothing of CUDA or of Python may be looked for."""
+    build = tmp_path_factory.mktemp("programs")
+    unwanted = [f"-DCMAKE_DISABLE_FIND_PACKAGE_{name}=ON" for name in ("CUDAToolkit", "Python")]
+    prefix = f"-DCMAKE_PREFIX_PATH={peer.cmake_prefix_path}"
+    source = CHECKOUT / "tests/cpp_program"
+    succeed("cmake", "-S", source, "-B", build, prefix, *unwanted, **FLAGS)
+    succeed("cmake", "--build", build)
+    return build
+
+
+# ---- The package of CMake's.
+
+
+def test_cmake_prefix_path_is_in_the_package():
+    assert Path(peer.cmake_prefix_path) == Path(peer.__file__).parent / "share/cmake"
+    assert (Path(peer.cmake_prefix_path) / "peer/peerConfig.cmake").exists()
+
+
+def test_no_installed_file_holds_a_path_of_the_build():
+    share = Path(peer.cmake_prefix_path)
+    texts = [p.read_text() for p in share.rglob("*.cmake")]
+    assert texts
+    assert not [t for t in texts if str(CHECKOUT) in t or str(Path(torch.__file__).parent) in t]
+
+
+@pytest.mark.parametrize("program", ["operators", "train", "run_torchscript", "run_aoti"])
+def test_programs_need_peer_and_no_python(examples: Path, program: str):
+    dynamic = succeed("readelf", "-d", examples / program)
+    needed = re.findall(r"NEEDED.*\[(.*)\]", dynamic)
+    assert "libpeer.so" in needed
+    assert "libtorch_cpu.so" in needed
+    loaded = succeed("ldd", examples / program)
+    assert not re.search(r"libpython|libtorch_python|not found", loaded)
+
+
+CONSUMER = """
+cmake_minimum_required(VERSION 3.18)
+project(consumer LANGUAGES CXX)
+find_package(peer {arguments})
+if(peer_FOUND)
+  message(STATUS "found peer ${{peer_VERSION}}")
+  get_target_property(libraries peer::peer INTERFACE_LINK_LIBRARIES)
+  message(STATUS "with ${{libraries}}")
+endif()
+"""
+
+
+def find_package(directory: Path, arguments: str, *options: str) -> str:
+    """What CMake says to find_package(peer ...)."""
+    directory.joinpath("CMakeLists.txt").write_text(CONSUMER.format(arguments=arguments))
+    command = ["cmake", "-S", directory, "-B", directory / "build", "-G", "Ninja"]
+    result = run(*command, f"-DCMAKE_PREFIX_PATH={peer.cmake_prefix_path}", *options)
+    return " ".join((result.stdout + result.stderr).split())
+
+
+def fake_torch(directory: Path, version: str) -> Path:
+    """A directory that is torch's as far as the search for it goes."""
+    (directory / "torch/lib").mkdir(parents=True)
+    (directory / "torch/lib/libtorch_cpu.so").touch()
+    (directory / "torch/version.py").write_text(f"__version__ = '{version}'\n")
+    return directory / "torch"
+
+
+def test_version_is_checked(tmp_path: Path):
+    torch_dir = f"-DTORCH_DIR={Path(torch.__file__).parent}"
+    base = peer.__version__.split("+")[0]
+    assert f"found peer {base}" in find_package(tmp_path, base, torch_dir)
+    assert f"version: {base} The version found is not" in find_package(tmp_path, "9.0", torch_dir)
+
+
+def test_another_torch_is_named(tmp_path: Path):
+    said = find_package(tmp_path, "REQUIRED", f"-DTORCH_DIR={fake_torch(tmp_path, '2.3.1+cpu')}")
+    built = peer._library.build_info()["torch"]
+    assert f"peer was built for PyTorch {built}, but" in said
+    assert "is PyTorch 2.3.1+cpu" in said
+
+
+def test_no_torch_says_what_to_type(tmp_path: Path):
+    said = find_package(tmp_path, "REQUIRED", f"-DTORCH_DIR={tmp_path}")
+    assert f"which is not in {tmp_path}" in said
+    assert "-DTORCH_DIR=$(python -c" in said
+
+
+def test_torch_is_found_beside_peer_and_by_its_own_package(tmp_path: Path):
+    site = tmp_path / "site"
+    shutil.copytree(peer.cmake_prefix_path, site / "peer/share/cmake")
+    version = torch.__version__
+    beside = fake_torch(site, version)
+    elsewhere = fake_torch(tmp_path / "elsewhere", version)
+    (elsewhere / "share/cmake/Torch").mkdir(parents=True)
+    (elsewhere / "share/cmake/Torch/TorchConfig.cmake").touch()
+    if peer._library.build_info()["cuda"]:
+        for directory in (beside, elsewhere):
+            (directory / "lib/libc10_cuda.so").touch()
+    here = str(site / "peer/share/cmake")
+    assert f"with {beside}/lib" in find_package(tmp_path, "", f"-DCMAKE_PREFIX_PATH={here}")
+    both = f"-DCMAKE_PREFIX_PATH={here};{elsewhere / 'share/cmake'}"
+    assert f"with {elsewhere}/lib" in find_package(tmp_path, "", both)
+
+
+# ---- The examples, and the page about them.
+
+
+def test_the_page_shows_what_the_examples_are():
+    page = (CHECKOUT / "docs/cpp.md").read_text()
+    shown = re.findall(r"^```(?:cpp|cmake)\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    assert len(shown) > 5
+    examples = [p.read_text() for p in (CHECKOUT / "examples/cpp").iterdir()]
+    missing = [block for block in shown if not any(block in example for example in examples)]
+    assert not missing, missing[0]
+
+
+def test_operators_example_runs(examples: Path):
+    printed = succeed(examples / "operators")
+    assert "output [5, 16], gradients " in printed
+
+
+def test_train_example_learns_and_python_takes_its_state(examples: Path, tmp_path: Path):
+    printed = succeed(examples / "train", tmp_path / "state.pt", 200)
+    losses = [float(loss) for loss in re.findall(r"loss (\S+)", printed)]
+    assert losses[-1] < losses[0] / 2
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.LayerNorm(32)
+            self.peer = peer.PEER(
+                32, num_experts=64**2, heads=4, num_experts_per_head=8, dim_key=32, dropout=0.1
+            )
+
+    block = Block()
+    block.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert block.peer.router.norm.num_batches_tracked == 201
+
+
+SCRIPTED = [
+    {"glu": True},
+    {"query_norm": "layer", "query_bias": True, "scores": "sigmoid", "activation": "gelu_tanh"},
+    {"query_norm": "rms", "share_keys": False, "scores": "relu", "activation": "relu2"},
+    {"query_norm": None, "num_experts": (4, 6), "dim_out": 12, "activation": "silu"},
+    {"sparse_grad": True, "activation": "relu", "zero_init_out": True},
+]
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("options", SCRIPTED, ids=lambda options: ",".join(options))
+def test_torchscript_example_computes_what_python_does(
+    examples: Path, tmp_path: Path, options: dict[str, Any], training: bool
+):
+    torch.manual_seed(0)
+    layer = peer.PEER(**{**SMALL, **options}).train(training)
+    torch.jit.script(layer).save(str(tmp_path / "layer.pt"))
+    printed = succeed(examples / "run_torchscript", tmp_path / "layer.pt", 16)
+    x = torch.linspace(-1, 1, 8 * 16).view(8, 16).requires_grad_()
+    y = layer(x)
+    y.square().sum().backward()
+    expected = {"output": y, "grad x": x.grad}
+    expected |= {f"grad {name}": p.grad for name, p in layer.named_parameters()}
+    found = dict(re.findall(r"^(output|grad \S+).* (\S+)$", printed, re.MULTILINE))
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert float(found[name]) == pytest.approx(tensor.norm().item(), rel=1e-6), name
+
+
+def test_frozen_torchscript_runs_in_cpp(examples: Path, tmp_path: Path):
+    torch.manual_seed(0)
+    layer = peer.PEER(**SMALL).eval()
+    torch.jit.freeze(torch.jit.script(layer)).save(str(tmp_path / "layer.pt"))
+    printed = succeed(examples / "run_torchscript", tmp_path / "layer.pt", 16)
+    y = layer(torch.linspace(-1, 1, 8 * 16).view(8, 16))
+    norm = re.findall(r"^output .* (\S+)$", printed, re.MULTILINE)
+    assert float(norm[0]) == pytest.approx(y.norm().item(), rel=1e-6)
+    assert "grad router" not in printed  # its parameters have become constants
+
+
+def test_aoti_example_computes_what_python_does(examples: Path, tmp_path: Path):
+    torch.manual_seed(0)
+    layer = peer.PEER(**SMALL)
+    layer(torch.randn(64, 16))
+    peer.fold_query_norm_(layer.eval())
+    tokens = torch.export.Dim("tokens", min=2)
+    program = torch.export.export(layer, (torch.randn(8, 16),), dynamic_shapes=({0: tokens},))
+    package = torch._inductor.aoti_compile_and_package(
+        program, package_path=str(tmp_path / "layer.pt2")
+    )
+    printed = succeed(examples / "run_aoti", package, 16)
+    found = re.findall(r"^(\d+) tokens \[(\d+), 16\] (\S+)$", printed, re.MULTILINE)
+    assert [int(count) for count, _, _ in found] == [2, 8, 100]
+    for count, rows, norm in found:
+        assert rows == count
+        x = torch.linspace(-1, 1, int(count) * 16).view(-1, 16)
+        assert float(norm) == pytest.approx(layer(x).norm().item(), rel=1e-4)
+
+
+# ---- That C++ and Python are the same.
+
+
+def test_program_tests_pass(programs: Path, hostile_states: Path):
+    printed = succeed(programs / "program_tests", PEER_HOSTILE_FILES=str(hostile_states))
+    assert "All tests passed" in printed
+
+
+class Case(NamedTuple):
+    """One layer that both languages build."""
+
+    options: dict[str, Any]
+    training: bool = True
+    masked: bool = False
+
+    def __str__(self) -> str:
+        words = [f"{name}={value}" for name, value in self.options.items()]
+        words += ["train" if self.training else "eval", *(["mask"] if self.masked else [])]
+        return ",".join(words)
+
+
+CASES = [
+    Case({}),
+    Case({}, training=False),
+    Case({}, masked=True),
+    Case({"query_norm": "layer", "query_bias": True, "scores": "sigmoid"}),
+    Case({"query_norm": "rms", "share_keys": False, "scores": "relu", "activation": "relu2"}),
+    Case({"query_norm": None, "num_experts": (4, 6), "num_experts_per_head": 3}),
+    Case({"glu": True, "dim_out": 12, "activation": "silu"}),
+    Case({"dropout": 0.5, "activation": "gelu_tanh"}),
+    Case({"dropout": 0.5, "activation": "identity"}, training=False, masked=True),
+    Case({"sparse_grad": True, "activation": "relu"}),
+    Case({"zero_init_out": True, "glu": True, "query_bias": True}),
+    Case({"dtype": "float64", "query_norm": "layer"}),
+    Case({"dtype": "bfloat16"}, masked=True),
+]
+
+
+def build(options: dict[str, Any]) -> peer.PEER:
+    """The layer of a case, whose dtype is a name."""
+    options = {**SMALL, **options}
+    if "dtype" in options:
+        options["dtype"] = getattr(torch, options["dtype"])
+    return peer.PEER(**options)
+
+
+@pytest.fixture(scope="module")
+def results_in_cpp(programs: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    """What the program makes of all cases: its results and the paths of the states it saved."""
+    directory = tmp_path_factory.mktemp("cases")
+    given = []
+    for i, case in enumerate(CASES):
+        torch.manual_seed(100 + i)
+        layer = build(case.options)
+        layer(torch.randn(16, 16, dtype=layer.experts.w_down.dtype))  # moves running statistics
+        torch.save(layer.state_dict(), directory / f"python{i}.pt")
+        given.append(
+            {
+                "options": {**SMALL, **case.options},
+                "seed": i,
+                "training": case.training,
+                "x": torch.randn(3, 5, 16, dtype=layer.experts.w_down.dtype),
+                "padding_mask": torch.rand(3, 5) < 0.3 if case.masked else None,
+                "state": str(directory / f"python{i}.pt"),
+                "saved": str(directory / f"cpp{i}.pt"),
+            }
+        )
+    torch.save(given, directory / "cases.pt")
+    succeed(programs / "same_as_python", directory / "cases.pt", directory / "results.pt")
+    # Written by torch's own writer, whose types Python reads only where it trusts the file.
+    results = torch.load(directory / "results.pt", weights_only=False)
+    return list(zip(given, results, strict=True))
+
+
+def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype, name
+        assert torch.equal(found[name], tensor), name
+
+
+@pytest.mark.parametrize("i", range(len(CASES)), ids=lambda i: str(CASES[i]))
+class TestSameAsPython:
+    """Names, parameters from the same seed, outputs, gradients and buffers: bit by bit."""
+
+    def test_a_seed_gives_the_same_parameters(self, results_in_cpp, i: int):
+        given, _ = results_in_cpp[i]
+        torch.manual_seed(given["seed"])
+        expected = build(CASES[i].options).state_dict()
+        assert_same(torch.load(given["saved"], weights_only=True), dict(expected))
+
+    def test_outputs_gradients_and_buffers_are_equal(self, results_in_cpp, i: int):
+        given, found = results_in_cpp[i]
+        layer = build(CASES[i].options)
+        layer.load_state_dict(torch.load(given["state"], weights_only=True))
+        layer.train(given["training"])
+        torch.manual_seed(given["seed"] + 1)
+        x = given["x"].clone().requires_grad_()
+        y = layer(x, given["padding_mask"])
+        y.square().sum().backward()
+        gradients = {name: p.grad.to_dense() for name, p in layer.named_parameters()}
+        assert_same(dict(found), {"y": y.detach(), "x": x.grad, **gradients})
+        after = torch.load(given["saved"] + ".after", weights_only=True)
+        assert_same(after, dict(layer.state_dict()))
+
+    def test_python_takes_the_state_of_cpp(self, results_in_cpp, i: int):
+        given, _ = results_in_cpp[i]
+        layer = build(CASES[i].options)
+        layer.load_state_dict(torch.load(given["saved"], weights_only=True))
+
+
+# ---- Files that say what cannot be.
+
+
+def write_state(path: Path, program: bytes, records: dict[str, bytes] | None = None) -> None:
+    """An archive as torch.save makes them, with this pickle in it."""
+    writer = torch._C.PyTorchFileWriter(str(path))
+    writer.write_record("data.pkl", program, len(program))
+    for name, content in (records or {"data/0": bytes(4 * 8)}).items():
+        writer.write_record(name, content, len(content))
+    writer.write_end_of_file()
+
+
+PREFIX = b"\x80\x02}q\x00(X\x01\x00\x00\x00aq\x01"
+FUNCTION = b"ctorch._utils\n_rebuild_tensor_v2\nq\x02"
+STORAGE = (
+    b"((X\x07\x00\x00\x00storageq\x03ctorch\nFloatStorage\nq\x04X\x01\x00\x00\x000q\x05"
+    b"X\x03\x00\x00\x00cpuq\x06%sq\x07tQ"
+)
+
+
+def tensor(
+    offset: int = 0,
+    sizes: tuple[int, ...] = (8,),
+    strides: tuple[int, ...] = (1,),
+    elements: int = 8,
+) -> bytes:
+    """The pickle of {"a": tensor}, whatever the numbers say."""
+
+    def number(value: int) -> bytes:
+        return b"\x8a\x08" + value.to_bytes(8, "little", signed=True)
+
+    def numbers(values: tuple[int, ...]) -> bytes:
+        return b"(" + b"".join(map(number, values)) + b"t"
+
+    return (
+        PREFIX
+        + FUNCTION
+        + STORAGE.replace(b"%s", number(elements))
+        + number(offset)
+        + numbers(sizes)
+        + numbers(strides)
+        + b"\x89}tRu."
+    )
+
+
+HOSTILE: dict[str, bytes] = {
+    "runs a program": pickle.dumps({"a": os.getcwd}, protocol=2),
+    "makes an object": pickle.dumps({"a": Path("x")}, protocol=2),
+    "size beyond the storage": tensor(sizes=(9,)),
+    "offset beyond the storage": tensor(offset=1),
+    "offset before the storage": tensor(offset=-1),
+    "negative size": tensor(sizes=(-8,)),
+    "negative stride": tensor(strides=(-1,)),
+    "stride beyond the storage": tensor(strides=(2,)),
+    "last element overflows": tensor(sizes=(2**62, 5), strides=(4, 2**62)),
+    "number of elements overflows": tensor(sizes=(2**32, 2**32), strides=(0, 0)),
+    "sizes and strides of different lengths": tensor(sizes=(2, 2)),
+    "storage smaller than it says": tensor(elements=2**40, sizes=(2**40,)),
+    "negative storage": tensor(elements=-1, sizes=(0,)),
+    "no end": PREFIX,
+    "nothing": b"",
+    "only a stop": b".",
+    "two values": b"\x80\x02}}.",
+    "not a dictionary": b"\x80\x02K\x01.",
+    "number as a name": b"\x80\x02}K\x01K\x02s.",
+    "name without a value": b"\x80\x02}(X\x01\x00\x00\x00au.",
+    "text longer than the file": b"\x80\x02X\xff\xff\xff\xffa.",
+    "recalls nothing": b"\x80\x02h\x05.",
+    "takes from an empty stack": b"\x80\x02R.",
+    "keeps from an empty stack": b"\x80\x02q\x00.",
+    "no mark": b"\x80\x02}u.",
+    "tuples in tuples": b"\x80\x02" + b")" + b"\x85" * 10**6 + b".",
+    "no line end": b"\x80\x02ctorch",
+    "persistent id of something else": b"\x80\x02(K\x01tQ.",
+    "arguments missing": PREFIX + FUNCTION + b")Ru.",
+    "an unknown instruction": b"\x80\x02\xff.",
+    "long number": b"\x80\x02\x8a\xff" + bytes(255) + b".",
+    "a name twice": tensor()[:-2] + tensor()[len(PREFIX) - 7 : -2] + b"u.",
+}
+
+
+@pytest.fixture(scope="session")
+def hostile_states(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory of archives that torch can open and that are no state of {"a": tensor of [8]}.
+
+    But for one, which is: it shows that it is not the name or the shape that is refused.
+    """
+    directory = tmp_path_factory.mktemp("hostile")
+    write_state(directory / "good.pt", tensor())
+    for name, program in HOSTILE.items():
+        write_state(directory / f"{name}.pt", program)
+    write_state(directory / "storage missing.pt", tensor(), {"data/1": bytes(32)})
+    write_state(directory / "storage too short.pt", tensor(), {"data/0": bytes(31)})
+    write_state(directory / "storage too long.pt", tensor(), {"data/0": bytes(36)})
+    return directory
