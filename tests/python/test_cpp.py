@@ -119,6 +119,7 @@ def test_programs_need_peer_and_no_python(examples: Path, program: str):
 CONSUMER = """
 cmake_minimum_required(VERSION 3.18)
 project(consumer LANGUAGES CXX)
+{before}
 find_package(peer {arguments})
 if(peer_FOUND)
   message(STATUS "found peer ${{peer_VERSION}}")
@@ -128,9 +129,10 @@ endif()
 """
 
 
-def find_package(directory: Path, arguments: str, *options: str) -> str:
-    """What CMake says to find_package(peer ...)."""
-    directory.joinpath("CMakeLists.txt").write_text(CONSUMER.format(arguments=arguments))
+def find_package(directory: Path, arguments: str, *options: str, before: str = "") -> str:
+    """What CMake says to find_package(peer ...), after other lines."""
+    project = CONSUMER.format(arguments=arguments, before=before)
+    directory.joinpath("CMakeLists.txt").write_text(project)
     command = ["cmake", "-S", directory, "-B", directory / "build", "-G", "Ninja"]
     result = run(*command, f"-DCMAKE_PREFIX_PATH={peer.cmake_prefix_path}", *options)
     return " ".join((result.stdout + result.stderr).split())
@@ -162,6 +164,16 @@ def test_no_torch_says_what_to_type(tmp_path: Path):
     said = find_package(tmp_path, "REQUIRED", f"-DTORCH_DIR={tmp_path}")
     assert f"which is not in {tmp_path}" in said
     assert "-DTORCH_DIR=$(python -c" in said
+
+
+def test_torch_that_the_program_found_before_is_taken(tmp_path: Path):
+    # What find_package(Torch) leaves behind.
+    found = "add_library(torch INTERFACE IMPORTED)\nset(TORCH_INSTALL_PREFIX {})"
+    here = Path(torch.__file__).parent
+    assert "with torch" in find_package(tmp_path, "", before=found.format(here))
+    other = fake_torch(tmp_path, "2.3.1+cpu")
+    said = find_package(tmp_path, "REQUIRED", before=found.format(other))
+    assert f"but {other} is PyTorch 2.3.1+cpu" in said
 
 
 def test_torch_is_found_beside_peer_and_by_its_own_package(tmp_path: Path):
