@@ -170,8 +170,10 @@ class ExpertPool(nn.Module):
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
         down, up = state_dict.get(prefix + "w_down"), state_dict.get(prefix + "w_up")
-        if not isinstance(down, Tensor) or not isinstance(up, Tensor):
+        if not (isinstance(down, Tensor) and isinstance(up, Tensor)):
             return
+        if down.dim() != 2 or up.dim() != 2:
+            return  # not of any pool; torch has listed their shapes
         if (down.shape, up.shape) != (self.w_down.shape, self.w_up.shape):
             glu = prefix + "w_gate" in state_dict
             error_msgs.append(

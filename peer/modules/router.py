@@ -213,14 +213,26 @@ class ProductKeyRouter(nn.Module):
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
         names = ("query.weight", "row_keys", "col_keys")
-        saved = [state_dict[prefix + name] for name in names if prefix + name in state_dict]
+        saved: list[Any] = [state_dict.get(prefix + name) for name in names]
         here = [self.query.weight, self.row_keys, self.col_keys]
-        if len(saved) == 3 and [t.shape for t in saved] != [t.shape for t in here]:
+        if _are_a_routers(*saved) and [t.shape for t in saved] != [t.shape for t in here]:
             error_msgs.append(
                 f"{prefix.rstrip('.') or 'router'}: the checkpoint's router has "
                 f"{_describe_sizes(*saved)}, this one {_describe_sizes(*here)}; build the layer "
                 f"with the checkpoint's options."
             )
+
+
+def _are_a_routers(query_weight: Any, row_keys: Any, col_keys: Any) -> bool:
+    """Whether what a checkpoint holds has the dimensions of some router's state."""
+    if not all(isinstance(each, Tensor) for each in (query_weight, row_keys, col_keys)):
+        return False
+    return (
+        query_weight.dim() == 2
+        and row_keys.dim() == col_keys.dim()
+        and row_keys.dim() in (2, 3)
+        and row_keys.shape[-1] > 0
+    )
 
 
 def _describe_sizes(query_weight: Tensor, row_keys: Tensor, col_keys: Tensor) -> str:
