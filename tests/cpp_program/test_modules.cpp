@@ -3,6 +3,8 @@
 #include <peer/nn.h>
 #include <torch/nn/modules/container/sequential.h>
 #include <torch/nn/modules/linear.h>
+#include <torch/optim/adagrad.h>
+#include <torch/optim/sgd.h>
 #include <torch/serialize.h>
 #include <torch/types.h>
 #include <torch/utils.h>
@@ -137,6 +139,25 @@ TEST_CASE("options of device and dtype reach every parameter") {
   }
   PEER shapes(small().device(torch::kMeta).query_norm(std::nullopt));
   CHECK(shapes(torch::empty({5, 8}, torch::kMeta)).sizes() == torch::IntArrayRef{5, 8});
+}
+
+template <typename Optimizer>
+void check_that_it_trains_sparse_tables(Optimizer&& optimizer, PEER& layer) {
+  const torch::Tensor x = torch::randn({5, 8}), before = layer->experts->w_up.detach().clone();
+  layer(x).square().sum().backward();
+  const torch::Tensor grad = layer->experts->w_up.grad();
+  REQUIRE(grad.is_sparse());
+  optimizer.step();
+  const torch::Tensor moved = (layer->experts->w_up.detach() - before).abs().sum(1) > 0;
+  CHECK(moved.equal(grad.to_dense().abs().sum(1) > 0));
+}
+
+TEST_CASE("torch::optim takes the sparse gradients of the tables") {
+  PEER layer(small().sparse_grad(true));
+  const auto tables = layer->experts->parameters();
+  check_that_it_trains_sparse_tables(torch::optim::SGD(tables, 0.1), layer);
+  layer->zero_grad();
+  check_that_it_trains_sparse_tables(torch::optim::Adagrad(tables, 0.1), layer);
 }
 
 TEST_CASE("it prints its options") {
