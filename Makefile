@@ -8,6 +8,10 @@
 #
 # What setup.py reads from the environment counts here too; its first lines say what that is.
 
+ifneq ($(words $(CURDIR)),1)
+  $(error Make cannot work in $(CURDIR), whose path has a space)
+endif
+
 VENV ?= .venv
 TORCH ?= 2.15.*
 PYTHON ?= python3

@@ -144,9 +144,13 @@ def tool(name: str, directory: str) -> str:
 
 
 def build_directory(torch: Path, with_cuda: Toolkit | None = None) -> Path:
-    """One per torch, CUDA compiler and kind of build: builds beside each other do not meet."""
-    tools = str(torch) if with_cuda is None else f"{torch} {with_cuda.nvcc}"
-    place = hashlib.sha256(tools.encode()).hexdigest()[:8]
+    """One for each torch, CUDA compiler, kind of build and set of flags.
+
+    Builds beside each other do not meet, and what CMake keeps of one does not reach the next.
+    """
+    tools = [str(torch)] if with_cuda is None else [str(torch), str(with_cuda.nvcc)]
+    flags = [f"{n}={os.environ[n]}" for n in ("CMAKE_ARGS", "CXX", "CXXFLAGS") if os.environ.get(n)]
+    place = hashlib.sha256(" ".join([*tools, *flags]).encode()).hexdigest()[:8]
     first, second = minor(torch)
     kind = ("debug" if DEBUG else "release") + ("-cuda" if with_cuda else "")
     return ROOT / "build" / f"torch{first}.{second}-{kind}-{place}"
@@ -222,7 +226,9 @@ class Build(build):
 
     def run(self) -> None:
         # What an earlier build left may no longer belong to the package.
-        shutil.rmtree(self.build_lib, ignore_errors=True)
+        package = Path(self.build_lib) / "peer"
+        if package.exists():
+            shutil.rmtree(package)
         super().run()
 
 

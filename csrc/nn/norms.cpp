@@ -22,14 +22,16 @@ void move(const Tensor& running,
 
 }  // namespace
 
-QueryNormOptions::QueryNormOptions(std::optional<std::string> kind, int64_t heads, int64_t dim_key)
-    : kind_(std::move(kind)), heads_(heads), dim_key_(dim_key) {
-  TORCH_CHECK_VALUE(!kind_ || *kind_ == "batch" || *kind_ == "layer" || *kind_ == "rms",
+QueryNormImpl::QueryNormImpl(const QueryNormOptions& options) : options(options) {
+  const auto& kind = options.kind();
+  TORCH_CHECK_VALUE(!kind || *kind == "batch" || *kind == "layer" || *kind == "rms",
                     "expected query_norm to be one of 'batch', 'layer', 'rms' or none, got '",
-                    *kind_, "'");
+                    kind.value_or(""), "'");
+  TORCH_CHECK_VALUE(options.heads() >= 1 && options.dim_key() >= 1,
+                    "expected heads and dim_key to be positive, got ", options.heads(), " and ",
+                    options.dim_key());
+  reset();
 }
-
-QueryNormImpl::QueryNormImpl(const QueryNormOptions& options) : options(options) { reset(); }
 
 void QueryNormImpl::reset() {
   if (!options.kind()) {

@@ -1,9 +1,9 @@
 #include "nn/state_file.h"
 
-#include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
 
 #include <cstring>
+#include <filesystem>
 #include <memory>
 #include <optional>
 #include <string_view>
@@ -17,20 +17,23 @@ namespace {
 
 struct Value;
 
-// What the machine computes with. `Other` stands for values that are of no interest here, such as
-// the entries of the metadata that Python appends; they are dropped, so that nothing can nest.
+// What the machine computes with. Values are small, whatever they stand for, because a program of
+// two bytes copies one: text lies in the program, and all else is shared. `Other` stands for values
+// that are of no interest here, such as the entries of the metadata that Python appends; they are
+// dropped, so that nothing can nest.
 struct Other {};
 struct Mark {};
 struct Storage {
-  std::string name;
+  std::string_view name;
   at::ScalarType dtype;
   int64_t size;
 };
 struct Tuple {
   std::vector<Value> items;
+  bool has_tuples = false;
 };
 struct Dict {
-  std::vector<std::pair<std::string, Value>> entries;
+  std::vector<std::pair<std::string_view, Value>> entries;
 };
 enum class Function { ordered_dict, rebuild_tensor, rebuild_parameter };
 
@@ -38,11 +41,11 @@ struct Value {
   std::variant<Other,
                Mark,
                int64_t,
-               std::string,
+               std::string_view,
                at::ScalarType,
                Function,
                Storage,
-               StoredTensor,
+               std::shared_ptr<const StoredTensor>,
                std::shared_ptr<Tuple>,
                std::shared_ptr<Dict>>
       value;
@@ -97,9 +100,9 @@ class Machine {
     TORCH_CHECK(stack_.size() == 1, "it does not end with one value");
     std::map<std::string, StoredTensor> tensors;
     for (auto& [name, value] : pop<std::shared_ptr<Dict>>()->entries) {
-      auto* tensor = std::get_if<StoredTensor>(&value.value);
+      const auto* tensor = std::get_if<std::shared_ptr<const StoredTensor>>(&value.value);
       TORCH_CHECK(tensor != nullptr, "'", name, "' is not a tensor");
-      TORCH_CHECK(tensors.emplace(name, std::move(*tensor)).second, "'", name, "' is there twice");
+      TORCH_CHECK(tensors.emplace(name, **tensor).second, "'", name, "' is there twice");
     }
     return tensors;
   }
@@ -150,7 +153,7 @@ class Machine {
         set_items(pop_to_mark());
         return true;
       case 'X':  // BINUNICODE
-        push(std::string(take(integer<uint32_t>())));
+        push(take(integer<uint32_t>()));
         return true;
       case 'K':  // BININT1
         push(int64_t{integer<uint8_t>()});
@@ -275,23 +278,23 @@ class Machine {
 
   // The arguments of a function hold tuples of numbers, and no tuple is deeper than that.
   void push_tuple(std::vector<Value> items) {
+    bool has_tuples = false;
     for (const Value& item : items) {
       if (const auto* inner = std::get_if<std::shared_ptr<Tuple>>(&item.value)) {
-        for (const Value& innermost : (*inner)->items) {
-          TORCH_CHECK(!std::holds_alternative<std::shared_ptr<Tuple>>(innermost.value),
-                      "it nests tuples in tuples");
-        }
+        TORCH_CHECK(!(*inner)->has_tuples, "it nests tuples in tuples");
+        has_tuples = true;
       }
     }
-    push(std::make_shared<Tuple>(Tuple{std::move(items)}));
+    push(std::make_shared<Tuple>(Tuple{std::move(items), has_tuples}));
   }
 
   void set_items(const std::vector<Value>& items) {
     const auto dict = get<std::shared_ptr<Dict>>(top());
     TORCH_CHECK(items.size() % 2 == 0, "it has a name without a value");
     for (size_t i = 0; i < items.size(); i += 2) {
-      const bool is_tensor = std::holds_alternative<StoredTensor>(items[i + 1].value);
-      dict->entries.emplace_back(get<std::string>(items[i]),
+      const bool is_tensor =
+          std::holds_alternative<std::shared_ptr<const StoredTensor>>(items[i + 1].value);
+      dict->entries.emplace_back(get<std::string_view>(items[i]),
                                  is_tensor ? items[i + 1] : Value{Other()});
     }
   }
@@ -315,9 +318,9 @@ class Machine {
   // ("storage", its type, its name, its device, its size)
   void push_storage() {
     const auto id = pop<std::shared_ptr<Tuple>>();
-    TORCH_CHECK(id->items.size() == 5 && get<std::string>(id->items[0]) == "storage",
+    TORCH_CHECK(id->items.size() == 5 && get<std::string_view>(id->items[0]) == "storage",
                 "it refers to something that is not a storage");
-    push(Storage{get<std::string>(id->items[2]), get<at::ScalarType>(id->items[1]),
+    push(Storage{get<std::string_view>(id->items[2]), get<at::ScalarType>(id->items[1]),
                  get<int64_t>(id->items[4])});
   }
 
@@ -333,23 +336,24 @@ class Machine {
         TORCH_CHECK(arguments->items.empty(), "it makes a dictionary of something");
         return push(std::make_shared<Dict>());
       case Function::rebuild_parameter:
-        return push(get<StoredTensor>(argument(0)));
+        return push(get<std::shared_ptr<const StoredTensor>>(argument(0)));
       case Function::rebuild_tensor: {
         const auto storage = get<Storage>(argument(0));
-        StoredTensor tensor{storage.name,         storage.dtype,
-                            storage.size,         get<int64_t>(argument(1)),
-                            numbers(argument(2)), numbers(argument(3))};
-        TORCH_CHECK(is_within_storage(tensor), "a tensor of sizes ", tensor.sizes, ", strides ",
-                    tensor.strides, " and offset ", tensor.offset,
+        StoredTensor tensor{std::string(storage.name), storage.dtype,        storage.size,
+                            get<int64_t>(argument(1)), numbers(argument(2)), numbers(argument(3))};
+        TORCH_CHECK(is_within_storage(tensor), "a tensor of sizes ", at::IntArrayRef(tensor.sizes),
+                    ", strides ", at::IntArrayRef(tensor.strides), " and offset ", tensor.offset,
                     " lies outside of its storage of ", tensor.storage_size, " elements");
-        return push(std::move(tensor));
+        return push(std::make_shared<const StoredTensor>(std::move(tensor)));
       }
     }
   }
 
   static std::vector<int64_t> numbers(const Value& value) {
+    const auto tuple = get<std::shared_ptr<Tuple>>(value);
+    TORCH_CHECK(tuple->items.size() <= 64, "a tensor has ", tuple->items.size(), " dimensions");
     std::vector<int64_t> result;
-    for (const Value& item : get<std::shared_ptr<Tuple>>(value)->items) {
+    for (const Value& item : tuple->items) {
       result.push_back(get<int64_t>(item));
     }
     return result;
@@ -361,18 +365,24 @@ class Machine {
   std::unordered_map<uint32_t, Value> memo_;
 };
 
-std::string record(caffe2::serialize::PyTorchStreamReader& archive, const std::string& name) {
-  const auto [bytes, size] = archive.getRecord(name);
+std::string record(caffe2::serialize::PyTorchStreamReader& archive,
+                   const std::string& name,
+                   size_t limit) {
+  const size_t size = archive.getRecordSize(name);
+  TORCH_CHECK(size <= limit, name, " has ", size, " bytes, more than the file");
+  const auto bytes = std::get<0>(archive.getRecord(name));
   return {static_cast<const char*>(bytes.get()), size};
 }
 
 }  // namespace
 
-StateFile::StateFile(const std::string& path) : archive_(path) {
+StateFile::StateFile(const std::string& path)
+    : archive_(path), size_(std::filesystem::file_size(path)) {
   if (archive_.hasRecord("byteorder")) {
-    TORCH_CHECK(record(archive_, "byteorder") == "little", path, " is not in little-endian order");
+    TORCH_CHECK(record(archive_, "byteorder", size_) == "little", path,
+                " is not in little-endian order");
   }
-  const std::string program = record(archive_, "data.pkl");
+  const std::string program = record(archive_, "data.pkl", size_);
   try {
     tensors_ = Machine(program).run();
   } catch (c10::Error& error) {
@@ -382,14 +392,27 @@ StateFile::StateFile(const std::string& path) : archive_(path) {
 }
 
 at::Tensor StateFile::read(const StoredTensor& tensor) {
-  auto [bytes, size] = archive_.getRecord("data/" + tensor.storage);
+  const auto bytes = storage(tensor);
+  auto* first = static_cast<char*>(bytes->get()) +
+                tensor.offset * static_cast<int64_t>(c10::elementSize(tensor.dtype));
+  return at::from_blob(first, tensor.sizes, tensor.strides, [bytes](void*) {}, tensor.dtype);
+}
+
+// Records are as they are in memory: torch.save does not compress. One that says it is larger than
+// the file, or than its tensors need, is refused before there is memory for it.
+std::shared_ptr<at::DataPtr> StateFile::storage(const StoredTensor& tensor) {
+  const std::string name = "data/" + tensor.storage;
   const size_t item = c10::elementSize(tensor.dtype);
-  TORCH_CHECK(size / item == static_cast<size_t>(tensor.storage_size) && size % item == 0,
-              "storage ", tensor.storage, " has ", size, " bytes instead of ", tensor.storage_size,
-              " times ", item);
-  auto owner = std::make_shared<at::DataPtr>(std::move(bytes));
-  auto* first = static_cast<char*>(owner->get()) + tensor.offset * static_cast<int64_t>(item);
-  return at::from_blob(first, tensor.sizes, tensor.strides, [owner](void*) {}, tensor.dtype);
+  const size_t size = archive_.getRecordSize(name);
+  TORCH_CHECK(
+      size <= size_ && size % item == 0 && size / item == static_cast<size_t>(tensor.storage_size),
+      "storage ", tensor.storage, " has ", size, " bytes instead of ", tensor.storage_size,
+      " times ", item, " within a file of ", size_);
+  auto& bytes = storages_[tensor.storage];
+  if (!bytes) {
+    bytes = std::make_shared<at::DataPtr>(std::get<0>(archive_.getRecord(name)));
+  }
+  return bytes;
 }
 
 }  // namespace peer::nn

@@ -10,6 +10,7 @@
 #include <caffe2/serialize/inline_container.h>
 
 #include <map>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -32,11 +33,15 @@ class StateFile {
 
   const std::map<std::string, StoredTensor>& tensors() const { return tensors_; }
 
-  // The values of one, on the CPU.
+  // The values of one, on the CPU. Tensors of one storage share its memory.
   at::Tensor read(const StoredTensor& tensor);
 
  private:
+  std::shared_ptr<at::DataPtr> storage(const StoredTensor& tensor);
+
   caffe2::serialize::PyTorchStreamReader archive_;
+  size_t size_;  // of the file, in bytes
+  std::map<std::string, std::shared_ptr<at::DataPtr>> storages_;
   std::map<std::string, StoredTensor> tensors_;
 };
 

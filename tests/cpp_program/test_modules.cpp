@@ -76,6 +76,9 @@ TEST_CASE("options out of range are refused by name") {
              Catch::Contains("'softmax', 'sigmoid', 'relu', got 'max'"));
   CHECK_THAT(refusal(small().query_norm("group")),
              Catch::Contains("'batch', 'layer', 'rms' or none, got 'group'"));
+  CHECK_THROWS_AS(peer::nn::QueryNorm(peer::nn::QueryNormOptions("rms", 2, 4).kind("group")),
+                  c10::ValueError);
+  CHECK_THROWS_AS(peer::nn::QueryNorm(peer::nn::QueryNormOptions("rms", 0, 4)), c10::ValueError);
   CHECK_THAT(refusal(small().activation("swish")), Catch::Contains("got 'swish'"));
   CHECK_THAT(refusal(small().dim_out(0)), Catch::Contains("dim_out to be positive"));
   CHECK_THAT(refusal(small().dropout(1.5)), Catch::Contains("dropout between 0 and 1"));

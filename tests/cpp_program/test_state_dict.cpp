@@ -126,7 +126,8 @@ TEST_CASE("an altered file is refused, or holds other values") {
 }
 
 // Files whose archive is whole, and which say what cannot be of a tensor "a" of 8 numbers:
-// PEER_HOSTILE_FILES names a directory of them. good.pt there is a state of the module.
+// PEER_HOSTILE_FILES names a directory of them, each beside a text with what is to be said of it.
+// good.pt there is a state of the module.
 TEST_CASE("files made to mislead are refused") {
   const char* directory = std::getenv("PEER_HOSTILE_FILES");
   if (directory == nullptr) {
@@ -137,11 +138,17 @@ TEST_CASE("files made to mislead are refused") {
   const torch::Tensor a = module.register_parameter("a", torch::ones({8}));
   int refused = 0;
   for (const auto& entry : std::filesystem::directory_iterator(directory)) {
-    INFO(entry.path());
-    if (entry.path().filename() != "good.pt") {
-      CHECK_THROWS_AS(peer::load_state_dict(module, entry.path()), c10::Error);
-      ++refused;
+    auto file = entry.path();
+    if (file.extension() != ".txt") {
+      continue;
     }
+    const auto text = read(file);
+    file.replace_extension(".pt");
+    INFO(file);
+    CHECK_THROWS_AS(peer::load_state_dict(module, file), c10::Error);
+    CHECK_THROWS_WITH(peer::load_state_dict(module, file),
+                      Catch::Contains(std::string(text.begin(), text.end())));
+    ++refused;
   }
   CHECK(refused > 30);
   CHECK(a.equal(torch::ones({8})));

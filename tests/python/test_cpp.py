@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -157,12 +158,14 @@ def test_another_torch_is_named(tmp_path: Path):
     built = peer._library.build_info()["torch"]
     assert f"peer was built for PyTorch {built}, but" in said
     assert "is PyTorch 2.3.1+cpu" in said
+    assert "python -m pip install --force-reinstall --no-deps ." in said
+    assert ";" not in said
 
 
 def test_no_torch_says_what_to_type(tmp_path: Path):
     said = find_package(tmp_path, "REQUIRED", f"-DTORCH_DIR={tmp_path}")
     assert f"which is not in {tmp_path}" in said
-    assert "-DTORCH_DIR=$(python -c" in said
+    assert "Say where it is: \"-DTORCH_DIR=$(python -c 'import torch" in said
 
 
 def test_torch_that_the_program_found_before_is_taken(tmp_path: Path):
@@ -190,6 +193,8 @@ def test_torch_is_found_beside_peer_and_by_its_own_package(tmp_path: Path):
     assert f"with {beside}/lib" in find_package(tmp_path, "", f"-DCMAKE_PREFIX_PATH={here}")
     both = f"-DCMAKE_PREFIX_PATH={here};{elsewhere / 'share/cmake'}"
     assert f"with {elsewhere}/lib" in find_package(tmp_path, "", both)
+    directory_itself = f"-DCMAKE_PREFIX_PATH={here};{elsewhere}"  # as for LibTorch
+    assert f"with {elsewhere}/lib" in find_package(tmp_path, "", directory_itself)
 
 
 # ---- The examples, and the page about them.
@@ -341,7 +346,11 @@ def results_in_cpp(programs: Path, tmp_path_factory: pytest.TempPathFactory) -> 
         torch.manual_seed(100 + i)
         layer = build(case.options)
         layer(torch.randn(16, 16, dtype=layer.experts.w_down.dtype))  # moves running statistics
-        torch.save(layer.state_dict(), directory / f"python{i}.pt")
+        state = layer.state_dict()
+        if i == 0:  # an expert's rows side by side, in one storage
+            both = torch.stack([state["experts.w_down"], state["experts.w_up"]], dim=1)
+            state["experts.w_down"], state["experts.w_up"] = both.unbind(1)
+        torch.save(state, directory / f"python{i}.pt")
         given.append(
             {
                 "options": {**SMALL, **case.options},
@@ -442,40 +451,62 @@ def tensor(
     )
 
 
-HOSTILE: dict[str, bytes] = {
-    "runs a program": pickle.dumps({"a": os.getcwd}, protocol=2),
-    "makes an object": pickle.dumps({"a": Path("x")}, protocol=2),
-    "size beyond the storage": tensor(sizes=(9,)),
-    "offset beyond the storage": tensor(offset=1),
-    "offset before the storage": tensor(offset=-1),
-    "negative size": tensor(sizes=(-8,)),
-    "negative stride": tensor(strides=(-1,)),
-    "stride beyond the storage": tensor(strides=(2,)),
-    "last element overflows": tensor(sizes=(2**62, 5), strides=(4, 2**62)),
-    "number of elements overflows": tensor(sizes=(2**32, 2**32), strides=(0, 0)),
-    "sizes and strides of different lengths": tensor(sizes=(2, 2)),
-    "storage smaller than it says": tensor(elements=2**40, sizes=(2**40,)),
-    "negative storage": tensor(elements=-1, sizes=(0,)),
-    "no end": PREFIX,
-    "nothing": b"",
-    "only a stop": b".",
-    "two values": b"\x80\x02}}.",
-    "not a dictionary": b"\x80\x02K\x01.",
-    "number as a name": b"\x80\x02}K\x01K\x02s.",
-    "name without a value": b"\x80\x02}(X\x01\x00\x00\x00au.",
-    "text longer than the file": b"\x80\x02X\xff\xff\xff\xffa.",
-    "recalls nothing": b"\x80\x02h\x05.",
-    "takes from an empty stack": b"\x80\x02R.",
-    "keeps from an empty stack": b"\x80\x02q\x00.",
-    "no mark": b"\x80\x02}u.",
-    "tuples in tuples": b"\x80\x02" + b")" + b"\x85" * 10**6 + b".",
-    "no line end": b"\x80\x02ctorch",
-    "persistent id of something else": b"\x80\x02(K\x01tQ.",
-    "arguments missing": PREFIX + FUNCTION + b")Ru.",
-    "an unknown instruction": b"\x80\x02\xff.",
-    "long number": b"\x80\x02\x8a\xff" + bytes(255) + b".",
-    "a name twice": tensor()[:-2] + tensor()[len(PREFIX) - 7 : -2] + b"u.",
-}
+# What is wrong, the pickle, and what the reader says of it.
+OUTSIDE = "lies outside of its storage"
+HOSTILE: list[tuple[str, bytes, str]] = [
+    ("runs a program", pickle.dumps({"a": os.getcwd}, protocol=2), "it needs posix.getcwd"),
+    ("makes an object", pickle.dumps({"a": Path("x")}, protocol=2), "it needs pathlib"),
+    ("size beyond the storage", tensor(sizes=(9,)), OUTSIDE),
+    ("offset beyond the storage", tensor(offset=1), OUTSIDE),
+    ("offset before the storage", tensor(offset=-1), OUTSIDE),
+    ("negative size", tensor(sizes=(-8,)), OUTSIDE),
+    ("negative stride", tensor(strides=(-1,)), OUTSIDE),
+    ("stride beyond the storage", tensor(strides=(2,)), OUTSIDE),
+    ("stride overflows", tensor(strides=(2**62,)), OUTSIDE),
+    ("offset and stride overflow", tensor(offset=2**62, strides=(2**60,)), OUTSIDE),
+    ("last element overflows", tensor(sizes=(2**62, 5), strides=(4, 2**62)), OUTSIDE),
+    ("repeats without end", tensor(sizes=(2**32, 2**32), strides=(0, 0)), "expected shape [8]"),
+    ("sizes and strides of different lengths", tensor(sizes=(2, 2)), OUTSIDE),
+    ("too many dimensions", tensor(sizes=(1,) * 65, strides=(0,) * 65), "65 dimensions"),
+    ("storage smaller than it says", tensor(elements=2**40), "bytes instead of"),
+    ("negative storage", tensor(elements=-1, sizes=(0,)), OUTSIDE),
+    ("no end", PREFIX, "it ends too early"),
+    ("nothing", b"", "it ends too early"),
+    ("only a stop", b".", "does not end with one value"),
+    ("two values", b"\x80\x02}}.", "does not end with one value"),
+    ("not a dictionary", b"\x80\x02K\x01.", "of an unexpected kind"),
+    ("number as a name", b"\x80\x02}K\x01K\x02s.", "of an unexpected kind"),
+    ("name without a value", b"\x80\x02}(X\x01\x00\x00\x00au.", "a name without a value"),
+    ("text longer than the file", b"\x80\x02X\xff\xff\xff\xffa.", "it ends too early"),
+    ("recalls nothing", b"\x80\x02h\x05.", "recalls what it has not kept"),
+    ("takes from an empty stack", b"\x80\x02R.", "takes a value where there is none"),
+    ("keeps from an empty stack", b"\x80\x02q\x00.", "takes a value where there is none"),
+    ("no mark", b"\x80\x02}u.", "takes a value where there is none"),
+    ("tuples in tuples", b"\x80\x02" + b")" + b"\x85" * 10**6 + b".", "nests tuples in tuples"),
+    ("no line end", b"\x80\x02ctorch", "it ends too early"),
+    ("persistent id of something else", b"\x80\x02(K\x01tQ.", "is not a storage"),
+    ("arguments missing", PREFIX + FUNCTION + b")Ru.", "a tensor lacks an argument"),
+    ("an unknown instruction", b"\x80\x02\xff.", "does not belong to a dictionary"),
+    ("long number", b"\x80\x02\x8a\xff" + bytes(255) + b".", "a number has 255 bytes"),
+    ("a name twice", tensor()[:-2] + tensor()[len(b"\x80\x02}q\x00(") :], "is there twice"),
+    # A terabyte, if each recall were a copy.
+    (
+        "recalls a long text often",
+        b"\x80\x02X"
+        + (10**6).to_bytes(4, "little")
+        + b"a" * 10**6
+        + b"q\x00"
+        + b"h\x00" * 10**6
+        + b".",
+        "does not end with one value",
+    ),
+    # 10**12 steps, if each tuple were searched.
+    (
+        "wraps a long tuple often",
+        b"\x80\x02(" + b"K\x01" * 10**6 + b"tq\x00" + b"h\x00\x85" * 10**6 + b".",
+        "does not end with one value",
+    ),
+]
 
 
 @pytest.fixture(scope="session")
@@ -486,9 +517,20 @@ def hostile_states(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """
     directory = tmp_path_factory.mktemp("hostile")
     write_state(directory / "good.pt", tensor())
-    for name, program in HOSTILE.items():
+    records = [
+        ("storage missing", {"data/1": bytes(32)}, "data/0"),
+        ("storage too short", {"data/0": bytes(31)}, "bytes instead of"),
+        ("storage too long", {"data/0": bytes(36)}, "bytes instead of"),
+    ]
+    for name, program, message in HOSTILE:
         write_state(directory / f"{name}.pt", program)
-    write_state(directory / "storage missing.pt", tensor(), {"data/1": bytes(32)})
-    write_state(directory / "storage too short.pt", tensor(), {"data/0": bytes(31)})
-    write_state(directory / "storage too long.pt", tensor(), {"data/0": bytes(36)})
+        (directory / f"{name}.txt").write_text(message)
+    for name, storages, message in records:
+        write_state(directory / f"{name}.pt", tensor(), storages)
+        (directory / f"{name}.txt").write_text(message)
+    with zipfile.ZipFile(directory / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("bomb/version", "3\n")
+        archive.writestr("bomb/data.pkl", tensor(elements=2**24))
+        archive.writestr("bomb/data/0", bytes(4 * 2**24))
+    (directory / "bomb.txt").write_text("within a file of")
     return directory

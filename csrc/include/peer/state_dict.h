@@ -16,7 +16,8 @@ PEER_API void save_state_dict(const torch::nn::Module& module, const std::string
 //
 // Throws c10::Error, and leaves the module as it was, where the file is damaged or holds anything
 // but tensors by name, and where a name is missing or not the module's, or a shape differs; the
-// message names all of them. Values of another dtype are converted.
+// message names all of them. Values of another dtype are converted. While it loads, the file is in
+// memory beside the module.
 PEER_API void load_state_dict(torch::nn::Module& module, const std::string& path);
 
 }  // namespace peer

@@ -8,12 +8,14 @@
 
 #include <optional>
 #include <string>
+#include <utility>
 
 namespace peer::nn {
 
 // Options of QueryNorm for H = heads queries of width dim_key.
 struct PEER_API QueryNormOptions {
-  QueryNormOptions(std::optional<std::string> kind, int64_t heads, int64_t dim_key);
+  QueryNormOptions(std::optional<std::string> kind, int64_t heads, int64_t dim_key)
+      : kind_(std::move(kind)), heads_(heads), dim_key_(dim_key) {}
 
   // "batch", "layer", "rms", or none for the identity.
   TORCH_ARG(std::optional<std::string>, kind);
