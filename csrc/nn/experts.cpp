@@ -2,13 +2,11 @@
 
 #include <torch/nn/init.h>
 
-#include <algorithm>
-#include <array>
 #include <cmath>
 #include <ostream>
-#include <string_view>
 
 #include "nn/factory.h"
+#include "ops/expert_mlp.h"
 #include "peer/functional.h"
 
 namespace peer::nn {
@@ -16,9 +14,6 @@ namespace peer::nn {
 using torch::Tensor;
 
 namespace {
-
-constexpr std::array<std::string_view, 6> kActivations = {"gelu", "gelu_tanh", "relu",
-                                                          "silu", "identity",  "relu2"};
 
 void check(const ExpertPoolOptions& options) {
   const std::pair<const char*, int64_t> sizes[] = {
@@ -31,8 +26,7 @@ void check(const ExpertPoolOptions& options) {
     TORCH_CHECK_VALUE(value >= 1, "expected ", name, " to be positive, got ", value);
   }
   TORCH_CHECK_VALUE(
-      std::find(kActivations.begin(), kActivations.end(), options.activation()) !=
-          kActivations.end(),
+      ops::activation_named(options.activation()).has_value(),
       "expected activation to be one of 'gelu', 'gelu_tanh', 'relu', 'silu', 'identity', "
       "'relu2', got '",
       options.activation(), "'");

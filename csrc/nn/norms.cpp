@@ -1,11 +1,11 @@
 #include "peer/nn/norms.h"
 
 #include <torch/nn/functional/batchnorm.h>
-#include <torch/nn/init.h>
 
 #include <ostream>
 
 #include "nn/factory.h"
+#include "ops/checks.h"
 
 namespace peer::nn {
 
@@ -109,9 +109,7 @@ Tensor QueryNormImpl::normalise_batch(const Tensor& query) {
 Tensor QueryNormImpl::normalise_unpadded(const Tensor& query, const Tensor& padding_mask) {
   // Sums with padding filled by zeros: shapes do not depend on the mask, and what stands in the
   // padding, NaN included, cannot reach the statistics.
-  const bool is_narrow =
-      query.scalar_type() == torch::kHalf || query.scalar_type() == torch::kBFloat16;
-  const Tensor values = is_narrow ? query.to(torch::kFloat) : query;
+  const Tensor values = query.to(ops::accumulation_type(query.scalar_type()));
   const Tensor padding = padding_mask.unsqueeze(-1);
   const Tensor count = padding_mask.logical_not().sum().to(values.scalar_type());
   const Tensor divisor = count.clamp_min(1.0);

@@ -42,12 +42,6 @@ QueryNormOptions norm_options(const ProductKeyRouterOptions& options) {
       .dtype(options.dtype());
 }
 
-std::vector<int64_t> with_last(at::IntArrayRef sizes, std::initializer_list<int64_t> last) {
-  std::vector<int64_t> result(sizes.begin(), sizes.end() - 1);
-  result.insert(result.end(), last);
-  return result;
-}
-
 }  // namespace
 
 QueryNetworkImpl::QueryNetworkImpl(const ProductKeyRouterOptions& options) : options(options) {
@@ -138,7 +132,9 @@ std::tuple<Tensor, Tensor> ProductKeyRouterImpl::forward(const Tensor& x,
   const auto [scores, indices] =
       product_key_topk(queries.view({-1, options.heads(), options.dim_key()}), row_keys, col_keys,
                        options.num_experts_per_head());
-  const auto shape = with_last(x.sizes(), {options.heads(), options.num_experts_per_head()});
+  std::vector<int64_t> shape = x.sizes().vec();
+  shape.back() = options.heads();
+  shape.push_back(options.num_experts_per_head());
   return {router_weights(scores, options.scores()).view(shape), indices.view(shape)};
 }
 

@@ -37,19 +37,11 @@ const auto& backward_handle() {
 }
 
 Activation parse_activation(const char* op, std::string_view name) {
-  constexpr std::pair<std::string_view, Activation> known[] = {
-      {"gelu", Activation::gelu},         {"gelu_tanh", Activation::gelu_tanh},
-      {"relu", Activation::relu},         {"silu", Activation::silu},
-      {"identity", Activation::identity}, {"relu2", Activation::relu2},
-  };
-  for (const auto& [known_name, activation] : known) {
-    if (name == known_name) {
-      return activation;
-    }
-  }
-  TORCH_CHECK_VALUE(false, "peer::", op,
+  const auto activation = activation_named(name);
+  TORCH_CHECK_VALUE(activation.has_value(), "peer::", op,
                     ": expected activation gelu, gelu_tanh, relu, silu, identity or relu2, got '",
                     name, "'");
+  return *activation;
 }
 
 Activation check_inputs(const char* op,
@@ -103,6 +95,20 @@ Activation check_inputs(const char* op,
 }
 
 }  // namespace
+
+std::optional<Activation> activation_named(std::string_view name) {
+  constexpr std::pair<std::string_view, Activation> known[] = {
+      {"gelu", Activation::gelu},         {"gelu_tanh", Activation::gelu_tanh},
+      {"relu", Activation::relu},         {"silu", Activation::silu},
+      {"identity", Activation::identity}, {"relu2", Activation::relu2},
+  };
+  for (const auto& [known_name, activation] : known) {
+    if (name == known_name) {
+      return activation;
+    }
+  }
+  return std::nullopt;
+}
 
 std::tuple<Tensor, Tensor, Tensor> expert_mlp(const Tensor& x,
                                               const Tensor& weights,

@@ -68,6 +68,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> redispatch_expert_mlp_backwar
     bool sparse_grad,
     std::array<bool, 5> output_mask);
 
+// None where no activation has the name.
+std::optional<Activation> activation_named(std::string_view name);
+
 // What every kernel of the operator requires of its arguments, whatever the device. Reads no data.
 // Returns the parsed activation.
 Activation check_expert_mlp(const Tensor& x,

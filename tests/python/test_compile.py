@@ -184,11 +184,8 @@ def test_compiled_autograd_gives_the_gradients_of_eager(
 
 # --- the whole layer -----------------------------------------------------------------------------
 
-LENGTHS = (
-    7,
-    9,
-    13,
-)  # none equals a size of the layer, such as its heads: that may be another graph
+# None equals a size of the layer, such as its heads: that may be another graph.
+LENGTHS = (7, 9, 13)
 DENSE = [name for name in OPTIONS if name != "sparse"]
 
 
