@@ -62,6 +62,21 @@ TEST_CASE("a state comes back bit by bit") {
   CHECK(other->router->norm->num_batches_tracked.item<int64_t>() == 1);
 }
 
+// The lines of the README.
+TEST_CASE("the layer of the README is saved") {
+  constexpr int64_t dim = 8;
+  const torch::Tensor x = torch::randn({3, dim});
+  const Directory directory;
+  const auto before = std::filesystem::current_path();
+  std::filesystem::current_path(directory.path);
+  peer::nn::PEER layer(peer::nn::PEEROptions(dim).num_experts(1024 * 1024));
+  torch::Tensor y = layer(x);
+  peer::save_state_dict(*layer, "layer.pt");  // torch.load("layer.pt", weights_only=True)
+  std::filesystem::current_path(before);
+  CHECK(y.sizes() == x.sizes());
+  CHECK(std::filesystem::file_size(directory / "layer.pt") > size_t{1024} * 1024 * 2 * dim * 4);
+}
+
 TEST_CASE("a state of other options is refused with every difference") {
   const Directory directory;
   PEER layer(small()), other(small().glu(true).query_norm("rms").dim_out(5));

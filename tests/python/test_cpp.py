@@ -209,6 +209,15 @@ def test_the_page_shows_what_the_examples_are():
     assert not missing, missing[0]
 
 
+def test_the_readme_shows_what_the_programs_do():
+    (block,) = re.findall(
+        r"^```cpp\n(.*?)^```", (CHECKOUT / "README.md").read_text(), re.MULTILINE | re.DOTALL
+    )
+    program = (CHECKOUT / "tests/cpp_program/test_state_dict.cpp").read_text()
+    there = [line.strip() for line in program.splitlines()]
+    assert [line for line in block.splitlines() if line and line not in there] == []
+
+
 def test_operators_example_runs(examples: Path):
     printed = succeed(examples / "operators")
     assert "output [5, 16], gradients " in printed
