@@ -15,21 +15,19 @@ TORCH_LIBRARY(peer, m) {
       "bool[3] output_mask) -> (Tensor, Tensor, Tensor)",
       {at::Tag::pt2_compliant_tag});
   m.def(
-      "expert_mlp(Tensor x, Tensor weights, Tensor indices, Tensor w_down, Tensor w_up, Tensor? "
-      "w_gate, str activation, "
-      "bool sparse_grad=False) -> (Tensor out, Tensor hidden, Tensor gate)",
+      "expert_mlp(Tensor x, Tensor weights, Tensor indices, Tensor table, str activation, bool "
+      "sparse_grad=False) -> (Tensor out, Tensor hidden, Tensor gate)",
       {at::Tag::pt2_compliant_tag});
   m.def(
       "expert_mlp_backward(Tensor grad_out, Tensor x, Tensor weights, Tensor indices, Tensor "
-      "w_down, Tensor w_up, Tensor? w_gate, "
-      "Tensor hidden, Tensor gate, str activation, bool sparse_grad, bool[5] output_mask) -> "
-      "(Tensor, Tensor, Tensor, Tensor, Tensor)",
+      "table, Tensor hidden, Tensor gate, str activation, bool sparse_grad, bool[3] output_mask) "
+      "-> "
+      "(Tensor, Tensor, Tensor)",
       {at::Tag::pt2_compliant_tag});
   m.def(
       "expert_mlp_backward_coefficients(Tensor grad_out, Tensor x, Tensor weights, Tensor indices, "
-      "Tensor w_down, Tensor w_up, Tensor? w_gate, Tensor hidden, Tensor gate, str activation) -> "
-      "(Tensor grad_x, Tensor grad_weights, Tensor down_coefficients, Tensor up_coefficients, "
-      "Tensor gate_coefficients)",
+      "Tensor table, Tensor hidden, Tensor gate, str activation) -> (Tensor grad_x, Tensor "
+      "grad_weights, Tensor coefficients)",
       {at::Tag::pt2_compliant_tag});
   m.def(
       "rowwise_adagrad_(Tensor(a!) table, Tensor(b!) sum_of_squares, Tensor? indices, Tensor "

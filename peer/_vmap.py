@@ -2,8 +2,8 @@
 
 A sample of the batch is a call of the operator. Samples that share their keys or tables are more
 tokens; samples with keys of their own are more heads, and with tables of their own more experts.
-Then all samples are one call, a larger problem of the same kind. Only the gradients of tables that
-the samples share are computed sample by sample, because each of them is a whole table.
+Then all samples are one call, a larger problem of the same kind. Only the gradient of a table that
+the samples share is computed sample by sample, because each of them is a whole table.
 
 B is the number of samples.
 """
@@ -87,27 +87,24 @@ def expert_mlp(
     x: Tensor,
     weights: Tensor,
     indices: Tensor,
-    w_down: Tensor,
-    w_up: Tensor,
-    w_gate: Tensor | None,
+    table: Tensor,
     activation: str,
     sparse_grad: bool = False,
 ) -> Results:
     """The rule of the operator of this name."""
-    x_dim, weight_dim, index_dim, *table_dims = in_dims[:6]
+    x_dim, weight_dim, index_dim, table_dim = in_dims[:4]
     x = _with_batch(x, x_dim, info)
     weights = _with_batch(weights, weight_dim, info)
     indices = _with_batch(indices, index_dim, info)
-    tables: list[Any] = [w_down, w_up, w_gate]
-    if any(dim is not None for dim in table_dims):
-        tables = [_with_batch(*table, info) for table in zip(tables, table_dims, strict=True)]
-        indices = _point_into_own_tables(indices, tables[0].shape[1])
-        tables = [_fold(table) for table in tables]
+    if table_dim is not None:
+        table = table.movedim(table_dim, 0)
+        indices = _point_into_own_tables(indices, table.shape[1])
+        table = _fold(table)
     out, hidden, gate = torch.ops.peer.expert_mlp(
-        _fold(x), _fold(weights), _fold(indices), *tables, activation, sparse_grad
+        _fold(x), _fold(weights), _fold(indices), table, activation, sparse_grad
     )
     outputs = [_unfold(out, x.shape), _unfold(hidden, x.shape)]
-    if w_gate is None:
+    if table.shape[1] == 2:
         return (*outputs, gate), (0, 0, None)  # gate is empty, for all samples the same
     return _results([*outputs, _unfold(gate, x.shape)])
 
@@ -119,9 +116,7 @@ def expert_mlp_backward(
     x: Tensor,
     weights: Tensor,
     indices: Tensor,
-    w_down: Tensor,
-    w_up: Tensor,
-    w_gate: Tensor | None,
+    table: Tensor,
     hidden: Tensor,
     gate: Tensor,
     activation: str,
@@ -129,8 +124,9 @@ def expert_mlp_backward(
     output_mask: Sequence[bool],
 ) -> Results:
     """The rule of the operator of this name."""
-    grad_dim, x_dim, weight_dim, index_dim, *table_dims, hidden_dim, gate_dim = in_dims[:9]
-    if sparse_grad and any(output_mask[2:]):
+    grad_dim, x_dim, weight_dim, index_dim, table_dim, hidden_dim, gate_dim = in_dims[:7]
+    *of_tokens, wants_table = output_mask
+    if sparse_grad and wants_table:
         raise NotImplementedError(
             "peer::expert_mlp: sparse_grad=True does not work under vmap, because samples retrieve "
             "different numbers of experts; use sparse_grad=False"
@@ -141,39 +137,30 @@ def expert_mlp_backward(
     indices = _with_batch(indices, index_dim, info)
     hidden = _with_batch(hidden, hidden_dim, info)
     gate = _with_batch(gate, gate_dim, info)
-    tables: list[Any] = [w_down, w_up, w_gate]
 
-    def call(samples: Sequence[Tensor], output_mask: Sequence[bool]) -> list[Any]:
+    def call(samples: Sequence[Tensor], table: Tensor, output_mask: list[bool]) -> list[Any]:
         *tokens, hidden, gate = samples
         # In the place of an empty gate, B empty ones are folded into one.
-        arguments = (*tokens, *tables, hidden, gate, activation, sparse_grad, list(output_mask))
+        arguments = (*tokens, table, hidden, gate, activation, sparse_grad, output_mask)
         return list(torch.ops.peer.expert_mlp_backward(*arguments))
 
-    if any(dim is not None for dim in table_dims):
-        tables = [_with_batch(*table, info) for table in zip(tables, table_dims, strict=True)]
-        num_experts = tables[0].shape[1]
-        indices = _point_into_own_tables(indices, num_experts)
-        tables = [_fold(table) for table in tables]
+    if table_dim is not None:
+        table = table.movedim(table_dim, 0)
+        indices = _point_into_own_tables(indices, table.shape[1])
         samples = [_fold(each) for each in (grad_out, x, weights, indices, hidden, gate)]
-        grads = call(samples, output_mask)
-        of_tokens = [_unfold(grad, x.shape) for grad in grads[:2]]
-        of_tables = [_unfold(grad, (info.batch_size, num_experts)) for grad in grads[2:]]
-        return _results(of_tokens + of_tables)
+        *grads, grad_table = call(samples, _fold(table), list(output_mask))
+        return _results([*(_unfold(g, x.shape) for g in grads), _unfold(grad_table, table.shape)])
 
     samples = [grad_out, x, weights, indices, hidden, gate]
-    of_tokens, of_tables = [None, None], [None, None, None]
-    if any(output_mask[:2]):
-        mask = [*output_mask[:2], False, False, False]
-        grads = call([_fold(each) for each in samples], mask)
-        of_tokens = [_unfold(grad, x.shape) for grad in grads[:2]]
-    if any(output_mask[2:]):
-        mask = [False, False, *output_mask[2:]]
-        of_samples = [call(sample, mask)[2:] for sample in zip(*samples, strict=True)]
-        of_tables = [
-            None if grads[0] is None else torch.stack(grads)
-            for grads in zip(*of_samples, strict=True)
-        ]
-    return _results(of_tokens + of_tables)
+    grads, grad_table = [None, None], None
+    if any(of_tokens):
+        folded = [_fold(each) for each in samples]
+        grads = [_unfold(g, x.shape) for g in call(folded, table, [*of_tokens, False])[:2]]
+    if wants_table:
+        mask = [False, False, True]
+        of_samples = [call(each, table, mask)[2] for each in zip(*samples, strict=True)]
+        grad_table = torch.stack(of_samples)
+    return _results([*grads, grad_table])
 
 
 class _Heads:
@@ -213,16 +200,14 @@ class _Heads:
         return keys.view(self.samples, self.heads, *keys.shape[1:])
 
 
-def _with_batch(tensor: Any, dim: int | None, info: Any) -> Any:
-    """(B, ...): the batch first, expanded where the samples share the tensor; None stays None."""
-    if tensor is None:
-        return None
+def _with_batch(tensor: Tensor, dim: int | None, info: Any) -> Tensor:
+    """(B, ...): the batch first, expanded where the samples share the tensor."""
     return tensor.expand(info.batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
 
 
-def _fold(tensor: Any) -> Any:
+def _fold(tensor: Tensor) -> Tensor:
     """(B, n, ...) to (B * n, ...)."""
-    return None if tensor is None else tensor.flatten(0, 1)
+    return tensor.flatten(0, 1)
 
 
 def _unfold(tensor: Tensor | None, sizes: Sequence[int]) -> Tensor | None:

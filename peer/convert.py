@@ -75,14 +75,15 @@ def from_peer_pytorch(
             unless given.
         non_competing_scores: True unless given.
         dropout: 0 unless given.
-        sparse_grad: whether the tables of the result get sparse gradients, see `peer.ExpertPool`.
+        sparse_grad: whether the table of the result gets a sparse gradient, see `peer.ExpertPool`.
 
     Returns:
         A `peer.PEER` with tensors of its own, in the dtypes and on the devices of the source. If
         the source has `pre_rmsnorm`, that norm feeds the experts, too, so it stands before the
         layer: `torch.nn.Sequential(torch.nn.RMSNorm, peer.PEER)`, the weight being their gamma + 1.
-        From a module it also takes over the training mode and which parameters require gradients.
-        What a state lacks is assumed: training mode, all parameters trained.
+        From a module it also takes over the training mode and which parameters require gradients;
+        the table does if one of theirs did. What a state lacks is assumed: training mode, all
+        parameters trained.
 
     Raises:
         ValueError: the layer computes what no `peer.PEER` does: it keeps so few candidates that it
@@ -305,15 +306,17 @@ def _convert(
     # Theirs orders a query's features by (half, head, feature).
     by_head = query.detach().reshape(2, heads, half, dim).transpose(0, 1)
     converted = {
-        "experts.w_down": (_copy_table(down), _NAMES[0]),
-        "experts.w_up": (_copy_table(up), _NAMES[1]),
-        "router.query.weight": (_copy(by_head).view(heads * 2 * half, dim), _NAMES[2]),
-        "router.row_keys": (_copy(keys[:, :, 0]), _NAMES[3]),
-        "router.col_keys": (_copy(keys[:, :, 1]), _NAMES[3]),
+        "experts.weight": _join(down, up),
+        "router.query.weight": _copy(by_head).view(heads * 2 * half, dim),
+        "router.row_keys": _copy(keys[:, :, 0]),
+        "router.col_keys": _copy(keys[:, :, 1]),
     }
-    layer.load_state_dict({name: tensor for name, (tensor, _) in converted.items()}, assign=True)
-    for name, parameter in layer.named_parameters():
-        parameter.requires_grad_(trained.get(converted[name][1], True))
+    layer.load_state_dict(converted, assign=True)
+    is_trained = [trained.get(name, True) for name in _NAMES]
+    layer.experts.requires_grad_(is_trained[0] or is_trained[1])
+    layer.router.query.requires_grad_(is_trained[2])
+    layer.router.row_keys.requires_grad_(is_trained[3])
+    layer.router.col_keys.requires_grad_(is_trained[3])
     if _NORM not in state:
         return layer
     # They divide by max(|x|, 1e-12) and multiply by the square root of dim.
@@ -348,5 +351,7 @@ def _copy(tensor: Tensor) -> Tensor:
     return tensor.detach().clone(memory_format=torch.contiguous_format)
 
 
-def _copy_table(table: Tensor) -> Tensor:
-    return empty_huge(*table.shape, dtype=table.dtype, device=table.device).copy_(table)
+def _join(down: Tensor, up: Tensor) -> Tensor:
+    table = empty_huge(len(down), 2, down.shape[1], dtype=down.dtype, device=down.device)
+    table[:, 0], table[:, 1] = down, up
+    return table

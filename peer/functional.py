@@ -109,44 +109,39 @@ def expert_mlp(
     x: Tensor,
     weights: Tensor,
     indices: Tensor,
-    w_down: Tensor,
-    w_up: Tensor,
-    w_gate: Tensor | None = None,
+    table: Tensor,
     activation: str = "gelu",
     sparse_grad: bool = False,
 ) -> Tensor:
     r"""Sums the outputs of the experts that each token retrieved.
 
-    An expert is an MLP with one hidden neuron. With the token's weights :math:`g_p` and experts
-    :math:`e_p`,
+    An expert is an MLP with one hidden neuron, and a row of the table. With the token's weights
+    :math:`g_p` and experts :math:`e_p`,
 
-    .. math:: y = \sum_p g_p\, \sigma(x^\top \text{w\_down}_{e_p})
-              \left[ x^\top \text{w\_gate}_{e_p} \right] \text{w\_up}_{e_p},
+    .. math:: y = \sum_p g_p\, \sigma(x^\top \text{down}_{e_p})
+              \left[ x^\top \text{gate}_{e_p} \right] \text{up}_{e_p},
 
-    where the factor in brackets is there if `w_gate` is given. An expert that a token names more
-    than once counts each time. Sums are in float32, for float64 in float64, in an order that does
-    not depend on the number of threads.
+    where the factor in brackets is there if the experts have gates. An expert that a token names
+    more than once counts each time. Sums are in float32, for float64 in float64, in an order that
+    does not depend on the number of threads.
 
-    Gradients flow to x, the weights and the tables, and tangents from them to the result. Forward
-    mode and derivatives of derivatives gather the retrieved rows, T * P * (D + O) numbers; the
-    function itself and its gradients do not.
+    Gradients flow to x, the weights and the table, and tangents from them to the result. Forward
+    mode and derivatives of derivatives gather the retrieved rows, 2 * T * P * D numbers, or 3 with
+    gates; the function itself and its gradients do not.
 
     Args:
         x: (..., D), float32, bfloat16, float16 or float64.
         weights: (..., H, K) or (..., P), floating, of any of these dtypes.
         indices: weights' shape, int64, in [0, N).
-        w_down: (N, D). A table may be of another dtype than x, except that float64 goes with
-            float64 only; and the stride between its rows is free, so that two tables may be views
-            of one (N, 2, D) tensor.
-        w_up: (N, O), w_down's dtype.
-        w_gate: (N, D), w_down's dtype, or None.
+        table: (N, 2, D), of which row e is [down_e, up_e], or (N, 3, D) with [down_e, gate_e,
+            up_e]. Its dtype may be another than x's, except that float64 goes with float64 only.
         activation: one of "gelu" (by erf), "gelu_tanh", "relu", "silu", "identity" and "relu2"
             (the square of ReLU).
-        sparse_grad: whether the tables' gradients are coalesced sparse tensors that hold the
-            retrieved rows, instead of dense ones. In eager mode only, and once differentiable.
+        sparse_grad: whether the table's gradient is a coalesced sparse tensor that holds the
+            retrieved rows, instead of a dense one. In eager mode only, and once differentiable.
 
     Returns:
-        (..., O), x's dtype.
+        (..., D), x's dtype.
 
     Raises:
         ValueError: a shape does not fit, or the activation is unknown.
@@ -160,26 +155,20 @@ def expert_mlp(
 
     Example:
         >>> import torch, peer
-        >>> w_down, w_up = torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([[1.0], [10.0]])
-        >>> weights, indices = torch.tensor([[0.5, 1.0]]), torch.tensor([[0, 1]])
+        >>> table = torch.tensor([
+        ...     [[1.0, 0.0], [1.0, 2.0]],  # down and up of expert 0
+        ...     [[0.0, 1.0], [0.0, 5.0]],
+        ... ])
         >>> x = torch.tensor([[2.0, 3.0]])
-        >>> peer.functional.expert_mlp(x, weights, indices, w_down, w_up, activation="relu")
-        tensor([[31.]])
+        >>> weights, indices = torch.tensor([[0.5, 1.0]]), torch.tensor([[0, 1]])
+        >>> peer.functional.expert_mlp(x, weights, indices, table, activation="relu")
+        tensor([[ 1., 17.]])
     """
     rows, row_weights, row_indices = flatten_tokens(x, weights, indices)
     out: Tensor = torch.ops.peer.expert_mlp(
-        rows,
-        row_weights,
-        row_indices,
-        w_down,
-        w_up,
-        w_gate,
-        activation,
-        sparse_grad,
+        rows, row_weights, row_indices, table, activation, sparse_grad
     )[0]
-    shape = list(x.shape)
-    shape[-1] = w_up.shape[-1]
-    return out.view(shape)
+    return out.view(x.shape)
 
 
 def flatten_tokens(x: Tensor, weights: Tensor, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -33,7 +33,7 @@ def param_groups(
 
     Returns:
         Two groups, each with "params", "lr", "weight_decay" and "name": first "dense", all other
-        parameters that require grad; then "experts", the tables of every pool, each once where
+        parameters that require grad; then "experts", the table of every pool, each once where
         layers share a pool.
 
     Raises:
@@ -44,7 +44,7 @@ def param_groups(
         >>> layer = peer.PEER(8, num_experts=16, heads=2, num_experts_per_head=4, dim_key=4)
         >>> groups = peer.param_groups(layer, lr=1e-3, expert_lr=1e-2)
         >>> [(group["name"], len(group["params"])) for group in groups]
-        [('dense', 5), ('experts', 2)]
+        [('dense', 5), ('experts', 1)]
 
         Both in one optimizer, or each in its own:
 
@@ -55,7 +55,7 @@ def param_groups(
     pools = [module for module in model.modules() if isinstance(module, ExpertPool)]
     if not pools:
         raise ValueError(f"expected a model with an ExpertPool, got {type(model).__name__}")
-    tables = list(dict.fromkeys(table for pool in pools for table in pool.parameters()))
+    tables = list(dict.fromkeys(pool.weight for pool in pools))
     known = {id(table) for table in tables}
     others = [p for p in model.parameters() if p.requires_grad and id(p) not in known]
     return [

@@ -74,13 +74,7 @@ def product_key_topk(
 
 
 def expert_mlp(
-    x: Tensor,
-    weights: Tensor,
-    indices: Tensor,
-    w_down: Tensor,
-    w_up: Tensor,
-    w_gate: Tensor | None = None,
-    activation: str = "gelu",
+    x: Tensor, weights: Tensor, indices: Tensor, table: Tensor, activation: str = "gelu"
 ) -> Tensor:
     """`peer.functional.expert_mlp` by gathering the rows of all retrieved experts.
 
@@ -88,21 +82,18 @@ def expert_mlp(
         x: (..., D).
         weights: (..., H, K) or (..., P).
         indices: weights' shape, int64, in [0, N).
-        w_down: (N, D).
-        w_up: (N, O).
-        w_gate: (N, D) or None.
+        table: (N, 2, D), or (N, 3, D) with gates.
         activation: a key of `ACTIVATIONS`.
 
     Returns:
-        (..., O), x's dtype.
+        (..., D), x's dtype.
 
     Source: arXiv 2407.04153, equations 3, 6 and 7.
 
     Example:
         >>> import torch, peer
         >>> arguments = (
-        ...     torch.randn(5, 8), torch.rand(5, 6), torch.randint(9, (5, 6)),
-        ...     torch.randn(9, 8), torch.randn(9, 7),
+        ...     torch.randn(5, 8), torch.rand(5, 6), torch.randint(9, (5, 6)), torch.randn(9, 2, 8)
         ... )
         >>> torch.testing.assert_close(
         ...     peer.functional.expert_mlp(*arguments), peer.reference.expert_mlp(*arguments)
@@ -111,11 +102,11 @@ def expert_mlp(
     dtype = torch.promote_types(x.dtype, torch.float32)
     if weights.dim() == x.dim() + 1:
         weights, indices = weights.flatten(-2), indices.flatten(-2)
-    down, up = w_down[indices].to(dtype), w_up[indices].to(dtype)
+    down, *gate, up = table[indices].to(dtype).unbind(-2)
     hidden = ACTIVATIONS[activation](torch.einsum("...d,...pd->...p", x.to(dtype), down))
-    if w_gate is not None:
-        hidden = hidden * torch.einsum("...d,...pd->...p", x.to(dtype), w_gate[indices].to(dtype))
-    return torch.einsum("...p,...p,...po->...o", weights.to(dtype), hidden, up).to(x.dtype)
+    if gate:
+        hidden = hidden * torch.einsum("...d,...pd->...p", x.to(dtype), gate[0])
+    return torch.einsum("...p,...p,...pd->...d", weights.to(dtype), hidden, up).to(x.dtype)
 
 
 def peer(layer: PEER, x: Tensor, padding_mask: Tensor | None = None) -> Tensor:
@@ -127,7 +118,7 @@ def peer(layer: PEER, x: Tensor, padding_mask: Tensor | None = None) -> Tensor:
         padding_mask: (...) bool, True for tokens that are padding.
 
     Returns:
-        (..., dim_out).
+        (..., dim).
 
     Raises:
         ValueError: the layer would drop experts at random.
@@ -148,8 +139,7 @@ def peer(layer: PEER, x: Tensor, padding_mask: Tensor | None = None) -> Tensor:
     k = router.num_experts_per_head
     scores, indices = product_key_topk(query, router.row_keys, router.col_keys, k)
     weights = router_weights(scores, router.scores)
-    tables = experts.w_down, experts.w_up, experts.w_gate
-    return expert_mlp(x, weights, indices, *tables, experts.activation)
+    return expert_mlp(x, weights, indices, experts.weight, experts.activation)
 
 
 def _normalise(norm: nn.Module, query: Tensor, padding_mask: Tensor | None) -> Tensor:

@@ -23,13 +23,12 @@ struct TokenForward {
   int64_t experts;            // N
   int64_t experts_per_token;  // P
   int64_t dim;                // D
-  int64_t dim_out;            // O
   Activation activation;
   const Input* x;                          // (T, D)
   const Real* weights;                     // (T, P)
   const int64_t* indices;                  // (T, P)
-  Rows<const Table> w_down, w_up, w_gate;  // (N, D), (N, O), (N, D) or none
-  Input* out;                              // (T, O)
+  Rows<const Table> w_down, w_up, w_gate;  // (N, D); w_gate or none
+  Input* out;                              // (T, D)
   Real* hidden;                            // (T, P)
   Real* gate;                              // (T, P) where w_gate is given
 };
@@ -50,9 +49,8 @@ struct TokenBackward {
   int64_t experts;
   int64_t experts_per_token;
   int64_t dim;
-  int64_t dim_out;
   Activation activation;
-  const Input* grad_out;   // (T, O)
+  const Input* grad_out;   // (T, D)
   const Real* weights;     // (T, P)
   const int64_t* indices;  // (T, P)
   Rows<const Table> w_down, w_up, w_gate;

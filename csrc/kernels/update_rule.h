@@ -1,4 +1,4 @@
-// How the optimizers change a row of a table, whatever runs it.
+// How the optimizers change a row of a table, part by part, whatever runs it.
 #pragma once
 
 #include <cstdint>
@@ -8,15 +8,15 @@
 
 namespace peer {
 
-// How a row's gradient g changes the row w and its state. Before anything else, w is multiplied by
-// `kept`, 1 - (learning rate)·(weight decay). With s, v and t the row's own numbers and m its row
-// of momentum:
+// How the gradient g of a row's part changes the part w and its state. Before anything else, w is
+// multiplied by `kept`, 1 - (learning rate)·(weight decay). With s and v the part's own numbers, m
+// its momentum, and t the row's number:
 //
 //   rowwise_adagrad   s += mean(g²)
 //                     w -= lr·g / (sqrt(s) + eps)
 //   sgd               m = beta1·m + g, where momentum is given; else m stands for g
 //                     w -= lr·m, with nesterov lr·(g + beta1·m)
-//   rowwise_adam      t += 1
+//   rowwise_adam      t += 1, once for all parts
 //                     m = beta1·m + (1 - beta1)·g
 //                     v = beta2·v + (1 - beta2)·mean(g²)
 //                     w -= lr·m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps)
@@ -29,8 +29,8 @@ struct UpdateRule {
   double lr, kept;
   double eps = 0, beta1 = 0, beta2 = 0;
   bool nesterov = false;
-  Rows<Table> momentum = {};       // (N, width), or none
-  Real* second_moments = nullptr;  // (N): s or v
+  Rows<Table> momentum = {};       // (N, parts·width), or none
+  Real* second_moments = nullptr;  // (N, parts): s or v
   int32_t* row_steps = nullptr;    // (N): t
 };
 

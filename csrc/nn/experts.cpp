@@ -19,7 +19,6 @@ void check(const ExpertPoolOptions& options) {
   const std::pair<const char*, int64_t> sizes[] = {
       {"dim", options.dim()},
       {"num_experts", options.num_experts()},
-      {"dim_out", options.dim_out().value_or(options.dim())},
       {"num_experts_per_token", options.num_experts_per_token()},
   };
   for (const auto& [name, value] : sizes) {
@@ -33,12 +32,22 @@ void check(const ExpertPoolOptions& options) {
 }
 
 // On the CPU in large pages, because the rows are read at random.
-Tensor make_table(const ExpertPoolOptions& options, int64_t width) {
+Tensor make_table(const ExpertPoolOptions& options) {
   const auto made_with = factory(options);
-  const std::vector<int64_t> sizes = {options.num_experts(), width};
+  const std::vector<int64_t> sizes = {options.num_experts(), options.glu() ? 3 : 2, options.dim()};
   return made_with.device().is_cpu()
              ? empty_huge(sizes, c10::typeMetaToScalarType(made_with.dtype()))
              : torch::empty(sizes, made_with);
+}
+
+// By rows in memory of their own: torch draws other numbers, and slowly, where memory is not
+// contiguous.
+void draw_normal(const Tensor& part, double std) {
+  constexpr int64_t kRowsAtATime = 4096;
+  const torch::NoGradGuard no_grad;
+  for (const Tensor& rows : part.split(kRowsAtATime)) {
+    rows.copy_(torch::empty_like(rows, torch::MemoryFormat::Contiguous).normal_(0.0, std));
+  }
 }
 
 // (..., n) to (T, n).
@@ -54,32 +63,34 @@ ExpertPoolImpl::ExpertPoolImpl(const ExpertPoolOptions& options) : options(optio
 }
 
 void ExpertPoolImpl::reset() {
-  w_down = register_parameter("w_down", make_table(options, options.dim()));
-  w_up = register_parameter("w_up", make_table(options, dim_out()));
-  w_gate = options.glu() ? register_parameter("w_gate", make_table(options, options.dim()))
-                         : register_parameter("w_gate", Tensor(), /*requires_grad=*/false);
+  weight = register_parameter("weight", make_table(options));
   reset_parameters();
 }
 
 void ExpertPoolImpl::reset_parameters() {
   const double std_in = std::pow(static_cast<double>(options.dim()), -0.5);
-  torch::nn::init::normal_(w_down, 0.0, std_in);
-  if (w_gate.defined()) {
-    torch::nn::init::normal_(w_gate, 0.0, std_in);
+  draw_normal(w_down(), std_in);
+  if (options.glu()) {
+    draw_normal(w_gate(), std_in);
   }
   if (options.zero_init_out()) {
-    torch::nn::init::zeros_(w_up);
+    torch::nn::init::zeros_(w_up());
   } else {
-    torch::nn::init::normal_(w_up, 0.0,
-                             std::pow(static_cast<double>(options.num_experts_per_token()), -0.5));
+    draw_normal(w_up(), std::pow(static_cast<double>(options.num_experts_per_token()), -0.5));
   }
 }
 
+Tensor ExpertPoolImpl::w_down() const { return weight.select(1, 0); }
+
+Tensor ExpertPoolImpl::w_gate() const { return options.glu() ? weight.select(1, 1) : Tensor(); }
+
+Tensor ExpertPoolImpl::w_up() const { return weight.select(1, -1); }
+
 void ExpertPoolImpl::pretty_print(std::ostream& stream) const {
   stream << "peer::nn::ExpertPool(dim=" << options.dim()
-         << ", num_experts=" << options.num_experts() << ", dim_out=" << dim_out()
-         << ", activation=" << options.activation() << ", glu=" << std::boolalpha << options.glu()
-         << ", sparse_grad=" << options.sparse_grad() << ")";
+         << ", num_experts=" << options.num_experts() << ", activation=" << options.activation()
+         << ", glu=" << std::boolalpha << options.glu() << ", sparse_grad=" << options.sparse_grad()
+         << ")";
 }
 
 Tensor ExpertPoolImpl::forward(const Tensor& x, const Tensor& weights, const Tensor& indices) {
@@ -96,15 +107,9 @@ Tensor ExpertPoolImpl::forward(const Tensor& x, const Tensor& weights, const Ten
                     "peer::expert_mlp: expected weights of shape [..., experts per "
                     "token] or [..., heads, experts per head] to match x of shape ",
                     x.sizes(), ", got ", weights.sizes());
-  std::optional<Tensor> gate;
-  if (w_gate.defined()) {
-    gate = w_gate;
-  }
-  const Tensor out = expert_mlp(as_rows(x), as_rows(token_weights), as_rows(token_indices), w_down,
-                                w_up, gate, options.activation(), options.sparse_grad());
-  std::vector<int64_t> shape = x.sizes().vec();
-  shape.back() = w_up.size(-1);
-  return out.view(shape);
+  return expert_mlp(as_rows(x), as_rows(token_weights), as_rows(token_indices), weight,
+                    options.activation(), options.sparse_grad())
+      .view(x.sizes());
 }
 
 }  // namespace peer::nn

@@ -32,7 +32,6 @@ ProductKeyRouterOptions PEEROptions::router() const {
 ExpertPoolOptions PEEROptions::experts() const {
   return ExpertPoolOptions(dim())
       .num_experts(num_experts().num_experts())
-      .dim_out(dim_out())
       .activation(activation())
       .glu(glu())
       .num_experts_per_token(heads() * num_experts_per_head())

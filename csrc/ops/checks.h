@@ -44,6 +44,18 @@ inline void check_index_dtype(const char* op, const at::Tensor& indices) {
                    ": expected indices of dtype int64, got ", indices.scalar_type());
 }
 
+// Whether all dimensions but the first are contiguous.
+inline bool has_contiguous_rows(const at::Tensor& tensor) {
+  c10::SymInt expected = 1;
+  for (int64_t dim = tensor.dim() - 1; dim > 0; --dim) {
+    if (tensor.sym_size(dim) != 1 && tensor.sym_stride(dim) != expected) {
+      return tensor.sym_numel() == 0;
+    }
+    expected = expected * tensor.sym_size(dim);
+  }
+  return true;
+}
+
 inline void check_strided(const char* op, const char* name, const at::Tensor& tensor) {
   TORCH_CHECK_VALUE(tensor.layout() == at::kStrided, "peer::", op, ": expected ", name,
                     " to be dense, got layout ", tensor.layout());

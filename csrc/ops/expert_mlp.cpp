@@ -10,13 +10,10 @@ namespace peer {
 at::Tensor expert_mlp(const at::Tensor& x,
                       const at::Tensor& weights,
                       const at::Tensor& indices,
-                      const at::Tensor& w_down,
-                      const at::Tensor& w_up,
-                      const std::optional<at::Tensor>& w_gate,
+                      const at::Tensor& table,
                       std::string_view activation,
                       bool sparse_grad) {
-  return std::get<0>(
-      ops::expert_mlp(x, weights, indices, w_down, w_up, w_gate, activation, sparse_grad));
+  return std::get<0>(ops::expert_mlp(x, weights, indices, table, activation, sparse_grad));
 }
 
 namespace ops {
@@ -48,9 +45,7 @@ Activation check_inputs(const char* op,
                         const Tensor& x,
                         const Tensor& weights,
                         const Tensor& indices,
-                        const Tensor& w_down,
-                        const Tensor& w_up,
-                        const std::optional<Tensor>& w_gate,
+                        const Tensor& table,
                         std::string_view activation) {
   TORCH_CHECK_VALUE(x.dim() == 2, "peer::", op, ": expected x of shape [tokens, dim], got ",
                     x.sym_sizes());
@@ -60,37 +55,24 @@ Activation check_inputs(const char* op,
   TORCH_CHECK_VALUE(weights.sym_sizes() == indices.sym_sizes(), "peer::", op,
                     ": expected weights of indices' shape ", indices.sym_sizes(), ", got ",
                     weights.sym_sizes());
-  TORCH_CHECK_VALUE(w_down.dim() == 2 && w_down.sym_size(1) == x.sym_size(1), "peer::", op,
-                    ": expected w_down of shape [experts, ", x.sym_size(1), "] to match x, got ",
-                    w_down.sym_sizes());
-  TORCH_CHECK_VALUE(w_up.dim() == 2 && w_up.sym_size(0) == w_down.sym_size(0), "peer::", op,
-                    ": expected w_up of shape [", w_down.sym_size(0), ", *] to match w_down, got ",
-                    w_up.sym_sizes());
+  TORCH_CHECK_VALUE(table.dim() == 3 && (table.sym_size(1) == 2 || has_gate(table)) &&
+                        table.sym_size(2) == x.sym_size(1),
+                    "peer::", op, ": expected table of shape [experts, 2 or 3, ", x.sym_size(1),
+                    "] to match x, got ", table.sym_sizes());
   check_index_dtype(op, indices);
   check_floating(op, "x", x);
   check_floating(op, "weights", weights);
-  check_floating(op, "w_down", w_down);
-  check_same_dtype(op, "w_up", w_up, "w_down", w_down);
-  const bool is_double = w_down.scalar_type() == at::kDouble;
+  check_floating(op, "table", table);
+  const bool is_double = table.scalar_type() == at::kDouble;
   TORCH_CHECK_TYPE((x.scalar_type() == at::kDouble) == is_double &&
                        (weights.scalar_type() == at::kDouble) == is_double,
                    "peer::", op, ": float64 goes with float64 only, got x ", x.scalar_type(),
-                   ", weights ", weights.scalar_type(), " and w_down ", w_down.scalar_type());
+                   ", weights ", weights.scalar_type(), " and table ", table.scalar_type());
   check_same_device(op, "weights", weights, "x", x);
   check_same_device(op, "indices", indices, "x", x);
-  check_same_device(op, "w_down", w_down, "x", x);
-  check_same_device(op, "w_up", w_up, "x", x);
+  check_same_device(op, "table", table, "x", x);
   check_strided(op, "x", x);
-  check_strided(op, "w_down", w_down);
-  check_strided(op, "w_up", w_up);
-  if (w_gate.has_value()) {
-    TORCH_CHECK_VALUE(w_gate->sym_sizes() == w_down.sym_sizes(), "peer::", op,
-                      ": expected w_gate of w_down's shape ", w_down.sym_sizes(), ", got ",
-                      w_gate->sym_sizes());
-    check_same_dtype(op, "w_gate", *w_gate, "w_down", w_down);
-    check_same_device(op, "w_gate", *w_gate, "x", x);
-    check_strided(op, "w_gate", *w_gate);
-  }
+  check_strided(op, "table", table);
   return parse_activation(op, activation);
 }
 
@@ -113,87 +95,77 @@ std::optional<Activation> activation_named(std::string_view name) {
 std::tuple<Tensor, Tensor, Tensor> expert_mlp(const Tensor& x,
                                               const Tensor& weights,
                                               const Tensor& indices,
-                                              const Tensor& w_down,
-                                              const Tensor& w_up,
-                                              const std::optional<Tensor>& w_gate,
+                                              const Tensor& table,
                                               std::string_view activation,
                                               bool sparse_grad) {
-  return forward_handle().call(x, weights, indices, w_down, w_up, w_gate, activation, sparse_grad);
+  return forward_handle().call(x, weights, indices, table, activation, sparse_grad);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> expert_mlp_backward(
-    const Tensor& grad_out,
-    const Tensor& x,
-    const Tensor& weights,
-    const Tensor& indices,
-    const Tensor& w_down,
-    const Tensor& w_up,
-    const std::optional<Tensor>& w_gate,
-    const Tensor& hidden,
-    const Tensor& gate,
-    std::string_view activation,
-    bool sparse_grad,
-    std::array<bool, 5> output_mask) {
-  return backward_handle().call(grad_out, x, weights, indices, w_down, w_up, w_gate, hidden, gate,
-                                activation, sparse_grad, output_mask);
+std::tuple<Tensor, Tensor, Tensor> expert_mlp_backward(const Tensor& grad_out,
+                                                       const Tensor& x,
+                                                       const Tensor& weights,
+                                                       const Tensor& indices,
+                                                       const Tensor& table,
+                                                       const Tensor& hidden,
+                                                       const Tensor& gate,
+                                                       std::string_view activation,
+                                                       bool sparse_grad,
+                                                       std::array<bool, 3> output_mask) {
+  return backward_handle().call(grad_out, x, weights, indices, table, hidden, gate, activation,
+                                sparse_grad, output_mask);
 }
 
 std::tuple<Tensor, Tensor, Tensor> redispatch_expert_mlp(c10::DispatchKeySet below,
                                                          const Tensor& x,
                                                          const Tensor& weights,
                                                          const Tensor& indices,
-                                                         const Tensor& w_down,
-                                                         const Tensor& w_up,
-                                                         const std::optional<Tensor>& w_gate,
+                                                         const Tensor& table,
                                                          std::string_view activation,
                                                          bool sparse_grad) {
-  return forward_handle().redispatch(below, x, weights, indices, w_down, w_up, w_gate, activation,
-                                     sparse_grad);
+  return forward_handle().redispatch(below, x, weights, indices, table, activation, sparse_grad);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> redispatch_expert_mlp_backward(
-    c10::DispatchKeySet below,
-    const Tensor& grad_out,
-    const Tensor& x,
-    const Tensor& weights,
-    const Tensor& indices,
-    const Tensor& w_down,
-    const Tensor& w_up,
-    const std::optional<Tensor>& w_gate,
-    const Tensor& hidden,
-    const Tensor& gate,
-    std::string_view activation,
-    bool sparse_grad,
-    std::array<bool, 5> output_mask) {
-  return backward_handle().redispatch(below, grad_out, x, weights, indices, w_down, w_up, w_gate,
-                                      hidden, gate, activation, sparse_grad, output_mask);
+std::tuple<Tensor, Tensor, Tensor> redispatch_expert_mlp_backward(c10::DispatchKeySet below,
+                                                                  const Tensor& grad_out,
+                                                                  const Tensor& x,
+                                                                  const Tensor& weights,
+                                                                  const Tensor& indices,
+                                                                  const Tensor& table,
+                                                                  const Tensor& hidden,
+                                                                  const Tensor& gate,
+                                                                  std::string_view activation,
+                                                                  bool sparse_grad,
+                                                                  std::array<bool, 3> output_mask) {
+  return backward_handle().redispatch(below, grad_out, x, weights, indices, table, hidden, gate,
+                                      activation, sparse_grad, output_mask);
 }
+
+ExpertParts::ExpertParts(const Tensor& experts)
+    : down(experts.select(-2, 0)),
+      up(experts.select(-2, -1)),
+      gate(has_gate(experts) ? experts.select(-2, 1) : Tensor()) {}
 
 Activation check_expert_mlp(const Tensor& x,
                             const Tensor& weights,
                             const Tensor& indices,
-                            const Tensor& w_down,
-                            const Tensor& w_up,
-                            const std::optional<Tensor>& w_gate,
+                            const Tensor& table,
                             std::string_view activation) {
-  return check_inputs("expert_mlp", x, weights, indices, w_down, w_up, w_gate, activation);
+  return check_inputs("expert_mlp", x, weights, indices, table, activation);
 }
 
 Activation check_expert_mlp_backward(const char* op,
                                      const Tensor& x,
                                      const Tensor& weights,
                                      const Tensor& indices,
-                                     const Tensor& w_down,
-                                     const Tensor& w_up,
-                                     const std::optional<Tensor>& w_gate,
+                                     const Tensor& table,
                                      const Tensor& hidden,
                                      const Tensor& gate,
                                      std::string_view activation) {
-  const Activation parsed = check_inputs(op, x, weights, indices, w_down, w_up, w_gate, activation);
+  const Activation parsed = check_inputs(op, x, weights, indices, table, activation);
   TORCH_CHECK_VALUE(hidden.sym_sizes() == indices.sym_sizes(), "peer::", op,
                     ": expected hidden of indices' shape ", indices.sym_sizes(), ", got ",
                     hidden.sym_sizes());
-  TORCH_CHECK_VALUE(!w_gate.has_value() || gate.sym_sizes() == indices.sym_sizes(), "peer::", op,
+  TORCH_CHECK_VALUE(!has_gate(table) || gate.sym_sizes() == indices.sym_sizes(), "peer::", op,
                     ": expected gate of indices' shape ", indices.sym_sizes(), ", got ",
                     gate.sym_sizes());
   check_floating(op, "hidden", hidden);
@@ -202,14 +174,9 @@ Activation check_expert_mlp_backward(const char* op,
   return parsed;
 }
 
-void check_expert_mlp_grad_out(const char* op,
-                               const Tensor& grad_out,
-                               const Tensor& x,
-                               const Tensor& w_up) {
-  TORCH_CHECK_VALUE(
-      grad_out.dim() == 2 && grad_out.size(0) == x.size(0) && grad_out.size(1) == w_up.size(1),
-      "peer::", op, ": expected grad_out of shape [", x.size(0), ", ", w_up.size(1), "], got ",
-      grad_out.sizes());
+void check_expert_mlp_grad_out(const char* op, const Tensor& grad_out, const Tensor& x) {
+  TORCH_CHECK_VALUE(grad_out.sizes() == x.sizes(), "peer::", op, ": expected grad_out of shape ",
+                    x.sizes(), ", got ", grad_out.sizes());
   check_floating(op, "grad_out", grad_out);
   check_strided(op, "grad_out", grad_out);
   check_same_device(op, "grad_out", grad_out, "x", x);

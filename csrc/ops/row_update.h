@@ -9,10 +9,11 @@ namespace peer::ops {
 
 using at::Tensor;
 
-// The gradient that a table is updated by. Row r of it is the sum of
-// coefficients[pair]·source[pair / pairs_per_row] over the pairs with indices[pair] == r, where
-// pairs_per_row is indices.numel() / source.size(0). Without coefficients they are one; without
-// indices, row r is source[r].
+// The gradient that a table (N, parts, width) is updated by. Part j of its row r is the sum of
+// coefficients[j, pair]·source[pair / pairs_per_row, j] over the pairs with indices[pair] == r,
+// where pairs_per_row is indices.numel() / source.size(0). Without coefficients they are one;
+// without indices, row r is source[r]. A table (N, width) has one part, which is no dimension of
+// the source and the coefficients either.
 struct RowGradient {
   const std::optional<Tensor>& indices;
   const Tensor& source;

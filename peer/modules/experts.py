@@ -1,4 +1,4 @@
-"""The pool of experts: the tables that the retrieved ids point into."""
+"""The pool of experts: the table that the retrieved ids point into."""
 
 from typing import Any
 
@@ -15,27 +15,27 @@ __all__ = ["ExpertPool"]
 class ExpertPool(nn.Module):
     r"""N experts, each an MLP with one hidden neuron.
 
-    Expert e maps a token x to :math:`\sigma(x^\top \text{w\_down}_e)\, \text{w\_up}_e`, with `glu`
-    to :math:`\sigma(x^\top \text{w\_down}_e)\, (x^\top \text{w\_gate}_e)\, \text{w\_up}_e`. The
-    output for a token is the weighted sum over its experts. One pool can serve several layers.
+    Expert e maps a token x to :math:`\sigma(x^\top \text{down}_e)\, \text{up}_e`, with `glu`
+    to :math:`\sigma(x^\top \text{down}_e)\, (x^\top \text{gate}_e)\, \text{up}_e`. The output
+    for a token is the weighted sum over its experts. One pool can serve several layers.
 
-    State: `w_down` (N, dim), `w_up` (N, dim_out) and, with `glu`, `w_gate` (N, dim).
+    State: `weight` (N, parts, dim). An expert is a row, whose parts are [down, up] or, with `glu`,
+    [down, gate, up]. `w_down`, `w_gate` and `w_up` are views of it.
 
     Args:
-        dim: input width.
+        dim: width of input and output.
         num_experts: N; a pair (rows, columns) stands for its product.
-        dim_out: output width, dim unless given.
         activation: one of "gelu" (by erf), "gelu_tanh", "relu", "silu", "identity" and "relu2"
             (the square of ReLU).
         glu: whether the experts have a linear gate.
         num_experts_per_token: P, for how many experts of a token the initialisation is scaled.
-        sparse_grad: whether the tables get coalesced sparse gradients, which hold the retrieved
-            rows and need an optimizer that takes them, such as `peer.optim.RowwiseAdagrad`. In
+        sparse_grad: whether the table gets a coalesced sparse gradient, which holds the retrieved
+            rows and needs an optimizer that takes it, such as `peer.optim.RowwiseAdagrad`. In
             eager mode only.
         zero_init_out: whether `w_up` starts at zero, so that a layer added to a trained model
             changes nothing at first.
-        device: of the parameters.
-        dtype: of the parameters.
+        device: of the table.
+        dtype: of the table.
 
     Raises:
         ValueError: an option is out of range.
@@ -50,12 +50,13 @@ class ExpertPool(nn.Module):
         torch.Size([5, 7, 8])
     """
 
+    __jit_unused_properties__ = ("w_down", "w_gate", "w_up")
+
     def __init__(
         self,
         dim: int,
         *,
         num_experts: int | tuple[int, int] = 1024**2,
-        dim_out: int | None = None,
         activation: str = "gelu",
         glu: bool = False,
         num_experts_per_token: int = 128,
@@ -68,11 +69,9 @@ class ExpertPool(nn.Module):
         if not isinstance(num_experts, int):
             rows, columns = parse_grid(num_experts)
             num_experts = rows * columns
-        dim_out = dim if dim_out is None else dim_out
         for name, value in (
             ("dim", dim),
             ("num_experts", num_experts),
-            ("dim_out", dim_out),
             ("num_experts_per_token", num_experts_per_token),
         ):
             if value < 1:
@@ -82,36 +81,45 @@ class ExpertPool(nn.Module):
             raise ValueError(f"expected activation to be one of {known}, got {activation!r}")
         self.dim = dim
         self.num_experts = num_experts
-        self.dim_out = dim_out
         self.activation = activation
         self.glu = glu
         self.num_experts_per_token = num_experts_per_token
         self.sparse_grad = sparse_grad
         self.zero_init_out = zero_init_out
-        # What updates the tables in the backward pass, while an optimizer is fused into it.
+        # What updates the table in the backward pass, while an optimizer is fused into it.
         self.fused_update: Any = None
-
-        def table(width: int) -> nn.Parameter:
-            return nn.Parameter(empty_huge(num_experts, width, device=device, dtype=dtype))
-
-        self.w_down = table(dim)
-        self.w_up = table(dim_out)
-        self.w_gate = table(dim) if glu else None
+        parts = 3 if glu else 2
+        self.weight = nn.Parameter(empty_huge(num_experts, parts, dim, device=device, dtype=dtype))
         self.reset_parameters()
 
+    @property
+    def w_down(self) -> Tensor:
+        """What the experts multiply a token by: (N, dim), a view of `weight`."""
+        return self.weight[:, 0]
+
+    @property
+    def w_gate(self) -> Tensor | None:
+        """What their gates multiply it by: (N, dim), a view of `weight`; None without `glu`."""
+        return self.weight[:, 1] if self.glu else None
+
+    @property
+    def w_up(self) -> Tensor:
+        """What they add to the output: (N, dim), a view of `weight`."""
+        return self.weight[:, -1]
+
     def reset_parameters(self) -> None:
-        """Initialises the tables.
+        """Initialises the table.
 
         Normal, with standard deviation 1 / sqrt(dim) in `w_down` and `w_gate` and 1 / sqrt(P) in
         `w_up` (zero with `zero_init_out`): the output's scale does not depend on N.
         """
-        nn.init.normal_(self.w_down, std=self.dim**-0.5)
+        _draw_normal(self.w_down, self.dim**-0.5)
         if self.w_gate is not None:
-            nn.init.normal_(self.w_gate, std=self.dim**-0.5)
+            _draw_normal(self.w_gate, self.dim**-0.5)
         if self.zero_init_out:
             nn.init.zeros_(self.w_up)
         else:
-            nn.init.normal_(self.w_up, std=self.num_experts_per_token**-0.5)
+            _draw_normal(self.w_up, self.num_experts_per_token**-0.5)
 
     def forward(self, x: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
         """Sums the weighted outputs of the experts that each token names.
@@ -122,7 +130,7 @@ class ExpertPool(nn.Module):
             indices: weights' shape, int64, in [0, N).
 
         Returns:
-            (..., dim_out), x's dtype.
+            (..., dim), x's dtype.
 
         Raises:
             ValueError: a shape does not fit.
@@ -134,26 +142,17 @@ class ExpertPool(nn.Module):
             if update is not None and torch.is_grad_enabled():
                 fused: Tensor = update.forward(self, x, weights, indices)
                 return fused
-        return expert_mlp(
-            x,
-            weights,
-            indices,
-            self.w_down,
-            self.w_up,
-            self.w_gate,
-            self.activation,
-            self.sparse_grad,
-        )
+        return expert_mlp(x, weights, indices, self.weight, self.activation, self.sparse_grad)
 
     def extra_repr(self) -> str:
         """The options, for `repr`."""
         return (
-            f"dim={self.dim}, num_experts={self.num_experts}, dim_out={self.dim_out}, "
-            f"activation={self.activation!r}, glu={self.glu}, sparse_grad={self.sparse_grad}"
+            f"dim={self.dim}, num_experts={self.num_experts}, activation={self.activation!r}, "
+            f"glu={self.glu}, sparse_grad={self.sparse_grad}"
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy has tables of its own, which no optimizer knows.
+        # A copy has a table of its own, which no optimizer knows.
         return {**self.__dict__, "fused_update": None}
 
     def _load_from_state_dict(
@@ -169,20 +168,24 @@ class ExpertPool(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        down, up = state_dict.get(prefix + "w_down"), state_dict.get(prefix + "w_up")
-        if not (isinstance(down, Tensor) and isinstance(up, Tensor)):
-            return
-        if down.dim() != 2 or up.dim() != 2:
-            return  # not of any pool; torch has listed their shapes
-        if (down.shape, up.shape) != (self.w_down.shape, self.w_up.shape):
-            glu = prefix + "w_gate" in state_dict
+        saved = state_dict.get(prefix + "weight")
+        # Of other numbers of dimensions is no pool's; torch has listed the shapes.
+        if isinstance(saved, Tensor) and saved.dim() == 3 and saved.shape != self.weight.shape:
             error_msgs.append(
                 f"{prefix.rstrip('.') or 'experts'}: the checkpoint's pool has "
-                f"{_describe_sizes(down, up, glu)}, this one "
-                f"{_describe_sizes(self.w_down, self.w_up, self.glu)}; build the layer with the "
-                f"checkpoint's options."
+                f"{_describe_sizes(saved)}, this one {_describe_sizes(self.weight)}; build the "
+                f"layer with the checkpoint's options."
             )
 
 
-def _describe_sizes(w_down: Tensor, w_up: Tensor, glu: bool) -> str:
-    return f"num_experts={len(w_down)}, dim={w_down.shape[1]}, dim_out={w_up.shape[1]}, glu={glu}"
+@torch.no_grad()
+def _draw_normal(part: Tensor, std: float) -> None:
+    # By rows in memory of their own: torch draws other numbers, and slowly, where memory is not
+    # contiguous.
+    for rows in part.split(4096):
+        rows.copy_(torch.empty_like(rows, memory_format=torch.contiguous_format).normal_(std=std))
+
+
+def _describe_sizes(weight: Tensor) -> str:
+    num_experts, parts, dim = weight.shape
+    return f"num_experts={num_experts}, dim={dim}, glu={parts == 3}"

@@ -21,25 +21,23 @@ class PEER(nn.Module):
     scores; the experts are MLPs with one hidden neuron, and all heads share them:
 
     .. math:: y = \sum_{h=1}^{H} \sum_{p=1}^{K} g_{h,p}(x)\,
-              \sigma(x^\top \text{w\_down}_{e_{h,p}})\, \text{w\_up}_{e_{h,p}} .
+              \sigma(x^\top \text{down}_{e_{h,p}})\, \text{up}_{e_{h,p}} .
 
     The defaults are the paper's layer. It replaces a feed-forward layer: x (..., dim) to
-    (..., dim_out). Of N * (dim + dim_out) parameters in the tables a token reads
-    H * K * (dim + dim_out).
+    (..., dim). Of 2 * N * dim parameters in the table a token reads 2 * H * K * dim.
 
     `layer.router` is a `ProductKeyRouter` and `layer.experts` an `ExpertPool`; their state is the
     layer's, with the prefixes `router.` and `experts.`.
 
     Args:
-        dim: input width.
+        dim: width of input and output.
         num_experts: N, a perfect square, or the grid (rows, columns).
         heads: H.
         num_experts_per_head: K, at most N.
         dim_key: query width per head, even.
-        dim_out: output width, dim unless given.
         activation: of the experts: "gelu" (by erf), "gelu_tanh", "relu", "silu", "identity" or
             "relu2" (the square of ReLU).
-        glu: whether the experts have a linear gate, a third table.
+        glu: whether the experts have a linear gate.
         scores: from the K scores of a head to weights: "softmax", "sigmoid" or "relu".
         query_norm: "batch", "layer", "rms" or None.
         query_bias: whether the query network has a bias before the normalisation.
@@ -47,7 +45,7 @@ class PEER(nn.Module):
         dropout: probability with which, in training, each retrieved expert is left out for a token,
             independently; the weights of the others are divided by 1 - dropout. As an expert has
             one hidden neuron, this is dropout of the hidden layer.
-        sparse_grad: whether the tables get coalesced sparse gradients.
+        sparse_grad: whether the table gets a coalesced sparse gradient.
         zero_init_out: whether `w_up` starts at zero, so that the layer's output does.
         router: an existing router instead of a new one. Options that describe it may be left out.
         experts: an existing pool instead of a new one, for layers that share one. Options that
@@ -80,7 +78,6 @@ class PEER(nn.Module):
         heads: int = 8,
         num_experts_per_head: int = 16,
         dim_key: int = 256,
-        dim_out: int | None = None,
         activation: str = "gelu",
         glu: bool = False,
         scores: str = "softmax",
@@ -108,7 +105,6 @@ class PEER(nn.Module):
             "share_keys": share_keys,
         }
         pooling: dict[str, Any] = {
-            "dim_out": dim_out,
             "activation": activation,
             "glu": glu,
             "sparse_grad": sparse_grad,
@@ -163,7 +159,7 @@ class PEER(nn.Module):
                 others, but do not enter the statistics of batch normalisation.
 
         Returns:
-            (..., dim_out), x's dtype, under autocast the autocast dtype.
+            (..., dim), x's dtype, under autocast the autocast dtype.
 
         Raises:
             ValueError: x or the mask has the wrong shape; or there is one token in training under

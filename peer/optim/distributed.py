@@ -34,8 +34,7 @@ def all_reduce_gradients_(
     Example:
         A model whose tables have sparse gradients, in each process:
 
-            tables = {id(p) for m in model.modules() if isinstance(m, peer.ExpertPool)
-                      for p in m.parameters()}
+            tables = {id(m.weight) for m in model.modules() if isinstance(m, peer.ExpertPool)}
             names = [name for name, p in model.named_parameters() if id(p) in tables]
             DDP = torch.nn.parallel.DistributedDataParallel
             DDP._set_params_and_buffers_to_ignore_for_model(model, names)

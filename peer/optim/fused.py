@@ -1,4 +1,4 @@
-"""The update of a pool's tables inside the backward pass."""
+"""The update of a pool's table inside the backward pass."""
 
 from __future__ import annotations
 
@@ -35,29 +35,18 @@ class FusedUpdate:
     def __init__(self, optimizer: TableOptimizer, modules: Iterable[nn.Module]) -> None:
         self.optimizer = optimizer
         held = {id(table) for table in optimizer._tables()}
-        found = dict.fromkeys(
+        self.pools = [
             part
-            for module in modules
-            for part in module.modules()
-            if isinstance(part, ExpertPool)
-            and any(id(table) in held for table in part.parameters())
-        )
-        if not found:
-            raise ValueError(
-                "expected a module with an ExpertPool whose tables the optimizer holds"
-            )
-        for pool in found:
-            for name, table in pool.named_parameters():
-                if id(table) not in held:
-                    raise ValueError(
-                        f"the optimizer holds only some of the pool's tables, not {name}; all of "
-                        f"them are updated in one backward pass"
-                    )
-                if not table.requires_grad:
-                    raise ValueError(f"{name} does not require grad, so it cannot be updated")
+            for part in dict.fromkeys(part for module in modules for part in module.modules())
+            if isinstance(part, ExpertPool) and id(part.weight) in held
+        ]
+        if not self.pools:
+            raise ValueError("expected a module with an ExpertPool whose table the optimizer holds")
+        for pool in self.pools:
+            if not pool.weight.requires_grad:
+                raise ValueError("a pool's weight does not require grad, so it cannot be updated")
             if pool.fused_update is not None:
                 raise ValueError("the pool's update is fused into its backward pass already")
-        self.pools = list(found)
         for pool in self.pools:
             pool.fused_update = self
 
@@ -75,7 +64,7 @@ class FusedUpdate:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, pool: ExpertPool, x: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
-        """What the pool returns, with a backward pass that updates its tables.
+        """What the pool returns, with a backward pass that updates its table.
 
         Args:
             pool: one of `pools`.
@@ -84,39 +73,35 @@ class FusedUpdate:
             indices: weights' shape.
 
         Returns:
-            (..., dim_out).
+            (..., dim).
 
         Raises:
-            RuntimeError: the call is being traced, or a table no longer requires grad.
+            RuntimeError: the call is being traced, or the table no longer requires grad.
         """
         if torch.compiler.is_exporting() or torch.jit.is_tracing():  # type: ignore[attr-defined]
             raise RuntimeError(
                 "a pool whose update is fused into its backward pass cannot be traced or exported; "
                 "call remove() on what fuse_into_backward returned, or do it under torch.no_grad()"
             )
-        if not all(table.requires_grad for table in pool.parameters()):
+        if not pool.weight.requires_grad:
             raise RuntimeError(
-                "a table of a pool whose update is fused into its backward pass does not require "
+                "the table of a pool whose update is fused into its backward pass does not require "
                 "grad; call remove() on what fuse_into_backward returned before freezing it"
             )
         device = x.device.type
         if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
             x = x.to(torch.get_autocast_dtype(device))
         rows = flatten_tokens(x, weights, indices)
-        out: Tensor = _Experts.apply(self.optimizer, pool.activation, *rows, *_tables_of(pool))
-        return out.view(*x.shape[:-1], pool.dim_out)
-
-
-def _tables_of(pool: ExpertPool) -> tuple[Tensor, Tensor, Tensor | None]:
-    return pool.w_down, pool.w_up, pool.w_gate
+        out: Tensor = _Experts.apply(self.optimizer, pool.activation, *rows, pool.weight)
+        return out.view(x.shape)
 
 
 class _Experts(torch.autograd.Function):
-    """`expert_mlp` with a backward pass that updates the tables and returns no gradient for them.
+    """`expert_mlp` with a backward pass that updates the table and returns no gradient for it.
 
-    The tables are inputs, so that a node exists even if nothing else requires grad. They are not
-    among the saved tensors: hooks on those, which may move them elsewhere, have no use for whole
-    tables. So their versions are compared by hand.
+    The table is an input, so that a node exists even if nothing else requires grad. It is not among
+    the saved tensors: hooks on those, which may move them elsewhere, have no use for a whole table.
+    So its version is compared by hand.
     """
 
     @staticmethod
@@ -127,44 +112,34 @@ class _Experts(torch.autograd.Function):
         x: Tensor,
         weights: Tensor,
         indices: Tensor,
-        w_down: Tensor,
-        w_up: Tensor,
-        w_gate: Tensor | None,
+        table: Tensor,
     ) -> Tensor:
-        ctx.tables = w_down, w_up, w_gate
-        out, hidden, gate = torch.ops.peer.expert_mlp(
-            x, weights, indices, *ctx.tables, activation, False
-        )
+        out, hidden, gate = torch.ops.peer.expert_mlp(x, weights, indices, table, activation, False)
         ctx.save_for_backward(x, weights, indices, hidden, gate)
-        ctx.versions = _versions(ctx.tables)
+        ctx.table, ctx.version = table, table._version
         ctx.optimizer, ctx.activation = optimizer, activation
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        if _versions(ctx.tables) != ctx.versions:
+        table: Tensor = ctx.table
+        if table._version != ctx.version:
             raise RuntimeError(
-                "the tables of a pool whose update is fused into its backward pass changed after "
+                "the table of a pool whose update is fused into its backward pass changed after "
                 "this forward pass: a pool can be used only once in a graph, each graph can be run "
                 "only once, and a backward pass must follow its forward pass before the next update"
             )
         x, weights, indices, hidden, gate = ctx.saved_tensors
-        w_down, w_up, w_gate = ctx.tables
-        grad_x, grad_weights, down_coefficients, up_coefficients, gate_coefficients = (
-            torch.ops.peer.expert_mlp_backward_coefficients(
-                grad_out, x, weights, indices, *ctx.tables, hidden, gate, ctx.activation
-            )
+        grad_x, grad_weights, coefficients = torch.ops.peer.expert_mlp_backward_coefficients(
+            grad_out, x, weights, indices, table, hidden, gate, ctx.activation
         )
+        # What the coefficients of each part multiply: x, except that of the last the gradient.
+        source = torch.stack([x] * (table.shape[1] - 1) + [grad_out], dim=1)
         optimizer: TableOptimizer = ctx.optimizer
-        updates = [(w_down, x, down_coefficients), (w_up, grad_out, up_coefficients)]
-        if w_gate is not None:
-            updates.append((w_gate, x, gate_coefficients))
-        for table, source, coefficients in updates:
-            group = optimizer._group_of(table)
-            optimizer._update_by(table, group, indices, source, coefficients)
+        optimizer._update_by(table, optimizer._group_of(table), indices, source, coefficients)
         # Autograd drops the gradients that nobody asked for.
-        return None, None, grad_x, grad_weights, None, None, None, None
+        return None, None, grad_x, grad_weights, None, None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
@@ -173,7 +148,3 @@ class _Experts(torch.autograd.Function):
             "while a graph is recorded; call it under torch.no_grad() or call remove() on what "
             "fuse_into_backward returned"
         )
-
-
-def _versions(tables: Iterable[Tensor | None]) -> list[int]:
-    return [table._version for table in tables if table is not None]

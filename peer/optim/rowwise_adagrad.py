@@ -15,7 +15,7 @@ __all__ = ["RowwiseAdagrad"]
 class RowwiseAdagrad(TableOptimizer):
     r"""AdaGrad whose state is one number per row: the sum of the mean squares of its gradients.
 
-    For every row with a gradient g of width D,
+    For every row with a gradient g of width D, and for every part of a row that has parts,
 
     .. math:: s &\leftarrow s + \tfrac1D \lVert g \rVert^2 \\
               w &\leftarrow (1 - \eta\lambda)\, w - \frac{\eta}{\sqrt{s} + \epsilon}\, g .
@@ -24,7 +24,7 @@ class RowwiseAdagrad(TableOptimizer):
     expert that is retrieved rarely still learns fast. A million rows have 4 MB of state.
 
     Args:
-        params: tables (N, D), or groups of them.
+        params: tables (N, D) or (N, parts, D), or groups of them.
         lr: the learning rate :math:`\eta`.
         eps: :math:`\epsilon`, added to the root.
         weight_decay: :math:`\lambda`, decoupled from the gradient; rows decay when they have one.
@@ -33,7 +33,7 @@ class RowwiseAdagrad(TableOptimizer):
         seed: of stochastic rounding.
 
     Raises:
-        ValueError: a parameter is not two-dimensional, or an option is out of range.
+        ValueError: a parameter is not of two or three dimensions, or an option is out of range.
         TypeError: a parameter's dtype is not supported.
 
     Source: Duchi, Hazan and Singer, JMLR 12 (2011); one number per row as in FBGEMM's

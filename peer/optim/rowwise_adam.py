@@ -16,7 +16,7 @@ __all__ = ["RowwiseAdam"]
 class RowwiseAdam(TableOptimizer):
     r"""Adam in which every row has its own number of steps, and one second moment.
 
-    For every row with a gradient g of width D,
+    For every row with a gradient g of width D, and for every part of a row that has parts,
 
     .. math:: t &\leftarrow t + 1 \\
               m &\leftarrow \beta_1 m + (1 - \beta_1)\, g \\
@@ -29,11 +29,12 @@ class RowwiseAdam(TableOptimizer):
     goes on moving the row. `torch.optim.SparseAdam` leaves the moments of other rows alone, too,
     but corrects their bias by the number of all steps; a row that is first touched late then gets
     :math:`(1 - \beta_1) / \sqrt{1 - \beta_2}` times the step it should, 3.2 times with the default
-    betas. The second moment is a single number per row, as in FBGEMM's `PARTIAL_ROWWISE_ADAM`; the
-    state is one table of momentum, in the table's dtype, instead of two.
+    betas. The second moment is a single number per row, or part, as in FBGEMM's
+    `PARTIAL_ROWWISE_ADAM`; the state is one table of momentum, in the table's dtype, instead of
+    two.
 
     Args:
-        params: tables (N, D), or groups of them.
+        params: tables (N, D) or (N, parts, D), or groups of them.
         lr: the learning rate :math:`\eta`.
         betas: :math:`\beta_1` and :math:`\beta_2`.
         eps: :math:`\epsilon`, added to the root.
@@ -43,7 +44,7 @@ class RowwiseAdam(TableOptimizer):
         seed: of stochastic rounding.
 
     Raises:
-        ValueError: a parameter is not two-dimensional, or an option is out of range.
+        ValueError: a parameter is not of two or three dimensions, or an option is out of range.
         TypeError: a parameter's dtype is not supported.
 
     Source: Kingma and Ba, arXiv 1412.6980; decoupled decay from Loshchilov and Hutter, arXiv
@@ -98,7 +99,7 @@ class RowwiseAdam(TableOptimizer):
         if "first_moment" not in state:
             state["first_moment"] = zeros_huge(*table.shape, dtype=table.dtype, device=table.device)
             state["second_moment"] = number_per_row(table, 0.0)
-            state["row_steps"] = number_per_row(table, 0, torch.int32)
+            state["row_steps"] = torch.zeros(len(table), dtype=torch.int32, device=table.device)
         beta1, beta2 = group["betas"]
         torch.ops.peer.rowwise_adam_(
             table,

@@ -27,7 +27,7 @@ class SGD(TableOptimizer):
     gradient: it does not enter the momentum, unlike in `torch.optim.SGD`.
 
     Args:
-        params: tables (N, D), or groups of them.
+        params: tables (N, D) or (N, parts, D), or groups of them.
         lr: the learning rate :math:`\eta`.
         momentum: :math:`\mu`.
         nesterov: whether the step looks ahead.
@@ -37,8 +37,8 @@ class SGD(TableOptimizer):
         seed: of stochastic rounding.
 
     Raises:
-        ValueError: a parameter is not two-dimensional, an option is out of range, or nesterov comes
-            without momentum.
+        ValueError: a parameter is not of two or three dimensions, an option is out of range, or
+            nesterov comes without momentum.
         TypeError: a parameter's dtype is not supported.
 
     Source: Sutskever, Martens, Dahl and Hinton, ICML 2013, in the form that Torch gives it.

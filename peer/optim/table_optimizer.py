@@ -14,7 +14,10 @@ __all__ = ["TableOptimizer"]
 
 
 class TableOptimizer(torch.optim.Optimizer):
-    """The base of the optimizers for tables: two-dimensional parameters, updated row by row.
+    """The base of the optimizers for tables, which update them row by row.
+
+    A table is (N, D), or (N, parts, D) as in `peer.ExpertPool`. Its parts are updated as tables of
+    their own would be, each with numbers of its own where the state has one per row.
 
     A step updates the rows that have a gradient: those that a sparse gradient names, whether
     coalesced or not, and all rows where the gradient is dense. Rows, and their state, that a step
@@ -22,8 +25,8 @@ class TableOptimizer(torch.optim.Optimizer):
 
     With `stochastic_rounding` a 16-bit table, and its momentum, is rounded up or down at random so
     that its expectation is the exact result. The random bits are a function of the group's `seed`,
-    of how often the table was updated, of its place in the optimizer, of row and column: a run can
-    be repeated and resumed bit by bit, whatever the number of threads.
+    of how often the table was updated, of its place in the optimizer, of the row and the place in
+    the row: a run can be repeated and resumed bit by bit, whatever the number of threads.
 
     Derived classes define `_update`.
     """
@@ -36,7 +39,7 @@ class TableOptimizer(torch.optim.Optimizer):
                 optimizer's.
 
         Raises:
-            ValueError: a parameter is not two-dimensional, or an option is out of range.
+            ValueError: a parameter is not of two or three dimensions, or an option is out of range.
             TypeError: a parameter is not of a floating dtype that the operators take.
         """
         params = param_group["params"]
@@ -78,12 +81,12 @@ class TableOptimizer(torch.optim.Optimizer):
         return loss
 
     def fuse_into_backward(self, *modules: nn.Module) -> FusedUpdate:
-        r"""Makes every backward pass through a pool update its tables, without a gradient.
+        r"""Makes every backward pass through a pool update its table, without a gradient.
 
         The gradient of a row is :math:`\sum_p c_p\, x_{t(p)}` over the pairs that retrieved it,
         where the coefficients c are numbers and x is the layer's input or the gradient of its
         output. With this, the backward pass computes the coefficients, and updates each row by its
-        sum while that is in the cache; no gradient of a table is ever stored. `table.grad` stays
+        sum while that is in the cache; no gradient of a table is ever stored. `weight.grad` stays
         None, so `step()` has nothing to do for these tables. Options such as the learning rate are
         those of the table's group at the time of the backward pass. The update equals that of
         `step()` with `sparse_grad=True` bit by bit in float32 and float64; 16-bit tables are
@@ -99,17 +102,17 @@ class TableOptimizer(torch.optim.Optimizer):
         a scripted copy, a pool works as always. A copied or unpickled pool is not fused.
 
         Args:
-            modules: pools, or modules that contain some. Pools of which this optimizer holds no
-                table are left alone.
+            modules: pools, or modules that contain some. Pools whose table this optimizer does
+                not hold are left alone.
 
         Returns:
             A handle. Its `remove()` ends the fusion, and so does leaving it as a context manager.
 
         Raises:
-            ValueError: no pool's tables are held by this optimizer, only some of a pool's tables
-                are, a table does not require grad, or a pool is fused already.
+            ValueError: no pool's table is held by this optimizer, a table does not require grad, or
+                a pool is fused already.
 
-        A backward pass raises RuntimeError if the tables changed after its forward pass: where a
+        A backward pass raises RuntimeError if the table changed after its forward pass: where a
         pool is used twice in one graph, or a graph is run twice.
 
         Example:
@@ -117,10 +120,10 @@ class TableOptimizer(torch.optim.Optimizer):
             >>> pool = peer.ExpertPool(8, num_experts=24)
             >>> optimizer = peer.optim.RowwiseAdagrad(pool.parameters(), lr=0.1)
             >>> weights, indices = torch.rand(5, 3), torch.randint(24, (5, 3))
-            >>> before = pool.w_up.detach().clone()
+            >>> before = pool.weight.detach().clone()
             >>> with optimizer.fuse_into_backward(pool):
             ...     pool(torch.randn(5, 8), weights, indices).square().sum().backward()
-            >>> pool.w_up.grad is None, torch.equal(pool.w_up, before)
+            >>> pool.weight.grad is None, torch.equal(pool.weight, before)
             (True, False)
         """
         return FusedUpdate(self, modules)
@@ -202,17 +205,21 @@ def require(owner: object, name: str, value: object, holds: bool, what: str) -> 
         raise ValueError(f"{type(owner).__name__}: expected {name} to be {what}, got {value}")
 
 
-def number_per_row(table: Tensor, value: float, dtype: torch.dtype | None = None) -> Tensor:
-    """State of shape (N,), in the dtype that the table's sums have unless another is given."""
-    dtype = dtype or torch.promote_types(table.dtype, torch.float32)
-    return torch.full((table.shape[0],), value, dtype=dtype, device=table.device)
+def number_per_row(table: Tensor, value: float) -> Tensor:
+    """State of a number for every row, (N,), or for every part of one, (N, parts).
+
+    In the dtype that the table's sums have.
+    """
+    dtype = torch.promote_types(table.dtype, torch.float32)
+    return torch.full(table.shape[:-1], value, dtype=dtype, device=table.device)
 
 
 def _check_table(optimizer: str, name: str, table: Tensor) -> None:
-    if table.dim() != 2:
+    if table.dim() not in (2, 3):
         raise ValueError(
-            f"{optimizer}: expected tables of shape [rows, width], got {name} of shape "
-            f"{list(table.shape)}; give other parameters to an optimizer for dense ones"
+            f"{optimizer}: expected tables of shape [rows, width] or [rows, parts, width], got "
+            f"{name} of shape {list(table.shape)}; give other parameters to an optimizer for dense "
+            f"ones"
         )
     if table.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         raise TypeError(

@@ -7,7 +7,6 @@
 #include <peer/export.h>
 
 #include <cstdint>
-#include <optional>
 #include <string_view>
 #include <tuple>
 
@@ -30,21 +29,19 @@ PEER_API std::tuple<at::Tensor, at::Tensor> product_key_topk(const at::Tensor& q
 // "softmax" over the k of a head, or "sigmoid" or "relu" of each.
 PEER_API at::Tensor router_weights(const at::Tensor& scores, std::string_view function = "softmax");
 
-// The weighted sum of the retrieved experts:  out[t] = Σ_p weights[t, p]·act(<x[t],
-// w_down[e]>)·w_up[e],  e = indices[t, p]; with w_gate, each term is multiplied by <x[t],
-// w_gate[e]>.
+// The weighted sum of the retrieved experts:  out[t] = Σ_p weights[t, p]·act(<x[t], down_e>)·up_e,
+// e = indices[t, p]; with gates, each term is multiplied by <x[t], gate_e>.
 //
-//   x (T, D)   weights, indices (T, P)   w_down, w_gate (N, D)   w_up (N, O)
+//   x (T, D)   weights, indices (T, P)
+//   table (N, 2, D), of which row e is [down_e, up_e], or (N, 3, D) with [down_e, gate_e, up_e]
 //   activation: "gelu", "gelu_tanh", "relu", "silu", "identity" or "relu2"
-//   sparse_grad: gradients of the tables are coalesced sparse tensors that hold the retrieved rows
+//   sparse_grad: the table's gradient is a coalesced sparse tensor that holds the retrieved rows
 //
-// Returns out (T, O) in x's dtype.
+// Returns out (T, D) in x's dtype.
 PEER_API at::Tensor expert_mlp(const at::Tensor& x,
                                const at::Tensor& weights,
                                const at::Tensor& indices,
-                               const at::Tensor& w_down,
-                               const at::Tensor& w_up,
-                               const std::optional<at::Tensor>& w_gate = std::nullopt,
+                               const at::Tensor& table,
                                std::string_view activation = "gelu",
                                bool sparse_grad = false);
 

@@ -48,7 +48,7 @@ template <class Element>
 void sum_split_runs(const ExpertPass<Element>& pass, int64_t first, int64_t last) {
   for (int64_t r = first; r < last; ++r) {
     const SplitRun& run = pass.split_runs[r];
-    sum_split_run(pass, run, pass.out.data + run.row * pass.out.stride);
+    sum_split_run(pass.partial_sums, pass.width, run, pass.out.data + run.row * pass.out.stride);
   }
 }
 

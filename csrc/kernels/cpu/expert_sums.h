@@ -1,8 +1,8 @@
 // The sum over the pairs of one table row, for the pass that stores it (expert_pass.cpp) and for
 // the pass that updates the row by it (row_update.cpp).
 //
-// Both passes name their parts alike: width, pairs, pairs_per_row, coefficients, source and
-// partial_sums. Not weighted means that every coefficient is one; streamed, that rows are written
+// Both passes name what they sum alike: width, pairs, pairs_per_row, coefficients and source. Not
+// weighted means that every coefficient is one; streamed, that rows are written
 // past the caches, which needs aligned ones.
 #pragma once
 
@@ -80,16 +80,18 @@ static inline void sum_chunk(const Pass& pass, const Chunk& chunk, Target* out) 
 }
 
 // The partial sums of a run that was cut, in the order of its chunks.
-template <class Pass, class Target>
-static inline void sum_split_run(const Pass& pass, const SplitRun& run, Target* out) {
-  using Real = typename Pass::Real;
+template <class Real, class Target>
+static inline void sum_split_run(Rows<Real> partial_sums,
+                                 int64_t width,
+                                 const SplitRun& run,
+                                 Target* out) {
   constexpr int lanes = kLanes<Real>;
-  const Real* partial = pass.partial_sums.data + run.first * pass.partial_sums.stride;
-  for (int64_t column = 0; column < pass.width; column += lanes) {
-    const int64_t count = pass.width - column < lanes ? pass.width - column : lanes;
+  const Real* partial = partial_sums.data + run.first * partial_sums.stride;
+  for (int64_t column = 0; column < width; column += lanes) {
+    const int64_t count = width - column < lanes ? width - column : lanes;
     Vector<Real> sum = {};
     for (int64_t i = 0; i < run.last - run.first; ++i) {
-      sum += load_first(partial + i * pass.partial_sums.stride + column, count);
+      sum += load_first(partial + i * partial_sums.stride + column, count);
     }
     store_first(out + column, sum, count);
   }

@@ -62,16 +62,18 @@ struct ExpertPass {
   bool exceeds_caches;  // whether the rows of out that are written do, all together
 };
 
-// Updates the rows of a table by sums that are not stored. A work item is a row of source for
-// update_rows, which takes the rows of source as the gradients of the rows `ids`, all distinct; for
-// the others it is as in the expert pass, whose sums the gradients are.
+// Updates the rows of a table by sums that are not stored. A row of the table, of its momentum and
+// of the source has so many parts of the same width, side by side. A work item is a row of source
+// for update_rows, which takes the rows of source as the gradients of the rows `ids`, all distinct;
+// for the others it is as in the expert pass, whose sums the gradients of each part are.
 //
 // Rounding to a 16-bit table and momentum is to nearest, or stochastic, with random bits from the
-// key, the row and the column.
+// key, the row and the column in the row.
 template <class Table, class Source>
 struct RowUpdate {
   using Real = accumulation_t<Table>;
-  int64_t width;
+  int64_t parts = 1;
+  int64_t width;  // of a part
   Rows<Table> table;
   UpdateRule<Table> rule;
   bool stochastic_rounding;
@@ -80,11 +82,12 @@ struct RowUpdate {
   const int64_t* ids = nullptr;  // for update_rows: null where row i belongs to row i
   // For the others.
   int64_t pairs_per_row = 1;
+  int64_t pair_count = 0;
   const Pair* pairs = nullptr;         // sorted by owner, stable
-  const Real* coefficients = nullptr;  // by pair number, or null: all one
+  const Real* coefficients = nullptr;  // by part and pair number, or null: all one
   const Chunk* chunks = nullptr;
   const SplitRun* split_runs = nullptr;
-  Rows<Real> partial_sums = {};
+  Rows<Real> partial_sums = {};  // (·, parts·width)
 };
 
 // Keys of one half, to be packed for the sub-score product: panels of keys_per_panel keys, each
@@ -136,7 +139,7 @@ struct ExpertKernels {
   // A work item of the token passes is a token. Indices are all in range.
   void (*token_forward)(const TokenForward<Table>&, int64_t first, int64_t last);
   // A work item is a part of a token, number token·parts + part, whose sum is left in parts_out
-  // (T, parts, O).
+  // (T, parts, D).
   void (*token_parts_forward)(const TokenForward<Table>&,
                               accumulation_t<Table>* parts_out,
                               int64_t first,

@@ -1,8 +1,9 @@
 // Row update: a table row is changed by its gradient as soon as that is summed, so that no gradient
 // is stored.
 //
-//   g[row] = Σ over the run's pairs of coefficients[pair]·source[pair / pairs_per_row]
-//   w[row], state[row] = rule(w[row], state[row], g[row])
+//   g[row, part] = Σ over the run's pairs of coefficients[part, pair]·source[pair / pairs_per_row,
+//                  part]
+//   w[row, part], state[row, part] = rule(w[row, part], state[row, part], g[row, part])
 //
 // Work item   a row of source, where these are the gradients; else as in the expert pass, one
 //             chunk, then one split run
@@ -69,17 +70,19 @@ struct ToNearest {
 
 struct Stochastically {
   uint64_t row_key;
+  int64_t first_column;  // of the part in the row
 
   template <class Element>
   void write(Element* row, int64_t column, Vector<accumulation_t<Element>> value, Whole) const {
-    store_stochastic(row + column, value, random_words(row_key, column));
+    store_stochastic(row + column, value, random_words(row_key, first_column + column));
   }
   template <class Element>
   void write(Element* row,
              int64_t column,
              Vector<accumulation_t<Element>> value,
              First part) const {
-    store_first_stochastic(row + column, value, random_words(row_key, column), part.count);
+    store_first_stochastic(row + column, value, random_words(row_key, first_column + column),
+                           part.count);
   }
 };
 
@@ -140,20 +143,28 @@ void descend_with_momentum(Table* w,
   });
 }
 
+// A part of a row, and its state where the rule has any.
+template <class Table>
+struct Part {
+  Table* w;
+  Table* momentum;
+  accumulation_t<Table>* second_moment;
+  double step;
+};
+
 template <class Table, class Gradient, class Rounding>
-void update_row(const UpdateRule<Table>& rule,
-                int64_t width,
-                int64_t row,
-                Table* w,
-                const Gradient* gradient,
-                const Rounding& rounding,
-                const Rounding& momentum_rounding) {
+void update_part(const UpdateRule<Table>& rule,
+                 int64_t width,
+                 const Part<Table>& part,
+                 const Gradient* gradient,
+                 const Rounding& rounding,
+                 const Rounding& momentum_rounding) {
   using Real = accumulation_t<Table>;
   const Real kept = Real(rule.kept);
-  Table* momentum = rule.momentum ? rule.momentum.data + row * rule.momentum.stride : nullptr;
+  const auto& [w, momentum, second_moment, step] = part;
   switch (rule.rule) {
     case Rule::rowwise_adagrad: {
-      const Real sum = rule.second_moments[row] += mean_of_squares<Real>(gradient, width);
+      const Real sum = *second_moment += mean_of_squares<Real>(gradient, width);
       const Real scale = Real(rule.lr) / (std::sqrt(sum) + Real(rule.eps));
       descend(w, gradient, width, kept, scale, rounding);
       break;
@@ -172,10 +183,9 @@ void update_row(const UpdateRule<Table>& rule,
       break;
     }
     case Rule::rowwise_adam: {
-      const double step = ++rule.row_steps[row];
       const double first_bias = 1 - std::pow(rule.beta1, step);
       const double second_bias = 1 - std::pow(rule.beta2, step);
-      Real& second = rule.second_moments[row];
+      Real& second = *second_moment;
       second =
           Real(rule.beta2) * second + Real(1 - rule.beta2) * mean_of_squares<Real>(gradient, width);
       const Real scale =
@@ -189,13 +199,25 @@ void update_row(const UpdateRule<Table>& rule,
 
 template <class Table, class Source, class Gradient>
 void update_row(const RowUpdate<Table, Source>& update, int64_t row, const Gradient* gradient) {
-  Table* w = update.table.data + row * update.table.stride;
-  if (update.stochastic_rounding) {
-    const Stochastically rounding{derive_key(update.key, 2 * uint64_t(row))};
-    const Stochastically momentum_rounding{derive_key(update.key, 2 * uint64_t(row) + 1)};
-    update_row(update.rule, update.width, row, w, gradient, rounding, momentum_rounding);
-  } else {
-    update_row(update.rule, update.width, row, w, gradient, ToNearest{}, ToNearest{});
+  const UpdateRule<Table>& rule = update.rule;
+  Table* const w = update.table.data + row * update.table.stride;
+  Table* const momentum = rule.momentum ? rule.momentum.data + row * rule.momentum.stride : nullptr;
+  const double step = rule.rule == Rule::rowwise_adam ? ++rule.row_steps[row] : 0;
+  for (int64_t p = 0; p < update.parts; ++p) {
+    const int64_t column = p * update.width;
+    const Part<Table> part = {
+        w + column,
+        momentum ? momentum + column : nullptr,
+        rule.second_moments ? rule.second_moments + row * update.parts + p : nullptr,
+        step,
+    };
+    if (update.stochastic_rounding) {
+      const Stochastically rounding{derive_key(update.key, 2 * uint64_t(row)), column};
+      const Stochastically momentum_rounding{derive_key(update.key, 2 * uint64_t(row) + 1), column};
+      update_part(rule, update.width, part, gradient + column, rounding, momentum_rounding);
+    } else {
+      update_part(rule, update.width, part, gradient + column, ToNearest{}, ToNearest{});
+    }
   }
 }
 
@@ -211,21 +233,28 @@ void prefetch_head(Rows<Element> rows, int64_t row, int64_t width) {
 
 template <class Table, class Source>
 void prefetch_row(const RowUpdate<Table, Source>& update, int64_t row) {
-  prefetch_head(update.table, row, update.width);
+  const int64_t width = update.parts * update.width;
+  prefetch_head(update.table, row, width);
   if (update.rule.momentum) {
-    prefetch_head(update.rule.momentum, row, update.width);
+    prefetch_head(update.rule.momentum, row, width);
   }
   if (update.rule.second_moments != nullptr) {
-    __builtin_prefetch(update.rule.second_moments + row, 1);
+    __builtin_prefetch(update.rule.second_moments + row * update.parts, 1);
   }
 }
 
-template <class Pass, class Target>
-void sum_chunk_of(const Pass& pass, const Chunk& chunk, Target* out) {
-  if (pass.coefficients != nullptr) {
-    sum_chunk<true>(pass, chunk, out);
-  } else {
-    sum_chunk<false>(pass, chunk, out);
+// Of all parts, side by side.
+template <class Table, class Source, class Real>
+void sum_chunk_of_parts(const RowUpdate<Table, Source>& update, const Chunk& chunk, Real* out) {
+  RowUpdate<Table, Source> part = update;
+  for (int64_t p = 0; p < update.parts; ++p) {
+    part.source = update.source.from_column(p * update.width);
+    if (update.coefficients != nullptr) {
+      part.coefficients = update.coefficients + p * update.pair_count;
+      sum_chunk<true>(part, chunk, out + p * update.width);
+    } else {
+      sum_chunk<false>(part, chunk, out + p * update.width);
+    }
   }
 }
 
@@ -244,17 +273,17 @@ void update_rows(const RowUpdate<Table, Source>& update, int64_t first, int64_t 
 
 template <class Table, class Source>
 void update_chunks(const RowUpdate<Table, Source>& update, int64_t first, int64_t last) {
-  Scratch<accumulation_t<Table>> gradient(update.width);
+  Scratch<accumulation_t<Table>> gradient(update.parts * update.width);
   for (int64_t c = first; c < last; ++c) {
     if (c + kRowsAhead < last && !update.chunks[c + kRowsAhead].is_partial) {
       prefetch_row(update, update.chunks[c + kRowsAhead].row);
     }
     const Chunk& chunk = update.chunks[c];
     if (chunk.is_partial) {
-      sum_chunk_of(update, chunk,
-                   update.partial_sums.data + chunk.row * update.partial_sums.stride);
+      sum_chunk_of_parts(update, chunk,
+                         update.partial_sums.data + chunk.row * update.partial_sums.stride);
     } else {
-      sum_chunk_of(update, chunk, gradient.data());
+      sum_chunk_of_parts(update, chunk, gradient.data());
       update_row(update, chunk.row, gradient.data());
     }
   }
@@ -262,10 +291,11 @@ void update_chunks(const RowUpdate<Table, Source>& update, int64_t first, int64_
 
 template <class Table, class Source>
 void update_split_runs(const RowUpdate<Table, Source>& update, int64_t first, int64_t last) {
-  Scratch<accumulation_t<Table>> gradient(update.width);
+  const int64_t width = update.parts * update.width;
+  Scratch<accumulation_t<Table>> gradient(width);
   for (int64_t r = first; r < last; ++r) {
     const SplitRun& run = update.split_runs[r];
-    sum_split_run(update, run, gradient.data());
+    sum_split_run(update.partial_sums, width, run, gradient.data());
     update_row(update, run.row, gradient.data());
   }
 }

@@ -5,7 +5,7 @@
 // Backward    A = w_up              v = grad_out   f = the chain rule         B = w_down, w_gate
 //
 // Work item   one token, start to end, by one thread; where there are few, a part of one
-// Traffic     P·(D + O) table elements a token, each read once; nothing of size P·D is written
+// Traffic     P·parts·D table elements a token, each read once; nothing of size P·D is written
 // Exactness   accumulation in float (double for double), in an order fixed by p and by the vector
 //             width of the capability
 #include "kernels/cpu/token_pass.h"
@@ -77,7 +77,7 @@ void sum_part(const TokenForward<Table>& pass,
               Real* out) {
   sum_weighted_rows(coefficients, pass.w_up,
                     pass.indices + t * pass.experts_per_token + experts.first, experts.count(),
-                    pass.dim_out, out);
+                    pass.dim, out);
 }
 
 template <class Real>
@@ -94,15 +94,15 @@ void token_forward(const TokenForward<Table>& pass, int64_t first, int64_t last)
   using Real = accumulation_t<Table>;
   const ExpertRange all = {0, pass.experts_per_token};
   Scratch<Real> coefficients(all.count());
-  Scratch<Real> part_out(pass.dim_out);
+  Scratch<Real> part_out(pass.dim);
   for (int64_t t = first; t < last; ++t) {
-    Real* out = pass.out + t * pass.dim_out;
+    Real* out = pass.out + t * pass.dim;
     compute_coefficients(pass, t, all, coefficients.data());
     sum_part(pass, t, part_of_token(pass, 0), coefficients.data(), out);
     for (int64_t part = 1; part < parts_per_token(all.count()); ++part) {
       const ExpertRange experts = part_of_token(pass, part);
       sum_part(pass, t, experts, coefficients.data() + experts.first, part_out.data());
-      add(part_out.data(), pass.dim_out, out);
+      add(part_out.data(), pass.dim, out);
     }
   }
 }
@@ -117,7 +117,7 @@ void token_parts_forward(const TokenForward<Table>& pass,
   for (int64_t i = first; i < last; ++i) {
     const ExpertRange experts = part_of_token(pass, i % parts);
     compute_coefficients(pass, i / parts, experts, coefficients.data());
-    sum_part(pass, i / parts, experts, coefficients.data(), parts_out + i * pass.dim_out);
+    sum_part(pass, i / parts, experts, coefficients.data(), parts_out + i * pass.dim);
   }
 }
 
@@ -128,11 +128,11 @@ void add_token_parts(const TokenForward<Table>& pass,
                      int64_t last) {
   const int64_t parts = parts_per_token(pass.experts_per_token);
   for (int64_t t = first; t < last; ++t) {
-    const auto* part_out = parts_out + t * parts * pass.dim_out;
-    auto* out = pass.out + t * pass.dim_out;
-    std::memcpy(out, part_out, pass.dim_out * sizeof(*out));
+    const auto* part_out = parts_out + t * parts * pass.dim;
+    auto* out = pass.out + t * pass.dim;
+    std::memcpy(out, part_out, pass.dim * sizeof(*out));
     for (int64_t part = 1; part < parts; ++part) {
-      add(part_out + part * pass.dim_out, pass.dim_out, out);
+      add(part_out + part * pass.dim, pass.dim, out);
     }
   }
 }
@@ -151,7 +151,7 @@ void token_backward(const TokenBackward<Table>& pass, int64_t first, int64_t las
     Real* down = pass.down_coefficients + t * experts;
     Real* up = pass.up_coefficients + t * experts;
 
-    dot_with_rows(pass.grad_out + t * pass.dim_out, pass.dim_out, pass.w_up, indices, experts,
+    dot_with_rows(pass.grad_out + t * pass.dim, pass.dim, pass.w_up, indices, experts,
                   upstream.data());
     with_activation(pass.activation, [&]<Activation activation>() {
       for (int64_t p = 0; p < experts; ++p) {

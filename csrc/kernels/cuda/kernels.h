@@ -83,18 +83,20 @@ void sum_pairs(const ExpertPass<Element, Source>& pass,
                const SortedPairs& pairs,
                const Context& context);
 
-// Updates the rows of a table by sums that are not stored.
+// Updates the rows of a table by sums that are not stored. A row of the table, of its momentum and
+// of the source has so many parts of the same width, side by side.
 template <class Table, class Source>
 struct RowUpdate {
   using Real = accumulation_t<Table>;
-  int64_t width;
+  int64_t parts = 1;
+  int64_t width;  // of a part
   Rows<Table> table;
   UpdateRule<Table> rule;
   bool stochastic_rounding;
   uint64_t key;
   Rows<const Source> source;
   int64_t pairs_per_row = 1;
-  const Real* coefficients = nullptr;  // by pair number, or null: all one
+  const Real* coefficients = nullptr;  // by part and pair number, or null: all one
 };
 
 // By the sums over sorted pairs, by_owner.

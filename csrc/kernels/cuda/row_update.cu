@@ -4,6 +4,8 @@
 //   g[row] = Σ over the run's pairs of coefficients[pair]·source[pair / pairs_per_row]
 //   w[row], state[row] = rule(w[row], state[row], g[row])
 //
+// The parts of rows are updated one after the other, each as rows of their own.
+//
 // Shapes      source (pairs / pairs_per_row, width)   table, momentum (N, width)
 // One block   as in the expert pass, sums over up to 191 pairs, one warp for each KiB of a row of
 //             the source. The warps of a block meet once for each row whose rule needs the mean of
@@ -72,8 +74,11 @@ template <class Table, int pack>
 struct Update {
   using Real = accumulation_t<Table>;
   SlicedRows<Table, pack> table, momentum;
+  int64_t first_column;  // of the part in the row
   Real* second_moments;  // null where the rule has none
+  int64_t moments_per_row;
   int32_t* row_steps;
+  bool ends_step;  // whether the part is the row's last
   Numbers<Real> numbers;
   bool rounds_stochastically;
   uint64_t key;
@@ -82,11 +87,11 @@ struct Update {
   __device__ bool has_momentum() const { return momentum.data != nullptr; }
 
   __device__ RowState<Real> read_state(int32_t row) const {
-    return {second_moments[row], row_steps ? row_steps[row] : 0};
+    return {second_moments[row * moments_per_row], row_steps ? row_steps[row] : 0};
   }
   __device__ void write_state(int32_t row, const RowState<Real>& state) const {
-    second_moments[row] = state.second_moment;
-    if (row_steps) {
+    second_moments[row * moments_per_row] = state.second_moment;
+    if (row_steps && ends_step) {
       row_steps[row] = state.step;
     }
   }
@@ -113,7 +118,7 @@ struct Update {
       request(momentum.slice(row, column));
     }
     if (needs_mean_of_squares() && threadIdx.x == 0) {
-      request_line(second_moments + row);
+      request_line(second_moments + row * moments_per_row);
       if (row_steps) {
         request_line(row_steps + row);
       }
@@ -171,7 +176,7 @@ class TableSlice {
     if (!update_.rounds_stochastically) {
       return narrow_pack<Table>(wide);
     }
-    const uint32_t column = uint32_t(column_) + pack_offset<pack>(p);
+    const uint32_t column = uint32_t(update_.first_column + column_) + pack_offset<pack>(p);
     Elements<Table, pack> result;
     for_each_element<pack>([&](int i) {
       result.values[i] =
@@ -308,16 +313,26 @@ void update_by_terms(const TermList<Real>& list,
 }
 
 template <int pack, class Table, class Source>
-Update<Table, pack> update_of(const RowUpdate<Table, Source>& given) {
+Update<Table, pack> update_of(const RowUpdate<Table, Source>& given, int64_t part) {
   const UpdateRule<Table>& rule = given.rule;
   const bool has_momentum = rule.rule != Rule::rowwise_adagrad;
-  return {sliced<pack>(given.table, given.width),
-          sliced<pack>(has_momentum ? rule.momentum : Rows<Table>{}, given.width),
-          rule.rule != Rule::sgd ? rule.second_moments : nullptr,
-          rule.rule == Rule::rowwise_adam ? rule.row_steps : nullptr,
-          numbers_of(rule),
-          given.stochastic_rounding,
-          given.key};
+  const int64_t column = part * given.width;
+  return {
+      sliced<pack>(given.table.from_column(column), given.width),
+      sliced<pack>(has_momentum ? rule.momentum.from_column(column) : Rows<Table>{}, given.width),
+      column,
+      rule.rule != Rule::sgd ? rule.second_moments + part : nullptr,
+      given.parts,
+      rule.rule == Rule::rowwise_adam ? rule.row_steps : nullptr,
+      part == given.parts - 1,
+      numbers_of(rule),
+      given.stochastic_rounding,
+      given.key};
+}
+
+template <int pack, class Table, class Source>
+SlicedRows<const Source, pack> source_of_part(const RowUpdate<Table, Source>& given, int64_t part) {
+  return sliced<pack>(given.source.from_column(part * given.width), given.width);
 }
 
 }  // namespace
@@ -333,13 +348,17 @@ void update_by_pairs(const RowUpdate<Table, Source>& update,
     return;
   }
   const PartialSums<Real> partial_sums(pairs, update.width, context);
-  update_by_terms(terms_of_pairs(pairs, update.coefficients, update.pairs_per_row),
-                  sliced<pack>(update.source, update.width), update_of<pack>(update),
-                  partial_sums.template rows<pack>(), context);
-  add_up_split_runs(pairs, partial_sums, partial_sums.template rows<sum_pack>(),
-                    /*is_in_place=*/true, context);
-  update_by_terms(terms_of_split_runs<Real>(pairs), partial_sums.template as_source<sum_pack>(),
-                  update_of<sum_pack>(update), SlicedRows<Real, sum_pack>{}, context);
+  for (int64_t part = 0; part < update.parts; ++part) {
+    const Real* coefficients =
+        update.coefficients ? update.coefficients + part * pairs.count : nullptr;
+    update_by_terms(terms_of_pairs(pairs, coefficients, update.pairs_per_row),
+                    source_of_part<pack>(update, part), update_of<pack>(update, part),
+                    partial_sums.template rows<pack>(), context);
+    add_up_split_runs(pairs, partial_sums, partial_sums.template rows<sum_pack>(),
+                      /*is_in_place=*/true, context);
+    update_by_terms(terms_of_split_runs<Real>(pairs), partial_sums.template as_source<sum_pack>(),
+                    update_of<sum_pack>(update, part), SlicedRows<Real, sum_pack>{}, context);
+  }
 }
 
 template <class Table, class Source>
@@ -349,8 +368,10 @@ void update_rows(const RowUpdate<Table, Source>& update, int64_t rows, const Con
   if (rows == 0 || update.width == 0) {
     return;
   }
-  update_by_terms(terms_of_rows<Real>(rows), sliced<pack>(update.source, update.width),
-                  update_of<pack>(update), SlicedRows<Real, pack>{}, context);
+  for (int64_t part = 0; part < update.parts; ++part) {
+    update_by_terms(terms_of_rows<Real>(rows), source_of_part<pack>(update, part),
+                    update_of<pack>(update, part), SlicedRows<Real, pack>{}, context);
+  }
 }
 
 template void update_by_pairs(const RowUpdate<float, float>&, const SortedPairs&, const Context&);

@@ -347,7 +347,7 @@ void token_forward(const TokenForward<Table, Input>& pass, const Context& contex
       int(pass.experts_per_token),
       {pass.x, int(pass.dim), {pass.indices, {pass.w_down, pass.hidden}, {pass.w_gate, gate}}},
       {pass.activation, pass.weights, pass.hidden, gate, coefficients.get()},
-      {pass.out, int(pass.dim_out), {pass.indices, {pass.w_up, coefficients.get()}}}};
+      {pass.out, int(pass.dim), {pass.indices, {pass.w_up, coefficients.get()}}}};
   run(forward, context);
 }
 
@@ -358,7 +358,7 @@ void token_backward(const TokenBackward<Table, Input>& pass, const Context& cont
       pass.tokens,
       pass.experts,
       int(pass.experts_per_token),
-      {pass.grad_out, int(pass.dim_out), {pass.indices, {pass.w_up, pass.grad_weights}}},
+      {pass.grad_out, int(pass.dim), {pass.indices, {pass.w_up, pass.grad_weights}}},
       {pass.activation, pass.weights, pass.hidden, pass.w_gate ? pass.gate : nullptr,
        pass.grad_weights, pass.down_coefficients, pass.gate_coefficients, pass.up_coefficients},
       {pass.grad_x,

@@ -14,14 +14,12 @@ template <c10::DispatchKey key, c10::DeviceType device>
 std::tuple<Tensor, Tensor, Tensor> expert_mlp_autocast(const Tensor& x,
                                                        const Tensor& weights,
                                                        const Tensor& indices,
-                                                       const Tensor& w_down,
-                                                       const Tensor& w_up,
-                                                       const std::optional<Tensor>& w_gate,
+                                                       const Tensor& table,
                                                        std::string_view activation,
                                                        bool sparse_grad) {
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::DispatchKeySet{key});
   return expert_mlp(at::autocast::cached_cast(at::autocast::get_autocast_dtype(device), x, device),
-                    weights, indices, w_down, w_up, w_gate, activation, sparse_grad);
+                    weights, indices, table, activation, sparse_grad);
 }
 
 }  // namespace

@@ -6,14 +6,16 @@
 //
 // be the values and their derivatives in the direction of the primed variables. A pair contributes
 // w·a(z)·q·s to L, whose partial derivatives by w, z, q and s are the coefficients below: those by
-// z, q and s multiply rows of tables in the derivatives by vectors, and vectors in those by tables.
-// Dotted, they are the derivatives of the coefficients in the direction.
+// z, q and s multiply rows of the table in the derivatives by vectors, and vectors in that by the
+// table. Dotted, they are the derivatives of the coefficients in the direction.
 //
 // All of it is written in differentiable ATen operators, so that derivatives of any order follow,
-// and gathers the retrieved rows, (T, P, D): the one place that does.
+// and gathers the retrieved rows, (T, P, parts, D): the one place that does.
 #include "ops/autograd/expert_mlp_derivative.h"
 
 #include <ATen/ATen.h>
+
+#include <algorithm>
 
 #include "ops/autograd/undefined_as_zero.h"
 #include "ops/checks.h"
@@ -72,13 +74,15 @@ class Pairs {
         flat_(indices.reshape(-1)),
         type_(type) {}
 
-  Tensor rows(const Tensor& table) const {
+  // (N, parts, D) -> (T, P, D) for each part
+  ExpertParts rows(const Tensor& table) const {
     if (!table.defined()) {
-      return Tensor();
+      return {};
     }
-    return table.index_select(0, flat_)
-        .reshape_symint({tokens_, experts_, table.sym_size(1)})
-        .to(type_);
+    return ExpertParts(
+        table.index_select(0, flat_)
+            .reshape_symint({tokens_, experts_, table.sym_size(1), table.sym_size(2)})
+            .to(type_));
   }
 
   // (T, D) with (T, P, D) -> (T, P)
@@ -93,15 +97,27 @@ class Pairs {
                                                     : Tensor();
   }
 
-  // (T, P) with (T, D) -> (N, D)
-  Tensor scatter(const Tensor& coefficients, const Tensor& vectors, const Tensor& table) const {
-    if (!coefficients.defined() || !vectors.defined()) {
+  // (T, P) with (T, D) -> (T, P, D)
+  Tensor outer(const Tensor& coefficients, const Tensor& vectors) const {
+    return coefficients.defined() && vectors.defined()
+               ? coefficients.unsqueeze(-1) * vectors.to(type_).unsqueeze(1)
+               : Tensor();
+  }
+
+  // (T, P, D) for each part -> (N, parts, D)
+  Tensor scatter(std::vector<Tensor> parts, const Tensor& table) const {
+    const auto known =
+        std::find_if(parts.begin(), parts.end(), [](const Tensor& part) { return part.defined(); });
+    if (known == parts.end()) {
       return Tensor();
     }
-    const Tensor outer = (coefficients.unsqueeze(-1) * vectors.to(type_).unsqueeze(1))
-                             .reshape_symint({tokens_ * experts_, vectors.sym_size(1)});
+    const Tensor zero = at::zeros_like(*known);
+    for (Tensor& part : parts) {
+      part = part.defined() ? part : zero;
+    }
+    const Tensor rows = at::stack(parts, 2).flatten(0, 1);
     return at::zeros_symint(table.sym_sizes(), table.options().dtype(type_))
-        .index_add(0, flat_, outer);
+        .index_add(0, flat_, rows);
   }
 
  private:
@@ -112,19 +128,17 @@ class Pairs {
 
 }  // namespace
 
-std::array<Tensor, 6> differentiate_expert_mlp(const ExpertMlpVariables& point,
+std::array<Tensor, 4> differentiate_expert_mlp(const ExpertMlpVariables& point,
                                                const ExpertMlpVariables& direction,
                                                const Tensor& indices,
                                                std::string_view activation,
-                                               std::array<bool, 6> wanted) {
-  const Activation parsed = check_expert_mlp(
-      point.x, point.weights, indices, point.w_down, point.w_up,
-      point.w_gate.defined() ? std::optional<Tensor>(point.w_gate) : std::nullopt, activation);
-  const at::ScalarType type = accumulation_type(point.w_down.scalar_type());
+                                               std::array<bool, 4> wanted) {
+  const Activation parsed =
+      check_expert_mlp(point.x, point.weights, indices, point.table, activation);
+  const at::ScalarType type = accumulation_type(point.table.scalar_type());
   const Pairs pairs(indices, type);
-  const Tensor down = pairs.rows(point.w_down), down_dot = pairs.rows(direction.w_down);
-  const Tensor gate = pairs.rows(point.w_gate), gate_dot = pairs.rows(direction.w_gate);
-  const Tensor up = pairs.rows(point.w_up), up_dot = pairs.rows(direction.w_up);
+  const auto [down, up, gate] = pairs.rows(point.table);
+  const auto [down_dot, up_dot, gate_dot] = pairs.rows(direction.table);
 
   const Tensor w = point.weights.to(type), w_dot = to_type(direction.weights, type);
   const Tensor z = pairs.dot(point.x, down);
@@ -135,55 +149,46 @@ std::array<Tensor, 6> differentiate_expert_mlp(const ExpertMlpVariables& point,
   const Tensor s_dot = sum(pairs.dot(direction.grad_out, up), pairs.dot(point.grad_out, up_dot));
   const auto [a, a1, a2] = differentiate(parsed, z);
 
-  std::array<Tensor, 6> derivative;
-  if (wanted[kOut] || wanted[kOfUp]) {
-    const Tensor of_s = w * a * q;
-    const Tensor of_s_dot =
-        sum(product(a * q, w_dot), product(w * a1 * q, z_dot), product(w * a, q_dot));
-    if (wanted[kOut]) {
-      derivative[kOut] = sum(pairs.combine(of_s_dot, up), pairs.combine(of_s, up_dot));
-    }
-    if (wanted[kOfUp]) {
-      derivative[kOfUp] = sum(pairs.scatter(of_s_dot, point.grad_out, point.w_up),
-                              pairs.scatter(of_s, direction.grad_out, point.w_up));
-    }
+  std::array<Tensor, 4> derivative;
+  Tensor of_s, of_s_dot, of_z, of_z_dot, of_q, of_q_dot;
+  if (wanted[kOut] || wanted[kOfTable]) {
+    of_s = w * a * q;
+    of_s_dot = sum(product(a * q, w_dot), product(w * a1 * q, z_dot), product(w * a, q_dot));
+  }
+  if (wanted[kOfX] || wanted[kOfTable]) {
+    of_z = product(w * a1 * q, s);
+    of_z_dot = sum(product(a1 * q, s, w_dot), product(w * q, a2, s, z_dot),
+                   product(w * a1, s, q_dot), product(w * a1 * q, s_dot));
+    of_q = product(w * a, s);
+    of_q_dot = sum(product(a, s, w_dot), product(w * a1, s, z_dot), product(w * a, s_dot));
+  }
+  if (wanted[kOut]) {
+    derivative[kOut] = sum(pairs.combine(of_s_dot, up), pairs.combine(of_s, up_dot));
+  }
+  if (wanted[kOfX]) {
+    derivative[kOfX] = sum(pairs.combine(of_z_dot, down), pairs.combine(of_z, down_dot),
+                           pairs.combine(of_q_dot, gate), pairs.combine(of_q, gate_dot));
   }
   if (wanted[kOfWeights]) {
     derivative[kOfWeights] =
         sum(product(a1 * q, s, z_dot), product(a, s, q_dot), product(a * q, s_dot));
   }
-  if (wanted[kOfX] || wanted[kOfDown]) {
-    const Tensor of_z = product(w * a1 * q, s);
-    const Tensor of_z_dot = sum(product(a1 * q, s, w_dot), product(w * q, a2, s, z_dot),
-                                product(w * a1, s, q_dot), product(w * a1 * q, s_dot));
-    if (wanted[kOfX]) {
-      derivative[kOfX] = sum(pairs.combine(of_z_dot, down), pairs.combine(of_z, down_dot));
-    }
-    if (wanted[kOfDown]) {
-      derivative[kOfDown] = sum(pairs.scatter(of_z_dot, point.x, point.w_down),
-                                pairs.scatter(of_z, direction.x, point.w_down));
-    }
-  }
-  if (gate.defined() && (wanted[kOfX] || wanted[kOfGate])) {
-    const Tensor of_q = product(w * a, s);
-    const Tensor of_q_dot =
-        sum(product(a, s, w_dot), product(w * a1, s, z_dot), product(w * a, s_dot));
-    if (wanted[kOfX]) {
-      derivative[kOfX] =
-          sum(derivative[kOfX], pairs.combine(of_q_dot, gate), pairs.combine(of_q, gate_dot));
-    }
-    if (wanted[kOfGate]) {
-      derivative[kOfGate] = sum(pairs.scatter(of_q_dot, point.x, point.w_gate),
-                                pairs.scatter(of_q, direction.x, point.w_gate));
-    }
+  if (wanted[kOfTable]) {
+    const auto scatter = [&](const Tensor& by_z, const Tensor& by_q, const Tensor& by_s,
+                             const ExpertMlpVariables& vectors) {
+      std::vector<Tensor> parts = {pairs.outer(by_z, vectors.x)};
+      if (has_gate(point.table)) {
+        parts.push_back(pairs.outer(by_q, vectors.x));
+      }
+      parts.push_back(pairs.outer(by_s, vectors.grad_out));
+      return pairs.scatter(parts, point.table);
+    };
+    derivative[kOfTable] =
+        sum(scatter(of_z_dot, of_q_dot, of_s_dot, point), scatter(of_z, of_q, of_s, direction));
   }
 
-  const Tensor variables[] = {point.grad_out.defined() ? point.grad_out : point.x,
-                              point.x,
-                              point.weights,
-                              point.w_down,
-                              point.w_up,
-                              point.w_gate};
+  const Tensor variables[] = {point.grad_out.defined() ? point.grad_out : point.x, point.x,
+                              point.weights, point.table};
   for (size_t i = 0; i < derivative.size(); ++i) {
     if (derivative[i].defined()) {
       derivative[i] = derivative[i].to(variables[i].scalar_type());

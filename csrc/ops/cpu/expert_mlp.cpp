@@ -23,8 +23,7 @@ struct Cpu : Device {
       const ExpertKernels<Table>& kernel = kernels().template experts<Table>();
       const int64_t parts = parts_per_token(pass.experts_per_token);
       if (pass.tokens < kFewTokens && parts > 1) {
-        const Tensor parts_out =
-            at::empty({pass.tokens * parts, pass.dim_out}, tokens.out.options());
+        const Tensor parts_out = at::empty({pass.tokens * parts, pass.dim}, tokens.out.options());
         Real* const sums = data_of<Real>(parts_out);
         at::parallel_for(0, pass.tokens * parts, 1, [&](int64_t first, int64_t last) {
           kernel.token_parts_forward(pass, sums, first, last);

@@ -35,35 +35,41 @@ TableGradient::TableGradient(const at::Tensor& owners, int64_t owner_count, bool
       sorted_(owners, owner_count, sparse ? OutputRows::compact : OutputRows::by_owner) {}
 
 at::Tensor TableGradient::sum(const at::Tensor& coefficients,
-                              const at::Tensor& source,
+                              at::TensorList sources,
                               const at::TensorOptions& like) const {
   const ExpertPassPlan& plan = sorted_.plan;
-  const int64_t width = source.size(1);
+  const int64_t parts = sources.size();
+  const int64_t width = sources[0].size(1);
   const int64_t distinct = plan.owners.size();
   const at::ScalarType dtype = c10::typeMetaToScalarType(like.dtype());
-  const at::Tensor values = sparse_ ? empty_in(recycled_huge_pages(), {distinct, width}, dtype)
-                                    : zeros_in_huge_pages({owner_count_, width}, dtype);
+  const at::Tensor values = sparse_
+                                ? empty_in(recycled_huge_pages(), {distinct, parts, width}, dtype)
+                                : zeros_in_huge_pages({owner_count_, parts, width}, dtype);
   with_table_type(values.scalar_type(), [&]<class Element>() {
     using Real = accumulation_t<Element>;
-    const at::Tensor partial_sums = at::empty({plan.partial_rows, width}, source.options());
-    const ExpertPass<Element> pass = {
-        .width = width,
-        .pairs_per_row = source.size(0) > 0 ? count_ / source.size(0) : 1,
-        .pairs = sorted_.pairs.data(),
-        .coefficients = const_data_of<Real>(coefficients),
-        .source = rows_of<Real>(source),
-        .chunks = plan.chunks.data(),
-        .split_runs = plan.split_runs.data(),
-        .out = {data_of<Element>(values), width},
-        .partial_sums = {data_of<Real>(partial_sums), width},
-        .exceeds_caches = int64_t(plan.chunks.size() * width * sizeof(Element)) > kCaches,
-    };
+    const at::Tensor partial_sums = at::empty({plan.partial_rows, width}, sources[0].options());
+    const int64_t written_bytes = plan.chunks.size() * parts * width * int64_t(sizeof(Element));
     const ExpertKernels<Element>& kernel = kernels().template experts<Element>();
-    at::parallel_for(0, plan.chunks.size(), 64,
-                     [&](int64_t first, int64_t last) { kernel.sum_chunks(pass, first, last); });
-    at::parallel_for(0, plan.split_runs.size(), 1, [&](int64_t first, int64_t last) {
-      kernel.sum_split_runs(pass, first, last);
-    });
+    for (int64_t part = 0; part < parts; ++part) {
+      const at::Tensor& source = sources[part];
+      const ExpertPass<Element> pass = {
+          .width = width,
+          .pairs_per_row = source.size(0) > 0 ? count_ / source.size(0) : 1,
+          .pairs = sorted_.pairs.data(),
+          .coefficients = const_data_of<Real>(coefficients) + part * count_,
+          .source = rows_of<Real>(source),
+          .chunks = plan.chunks.data(),
+          .split_runs = plan.split_runs.data(),
+          .out = mutable_rows_of<Element>(values.select(1, part)),
+          .partial_sums = {data_of<Real>(partial_sums), width},
+          .exceeds_caches = written_bytes > kCaches,
+      };
+      at::parallel_for(0, plan.chunks.size(), 64,
+                       [&](int64_t first, int64_t last) { kernel.sum_chunks(pass, first, last); });
+      at::parallel_for(0, plan.split_runs.size(), 1, [&](int64_t first, int64_t last) {
+        kernel.sum_split_runs(pass, first, last);
+      });
+    }
   });
   if (!sparse_) {
     return values;

@@ -31,17 +31,17 @@ struct SortedPairs {
   ExpertPassPlan plan;
 };
 
-// One table's gradient from the pairs that retrieved its rows: row `owner` is the sum of
-// coefficients[pair]·source[pair / pairs_per_row]. Dense (owner_count, width), or sparse: coalesced
-// COO with the owners that occur.
+// A table's gradient from the pairs that retrieved its rows: part p of row `owner` is the sum of
+// coefficients[p, pair]·sources[p][pair / pairs_per_row]. Dense (owner_count, parts, width), or
+// sparse: coalesced COO with the owners that occur.
 class TableGradient {
  public:
   TableGradient(const at::Tensor& owners, int64_t owner_count, bool sparse);
 
-  // coefficients: by pair; source: (rows, width) contiguous rows; both in the accumulation dtype of
-  // `like`.
+  // coefficients: by part and pair; sources: for each part, (rows, width) contiguous rows; all in
+  // the accumulation dtype of `like`.
   at::Tensor sum(const at::Tensor& coefficients,
-                 const at::Tensor& source,
+                 at::TensorList sources,
                  const at::TensorOptions& like) const;
 
  private:

@@ -19,9 +19,8 @@ namespace {
 
 constexpr size_t kHugePage = size_t(2) << 20;
 
-// What a layer's backward needs at a time: the gradients of two tables, or three with gates, of two
-// layers.
-constexpr size_t kMostKeptBlocks = 6;
+// What a layer's backward needs: the table's gradient, and four lists of its retrievals.
+constexpr size_t kMostKeptBlocks = 5;
 
 struct Block {
   void* data;

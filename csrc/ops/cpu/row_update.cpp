@@ -45,9 +45,10 @@ struct Cpu : Device {
     }
     const SortedPairs sorted(indices, rows, OutputRows::by_owner);
     const Tensor partial_sums =
-        at::empty({sorted.plan.partial_rows, update.width},
+        at::empty({sorted.plan.partial_rows, update.parts * update.width},
                   source.options().dtype(accumulation_type(source.scalar_type())));
     update.pairs_per_row = indices.numel() / source.size(0);
+    update.pair_count = indices.numel();
     update.pairs = sorted.pairs.data();
     update.chunks = sorted.plan.chunks.data();
     update.split_runs = sorted.plan.split_runs.data();

@@ -44,22 +44,27 @@ TableGradient::TableGradient(const Tensor& contiguous_owners, int64_t owner_coun
       distinct_owners_(sparse ? read_distinct_owners(pairs_, context_) : 0) {}
 
 Tensor TableGradient::sum(const Tensor& coefficients,
-                          const Tensor& source,
+                          at::TensorList sources,
                           const at::TensorOptions& like) const {
-  const int64_t width = source.size(1);
-  const Tensor values =
-      sparse_ ? at::empty({distinct_owners_, width}, like) : at::zeros({owner_count_, width}, like);
-  with_table_and_input_type(
-      values.scalar_type(), source.scalar_type(), [&]<class Element, class Source>() {
-        const ExpertPass<Element, Source> pass = {
-            .width = width,
-            .pairs_per_row = source.size(0) > 0 ? pairs_.count / source.size(0) : 1,
-            .coefficients = const_data_of<accumulation_t<Element>>(coefficients),
-            .source = rows_of<Source>(source),
-            .out = mutable_rows_of<Element>(values),
-        };
-        sum_pairs(pass, pairs_, context_);
-      });
+  const int64_t parts = sources.size();
+  const int64_t width = sources[0].size(1);
+  const Tensor values = sparse_ ? at::empty({distinct_owners_, parts, width}, like)
+                                : at::zeros({owner_count_, parts, width}, like);
+  for (int64_t part = 0; part < parts; ++part) {
+    const Tensor& source = sources[part];
+    with_table_and_input_type(
+        values.scalar_type(), source.scalar_type(), [&]<class Element, class Source>() {
+          using Real = accumulation_t<Element>;
+          const ExpertPass<Element, Source> pass = {
+              .width = width,
+              .pairs_per_row = source.size(0) > 0 ? pairs_.count / source.size(0) : 1,
+              .coefficients = const_data_of<Real>(coefficients) + part * pairs_.count,
+              .source = rows_of<Source>(source),
+              .out = mutable_rows_of<Element>(values.select(1, part)),
+          };
+          sum_pairs(pass, pairs_, context_);
+        });
+  }
   if (!sparse_) {
     return values;
   }

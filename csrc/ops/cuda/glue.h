@@ -20,17 +20,19 @@ using namespace peer::cuda;
 // goes to later work on the same stream only, so it may be freed while kernels still use it.
 Context current_context();
 
-// One table's gradient from the pairs that retrieved its rows: row `owner` is the sum of
-// coefficients[pair]·source[pair / pairs_per_row]. Dense (owner_count, width), or sparse: coalesced
-// COO with the owners that occur. How many do is known to the device alone: a sparse gradient waits
-// for the stream.
+// A table's gradient from the pairs that retrieved its rows: part p of row `owner` is the sum of
+// coefficients[p, pair]·sources[p][pair / pairs_per_row]. Dense (owner_count, parts, width), or
+// sparse: coalesced COO with the owners that occur. How many do is known to the device alone: a
+// sparse gradient waits for the stream.
 class TableGradient {
  public:
   TableGradient(const Tensor& contiguous_owners, int64_t owner_count, bool sparse);
 
-  // coefficients: by pair, in the accumulation dtype of `like`; source: (rows, width) contiguous
-  // rows, as the kernels take inputs beside a table like this.
-  Tensor sum(const Tensor& coefficients, const Tensor& source, const at::TensorOptions& like) const;
+  // coefficients: by part and pair, in the accumulation dtype of `like`; sources: for each part,
+  // (rows, width) contiguous rows, as the kernels take inputs beside a table like this.
+  Tensor sum(const Tensor& coefficients,
+             at::TensorList sources,
+             const at::TensorOptions& like) const;
 
  private:
   int64_t owner_count_;

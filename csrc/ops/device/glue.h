@@ -93,9 +93,9 @@ Tensor as_input(const Tensor& tensor, at::ScalarType table) {
   return contiguous_as(tensor, Device::input_type(tensor.scalar_type(), table));
 }
 
-// A table whose rows are contiguous, however far apart.
-inline Tensor with_contiguous_rows(const Tensor& table) {
-  return table.stride(1) == 1 || table.size(1) <= 1 ? table : table.contiguous();
+// A tensor whose last dimension is contiguous, whatever its other strides.
+inline Tensor with_contiguous_columns(const Tensor& table) {
+  return table.stride(-1) == 1 || table.size(-1) <= 1 ? table : table.contiguous();
 }
 
 template <class Element>
@@ -117,10 +117,10 @@ void check_sortable(const char* op, const Tensor& table, int64_t indices, int64_
 }
 
 // A coalesced gradient of a table of so many rows: ids (1, distinct) ascending, values (distinct,
-// width).
+// parts, width).
 inline Tensor sparse_gradient(int64_t rows, const Tensor& ids, const Tensor& values) {
   return at::_sparse_coo_tensor_with_dims_and_tensors(
-      /*sparse_dim=*/1, /*dense_dim=*/1, {rows, values.size(1)}, ids, values,
+      /*sparse_dim=*/1, /*dense_dim=*/2, {rows, values.size(1), values.size(2)}, ids, values,
       values.options().layout(at::kSparse), /*is_coalesced=*/true);
 }
 

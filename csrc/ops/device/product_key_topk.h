@@ -101,7 +101,7 @@ std::tuple<Tensor, Tensor, Tensor> product_key_topk_backward_on(const Tensor& gr
     const int64_t count = table.numel() / half_width;
     check_sortable<Device>(op, table, retrieved.numel(), count);
     const typename Device::TableGradient gradient(retrieved, count, /*sparse=*/false);
-    return gradient.sum(grad, queries.narrow(1, column, half_width), table.options())
+    return gradient.sum(grad, {queries.narrow(1, column, half_width)}, table.options())
         .view(table.sizes());
   };
   return {grad_query, output_mask[1] ? grad_keys(row_keys, keys.rows, 0) : Tensor(),

@@ -34,8 +34,8 @@ void update_table_on(const char* op,
   const at::ScalarType type = table.scalar_type();
   const at::ScalarType accumulated = accumulation_type(type);
   const bool is_narrow = gradient.source.scalar_type() == type;
-  const Tensor source =
-      with_contiguous_rows(is_narrow ? gradient.source : gradient.source.to(accumulated));
+  const Tensor given = is_narrow ? gradient.source : gradient.source.to(accumulated);
+  const Tensor source = has_contiguous_rows(given) ? given : given.contiguous();
   const Tensor coefficients = gradient.coefficients.has_value()
                                   ? contiguous_as(*gradient.coefficients, accumulated)
                                   : Tensor();
@@ -44,7 +44,8 @@ void update_table_on(const char* op,
                  uint64_t(rounding.stream));
   with_table_and_input_type(type, source.scalar_type(), [&]<class Table, class Source>() {
     typename Device::template RowUpdate<Table, Source> update = {
-        .width = table.size(1),
+        .parts = table.dim() == 3 ? table.size(1) : 1,
+        .width = table.size(-1),
         .table = mutable_rows_of<Table>(table),
         .rule = make_rule.template operator()<Table>(),
         .stochastic_rounding = rounding.seed.has_value() && type != accumulated,

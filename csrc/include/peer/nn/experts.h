@@ -14,19 +14,17 @@ namespace peer::nn {
 struct PEER_API ExpertPoolOptions {
   explicit ExpertPoolOptions(int64_t dim) : dim_(dim) {}
 
-  // Input width.
+  // Width of input and output.
   TORCH_ARG(int64_t, dim);
   // N.
   TORCH_ARG(int64_t, num_experts) = int64_t{1024} * 1024;
-  // Output width, dim unless given.
-  TORCH_ARG(std::optional<int64_t>, dim_out);
   // "gelu" (by erf), "gelu_tanh", "relu", "silu", "identity" or "relu2" (the square of ReLU).
   TORCH_ARG(std::string, activation) = "gelu";
-  // Whether the experts have a linear gate, a third table.
+  // Whether the experts have a linear gate.
   TORCH_ARG(bool, glu) = false;
   // P, for how many experts of a token the initialisation is scaled.
   TORCH_ARG(int64_t, num_experts_per_token) = 128;
-  // Whether the tables get coalesced sparse gradients, which hold the retrieved rows.
+  // Whether the table gets a coalesced sparse gradient, which holds the retrieved rows.
   TORCH_ARG(bool, sparse_grad) = false;
   // Whether w_up starts at zero.
   TORCH_ARG(bool, zero_init_out) = false;
@@ -36,7 +34,8 @@ struct PEER_API ExpertPoolOptions {
 
 // N experts, each an MLP with one hidden neuron: Python's peer.ExpertPool.
 //
-// State: w_down (N, dim), w_up (N, dim_out) and, with glu, w_gate (N, dim).
+// State: weight (N, parts, dim). An expert is a row, whose parts are [down, up] or, with glu,
+// [down, gate, up].
 class PEER_API ExpertPoolImpl : public torch::nn::Cloneable<ExpertPoolImpl> {
  public:
   explicit ExpertPoolImpl(const ExpertPoolOptions& options);
@@ -45,16 +44,19 @@ class PEER_API ExpertPoolImpl : public torch::nn::Cloneable<ExpertPoolImpl> {
   void reset_parameters();
   void pretty_print(std::ostream& stream) const override;
 
-  // The weighted sum (..., dim_out) of the experts that each token of x (..., dim) names, by
+  // The weighted sum (..., dim) of the experts that each token of x (..., dim) names, by
   // weights and indices (..., H, K) or (..., P).
   torch::Tensor forward(const torch::Tensor& x,
                         const torch::Tensor& weights,
                         const torch::Tensor& indices);
 
-  int64_t dim_out() const { return options.dim_out().value_or(options.dim()); }
+  // The parts of all experts, (N, dim): views of weight. w_gate is undefined without glu.
+  torch::Tensor w_down() const;
+  torch::Tensor w_gate() const;
+  torch::Tensor w_up() const;
 
   ExpertPoolOptions options;
-  torch::Tensor w_down, w_up, w_gate;
+  torch::Tensor weight;
 };
 
 TORCH_MODULE(ExpertPool);

@@ -18,7 +18,7 @@ namespace peer::nn {
 struct PEER_API PEEROptions {
   explicit PEEROptions(int64_t dim) : dim_(dim) {}
 
-  // Input width.
+  // Width of input and output.
   TORCH_ARG(int64_t, dim);
   // N, a perfect square, or the grid {rows, columns}.
   TORCH_ARG(Grid, num_experts) = int64_t{1024} * 1024;
@@ -28,11 +28,9 @@ struct PEER_API PEEROptions {
   TORCH_ARG(int64_t, num_experts_per_head) = 16;
   // Query width per head, even.
   TORCH_ARG(int64_t, dim_key) = 256;
-  // Output width, dim unless given.
-  TORCH_ARG(std::optional<int64_t>, dim_out);
   // Of the experts: "gelu" (by erf), "gelu_tanh", "relu", "silu", "identity" or "relu2".
   TORCH_ARG(std::string, activation) = "gelu";
-  // Whether the experts have a linear gate, a third table.
+  // Whether the experts have a linear gate.
   TORCH_ARG(bool, glu) = false;
   // From the K scores of a head to weights: "softmax", "sigmoid" or "relu".
   TORCH_ARG(std::string, scores) = "softmax";
@@ -44,7 +42,7 @@ struct PEER_API PEEROptions {
   TORCH_ARG(bool, share_keys) = true;
   // Probability with which, in training, a retrieved expert is left out for a token.
   TORCH_ARG(double, dropout) = 0.0;
-  // Whether the tables get coalesced sparse gradients.
+  // Whether the table gets a coalesced sparse gradient.
   TORCH_ARG(bool, sparse_grad) = false;
   // Whether w_up starts at zero, so that the layer's output does.
   TORCH_ARG(bool, zero_init_out) = false;
@@ -79,7 +77,7 @@ class PEER_API PEERImpl : public torch::nn::Cloneable<PEERImpl> {
   void reset_parameters();
   void pretty_print(std::ostream& stream) const override;
 
-  // (..., dim_out) in x's dtype, for x (..., dim).
+  // (..., dim) in x's dtype, for x (..., dim).
   //
   // padding_mask: (...) bool, true for tokens that are padding. They get outputs like the others,
   // but do not enter the statistics of batch normalisation.
