@@ -80,12 +80,6 @@ void ExpertPoolImpl::reset_parameters() {
   }
 }
 
-Tensor ExpertPoolImpl::w_down() const { return weight.select(1, 0); }
-
-Tensor ExpertPoolImpl::w_gate() const { return options.glu() ? weight.select(1, 1) : Tensor(); }
-
-Tensor ExpertPoolImpl::w_up() const { return weight.select(1, -1); }
-
 void ExpertPoolImpl::pretty_print(std::ostream& stream) const {
   stream << "peer::nn::ExpertPool(dim=" << options.dim()
          << ", num_experts=" << options.num_experts() << ", activation=" << options.activation()

@@ -27,8 +27,9 @@ void check_table(const char* op, const Tensor& table, const RowGradient& gradien
   check_strided(op, "source", source);
   TORCH_CHECK_VALUE(
       source.dim() == table.dim() && source.sym_sizes().slice(1) == table.sym_sizes().slice(1),
-      "peer::", op, ": expected source's rows of table's shape ", table.sym_sizes().slice(1),
-      ", got source of shape ", source.sym_sizes());
+      "peer::", op, ": expected source of shape [*, ",
+      table.dim() == 3 ? c10::str(table.sym_size(1), ", ") : "", table.sym_size(-1),
+      "] to match table, got ", source.sym_sizes());
   check_floating(op, "source", source);
   TORCH_CHECK_TYPE((source.scalar_type() == at::kDouble) == (table.scalar_type() == at::kDouble),
                    "peer::", op, ": float64 goes with float64 only, got source ",

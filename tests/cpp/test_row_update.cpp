@@ -22,8 +22,13 @@ struct Problem {
 
   // `runs`: how many pairs each of the first rows has; the other rows have none, or one where the
   // rows are given as they are.
-  Problem(Given given, int64_t rows, int64_t width, std::vector<int64_t> runs, uint64_t seed)
-      : given(given), rows(rows), width(width), stride(width + 5) {
+  Problem(Given given,
+          int64_t rows,
+          int64_t parts,
+          int64_t width,
+          std::vector<int64_t> runs,
+          uint64_t seed)
+      : given(given), rows(rows), parts(parts), width(width), stride(parts * width + 5) {
     Random random(seed);
     if (given == Given::dense || given == Given::distinct_rows) {
       for (int64_t row = 0; row < rows; row += given == Given::dense ? 1 : 3) {
@@ -38,12 +43,14 @@ struct Problem {
       std::shuffle(owners.begin(), owners.end(), std::mt19937_64(seed));
     }
     source = random.normal<Source>(owners.size() / pairs_per_row * stride);
-    coefficients = random.normal<Real>(owners.size());
+    coefficients = random.normal<Real>(parts * owners.size());
     start.table = random.normal<Table>(rows * stride);
     start.momentum = random.normal<Table>(rows * stride);
-    for (const double value : random.normal<double>(rows)) {
+    for (const double value : random.normal<double>(rows * parts)) {
       start.second_moments.push_back(Real(std::abs(value)));
-      start.row_steps.push_back(random.integer(4));
+    }
+    for (const int64_t value : random.integers(rows, 4)) {
+      start.row_steps.push_back(value);
     }
   }
 
@@ -54,6 +61,7 @@ struct Problem {
     const ParallelFor parallel_for = on_threads(threads);
     State<Table> state = start;
     RowUpdate<Table, Source> update = {};
+    update.parts = parts;
     update.width = width;
     update.source = {source.data(), stride};
     update.table = {state.table.data(), stride};
@@ -70,13 +78,14 @@ struct Problem {
     const auto pairs = sort_pairs(owners.data(), owners.size(), rows, parallel_for, plain_memory);
     const ExpertPassPlan plan =
         plan_expert_pass(pairs, OutputRows::by_owner, parallel_for, plain_memory);
-    std::vector<Real> partial_sums(plan.partial_rows * width);
+    std::vector<Real> partial_sums(plan.partial_rows * parts * width);
     update.pairs_per_row = pairs_per_row;
+    update.pair_count = owners.size();
     update.pairs = pairs.data();
     update.coefficients = given == Given::pairs ? nullptr : coefficients.data();
     update.chunks = plan.chunks.data();
     update.split_runs = plan.split_runs.data();
-    update.partial_sums = {partial_sums.data(), width};
+    update.partial_sums = {partial_sums.data(), parts * width};
     parallel_for(0, plan.chunks.size(), 1,
                  [&](int64_t first, int64_t last) { kernel.update_chunks(update, first, last); });
     parallel_for(0, plan.split_runs.size(), 1, [&](int64_t first, int64_t last) {
@@ -86,17 +95,47 @@ struct Problem {
   }
 
   Gradients gradients() const {
-    return sum_gradients(owners, rows, width, source.data(), stride, pairs_per_row,
+    return sum_gradients(owners, rows, parts, width, source.data(), stride, pairs_per_row,
                          given == Given::pairs_with_coefficients ? coefficients.data() : nullptr);
   }
 
   double distance(const State<Table>& result, const Hyperparameters& h) const {
-    return distance_from_rule(h, gradients(), start, result, rows, width, stride,
+    return distance_from_rule(h, gradients(), start, result, rows, parts, width, stride,
                               40 * kEpsilon<Real>);
   }
 
+  // The state of a part, without what lies between the rows.
+  State<Table> part_of(const State<Table>& state, int64_t part) const {
+    State<Table> result;
+    result.row_steps = state.row_steps;
+    for (int64_t row = 0; row < rows; ++row) {
+      const int64_t first = row * stride + part * width;
+      result.table.insert(result.table.end(), &state.table[first], &state.table[first] + width);
+      result.momentum.insert(result.momentum.end(), &state.momentum[first],
+                             &state.momentum[first] + width);
+      result.second_moments.push_back(state.second_moments[row * parts + part]);
+    }
+    return result;
+  }
+
+  // The update of a part as of a table of its own.
+  Problem part(int64_t part) const {
+    Problem alone = *this;
+    alone.parts = 1;
+    alone.stride = width;
+    alone.start = part_of(start, part);
+    alone.source.clear();
+    for (size_t row = 0; row < source.size() / stride; ++row) {
+      const Source* first = &source[row * stride + part * width];
+      alone.source.insert(alone.source.end(), first, first + width);
+    }
+    alone.coefficients.assign(&coefficients[part * owners.size()],
+                              &coefficients[part * owners.size()] + owners.size());
+    return alone;
+  }
+
   Given given;
-  int64_t rows, width, stride, pairs_per_row = 1;
+  int64_t rows, parts, width, stride, pairs_per_row = 1;
   std::vector<int64_t> owners;
   std::vector<Source> source;
   std::vector<Real> coefficients;
@@ -121,10 +160,11 @@ TEMPLATE_TEST_CASE("every rule updates the rows that have pairs, and no others",
   for (const auto& [name, kernels] : capabilities()) {
     for (const int64_t width : {1, 3, 7, 8, 9, 31, 33, 100}) {
       for (const Given given : kGiven) {
-        const Problem<Table, Source> problem(given, 20, width, {1, 2, 7, 0, 3, 5}, 3);
+        const int64_t parts = 1 + width % 3;
+        const Problem<Table, Source> problem(given, 20, parts, width, {1, 2, 7, 0, 3, 5}, 3);
         for (const Hyperparameters& rule : kRules) {
-          INFO(name << " width " << width << " given " << int(given) << " rule " << int(rule.rule)
-                    << " nesterov " << rule.nesterov);
+          INFO(name << " parts " << parts << " width " << width << " given " << int(given)
+                    << " rule " << int(rule.rule) << " nesterov " << rule.nesterov);
           CHECK(problem.distance(problem.solve(*kernels, rule, 1), rule) <= 1);
         }
       }
@@ -138,7 +178,7 @@ TEMPLATE_TEST_CASE("rows with many pairs are updated once, and the same for any 
                    BFloat16) {
   for (const auto& [name, kernels] : capabilities()) {
     for (const Given given : kGiven) {
-      const Problem<TestType, float> problem(given, 40, 37, {1, 128, 129, 1000, 2, 256, 257}, 4);
+      const Problem<TestType, float> problem(given, 40, 2, 37, {1, 128, 129, 1000, 2, 256, 257}, 4);
       for (const Hyperparameters& rule : kRules) {
         const State<TestType> one = problem.solve(*kernels, rule, 1);
         const State<TestType> stochastic = problem.solve(*kernels, rule, 1, true);
@@ -149,6 +189,26 @@ TEMPLATE_TEST_CASE("rows with many pairs are updated once, and the same for any 
           INFO("threads " << threads);
           CHECK(problem.solve(*kernels, rule, threads) == one);
           CHECK(problem.solve(*kernels, rule, threads, true) == stochastic);
+        }
+      }
+    }
+  }
+}
+
+// Stochastic rounding aside, whose bits go by the column in the row.
+TEMPLATE_TEST_CASE("parts are updated as tables of their own", "[row_update]", float, double) {
+  for (const auto& [name, kernels] : capabilities()) {
+    for (const Given given : kGiven) {
+      for (const int64_t width : {7, 32}) {
+        const Problem<TestType, TestType> whole(given, 20, 3, width, {1, 2, 130, 0, 3, 300}, 5);
+        for (const Hyperparameters& rule : kRules) {
+          const State<TestType> result = whole.solve(*kernels, rule, 1);
+          for (int64_t part = 0; part < whole.parts; ++part) {
+            const Problem<TestType, TestType> alone = whole.part(part);
+            const State<TestType> expected = alone.solve(*kernels, rule, 1);
+            INFO(name << " given " << int(given) << " rule " << int(rule.rule) << " part " << part);
+            CHECK(whole.part_of(result, part) == alone.part_of(expected, 0));
+          }
         }
       }
     }

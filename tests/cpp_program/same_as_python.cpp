@@ -44,8 +44,6 @@ peer::nn::PEEROptions parse(const c10::impl::GenericDict& given) {
       options.num_experts_per_head(value.toInt());
     } else if (name == "dim_key") {
       options.dim_key(value.toInt());
-    } else if (name == "dim_out") {
-      options.dim_out(value.toInt());
     } else if (name == "activation") {
       options.activation(value.toStringRef());
     } else if (name == "glu") {

@@ -10,7 +10,9 @@
 namespace {
 
 const torch::Tensor keys = torch::tensor({0.0F, 2.0F}).view({2, 1});
-const torch::Tensor table = torch::tensor({{1.0F, 0.0F}, {0.0F, 1.0F}});
+// An expert is a row: [down, up].
+const torch::Tensor table =
+    torch::tensor({1.0F, 0.0F, 1.0F, 2.0F, 0.0F, 1.0F, 0.0F, 5.0F}).view({2, 2, 2});
 const torch::Tensor one_token = torch::tensor({{2.0F, 3.0F}});
 const torch::Tensor half_and_one = torch::tensor({{0.5F, 1.0F}});
 
@@ -25,12 +27,19 @@ TEST_CASE("product_key_topk takes the best pairs of keys") {
 
 TEST_CASE("expert_mlp sums the weighted experts, with a gradient") {
   const torch::Tensor x = one_token.clone().requires_grad_();
-  const torch::Tensor up = torch::tensor({1.0F, 10.0F}).view({2, 1});
   const torch::Tensor ids = torch::tensor({0, 1}, torch::kLong).view({1, 2});
-  const torch::Tensor y = peer::expert_mlp(x, half_and_one, ids, table, up, std::nullopt, "relu");
-  CHECK(y.item<float>() == 31.0F);
-  y.backward();
-  CHECK(x.grad().equal(torch::tensor({{0.5F, 10.0F}})));
+  const torch::Tensor y = peer::expert_mlp(x, half_and_one, ids, table, "relu");
+  CHECK(y.equal(torch::tensor({{1.0F, 17.0F}})));
+  y.sum().backward();
+  CHECK(x.grad().equal(torch::tensor({{1.5F, 5.0F}})));
+}
+
+TEST_CASE("experts of three parts have gates") {
+  const torch::Tensor gated =
+      torch::stack({table.select(1, 0), table.select(1, 1) + 1.0F, table.select(1, 1)}, 1);
+  const torch::Tensor ids = torch::tensor({0, 1}, torch::kLong).view({1, 2});
+  const torch::Tensor y = peer::expert_mlp(one_token, half_and_one, ids, gated, "relu");
+  CHECK(y.equal(torch::tensor({{13.0F, 326.0F}})));
 }
 
 TEST_CASE("router_weights of equal scores are equal") {
@@ -43,21 +52,20 @@ TEST_CASE("router_weights of equal scores are equal") {
 TEST_CASE("an id that is not an expert's is an error that names it") {
   for (const int64_t id : {int64_t{-1}, int64_t{2}, INT64_MAX, INT64_MIN}) {
     const torch::Tensor ids = torch::full({1, 2}, id, torch::kLong);
-    CHECK_THROWS_AS(peer::expert_mlp(one_token, half_and_one, ids, table, table), c10::IndexError);
-    CHECK_THROWS_WITH(peer::expert_mlp(one_token, half_and_one, ids, table, table),
+    CHECK_THROWS_AS(peer::expert_mlp(one_token, half_and_one, ids, table), c10::IndexError);
+    CHECK_THROWS_WITH(peer::expert_mlp(one_token, half_and_one, ids, table),
                       Catch::Contains(std::to_string(id)));
   }
 }
 
 TEST_CASE("shapes, dtypes and names are checked as in Python") {
   const torch::Tensor ids = torch::zeros({1, 2}, torch::kLong);
-  CHECK_THROWS_AS(peer::expert_mlp(one_token, half_and_one, ids, table.t().slice(0, 0, 1), table),
-                  c10::ValueError);
+  for (const auto& other : {table.select(1, 0), table.slice(1, 0, 1), table.slice(2, 0, 1)}) {
+    CHECK_THROWS_AS(peer::expert_mlp(one_token, half_and_one, ids, other), c10::ValueError);
+  }
   CHECK_THROWS_AS(peer::expert_mlp(one_token, half_and_one, ids.to(torch::kInt), table, table),
                   c10::TypeError);
-  CHECK_THROWS_AS(
-      peer::expert_mlp(one_token, half_and_one, ids, table, table, std::nullopt, "swish"),
-      c10::ValueError);
+  CHECK_THROWS_AS(peer::expert_mlp(one_token, half_and_one, ids, table, "swish"), c10::ValueError);
   CHECK_THROWS_AS(peer::product_key_topk(torch::ones({1, 1, 2}), keys, keys, 5), c10::ValueError);
 }
 

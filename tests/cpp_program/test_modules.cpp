@@ -47,11 +47,11 @@ TEST_CASE("the defaults are the paper's layer") {
 }
 
 TEST_CASE("a layer maps all leading dimensions") {
-  PEER layer(small().dim_out(5));
-  CHECK(layer(torch::randn({3, 7, 8})).sizes() == torch::IntArrayRef{3, 7, 5});
+  PEER layer(small());
+  CHECK(layer(torch::randn({3, 7, 8})).sizes() == torch::IntArrayRef{3, 7, 8});
   layer->eval();
-  CHECK(layer(torch::randn({8})).sizes() == torch::IntArrayRef{5});
-  CHECK(layer(torch::randn({0, 8})).sizes() == torch::IntArrayRef{0, 5});
+  CHECK(layer(torch::randn({8})).sizes() == torch::IntArrayRef{8});
+  CHECK(layer(torch::randn({0, 8})).sizes() == torch::IntArrayRef{0, 8});
 }
 
 TEST_CASE("a number that is no square names its neighbours") {
@@ -80,7 +80,6 @@ TEST_CASE("options out of range are refused by name") {
                   c10::ValueError);
   CHECK_THROWS_AS(peer::nn::QueryNorm(peer::nn::QueryNormOptions("rms", 0, 4)), c10::ValueError);
   CHECK_THAT(refusal(small().activation("swish")), Catch::Contains("got 'swish'"));
-  CHECK_THAT(refusal(small().dim_out(0)), Catch::Contains("dim_out to be positive"));
   CHECK_THAT(refusal(small().dropout(1.5)), Catch::Contains("dropout between 0 and 1"));
 }
 
@@ -111,7 +110,7 @@ TEST_CASE("a copy is equal, and stands alone") {
     copied->eval();
     CHECK(copied->forward(x).equal(before));
     torch::NoGradGuard no_grad;
-    copied->experts->w_up.zero_();
+    copied->experts->w_up().zero_();
     CHECK(layer(x).equal(before));
     CHECK(copied->forward(x).count_nonzero().item<int64_t>() == 0);
   }
@@ -120,7 +119,7 @@ TEST_CASE("a copy is equal, and stands alone") {
 TEST_CASE("layers share a pool") {
   PEER first(small());
   PEER second(peer::nn::ProductKeyRouter(small().router()), first->experts, 0.1);
-  CHECK(second->experts->w_down.is_same(first->experts->w_down));
+  CHECK(second->experts->weight.is_same(first->experts->weight));
   CHECK(second->num_experts() == 24);
   CHECK_THROWS_AS(PEER(peer::nn::ProductKeyRouter(small(9).router()), first->experts),
                   c10::ValueError);
@@ -146,13 +145,13 @@ TEST_CASE("options of device and dtype reach every parameter") {
 
 template <typename Optimizer>
 void check_that_it_trains_sparse_tables(Optimizer&& optimizer, PEER& layer) {
-  const torch::Tensor x = torch::randn({5, 8}), before = layer->experts->w_up.detach().clone();
+  const torch::Tensor x = torch::randn({5, 8}), before = layer->experts->weight.detach().clone();
   layer(x).square().sum().backward();
-  const torch::Tensor grad = layer->experts->w_up.grad();
+  const torch::Tensor grad = layer->experts->weight.grad();
   REQUIRE(grad.is_sparse());
   optimizer.step();
-  const torch::Tensor moved = (layer->experts->w_up.detach() - before).abs().sum(1) > 0;
-  CHECK(moved.equal(grad.to_dense().abs().sum(1) > 0));
+  const torch::Tensor moved = (layer->experts->weight.detach() - before).abs().sum({1, 2}) > 0;
+  CHECK(moved.equal(grad.to_dense().abs().sum({1, 2}) > 0));
 }
 
 TEST_CASE("torch::optim takes the sparse gradients of the tables") {
@@ -161,6 +160,21 @@ TEST_CASE("torch::optim takes the sparse gradients of the tables") {
   check_that_it_trains_sparse_tables(torch::optim::SGD(tables, 0.1), layer);
   layer->zero_grad();
   check_that_it_trains_sparse_tables(torch::optim::Adagrad(tables, 0.1), layer);
+}
+
+TEST_CASE("the parts of the experts are views of their rows") {
+  for (const bool glu : {false, true}) {
+    peer::nn::ExpertPool pool(small().glu(glu).experts());
+    const torch::NoGradGuard no_grad;
+    const int64_t parts = glu ? 3 : 2;
+    CHECK(pool->weight.sizes() == torch::IntArrayRef{24, parts, 8});
+    pool->w_down().fill_(1);
+    pool->w_up().fill_(2);
+    CHECK(pool->w_gate().defined() == glu);
+    CHECK(pool->weight.select(1, 0).eq(1).all().item<bool>());
+    CHECK(pool->weight.select(1, parts - 1).eq(2).all().item<bool>());
+    CHECK((!glu || pool->w_gate().equal(pool->weight.select(1, 1))));
+  }
 }
 
 TEST_CASE("it prints its options") {

@@ -79,15 +79,16 @@ TEST_CASE("the layer of the README is saved") {
 
 TEST_CASE("a state of other options is refused with every difference") {
   const Directory directory;
-  PEER layer(small()), other(small().glu(true).query_norm("rms").dim_out(5));
+  PEER layer(small()), other(small().glu(true).query_norm("rms").query_bias(true));
   peer::save_state_dict(*layer, directory / "state.pt");
-  const torch::Tensor before = other->experts->w_down.clone();
+  const torch::Tensor before = other->experts->weight.clone();
   CHECK_THROWS_AS(peer::load_state_dict(*other, directory / "state.pt"), c10::ValueError);
   CHECK_THROWS_WITH(peer::load_state_dict(*other, directory / "state.pt"),
-                    Catch::Contains("experts.w_gate is missing in the file") &&
-                        Catch::Contains("experts.w_up: expected shape [24, 5], got [24, 8]") &&
+                    Catch::Contains("router.query.bias is missing in the file") &&
+                        Catch::Contains("experts.weight: expected shape [24, 3, 8], got "
+                                        "[24, 2, 8]") &&
                         Catch::Contains("router.norm.running_mean is not a name of the module"));
-  CHECK(other->experts->w_down.equal(before));
+  CHECK(other->experts->weight.equal(before));
 }
 
 TEST_CASE("a file that is not there, or not a state, is refused") {

@@ -23,8 +23,13 @@ struct Problem {
 
   // `runs`: how many pairs each of the first rows has, where the rows are not given as they are;
   // the others have none.
-  Problem(Given given, int64_t rows, int64_t width, const std::vector<int64_t>& runs, uint64_t seed)
-      : given(given), rows(rows), width(width) {
+  Problem(Given given,
+          int64_t rows,
+          int64_t parts,
+          int64_t width,
+          const std::vector<int64_t>& runs,
+          uint64_t seed)
+      : given(given), rows(rows), parts(parts), width(width) {
     Random random(seed);
     if (given == Given::rows) {
       for (int64_t row = 0; row < rows; ++row) {
@@ -35,13 +40,15 @@ struct Problem {
       owners = owners_of_runs(runs);
       owners.resize((owners.size() + 1) / 2 * 2, rows - 1);
     }
-    source = random.normal<Source>(owners.size() / pairs_per_row * width);
-    coefficients = random.normal<Real>(owners.size());
-    start.table = random.normal<Table>(rows * width);
-    start.momentum = random.normal<Table>(rows * width);
-    for (const double value : random.normal<double>(rows)) {
+    source = random.normal<Source>(owners.size() / pairs_per_row * parts * width);
+    coefficients = random.normal<Real>(parts * owners.size());
+    start.table = random.normal<Table>(rows * parts * width);
+    start.momentum = random.normal<Table>(rows * parts * width);
+    for (const double value : random.normal<double>(rows * parts)) {
       start.second_moments.push_back(Real(std::abs(value)));
-      start.row_steps.push_back(random.integer(4));
+    }
+    for (const int64_t value : random.integers(rows, 4)) {
+      start.row_steps.push_back(value);
     }
   }
 
@@ -49,15 +56,16 @@ struct Problem {
                      bool stochastic_rounding = false,
                      Layout layout = {}) const {
     const Table untouched = from_double<Table>(-7);
-    RowMemory<Table> table(rows, width, layout, untouched);
-    RowMemory<Table> momentum(rows, width, layout, untouched);
-    RowMemory<Source> source_memory(owners.size() / pairs_per_row, width, layout,
+    RowMemory<Table> table(rows, parts * width, layout, untouched);
+    RowMemory<Table> momentum(rows, parts * width, layout, untouched);
+    RowMemory<Source> source_memory(owners.size() / pairs_per_row, parts * width, layout,
                                     from_double<Source>(NAN));
     table.set(start.table);
     momentum.set(start.momentum);
     source_memory.set(source);
     State<Table> state = start;
     RowUpdate<Table, Source> update = {
+        .parts = parts,
         .width = width,
         .table = table.rows(),
         .rule = rule_of(h, momentum.rows(), state),
@@ -83,17 +91,17 @@ struct Problem {
   }
 
   Gradients gradients() const {
-    return sum_gradients(owners, rows, width, source.data(), width, pairs_per_row,
+    return sum_gradients(owners, rows, parts, width, source.data(), parts * width, pairs_per_row,
                          given == Given::pairs_with_coefficients ? coefficients.data() : nullptr);
   }
 
   double distance(const State<Table>& result, const Hyperparameters& h) const {
-    return distance_from_rule(h, gradients(), start, result, rows, width, width,
+    return distance_from_rule(h, gradients(), start, result, rows, parts, width, parts * width,
                               64 * kEpsilon<Real>);
   }
 
   Given given;
-  int64_t rows, width, pairs_per_row = 1;
+  int64_t rows, parts, width, pairs_per_row = 1;
   std::vector<int64_t> owners;
   std::vector<Source> source;
   std::vector<Real> coefficients;
@@ -108,11 +116,13 @@ TEMPLATE_TEST_CASE("every rule updates the rows that have pairs, and no others",
                    PEER_TABLE_AND_SOURCE_TYPES) {
   for (const int64_t width : {1, 7, 33, 256, 1030}) {
     for (const Given given : kGiven) {
+      const int64_t parts = 1 + width % 3;
       const Problem<typename TestType::Table, typename TestType::Source> problem(
-          given, 20, width, {1, 2, 0, 7, 0, 3, 5}, 3);
+          given, 20, parts, width, {1, 2, 0, 7, 0, 3, 5}, 3);
       for (const Hyperparameters& rule : kRules) {
-        INFO("width " << width << " given " << int(given) << " rule " << int(rule.rule)
-                      << " momentum " << rule.has_momentum << " nesterov " << rule.nesterov);
+        INFO("parts " << parts << " width " << width << " given " << int(given) << " rule "
+                      << int(rule.rule) << " momentum " << rule.has_momentum << " nesterov "
+                      << rule.nesterov);
         CHECK(problem.distance(problem.solve(rule), rule) <= 1);
       }
     }
@@ -124,7 +134,7 @@ TEMPLATE_TEST_CASE("rows of more columns than a block takes at once follow their
                    PEER_TABLE_AND_SOURCE_TYPES) {
   const int64_t width = 16 * 1024 / sizeof(typename TestType::Source) + 333;
   for (const Given given : {Given::rows, Given::pairs_with_coefficients}) {
-    const Problem<typename TestType::Table, typename TestType::Source> problem(given, 5, width,
+    const Problem<typename TestType::Table, typename TestType::Source> problem(given, 5, 2, width,
                                                                                {1, 3, 0, 129}, 4);
     for (const Hyperparameters& rule : {kRules[2], kRules[4]}) {
       INFO("given " << int(given) << " rule " << int(rule.rule));
@@ -138,7 +148,7 @@ TEMPLATE_TEST_CASE("rows with many pairs are updated once, and the same on a dev
                    PEER_TABLE_AND_SOURCE_TYPES) {
   using Table = typename TestType::Table;
   const Problem<Table, typename TestType::Source> problem(
-      Given::pairs_with_coefficients, 12, 72, {1, 128, 129, 700, 2, 256, 257, 0, 1, 1}, 5);
+      Given::pairs_with_coefficients, 12, 2, 72, {1, 128, 129, 700, 2, 256, 257, 0, 1, 1}, 5);
   for (const Hyperparameters& rule : {kRules[0], kRules[3], kRules[4]}) {
     const State<Table> state = problem.solve(rule);
     INFO("rule " << int(rule.rule) << " momentum " << rule.has_momentum);
@@ -154,7 +164,7 @@ TEMPLATE_TEST_CASE("where rows lie in memory changes no bit of an update",
                    PEER_TABLE_AND_SOURCE_TYPES) {
   using Table = typename TestType::Table;
   for (const int64_t width : {7, 536}) {
-    const Problem<Table, typename TestType::Source> problem(Given::pairs_with_coefficients, 8,
+    const Problem<Table, typename TestType::Source> problem(Given::pairs_with_coefficients, 8, 2,
                                                             width, {1, 2, 3, 140, 0, 1, 4}, 6);
     for (const Hyperparameters& rule : {kRules[0], kRules[4]}) {
       const State<Table> aligned = problem.solve(rule, true);
@@ -173,13 +183,13 @@ TEMPLATE_TEST_CASE("an update by pairs has the bits of a gradient followed by an
                    float,
                    double) {
   for (const int64_t width : {40, 700}) {
-    const Problem<TestType, TestType> fused(Given::pairs_with_coefficients, 9, width,
+    const Problem<TestType, TestType> fused(Given::pairs_with_coefficients, 9, 1, width,
                                             {1, 2, 30, 129, 0, 300, 1, 1}, 7);
     const SortedPairs pairs =
         sort_pairs(fused.owners.data(), fused.owners.size(), 9, OutputRows::compact, kContext);
     const int64_t distinct = count_distinct_owners(pairs, kContext);
     // The same table, and the gradient's rows as pairs.
-    Problem<TestType, TestType> step(Given::pairs, 9, width, {}, 7);
+    Problem<TestType, TestType> step(Given::pairs, 9, 1, width, {}, 7);
     step.start = fused.start;
     step.owners.assign(pairs.distinct_owners.get(), pairs.distinct_owners.get() + distinct);
     step.source.resize(distinct * width);
@@ -198,19 +208,19 @@ TEMPLATE_TEST_CASE("an update by pairs has the bits of a gradient followed by an
 
 TEST_CASE("nothing to update by leaves everything as it is", "[row_update]") {
   for (const Given given : kGiven) {
-    const Problem<float, float> no_rows(given, 0, 16, {}, 8);
+    const Problem<float, float> no_rows(given, 0, 2, 16, {}, 8);
     CHECK(no_rows.solve(kRules[0]) == no_rows.start);
-    const Problem<float, float> no_columns(given, 5, 0, {}, 8);
+    const Problem<float, float> no_columns(given, 5, 2, 0, {}, 8);
     CHECK(no_columns.solve(kRules[0]) == no_columns.start);
   }
-  const Problem<float, float> no_pairs(Given::pairs, 5, 16, {}, 8);
+  const Problem<float, float> no_pairs(Given::pairs, 5, 2, 16, {}, 8);
   CHECK(no_pairs.solve(kRules[4]) == no_pairs.start);
 }
 
 TEST_CASE("a small update is right, whichever thread comes first", "[row_update][races]") {
-  const Problem<float, float> by_pairs(Given::pairs_with_coefficients, 3, 520, {2, 130, 1}, 9);
+  const Problem<float, float> by_pairs(Given::pairs_with_coefficients, 3, 2, 520, {2, 130, 1}, 9);
   CHECK(by_pairs.distance(by_pairs.solve(kRules[4]), kRules[4]) <= 1);
-  const Problem<float, float> of_wide_rows(Given::rows, 3, 4400, {}, 9);
+  const Problem<float, float> of_wide_rows(Given::rows, 3, 2, 4400, {}, 9);
   CHECK(of_wide_rows.distance(of_wide_rows.solve(kRules[0]), kRules[0]) <= 1);
 }
 
@@ -257,8 +267,8 @@ TEMPLATE_TEST_CASE("stochastic rounding has the CPU's bits for any value and any
   }
 }
 
-// Rows that become what is subtracted from them, momentum that becomes the gradient: exact before
-// they are rounded.
+// Rows of two parts that become what is subtracted from them, momentum that becomes the gradient:
+// exact before they are rounded.
 TEMPLATE_TEST_CASE("tables and momentum are rounded to the CPU's bits, row by row",
                    "[row_update]",
                    BFloat16,
@@ -272,7 +282,8 @@ TEMPLATE_TEST_CASE("tables and momentum are rounded to the CPU's bits, row by ro
         .rule = Rule::sgd, .lr = -1, .kept = 1, .momentum = {rows.data(), kWidth}};
   };
   cpu::RowUpdate<TestType, float> on_cpu = {};
-  on_cpu.width = kWidth;
+  on_cpu.parts = 2;
+  on_cpu.width = kWidth / 2;
   on_cpu.table = {expected_table.data(), kWidth};
   on_cpu.rule = rule_with(expected_momentum);
   on_cpu.stochastic_rounding = true;
@@ -280,7 +291,8 @@ TEMPLATE_TEST_CASE("tables and momentum are rounded to the CPU's bits, row by ro
   on_cpu.source = {values.data(), kWidth};
   peer::cpu::baseline::update_rows(on_cpu, 0, kRows);
 
-  update_rows(RowUpdate<TestType, float>{.width = kWidth,
+  update_rows(RowUpdate<TestType, float>{.parts = 2,
+                                         .width = kWidth / 2,
                                          .table = {table.data(), kWidth},
                                          .rule = rule_with(momentum),
                                          .stochastic_rounding = true,

@@ -51,8 +51,8 @@ UpdateRule<Table> rule_of(const Hyperparameters& h, Rows<Table> momentum, State<
           .row_steps = state.row_steps.data()};
 }
 
-// The gradients of rows (rows, width), the sums of absolute values, which bound the rounding, and
-// which rows have any.
+// The gradients of rows (rows, parts·width), the sums of absolute values, which bound the rounding,
+// and which rows have any.
 struct Gradients {
   std::vector<double> sums, magnitudes;
   std::vector<bool> is_touched;
@@ -61,20 +61,23 @@ struct Gradients {
 template <class Source, class Real>
 Gradients sum_gradients(const std::vector<int64_t>& owners,
                         int64_t rows,
+                        int64_t parts,
                         int64_t width,
                         const Source* source,
                         int64_t stride,
                         int64_t pairs_per_row,
                         const Real* coefficients) {
-  Gradients gradients = {std::vector<double>(rows * width), std::vector<double>(rows * width),
+  const int64_t columns = parts * width;
+  Gradients gradients = {std::vector<double>(rows * columns), std::vector<double>(rows * columns),
                          std::vector<bool>(rows)};
   for (size_t i = 0; i < owners.size(); ++i) {
-    const double coefficient = coefficients ? double(coefficients[i]) : 1;
     gradients.is_touched[owners[i]] = true;
-    for (int64_t column = 0; column < width; ++column) {
+    for (int64_t column = 0; column < columns; ++column) {
+      const double coefficient =
+          coefficients ? double(coefficients[column / width * owners.size() + i]) : 1;
       const double term = coefficient * to_double(source[i / pairs_per_row * stride + column]);
-      gradients.sums[owners[i] * width + column] += term;
-      gradients.magnitudes[owners[i] * width + column] += std::abs(term);
+      gradients.sums[owners[i] * columns + column] += term;
+      gradients.magnitudes[owners[i] * columns + column] += std::abs(term);
     }
   }
   return gradients;
@@ -88,6 +91,7 @@ double distance_from_rule(const Hyperparameters& h,
                           const State<Table>& start,
                           const State<Table>& result,
                           int64_t rows,
+                          int64_t parts,
                           int64_t width,
                           int64_t stride,
                           double tolerance) {
@@ -96,56 +100,58 @@ double distance_from_rule(const Hyperparameters& h,
     const double distance = std::abs(actual - expected) / (allowed + 1e-30);
     worst = std::isnan(distance) ? INFINITY : std::max(worst, distance);
   };
+  const int64_t columns = parts * width;
   for (int64_t row = 0; row < rows; ++row) {
     const bool is_touched = gradients.is_touched[row];
-    double mean = 0, mean_magnitude = 0;
-    for (int64_t i = row * width; i < (row + 1) * width; ++i) {
-      mean += std::pow(gradients.sums[i], 2) / width;
-      mean_magnitude += std::pow(gradients.magnitudes[i], 2) / width;
-    }
-    double second = start.second_moments[row];
-    int32_t step = start.row_steps[row];
-    double scale = h.lr;
-    if (is_touched && h.rule == Rule::rowwise_adagrad) {
-      second += mean;
-      scale = h.lr / (std::sqrt(second) + h.eps);
-    }
-    if (is_touched && h.rule == Rule::rowwise_adam) {
-      ++step;
-      second = h.beta2 * second + (1 - h.beta2) * mean;
-      scale = h.lr / (1 - std::pow(h.beta1, step)) /
-              (std::sqrt(second / (1 - std::pow(h.beta2, step))) + h.eps);
-    }
-    compare(result.second_moments[row], second,
-            is_touched ? tolerance * (second + mean_magnitude) : 0);
+    const int32_t step = start.row_steps[row] + int32_t(is_touched && h.rule == Rule::rowwise_adam);
     REQUIRE(result.row_steps[row] == step);
-    for (int64_t column = 0; column < stride; ++column) {
-      const int64_t i = row * stride + column;
-      const double w = to_double(start.table[i]), m = to_double(start.momentum[i]);
-      if (!is_touched || column >= width) {
-        compare(to_double(result.table[i]), w, 0);
-        compare(to_double(result.momentum[i]), m, 0);
-        continue;
+    for (int64_t part = row * parts; part < (row + 1) * parts; ++part) {
+      double mean = 0, mean_magnitude = 0;
+      for (int64_t i = part * width; i < (part + 1) * width; ++i) {
+        mean += std::pow(gradients.sums[i], 2) / width;
+        mean_magnitude += std::pow(gradients.magnitudes[i], 2) / width;
       }
-      const double g = gradients.sums[row * width + column];
-      const double magnitude = gradients.magnitudes[row * width + column];
-      double direction = g, momentum = m;
-      if (h.rule == Rule::sgd && h.has_momentum) {
-        momentum = h.beta1 * m + g;
-        direction = h.nesterov ? g + h.beta1 * momentum : momentum;
-      } else if (h.rule == Rule::rowwise_adam) {
-        momentum = h.beta1 * m + (1 - h.beta1) * g;
-        direction = momentum;
+      double second = start.second_moments[part];
+      double scale = h.lr;
+      if (is_touched && h.rule == Rule::rowwise_adagrad) {
+        second += mean;
+        scale = h.lr / (std::sqrt(second) + h.eps);
       }
-      const double expected = (1 - h.lr * h.weight_decay) * w - scale * direction;
-      compare(to_double(result.momentum[i]), momentum,
-              momentum == m
-                  ? 0
-                  : kEpsilon<Table> * std::abs(momentum) + tolerance * (std::abs(m) + magnitude));
-      compare(to_double(result.table[i]), expected,
-              kEpsilon<Table> * std::abs(expected) +
-                  tolerance * (std::abs(w) + scale * (std::abs(m) + 2 * magnitude) +
-                               std::abs(scale * direction)));
+      if (is_touched && h.rule == Rule::rowwise_adam) {
+        second = h.beta2 * second + (1 - h.beta2) * mean;
+        scale = h.lr / (1 - std::pow(h.beta1, step)) /
+                (std::sqrt(second / (1 - std::pow(h.beta2, step))) + h.eps);
+      }
+      compare(result.second_moments[part], second,
+              is_touched ? tolerance * (second + mean_magnitude) : 0);
+      for (int64_t column = 0; is_touched && column < width; ++column) {
+        const int64_t place = part * width + column;
+        const int64_t i = row * stride + place - row * columns;
+        const double w = to_double(start.table[i]), m = to_double(start.momentum[i]);
+        const double g = gradients.sums[place];
+        const double magnitude = gradients.magnitudes[place];
+        double direction = g, momentum = m;
+        if (h.rule == Rule::sgd && h.has_momentum) {
+          momentum = h.beta1 * m + g;
+          direction = h.nesterov ? g + h.beta1 * momentum : momentum;
+        } else if (h.rule == Rule::rowwise_adam) {
+          momentum = h.beta1 * m + (1 - h.beta1) * g;
+          direction = momentum;
+        }
+        const double expected = (1 - h.lr * h.weight_decay) * w - scale * direction;
+        compare(to_double(result.momentum[i]), momentum,
+                momentum == m
+                    ? 0
+                    : kEpsilon<Table> * std::abs(momentum) + tolerance * (std::abs(m) + magnitude));
+        compare(to_double(result.table[i]), expected,
+                kEpsilon<Table> * std::abs(expected) +
+                    tolerance * (std::abs(w) + scale * (std::abs(m) + 2 * magnitude) +
+                                 std::abs(scale * direction)));
+      }
+    }
+    for (int64_t i = row * stride + (is_touched ? columns : 0); i < (row + 1) * stride; ++i) {
+      compare(to_double(result.table[i]), to_double(start.table[i]), 0);
+      compare(to_double(result.momentum[i]), to_double(start.momentum[i]), 0);
     }
   }
   return worst;

@@ -2,8 +2,8 @@
 // the pass that updates the row by it (row_update.cpp).
 //
 // Both passes name what they sum alike: width, pairs, pairs_per_row, coefficients and source. Not
-// weighted means that every coefficient is one; streamed, that rows are written
-// past the caches, which needs aligned ones.
+// weighted means that every coefficient is one; streamed, that rows are written past the caches,
+// which needs aligned ones.
 #pragma once
 
 #include "kernels/cpu/kernels.h"

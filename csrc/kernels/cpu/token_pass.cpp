@@ -5,7 +5,8 @@
 // Backward    A = w_up              v = grad_out   f = the chain rule         B = w_down, w_gate
 //
 // Work item   one token, start to end, by one thread; where there are few, a part of one
-// Traffic     P·parts·D table elements a token, each read once; nothing of size P·D is written
+// Traffic     2·P·D table elements a token, or 3 with gates, each read once; nothing of size P·D is
+//             written
 // Exactness   accumulation in float (double for double), in an order fixed by p and by the vector
 //             width of the capability
 #include "kernels/cpu/token_pass.h"

@@ -51,9 +51,9 @@ class PEER_API ExpertPoolImpl : public torch::nn::Cloneable<ExpertPoolImpl> {
                         const torch::Tensor& indices);
 
   // The parts of all experts, (N, dim): views of weight. w_gate is undefined without glu.
-  torch::Tensor w_down() const;
-  torch::Tensor w_gate() const;
-  torch::Tensor w_up() const;
+  torch::Tensor w_down() const { return weight.select(1, 0); }
+  torch::Tensor w_gate() const { return options.glu() ? weight.select(1, 1) : torch::Tensor(); }
+  torch::Tensor w_up() const { return weight.select(1, -1); }
 
   ExpertPoolOptions options;
   torch::Tensor weight;
