@@ -92,17 +92,15 @@ class ExpertInputs(NamedTuple):
     x: Tensor
     weights: Tensor
     indices: Tensor
-    w_down: Tensor
-    w_up: Tensor
-    w_gate: Tensor | None
+    table: Tensor
 
     def requiring_grad(self) -> ExpertInputs:
         """The same values as leaves that require gradients."""
         return ExpertInputs(*(_as_leaf(tensor) for tensor in self))
 
     def differentiable(self) -> list[Tensor]:
-        """The tensors that have gradients: all but the indices, and w_gate where it is given."""
-        return [t for t in self if t is not None and t.is_floating_point()]
+        """The tensors that have gradients: all but the indices."""
+        return [self.x, self.weights, self.table]
 
 
 class RetrievalInputs(NamedTuple):
@@ -117,10 +115,8 @@ class RetrievalInputs(NamedTuple):
         return RetrievalInputs(*(_as_leaf(tensor) for tensor in self))
 
 
-def _as_leaf(tensor: Tensor | None) -> Tensor | None:
-    if tensor is None or not tensor.is_floating_point():
-        return tensor
-    return tensor.detach().clone().requires_grad_()
+def _as_leaf(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone().requires_grad_(tensor.is_floating_point())
 
 
 def _make_expert_inputs(
@@ -129,7 +125,6 @@ def _make_expert_inputs(
     per_token: int = 6,
     experts: int = 11,
     dim: int = 9,
-    dim_out: int | None = None,
     dtype: torch.dtype = torch.float32,
     weights_dtype: torch.dtype | None = None,
     table_dtype: torch.dtype | None = None,
@@ -142,15 +137,13 @@ def _make_expert_inputs(
         values = torch.randn(rows, columns, generator=generator, dtype=torch.float64) * scale
         return values.to(kind or dtype)
 
-    dim_out = dim if dim_out is None else dim_out
-    return ExpertInputs(
-        x=normal(tokens, dim, 1.0, dtype),
-        weights=normal(tokens, per_token, 1.0, weights_dtype),
-        indices=torch.randint(experts, (tokens, per_token), generator=generator),
-        w_down=normal(experts, dim, max(dim, 1) ** -0.5, table_dtype),
-        w_up=normal(experts, dim_out, max(per_token, 1) ** -0.5, table_dtype),
-        w_gate=normal(experts, dim, max(dim, 1) ** -0.5, table_dtype) if glu else None,
-    )
+    x = normal(tokens, dim, 1.0, dtype)
+    weights = normal(tokens, per_token, 1.0, weights_dtype)
+    indices = torch.randint(experts, (tokens, per_token), generator=generator)
+    down = normal(experts, dim, max(dim, 1) ** -0.5, table_dtype)
+    up = normal(experts, dim, max(per_token, 1) ** -0.5, table_dtype)
+    gate = [normal(experts, dim, max(dim, 1) ** -0.5, table_dtype)] if glu else []
+    return ExpertInputs(x, weights, indices, torch.stack([down, *gate, up], dim=1))
 
 
 def _make_retrieval_inputs(

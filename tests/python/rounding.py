@@ -125,37 +125,26 @@ def _derivative(name: str, z: Tensor) -> Tensor:
 
 
 class ExpertMlpResults(NamedTuple):
-    """What `expert_mlp` and its backward return; gate and grad_w_gate are None without w_gate."""
+    """What `expert_mlp` and its backward return; gate is None where the experts have none."""
 
     out: Bounded
     hidden: Bounded
     gate: Bounded | None
     grad_x: Bounded
     grad_weights: Bounded
-    grad_w_down: Bounded
-    grad_w_up: Bounded
-    grad_w_gate: Bounded | None
+    grad_table: Bounded
 
     @property
     def gradients(self) -> list[Bounded]:
         """Gradients in the order of the operator's floating-point arguments."""
-        every = (
-            self.grad_x,
-            self.grad_weights,
-            self.grad_w_down,
-            self.grad_w_up,
-            self.grad_w_gate,
-        )
-        return [gradient for gradient in every if gradient is not None]
+        return [self.grad_x, self.grad_weights, self.grad_table]
 
 
 def analyse_expert_mlp(
     x: Tensor,
     weights: Tensor,
     indices: Tensor,
-    w_down: Tensor,
-    w_up: Tensor,
-    w_gate: Tensor | None,
+    table: Tensor,
     activation: str,
     grad_out: Tensor,
 ) -> ExpertMlpResults:
@@ -164,23 +153,20 @@ def analyse_expert_mlp(
     It assumes of the operator only what it promises: inputs are read exactly, sums and products
     happen in the accumulation dtype in some order, and every result is rounded once to its dtype.
     """
-    arithmetic = Arithmetic(w_down.dtype)
+    arithmetic = Arithmetic(table.dtype)
     multiply, store = arithmetic.multiply, arithmetic.store
     tokens, per_token = indices.shape
-    dim, dim_out = x.shape[1], w_up.shape[1]
+    experts, _, dim = table.shape
 
-    def rows_of(table: Tensor) -> Bounded:
-        return exact(table.detach().double()[indices])
-
-    def sum_by_expert(coefficients: Bounded, source: Bounded, experts: int) -> Bounded:
+    def sum_by_expert(coefficients: Bounded, source: Bounded) -> Bounded:
         products = multiply(
             Bounded(*(part[:, :, None] for part in coefficients)),
             Bounded(*(part[:, None, :] for part in source)),
         )
 
         def gather(pairs: Tensor) -> Tensor:
-            table = torch.zeros(experts, pairs.shape[-1], dtype=pairs.dtype)
-            return table.index_add(0, indices.flatten(), pairs.flatten(0, 1))
+            sums = torch.zeros(experts, dim, dtype=pairs.dtype)
+            return sums.index_add(0, indices.flatten(), pairs.flatten(0, 1))
 
         terms = tokens * per_token
         gamma = terms * arithmetic.unit / (1 - terms * arithmetic.unit)
@@ -190,42 +176,42 @@ def analyse_expert_mlp(
 
     source, upstream_rows = exact(x), exact(grad_out)
     pair_weights = exact(weights)
-    down, up = rows_of(w_down), rows_of(w_up)
+    down, *gate_rows, up = (exact(part[indices]) for part in table.detach().unbind(1))
     hidden = arithmetic.sum_of_products("td,tpd->tp", source, down, dim)
     activated = arithmetic.activate(activation, hidden)
     slope = arithmetic.activate_derivative(activation, hidden)
-    upstream = arithmetic.sum_of_products("to,tpo->tp", upstream_rows, up, dim_out)
+    upstream = arithmetic.sum_of_products("td,tpd->tp", upstream_rows, up, dim)
 
     up_coefficients = multiply(pair_weights, activated)
     grad_weights = multiply(upstream, activated)
     down_coefficients = multiply(multiply(upstream, pair_weights), slope)
-    gate = gate_coefficients = None
-    if w_gate is not None:
-        gate = arithmetic.sum_of_products("td,tpd->tp", source, rows_of(w_gate), dim)
-        gate_coefficients = multiply(upstream, up_coefficients)
+    gate = None
+    gate_coefficients = []
+    if gate_rows:
+        gate = arithmetic.sum_of_products("td,tpd->tp", source, gate_rows[0], dim)
+        gate_coefficients = [multiply(upstream, up_coefficients)]
         up_coefficients = multiply(up_coefficients, gate)
         grad_weights = multiply(grad_weights, gate)
         down_coefficients = multiply(down_coefficients, gate)
 
-    out = arithmetic.sum_of_products("tp,tpo->to", up_coefficients, up, per_token)
-    terms = per_token if w_gate is None else 2 * per_token
+    out = arithmetic.sum_of_products("tp,tpd->td", up_coefficients, up, per_token)
+    terms = per_token * (1 + len(gate_rows))
     grad_x = arithmetic.sum_of_products("tp,tpd->td", down_coefficients, down, terms)
-    grad_w_gate = None
-    if w_gate is not None:
-        through_gate = arithmetic.sum_of_products(
-            "tp,tpd->td", gate_coefficients, rows_of(w_gate), terms
-        )
+    for coefficients, rows in zip(gate_coefficients, gate_rows, strict=True):
+        through_gate = arithmetic.sum_of_products("tp,tpd->td", coefficients, rows, terms)
         grad_x = arithmetic.add(grad_x, through_gate)
-        grad_w_gate = store(sum_by_expert(gate_coefficients, source, w_gate.shape[0]), w_gate.dtype)
+    parts = [
+        *(sum_by_expert(each, source) for each in (down_coefficients, *gate_coefficients)),
+        sum_by_expert(up_coefficients, upstream_rows),
+    ]
+    grad_table = Bounded(*(torch.stack(each, dim=1) for each in zip(*parts, strict=True)))
     return ExpertMlpResults(
         out=store(out, x.dtype),
         hidden=hidden,
         gate=gate,
         grad_x=store(grad_x, x.dtype),
         grad_weights=store(grad_weights, weights.dtype),
-        grad_w_down=store(sum_by_expert(down_coefficients, source, w_down.shape[0]), w_down.dtype),
-        grad_w_up=store(sum_by_expert(up_coefficients, upstream_rows, w_up.shape[0]), w_up.dtype),
-        grad_w_gate=grad_w_gate,
+        grad_table=store(grad_table, table.dtype),
     )
 
 

@@ -30,7 +30,7 @@ def assert_same_bits(function) -> None:
 def large_inputs(make_expert_inputs, dtype, glu, hot: bool):
     """More pairs than a block of the sort holds, and rows of a width that fills no vector."""
     inputs = make_expert_inputs(
-        tokens=640, per_token=64, experts=3000, dim=37, dim_out=29, dtype=dtype, glu=glu
+        tokens=640, per_token=64, experts=3000, dim=37, dtype=dtype, glu=glu
     )
     if hot:
         # Nine of ten pairs retrieve expert 1234.
@@ -49,7 +49,7 @@ def test_experts_forward(make_expert_inputs, dtype, glu):
 
 
 def test_experts_of_few_tokens(make_expert_inputs, dtype):
-    inputs = make_expert_inputs(tokens=3, per_token=100, dim=37, dim_out=29, dtype=dtype)
+    inputs = make_expert_inputs(tokens=3, per_token=100, dim=37, dtype=dtype)
 
     def function():
         return torch.ops.peer.expert_mlp(*inputs, "gelu", False)
@@ -65,7 +65,7 @@ def test_experts_backward(make_expert_inputs, dtype, sparse_grad, hot):
 
     def function():
         return torch.ops.peer.expert_mlp_backward(
-            out, *inputs, hidden, gate, "silu", sparse_grad, (True,) * 5
+            out, *inputs, hidden, gate, "silu", sparse_grad, (True,) * 3
         )
 
     assert_same_bits(function)
@@ -117,10 +117,10 @@ def test_a_token_gets_the_same_bits_alone_and_in_a_batch(
     # More experts than one part of a token has.
     inputs = make_expert_inputs(tokens=30, per_token=70, dim=37, dtype=dtype, glu=True)
     together = torch.ops.peer.expert_mlp(*inputs, "gelu", False)[0]
-    x, weights, indices, *tables = inputs
+    x, weights, indices, table = inputs
     alone = [
         torch.ops.peer.expert_mlp(
-            x[t : t + 1], weights[t : t + 1], indices[t : t + 1], *tables, "gelu", False
+            x[t : t + 1], weights[t : t + 1], indices[t : t + 1], table, "gelu", False
         )[0]
         for t in range(30)
     ]
