@@ -63,7 +63,7 @@ TEST_CASE("shapes, dtypes and names are checked as in Python") {
   for (const auto& other : {table.select(1, 0), table.slice(1, 0, 1), table.slice(2, 0, 1)}) {
     CHECK_THROWS_AS(peer::expert_mlp(one_token, half_and_one, ids, other), c10::ValueError);
   }
-  CHECK_THROWS_AS(peer::expert_mlp(one_token, half_and_one, ids.to(torch::kInt), table, table),
+  CHECK_THROWS_AS(peer::expert_mlp(one_token, half_and_one, ids.to(torch::kInt), table),
                   c10::TypeError);
   CHECK_THROWS_AS(peer::expert_mlp(one_token, half_and_one, ids, table, "swish"), c10::ValueError);
   CHECK_THROWS_AS(peer::product_key_topk(torch::ones({1, 1, 2}), keys, keys, 5), c10::ValueError);
