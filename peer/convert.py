@@ -352,6 +352,7 @@ def _copy(tensor: Tensor) -> Tensor:
 
 
 def _join(down: Tensor, up: Tensor) -> Tensor:
-    table = empty_huge(len(down), 2, down.shape[1], dtype=down.dtype, device=down.device)
+    dtype = torch.promote_types(down.dtype, up.dtype)
+    table = empty_huge(len(down), 2, down.shape[1], dtype=dtype, device=down.device)
     table[:, 0], table[:, 1] = down, up
     return table

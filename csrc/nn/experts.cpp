@@ -1,7 +1,6 @@
 #include "peer/nn/experts.h"
 
-#include <torch/nn/init.h>
-
+#include <algorithm>
 #include <cmath>
 #include <ostream>
 
@@ -41,11 +40,11 @@ Tensor make_table(const ExpertPoolOptions& options) {
 }
 
 // By rows in memory of their own: torch draws other numbers, and slowly, where memory is not
-// contiguous.
+// contiguous or holds fewer than 16. By multiples of 16 they are those of the whole part.
 void draw_normal(const Tensor& part, double std) {
-  constexpr int64_t kRowsAtATime = 4096;
-  const torch::NoGradGuard no_grad;
-  for (const Tensor& rows : part.split(kRowsAtATime)) {
+  std::vector<int64_t> sizes(std::max<int64_t>(part.size(0) / 4096, 1), 4096);
+  sizes.back() += part.size(0) - 4096 * static_cast<int64_t>(sizes.size());
+  for (const Tensor& rows : part.split_with_sizes(sizes)) {
     rows.copy_(torch::empty_like(rows, torch::MemoryFormat::Contiguous).normal_(0.0, std));
   }
 }
@@ -68,13 +67,14 @@ void ExpertPoolImpl::reset() {
 }
 
 void ExpertPoolImpl::reset_parameters() {
+  const torch::NoGradGuard no_grad;
   const double std_in = std::pow(static_cast<double>(options.dim()), -0.5);
   draw_normal(w_down(), std_in);
   if (options.glu()) {
     draw_normal(w_gate(), std_in);
   }
   if (options.zero_init_out()) {
-    torch::nn::init::zeros_(w_up());
+    w_up().zero_();
   } else {
     draw_normal(w_up(), std::pow(static_cast<double>(options.num_experts_per_token()), -0.5));
   }

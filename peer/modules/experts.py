@@ -155,19 +155,9 @@ class ExpertPool(nn.Module):
         # A copy has a table of its own, which no optimizer knows.
         return {**self.__dict__, "fused_update": None}
 
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        error_msgs: list[str] = rest[-1]
         saved = state_dict.get(prefix + "weight")
         # Of other numbers of dimensions is no pool's; torch has listed the shapes.
         if isinstance(saved, Tensor) and saved.dim() == 3 and saved.shape != self.weight.shape:
@@ -181,8 +171,10 @@ class ExpertPool(nn.Module):
 @torch.no_grad()
 def _draw_normal(part: Tensor, std: float) -> None:
     # By rows in memory of their own: torch draws other numbers, and slowly, where memory is not
-    # contiguous.
-    for rows in part.split(4096):
+    # contiguous or holds fewer than 16. By multiples of 16 they are those of the whole part.
+    sizes = [4096] * max(len(part) // 4096, 1)
+    sizes[-1] += len(part) - sum(sizes)
+    for rows in part.split(sizes):
         rows.copy_(torch.empty_like(rows, memory_format=torch.contiguous_format).normal_(std=std))
 
 
