@@ -48,7 +48,7 @@ sources := $(shell find csrc cmake build_backend peer -path peer/include -prune 
 cpp_files = $(shell find csrc tests examples -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.hpp' -o -name '*.cuh')
 python_files := peer tests examples build_backend setup.py $(wildcard benchmarks)
 
-.PHONY: help demo bench test test-cpp test-python test-hostile test-install test-cuda test-cuda-installed build lint format clean catch2 compiler
+.PHONY: help demo bench test test-cpp test-python test-hostile test-install test-cuda test-cuda-installed rehearse build lint format clean catch2 compiler
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -58,6 +58,7 @@ help:
 	@echo "make test-install  what pip does with the package, in clean environments"
 	@echo "make test-hostile  files and ids made to mislead, under sanitizers"
 	@echo "make test-cuda     the tests that need a GPU, after a build with CUDA"
+	@echo "make rehearse      what is meant for a GPU, on a device that is emulated on the CPU"
 	@echo "make bench         measure the layer beside what it replaces, against its targets"
 	@echo "make build         compile in place, so that 'import peer' works from the checkout"
 	@echo "make lint          ruff, mypy and clang-format, changing nothing"
@@ -118,6 +119,16 @@ ifeq ($(SANITIZE),)
 else
 	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $(SANITIZE) --error-exitcode 1 $(BIN)/python $(BIN)/pytest tests/cuda/test_agreement.py $(ARGS)
 endif
+
+# First the script for a machine with a GPU, at tiny sizes; then the tests of the operators, with the CUDA operators in place of the CPU's. What
+# differs on purpose is left out: a bad index ends the kernel, k is at most 64, and CPU kernels have capabilities and threads.
+emulated_tests := $(addprefix tests/python/test_,expert_mlp.py product_key_topk.py optim.py fused_update.py opcheck.py autograd.py)
+rehearse: $(torch) $(test_tools) $(bench_tools) compiler
+	rm -rf build/rehearsal
+	PEER_REHEARSE=1 benchmarks/gpu.sh build/rehearsal build agree tests scale bench profile counters sanitize compiled; \
+	  status=$$?; cat build/rehearsal/log.txt; exit $$status
+	PEER_EMULATE_EVERYTHING=1 PYTHONPATH=$(abspath build/emulated/site):$(abspath tests/cuda_on_cpu) \
+	  $(BIN)/pytest -n 2 -p emulated_cuda $(emulated_tests) $(ARGS)
 
 build: $(torch) $(test_tools) compiler
 	$(BIN)/python setup.py build_ext --inplace

@@ -4,6 +4,8 @@ include(cmake/TorchWithoutCuda.cmake)
 set(PEER_CUDA_INFO "null")
 if(PEER_CUDA)
   include(cmake/Cuda.cmake)
+elseif(PEER_EMULATE_CUDA)
+  include(tests/cuda_on_cpu/EmulatedCuda.cmake)
 endif()
 
 add_library(
@@ -35,7 +37,7 @@ add_library(
   csrc/ops/meta/product_key_topk.cpp
   csrc/ops/meta/row_update.cpp)
 target_link_libraries(peer PRIVATE peer_kernels peer_torch)
-if(PEER_CUDA)
+if(TARGET peer_cuda_kernels)
   target_sources(
     peer
     PRIVATE csrc/ops/cuda/expert_mlp.cpp

@@ -191,7 +191,10 @@ def make_retrieval_inputs() -> Callable[..., RetrievalInputs]:
 
 @pytest.fixture(scope="session")
 def run_python() -> Callable[..., Any]:
-    """Runs a snippet in a new interpreter with the same `peer`; returns the JSON it prints last."""
+    """Runs a snippet in a new interpreter with the same `peer`; returns the JSON it prints.
+
+    The JSON is the last line that parses: what a kernel on a GPU prints may come after it.
+    """
 
     def run(snippet: str, *arguments: object, environment: dict[str, str] | None = None) -> Any:
         package_root = str(Path(peer.__file__).resolve().parent.parent)
@@ -208,6 +211,15 @@ def run_python() -> Callable[..., Any]:
         )
         if result.returncode != 0:
             pytest.fail(f"the new interpreter exited with {result.returncode}:\n{result.stderr}")
-        return json.loads(result.stdout.splitlines()[-1])
+        return _last_json(result.stdout)
 
     return run
+
+
+def _last_json(output: str) -> Any:
+    for line in reversed(output.splitlines()):
+        try:
+            return json.loads(line)
+        except json.JSONDecodeError:
+            continue
+    pytest.fail(f"the new interpreter printed no JSON:\n{output}")

@@ -1,21 +1,43 @@
-"""What the GPU tests share. `make test-cuda` runs them, on a machine with a GPU."""
+"""What the GPU tests share. `make test-cuda` runs them, on a machine with a GPU.
+
+`make rehearse` runs them without one, on a device that `tests/cuda_on_cpu/emulated_cuda.py`
+emulates. Sizes are small there, and what cannot hold there is marked `needs_gpu(reason)`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
 
 import peer
 
+Size = TypeVar("Size")
+
+
+def is_emulated() -> bool:
+    """Whether the device is emulated on the CPU."""
+    return torch.cuda.is_available() and torch.cuda.get_device_name() == "emulated"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "needs_gpu(reason): cannot hold on an emulated device")
+
 
 def pytest_sessionstart(session: pytest.Session) -> None:
     if not torch.cuda.is_available():
         pytest.exit("the tests in tests/cuda need a GPU that torch can use", returncode=1)
-    if not peer.build_info().get("cuda"):
+    if not peer._library.build_info()["cuda"]:
         pytest.exit("the tests in tests/cuda need a build with CUDA: PEER_CUDA=1", returncode=1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if is_emulated():
+        for item in items:
+            if marker := item.get_closest_marker("needs_gpu"):
+                item.add_marker(pytest.mark.skip(reason=f"needs a GPU: {marker.args[0]}"))
 
 
 @pytest.fixture(scope="session")
@@ -26,6 +48,25 @@ def on_gpu() -> Callable[[Any], Any]:
         return type(inputs)(*(t if t is None else t.detach().cuda() for t in inputs))
 
     return move
+
+
+@pytest.fixture(scope="session")
+def sized() -> Callable[[Size, Size], Size]:
+    """Chooses a size: the first one on a GPU, the second where the device is emulated."""
+    return lambda on_gpu, emulated: emulated if is_emulated() else on_gpu
+
+
+@pytest.fixture(scope="session")
+def run_python(run_python: Callable[..., Any]) -> Callable[..., Any]:
+    """As in the other tests; where the device is emulated, in the new interpreter too."""
+    if not is_emulated():
+        return run_python
+
+    def run(snippet: str, *arguments: object, **options: Any) -> Any:
+        begin = "import emulated_cuda; emulated_cuda.install()\n"
+        return run_python(begin + snippet, *arguments, **options)
+
+    return run
 
 
 def free_memory() -> int:

@@ -37,9 +37,16 @@ def run_experts(inputs, activation, sparse_grad):
 @pytest.mark.parametrize(
     ("dim", "dim_out"), [(9, 7), (64, 64), (256, 264), (1024, 1024), (2056, 1000)]
 )
-def test_experts(make_expert_inputs, on_gpu, dtype, glu, sparse_grad, dim, dim_out):
+def test_experts(make_expert_inputs, on_gpu, sized, dtype, glu, sparse_grad, dim, dim_out):
+    tokens, per_token, experts = sized((70, 40, 500), (5, 12, 50))
     inputs = make_expert_inputs(
-        tokens=70, per_token=40, experts=500, dim=dim, dim_out=dim_out, dtype=dtype, glu=glu
+        tokens=tokens,
+        per_token=per_token,
+        experts=experts,
+        dim=dim,
+        dim_out=dim_out,
+        dtype=dtype,
+        glu=glu,
     )
     expected = run_experts(inputs, "gelu", sparse_grad)
     for a, b in zip(run_experts(on_gpu(inputs), "gelu", sparse_grad), expected, strict=True):
@@ -67,7 +74,8 @@ def test_activations_and_tables_of_different_dtypes(
 
 @pytest.mark.parametrize("per_token", [1, 3, 16, 129, 1000])
 @pytest.mark.parametrize("tokens", [0, 1, 2, 500])
-def test_few_and_many_tokens_and_experts(make_expert_inputs, on_gpu, tokens, per_token):
+def test_few_and_many_tokens_and_experts(make_expert_inputs, on_gpu, sized, tokens, per_token):
+    tokens = sized(tokens, min(tokens, 5))
     inputs = make_expert_inputs(tokens=tokens, per_token=per_token, experts=2000, dim=32)
     expected = run_experts(inputs, "gelu", True)
     for a, b in zip(run_experts(on_gpu(inputs), "gelu", True), expected, strict=True):
@@ -90,10 +98,10 @@ def test_tables_that_are_views_of_one_tensor(make_expert_inputs, on_gpu):
     [(7, 6, 4, 8), (64, 64, 16, 64), (300, 280, 64, 46), (1024, 1024, 16, 256), (5000, 3, 20, 32)],
 )
 def test_retrieval_of_exact_scores(
-    make_retrieval_inputs, on_gpu, dtype, shared, rows, columns, k, dim_key
+    make_retrieval_inputs, on_gpu, sized, dtype, shared, rows, columns, k, dim_key
 ):
     inputs = make_retrieval_inputs(
-        tokens=45,
+        tokens=sized(45, 4),
         heads=3,
         rows=rows,
         columns=columns,
@@ -109,9 +117,9 @@ def test_retrieval_of_exact_scores(
 
 
 @pytest.mark.parametrize("kind", ADVERSARIAL)
-def test_retrieval_of_special_values(make_retrieval_inputs, on_gpu, kind):
+def test_retrieval_of_special_values(make_retrieval_inputs, sized, kind):
     query, row_keys, col_keys = make_retrieval_inputs(
-        tokens=40, rows=200, columns=150, dim_key=2, integers=True
+        tokens=sized(40, 6), rows=200, columns=150, dim_key=2, integers=True
     )
     if kind == "nan":
         row_keys[3::7] = float("nan")
@@ -132,9 +140,9 @@ def test_retrieval_of_special_values(make_retrieval_inputs, on_gpu, kind):
     assert torch.equal(there[1].cpu(), indices)
 
 
-def test_retrieval_of_random_scores(make_retrieval_inputs, on_gpu, dtype):
+def test_retrieval_of_random_scores(make_retrieval_inputs, on_gpu, sized, dtype):
     inputs = make_retrieval_inputs(
-        tokens=200, heads=4, rows=1024, columns=1024, dim_key=256, dtype=dtype
+        tokens=sized(200, 6), heads=4, rows=1024, columns=1024, dim_key=256, dtype=dtype
     )
     scores, _ = torch.ops.peer.product_key_topk(*inputs, 16)
     there, indices = torch.ops.peer.product_key_topk(*on_gpu(inputs), 16)
@@ -143,9 +151,9 @@ def test_retrieval_of_random_scores(make_retrieval_inputs, on_gpu, dtype):
 
 
 @pytest.mark.parametrize("shared", [True, False], ids=["shared keys", "keys per head"])
-def test_retrieval_backward(make_retrieval_inputs, on_gpu, dtype, shared):
+def test_retrieval_backward(make_retrieval_inputs, on_gpu, sized, dtype, shared):
     inputs = make_retrieval_inputs(
-        tokens=300, heads=3, rows=40, columns=50, dim_key=46, dtype=dtype, shared=shared
+        tokens=sized(300, 20), heads=3, rows=40, columns=50, dim_key=46, dtype=dtype, shared=shared
     )
     scores, indices = torch.ops.peer.product_key_topk(*inputs, 16)
     arguments = (scores.sin(), *inputs, indices)

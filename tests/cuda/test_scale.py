@@ -11,13 +11,13 @@ import peer
 GIB = 2**30
 
 
-def test_tables_of_more_than_two_to_the_31_elements():
-    rows, width = 2**21 + 5, 1032
+def test_tables_of_more_than_two_to_the_31_elements(sized):
+    rows, width = sized(2**21 + 5, 2**11 + 5), 1032
     if free_memory() < 14 * GIB:
         pytest.skip("needs 14 GiB")
     w_down = torch.empty(rows, width, dtype=torch.bfloat16, device="cuda").normal_(std=0.03)
     w_up = torch.empty(rows, width, dtype=torch.bfloat16, device="cuda").normal_(std=0.03)
-    indices = torch.tensor([[rows - 1, 0, rows - 2, 2_080_768]], device="cuda")
+    indices = torch.tensor([[rows - 1, 0, rows - 2, rows - rows // 100]], device="cuda")
     x = torch.randn(1, width, device="cuda", dtype=torch.bfloat16)
     weights = torch.rand(1, 4, device="cuda")
     small = torch.arange(4, device="cuda")[None]
@@ -40,6 +40,7 @@ def test_tables_of_more_than_two_to_the_31_elements():
     assert not torch.equal(w_down[rows - 1], before)
 
 
+@pytest.mark.needs_gpu("4 GiB, to be refused")
 def test_more_rows_than_can_be_numbered_are_refused():
     if free_memory() < 5 * GIB:
         pytest.skip("needs 5 GiB")
@@ -48,8 +49,8 @@ def test_more_rows_than_can_be_numbered_are_refused():
         torch.ops.peer.sgd_(table, None, None, table, None, 0.1, 0.0, False, 0.0)
 
 
-def test_eight_million_pairs_with_hot_experts():
-    tokens, per_token, experts, width = 2**16, 128, 2**20, 64
+def test_eight_million_pairs_with_hot_experts(sized):
+    tokens, per_token, experts, width = sized(2**16, 2**5), 128, 2**20, 64
     generator = torch.Generator("cuda").manual_seed(0)
     indices = torch.randint(experts, (tokens, per_token), device="cuda", generator=generator)
     indices.view(-1)[1::120] = 12345  # 70,000 pairs of one expert
@@ -63,9 +64,9 @@ def test_eight_million_pairs_with_hot_experts():
         torch.testing.assert_close(table[expert].double(), expected, rtol=1e-4, atol=1e-2)
 
 
-def test_forward_needs_no_gathered_rows():
+def test_forward_needs_no_gathered_rows(sized):
     """T·P·D elements would be 2 GiB; what is allocated is outputs and a few numbers per pair."""
-    tokens, per_token, width = 4096, 128, 1024
+    tokens, per_token, width = sized(4096, 4), 128, 1024
     x = torch.randn(tokens, width, device="cuda", dtype=torch.bfloat16)
     weights = torch.rand(tokens, per_token, device="cuda")
     indices = torch.randint(5000, (tokens, per_token), device="cuda")
@@ -79,11 +80,12 @@ def test_forward_needs_no_gathered_rows():
     assert peak <= out.numel() * 2 + 6 * tokens * per_token * 4
 
 
-def test_a_fused_update_makes_no_gradient_of_the_tables():
+def test_a_fused_update_makes_no_gradient_of_the_tables(sized):
+    tokens, per_token, experts, width = sized((2048, 128, 2**18, 1024), (8, 128, 2**10, 1024))
     pool = peer.ExpertPool(
-        1024,
-        num_experts=2**18,
-        num_experts_per_token=128,
+        width,
+        num_experts=experts,
+        num_experts_per_token=per_token,
         sparse_grad=True,
         device="cuda",
         dtype=torch.bfloat16,
@@ -91,14 +93,15 @@ def test_a_fused_update_makes_no_gradient_of_the_tables():
     peer.optim.RowwiseAdagrad(pool.parameters(), lr=0.1).fuse_into_backward(pool)
     peaks = []
     for _ in range(2):  # the first makes the optimizer's state
-        x = torch.randn(2048, 1024, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-        weights = torch.rand(2048, 128, device="cuda")
-        indices = torch.randint(2**18, (2048, 128), device="cuda")
+        x = torch.randn(tokens, width, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        weights = torch.rand(tokens, per_token, device="cuda")
+        indices = torch.randint(experts, (tokens, per_token), device="cuda")
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         pool(x, weights, indices).float().square().sum().backward()
         torch.cuda.synchronize()
         peaks.append(torch.cuda.max_memory_allocated() - before)
-    # Even the rows that occur would take 600 MiB for both tables.
-    assert peaks[1] <= 128 * 2**20
+    # On a GPU, the rows that occur would take 600 MiB for both tables: at most a fifth of that.
+    rows = len(indices.unique())
+    assert peaks[1] <= 2 * rows * width * 2 // 5

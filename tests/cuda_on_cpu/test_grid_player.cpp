@@ -150,3 +150,8 @@ TEST_CASE("launches that a GPU would refuse are refused") {
   CHECK_THROWS_AS(launch(leave_early, {1, 32, int64_t(1) << 20}, nullptr), std::exception);
   launch(leave_early, {0, 64}, nullptr);
 }
+
+TEST_CASE("the error of a launch that failed is not left for the next call") {
+  CHECK_THROWS_AS(launch(leave_early, {1, 1056}, nullptr), std::runtime_error);
+  CHECK(cudaPeekAtLastError() == cudaSuccess);
+}

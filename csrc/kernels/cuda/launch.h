@@ -28,6 +28,7 @@ struct Context {
 
 inline void check(cudaError_t status, const char* what) {
   if (status != cudaSuccess) {
+    cudaGetLastError();  // clears it: CUB and Torch would report it of their own next call
     throw std::runtime_error(std::string("peer: CUDA: ") + what + ": " +
                              cudaGetErrorString(status));
   }

@@ -116,7 +116,7 @@ inline int __reduce_max_sync(unsigned mask, int value) {
 
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline int __ffs(int bits) { return __builtin_ffs(bits); }
-[[noreturn]] inline void __trap() { throw std::runtime_error("a kernel trapped"); }
+[[noreturn]] inline void __trap() { throw std::runtime_error("CUDA: a kernel trapped"); }
 
 // Memory. How long caches keep what is written makes no difference here.
 
@@ -158,6 +158,12 @@ struct cudaLaunchConfig_t {
 // For tests to change: nothing but speed may depend on it.
 inline int multiprocessors_played = 3;
 
+// What went wrong last, until somebody asks.
+inline cudaError_t last_error_played = cudaSuccess;
+
+inline cudaError_t cudaPeekAtLastError() { return last_error_played; }
+inline cudaError_t cudaGetLastError() { return std::exchange(last_error_played, cudaSuccess); }
+
 inline const char* cudaGetErrorString(cudaError_t) { return "invalid value"; }
 
 inline cudaError_t cudaGetDevice(int* device) {
@@ -195,7 +201,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config,
                                void (*kernel)(Parameters...),
                                Arguments&&... arguments) {
   if (config->gridDim.x == 0 || config->blockDim.x == 0 || config->blockDim.x > 1024) {
-    return cudaErrorInvalidValue;
+    return last_error_played = cudaErrorInvalidValue;
   }
   ::peer::test::play_grid({config->gridDim.x, config->blockDim.x, config->dynamicSmemBytes},
                           [&] { kernel(arguments...); });

@@ -1,0 +1,129 @@
+// The device of libpeer.so where its CUDA kernels are emulated: memory of the CPU that is marked as
+// the device's. An operator with an argument in such memory runs the kernel that is registered for
+// CUDA, all others that for the CPU. emulated_cuda.py makes a CUDA device for Python of it.
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <c10/core/CPUAllocator.h>
+#include <c10/cuda/CUDAGraphsC10Utils.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <memory>
+
+namespace {
+
+bool is_capturing = false;
+bool is_everything_on_device = false;
+
+// Marked memory has this deleter; its context is what held the memory before.
+void free_device_memory(void* before) { delete static_cast<c10::DataPtr*>(before); }
+
+bool is_marked(const at::Tensor& tensor) {
+  if (tensor.layout() == at::kSparse) {
+    return is_marked(tensor._values());
+  }
+  return tensor.has_storage() && tensor.storage().data_ptr().get_deleter() == &free_device_memory;
+}
+
+bool is_on_device(const at::Tensor& tensor) {
+  return tensor.defined() && tensor.device().is_cpu() &&
+         (is_everything_on_device || is_marked(tensor));
+}
+
+void put_on_device(const at::Tensor& tensor) {
+  if (tensor.layout() == at::kSparse) {
+    put_on_device(tensor._indices());
+    put_on_device(tensor._values());
+    return;
+  }
+  if (!tensor.device().is_cpu() || !tensor.has_storage() || is_marked(tensor)) {
+    return;
+  }
+  c10::StorageImpl* storage = tensor.storage().unsafeGetStorageImpl();
+  auto before = std::make_unique<c10::DataPtr>(storage->set_data_ptr(c10::DataPtr()));
+  void* data = before->mutable_get();
+  storage->set_data_ptr({data, before.release(), &free_device_memory, at::kCPU});
+}
+
+// Runs below Autograd and above the kernels of all devices.
+void choose_device(const c10::OperatorHandle& op,
+                   c10::DispatchKeySet keys,
+                   torch::jit::Stack* stack) {
+  const auto arguments = torch::jit::last(*stack, op.schema().arguments().size());
+  const bool on_device =
+      std::any_of(arguments.begin(), arguments.end(), [](const c10::IValue& argument) {
+        return argument.isTensor() && is_on_device(argument.toTensor());
+      });
+  op.redispatchBoxed(on_device ? c10::DispatchKeySet(c10::DispatchKey::CUDA)
+                               : keys & c10::DispatchKeySet(c10::DispatchKeySet::FULL_AFTER,
+                                                            c10::DispatchKey::BackendSelect),
+                     stack);
+}
+
+// Memory as a device's allocator gives it, with what was there before, here NaN; and counted.
+class CountingAllocator final : public c10::Allocator {
+ public:
+  c10::DataPtr allocate(size_t bytes) override {
+    auto memory = std::make_unique<Memory>(parent_->allocate(bytes), bytes);
+    void* data = memory->pointer.mutable_get();
+    if (data != nullptr) {
+      std::memset(data, 0xff, bytes);
+    }
+    const int64_t now = in_use += int64_t(bytes);
+    peak = std::max<int64_t>(peak, now);
+    return {data, memory.release(), &free_memory, at::kCPU};
+  }
+
+  c10::DeleterFnPtr raw_deleter() const override { return nullptr; }
+
+  void copy_data(void* target, const void* source, size_t bytes) const override {
+    std::memcpy(target, source, bytes);
+  }
+
+  static inline std::atomic<int64_t> in_use = 0;
+  static inline std::atomic<int64_t> peak = 0;
+
+ private:
+  struct Memory {
+    c10::DataPtr pointer;
+    size_t bytes;
+  };
+
+  static void free_memory(void* memory) {
+    in_use -= int64_t(static_cast<Memory*>(memory)->bytes);
+    delete static_cast<Memory*>(memory);
+  }
+
+  c10::Allocator* parent_ = c10::GetCPUAllocator();
+};
+
+void install() {
+  static CountingAllocator allocator;
+  c10::SetCPUAllocator(&allocator, /*priority=*/255);
+}
+
+TORCH_LIBRARY_FRAGMENT(peer_emulated, m) {
+  m.def("install", install);
+  m.def("put_on_device", put_on_device);
+  m.def("is_on_device", is_on_device);
+  m.def("set_everything_on_device", [](bool value) { is_everything_on_device = value; });
+  m.def("set_capturing", [](bool value) { is_capturing = value; });
+  m.def("memory_in_use", [] { return CountingAllocator::in_use.load(); });
+  m.def("peak_memory", [] { return CountingAllocator::peak.load(); });
+  m.def("reset_peak_memory", [] { CountingAllocator::peak = CountingAllocator::in_use.load(); });
+}
+
+TORCH_LIBRARY_IMPL(peer, BackendSelect, m) {
+  for (const char* name :
+       {"product_key_topk", "product_key_topk_backward", "expert_mlp", "expert_mlp_backward",
+        "expert_mlp_backward_coefficients", "rowwise_adagrad_", "sgd_", "rowwise_adam_"}) {
+    m.impl(name, torch::CppFunction::makeFromBoxedFunction<&choose_device>());
+  }
+}
+
+}  // namespace
+
+c10::cuda::CaptureStatus c10::cuda::currentStreamCaptureStatusMayInitCtx() {
+  return is_capturing ? CaptureStatus::Active : CaptureStatus::None;
+}
