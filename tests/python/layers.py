@@ -18,9 +18,9 @@ DIM = 10
 OPTIONS: dict[str, dict[str, Any]] = {
     "paper": {},
     "layer": {"query_norm": "layer", "query_bias": True, "activation": "relu2", "dropout": 0.25},
-    "rms": {"query_norm": "rms", "scores": "sigmoid", "activation": "gelu_tanh", "dim_out": 5},
+    "rms": {"query_norm": "rms", "scores": "sigmoid", "activation": "gelu_tanh"},
     "unnormalised": {"query_norm": None, "scores": "relu", "activation": "relu"},
-    "gated": {"glu": True, "activation": "silu", "dim_out": 6, "query_bias": True},
+    "gated": {"glu": True, "activation": "silu", "query_bias": True},
     "keys_per_head": {"share_keys": False, "dropout": 0.25, "zero_init_out": True},
     "one_per_head": {"num_experts_per_head": 1, "scores": "sigmoid", "activation": "identity"},
     "sparse": {"sparse_grad": True, "glu": True},

@@ -46,9 +46,10 @@ def gradients_in_their_layout(converted):
     layer = layer_of(converted)
     router, experts = layer.router, layer.experts
     query = router.query.weight.grad.view(router.heads, 2, -1, DIM).transpose(0, 1)
+    down, up = experts.weight.grad.to_dense().unbind(1)
     gradients = {
-        "weight_down_embed.weight": experts.w_down.grad.to_dense(),
-        "weight_up_embed.weight": experts.w_up.grad.to_dense(),
+        "weight_down_embed.weight": down,
+        "weight_up_embed.weight": up,
         "to_queries.0.weight": query.reshape(-1, DIM),
         "keys": torch.stack([router.row_keys.grad, router.col_keys.grad], dim=2),
     }
@@ -186,7 +187,7 @@ def test_sparse_gradients_are_a_choice():
     source = make_source()
     converted = from_peer_pytorch(source, sparse_grad=True)
     assert_same_function(source, converted)
-    assert converted.experts.w_down.grad.is_sparse
+    assert converted.experts.weight.grad.is_sparse
 
 
 # --- what the result is made of ------------------------------------------------------------------
@@ -213,18 +214,30 @@ def test_nothing_is_shared_with_the_source(heads):
 
 def test_dtypes_devices_modes_and_frozen_parameters_are_kept(dtype):
     source = make_source(pre_rmsnorm=True).to(dtype).eval()
-    source.weight_up_embed.weight.requires_grad_(False)
+    source.weight_down_embed.requires_grad_(False)
+    source.weight_up_embed.requires_grad_(False)
     source.keys.requires_grad_(False)
     converted = from_peer_pytorch(source)
     assert not any(each.training for each in converted.modules())
     assert {each.dtype for each in converted.parameters()} == {dtype}
     frozen = [name for name, each in converted.named_parameters() if not each.requires_grad]
-    assert frozen == ["1.router.row_keys", "1.router.col_keys", "1.experts.w_up"]
+    assert frozen == ["1.router.row_keys", "1.router.col_keys", "1.experts.weight"]
     on_meta = from_peer_pytorch(make_source().to("meta"))
     assert {each.device.type for each in on_meta.parameters()} == {"meta"}
     source.weight_down_embed.to(torch.float64)  # dtypes that differ stay so
-    assert from_peer_pytorch(source)[1].experts.w_down.dtype == torch.float64
+    assert from_peer_pytorch(source)[1].experts.weight.dtype == torch.float64
     assert from_peer_pytorch(source)[1].router.row_keys.dtype == dtype
+
+
+@pytest.mark.parametrize("name", ["weight_down_embed", "weight_up_embed"])
+def test_a_part_that_is_trained_or_more_exact_makes_the_table_so(name):
+    source = make_source().to(torch.bfloat16).requires_grad_(False)
+    getattr(source, name).to(torch.float32).requires_grad_(True)
+    table = from_peer_pytorch(source).experts.weight
+    assert table.requires_grad
+    assert table.dtype == torch.float32
+    assert torch.equal(table[:, 0], source.weight_down_embed.weight.float())
+    assert torch.equal(table[:, 1], source.weight_up_embed.weight.float())
 
 
 def test_the_random_state_is_left_alone():

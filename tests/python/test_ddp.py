@@ -23,9 +23,7 @@ def make_model():
 
 def hide_tables(model):
     """As the docstring of `all_reduce_gradients_` has it."""
-    tables = {
-        id(p) for m in model.modules() if isinstance(m, peer.ExpertPool) for p in m.parameters()
-    }
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, peer.ExpertPool)}
     names = [name for name, p in model.named_parameters() if id(p) in tables]
     parallel = nn.parallel.DistributedDataParallel
     parallel._set_params_and_buffers_to_ignore_for_model(model, names)

@@ -178,10 +178,7 @@ def test_the_peer_count_is_what_torch_counts_for_plain_operations() -> None:
         query = layer.router.query(x).unflatten(-1, (settings.heads, 2, -1))
         torch.einsum("thd,rd->thr", query[:, :, 0], layer.router.row_keys)
         torch.einsum("thd,cd->thc", query[:, :, 1], layer.router.col_keys)
-        experts = layer.experts
-        peer.reference.expert_mlp(
-            x, weights.flatten(1), indices.flatten(1), experts.w_down, experts.w_up
-        )
+        peer.reference.expert_mlp(x, weights, indices, layer.experts.weight)
     parts = flops.count_peer(dim, settings)
     assert counter.get_total_flops() / tokens == sum(parts.values()) - parts["selection"]
 

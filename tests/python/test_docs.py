@@ -136,7 +136,7 @@ def test_the_examples_of_the_readme_run():
     assert isinstance(layer, peer.PEER)
     stepped = [p for optimizer in names["optimizers"] for p in optimizer.state]
     assert {id(p) for p in stepped} == {id(p) for p in names["model"].parameters()}
-    assert {layer.experts.w_down, layer.experts.w_up} == set(names["optimizers"][1].state)
+    assert set(names["optimizers"][1].state) == {layer.experts.weight}
 
 
 class TestReadingPages:

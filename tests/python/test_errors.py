@@ -17,8 +17,7 @@ BOTH = pytest.mark.parametrize("device", ["cpu", "meta"])
 
 def call_experts(inputs, device="cpu", activation="gelu", **changes):
     inputs = inputs._replace(**changes)
-    moved = (t if t is None else t.to(device) for t in inputs)
-    return torch.ops.peer.expert_mlp(*moved, activation, False)
+    return torch.ops.peer.expert_mlp(*(t.to(device) for t in inputs), activation, False)
 
 
 def call_retrieval(inputs, device="cpu", k=4, **changes):
@@ -43,19 +42,21 @@ EXPERT_SHAPES = {
         {"weights": torch.ones(5, 7)},
         r"weights of indices' shape \[5, 6\], got \[5, 7\]",
     ),
-    "w_down of another width": (
-        {"w_down": torch.ones(11, 8)},
-        r"w_down of shape \[experts, 9\] to match x, got \[11, 8\]",
+    "x of another width": (
+        {"x": torch.ones(5, 8)},
+        r"table of shape \[experts, 2 or 3, 8\] to match x, got \[11, 2, 9\]",
     ),
-    "w_down of one dimension": ({"w_down": torch.ones(9)}, r"w_down of shape .* got \[9\]"),
-    "w_up of other experts": (
-        {"w_up": torch.ones(10, 9)},
-        r"w_up of shape \[11, \*\] to match w_down, got \[10, 9\]",
+    "table of another width": (
+        {"table": torch.ones(11, 2, 8)},
+        r"table of shape \[experts, 2 or 3, 9\] to match x, got \[11, 2, 8\]",
     ),
-    "w_up of three dimensions": ({"w_up": torch.ones(11, 9, 1)}, r"w_up .* got \[11, 9, 1\]"),
-    "w_gate of another width": (
-        {"w_gate": torch.ones(11, 8)},
-        r"w_gate of w_down's shape \[11, 9\], got \[11, 8\]",
+    "table of one part": ({"table": torch.ones(11, 1, 9)}, r"table of shape .* got \[11, 1, 9\]"),
+    "table of four parts": ({"table": torch.ones(11, 4, 9)}, r"table .* got \[11, 4, 9\]"),
+    "table without parts": ({"table": torch.ones(11, 9)}, r"table .* got \[11, 9\]"),
+    "table of flat rows": ({"table": torch.ones(11, 18)}, r"table .* got \[11, 18\]"),
+    "table of four dimensions": (
+        {"table": torch.ones(11, 2, 9, 1)},
+        r"table .* got \[11, 2, 9, 1\]",
     ),
 }
 
@@ -80,17 +81,9 @@ EXPERT_DTYPES = {
         r"indices of dtype int64, got Int",
     ),
     "indices of floats": ({"indices": torch.zeros(5, 6)}, r"indices of dtype int64, got Float"),
-    "tables of integers": (
-        {"w_down": torch.ones(11, 9, dtype=torch.int8), "w_up": torch.ones(11, 9)},
-        r"w_down of dtype float32.* got Char",
-    ),
-    "w_up of another dtype": (
-        {"w_up": torch.ones(11, 9, dtype=torch.bfloat16)},
-        r"w_up of w_down's dtype Float, got BFloat16",
-    ),
-    "w_gate of another dtype": (
-        {"w_gate": torch.ones(11, 9, dtype=torch.float16)},
-        r"w_gate of w_down's dtype Float, got Half",
+    "a table of integers": (
+        {"table": torch.ones(11, 2, 9, dtype=torch.int8)},
+        r"table of dtype float32.* got Char",
     ),
 }
 
@@ -104,13 +97,11 @@ def test_experts_name_the_dtype_that_does_not_fit(make_expert_inputs, case, devi
 
 
 @BOTH
-@pytest.mark.parametrize("double", ["x", "weights", "tables"])
+@pytest.mark.parametrize("double", ["x", "weights", "table"])
 def test_double_goes_with_double_only(make_expert_inputs, double, device):
     inputs = make_expert_inputs()
-    names = ("w_down", "w_up") if double == "tables" else (double,)
-    changes = {name: getattr(inputs, name).double() for name in names}
     with pytest.raises(TypeError, match=r"peer::expert_mlp: float64 goes with float64 only"):
-        call_experts(inputs, device, **changes)
+        call_experts(inputs, device, **{double: getattr(inputs, double).double()})
 
 
 @BOTH
@@ -161,7 +152,7 @@ def test_the_backward_of_experts_checks_ids_too(make_expert_inputs):
     with pytest.raises(
         IndexError, match=r"peer::expert_mlp_backward: index -3 at position \[4, 5\]"
     ):
-        torch.ops.peer.expert_mlp_backward(out, *inputs, hidden, gate, "gelu", False, (True,) * 5)
+        torch.ops.peer.expert_mlp_backward(out, *inputs, hidden, gate, "gelu", False, (True,) * 3)
 
 
 def test_a_call_after_an_error_is_right(make_expert_inputs):
@@ -172,7 +163,7 @@ def test_a_call_after_an_error_is_right(make_expert_inputs):
     assert torch.equal(call_experts(inputs)[0], expected)
 
 
-@pytest.mark.parametrize("name", ["x", "weights", "indices", "w_down", "w_up", "w_gate"])
+@pytest.mark.parametrize("name", ["x", "weights", "indices", "table"])
 def test_experts_refuse_tensors_on_different_devices(make_expert_inputs, name):
     inputs = make_expert_inputs(glu=True)
     mixed = inputs._replace(**{name: getattr(inputs, name).to("meta")})
@@ -188,7 +179,7 @@ def test_the_backward_of_experts_names_a_gradient_that_does_not_fit(make_expert_
     message = r"peer::expert_mlp_backward: expected grad_out of shape \[5, 9\], got "
     with pytest.raises(ValueError, match=message + re.escape(str(list(shape)))):
         torch.ops.peer.expert_mlp_backward(
-            torch.ones(shape), *inputs, hidden, gate, "gelu", False, (True,) * 5
+            torch.ones(shape), *inputs, hidden, gate, "gelu", False, (True,) * 3
         )
 
 
@@ -312,7 +303,7 @@ def test_cuda_tensors_on_a_build_without_cuda_get_a_sentence(
         "product_key_topk": (*keys, 4),
         "product_key_topk_backward": (scores, *keys, indices, (True,) * 3),
         "expert_mlp": (*pool, "gelu", False),
-        "expert_mlp_backward": (out, *pool, hidden, gate, "gelu", False, (True,) * 5),
+        "expert_mlp_backward": (out, *pool, hidden, gate, "gelu", False, (True,) * 3),
         "expert_mlp_backward_coefficients": (out, *pool, hidden, gate, "gelu"),
     }
     # What the dispatcher calls for CUDA tensors, called without a device that could make them.

@@ -25,16 +25,13 @@ class Layer(nn.Module):
             return nn.Parameter(torch.randn(*shape, generator=generator).to(dtype))
 
         self.row_keys, self.col_keys = parameter(7, 4), parameter(6, 4)
-        self.w_down, self.w_up = parameter(42, 8), parameter(42, 5)
-        self.w_gate = parameter(42, 8) if glu else None
+        self.table = parameter(42, 3 if glu else 2, 8)
 
     def forward(self, x: Tensor) -> Tensor:
         scores, indices = peer.functional.product_key_topk(
             x.unsqueeze(1), self.row_keys, self.col_keys, 4
         )
-        return peer.functional.expert_mlp(
-            x, scores.softmax(-1), indices, self.w_down, self.w_up, self.w_gate, "gelu"
-        )
+        return peer.functional.expert_mlp(x, scores.softmax(-1), indices, self.table, "gelu")
 
 
 def inputs(tokens: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -48,7 +45,7 @@ def exported(layer: nn.Module, x: Tensor, smallest: int = 1) -> ExportedProgram:
 def test_an_exported_layer_takes_zero_tokens():
     layer = Layer(glu=True)
     module = exported(layer, inputs(5), smallest=0).module()
-    assert module(inputs(0)).shape == (0, 5)
+    assert module(inputs(0)).shape == (0, 8)
 
 
 def test_an_exported_layer_holds_the_operators_themselves():
@@ -179,7 +176,7 @@ def test_layers_that_share_a_pool_share_its_memory_in_a_loaded_program(tmp_path)
     torch.export.save(export(model, (x,)), tmp_path / "model.pt2")
     module = torch.export.load(tmp_path / "model.pt2").module()
     assert torch.equal(module(x), model(x))
-    tables = [module.get_parameter(f"{layer}.experts.w_up") for layer in (0, 1)]
+    tables = [module.get_parameter(f"{layer}.experts.weight") for layer in (0, 1)]
     assert tables[0].data_ptr() == tables[1].data_ptr()
 
 

@@ -31,7 +31,7 @@ def make_layer(seed: int = 0, **options) -> peer.PEER:
     torch.manual_seed(seed)
     options = {"query_norm": "layer", "dtype": torch.float64, **options}
     sizes = {"num_experts": (2, 3), "heads": 2, "num_experts_per_head": 2, "dim_key": 4}
-    return peer.PEER(3, dim_out=2, **sizes, **options)
+    return peer.PEER(3, **sizes, **options)
 
 
 @pytest.fixture(params=["batch", "layer", "rms", None], ids=str)

@@ -19,10 +19,8 @@ def test_the_slow_fallback_would_be_noticed():
         library._destroy()
 
 
-def experts(x, weights, indices, w_down, w_up, w_gate=None, activation="gelu"):
-    return torch.ops.peer.expert_mlp(x, weights, indices, w_down, w_up, w_gate, activation, False)[
-        0
-    ]
+def experts(x, weights, indices, table):
+    return torch.ops.peer.expert_mlp(x, weights, indices, table, "gelu")[0]
 
 
 def retrieval(query, row_keys, col_keys):
@@ -44,13 +42,13 @@ def inputs(make_expert_inputs, glu):
 
 @pytest.fixture
 def batches(make_expert_inputs, glu):
-    """Three samples of five tokens, for shared tables."""
+    """Three samples of five tokens, for one table."""
     samples = [make_expert_inputs(dtype=torch.float64, glu=glu, seed=seed) for seed in (1, 2, 3)]
     x, weights, indices = (torch.stack([sample[i] for sample in samples]) for i in range(3))
-    return x, weights, indices, samples[0][3:]
+    return x, weights, indices, samples[0].table
 
 
-@pytest.mark.parametrize("argument", [0, 1, 3, 4], ids=["x", "weights", "w_down", "w_up"])
+@pytest.mark.parametrize("argument", [0, 1, 3], ids=["x", "weights", "table"])
 def test_grad_of_experts_equals_autograd(inputs, argument):
     def loss(*tensors):
         return experts(*tensors).square().sum()
@@ -73,10 +71,10 @@ def test_grad_of_grad_of_experts_equals_double_backward(inputs):
 
 
 def test_vmap_over_tokens_equals_the_batch(inputs):
-    x, weights, indices, *tables = inputs
+    x, weights, indices, table = inputs
 
     def one_token(x, weights, indices):
-        return experts(x[None], weights[None], indices[None], *tables)[0]
+        return experts(x[None], weights[None], indices[None], table)[0]
 
     torch.testing.assert_close(
         torch.vmap(one_token)(x, weights, indices), experts(*inputs), rtol=0, atol=0
@@ -84,31 +82,31 @@ def test_vmap_over_tokens_equals_the_batch(inputs):
 
 
 def test_vmap_over_batches_of_tokens_equals_a_loop(batches):
-    x, weights, indices, tables = batches
+    x, weights, indices, table = batches
     torch.testing.assert_close(
-        torch.vmap(lambda *sample: experts(*sample, *tables))(x, weights, indices),
-        stack_of_calls(experts, (x, weights, indices), *tables),
+        torch.vmap(lambda *sample: experts(*sample, table))(x, weights, indices),
+        stack_of_calls(experts, (x, weights, indices), table),
     )
 
 
 def test_vmap_takes_any_batch_dimension(batches):
-    x, weights, indices, tables = batches
-    result = torch.vmap(lambda *sample: experts(*sample, *tables), in_dims=(2, 1, 2), out_dims=1)(
+    x, weights, indices, table = batches
+    result = torch.vmap(lambda *sample: experts(*sample, table), in_dims=(2, 1, 2), out_dims=1)(
         x.movedim(0, 2), weights.movedim(0, 1), indices.movedim(0, 2)
     )
-    expected = stack_of_calls(experts, (x, weights, indices), *tables)
+    expected = stack_of_calls(experts, (x, weights, indices), table)
     torch.testing.assert_close(result, expected.movedim(0, 1))
 
 
 @pytest.mark.parametrize("batched", ["x", "weights", "indices"])
 def test_vmap_over_one_argument_equals_a_loop(batches, batched):
-    x, weights, indices, tables = batches
+    x, weights, indices, table = batches
     every = {"x": x, "weights": weights, "indices": indices}
     rest = {name: tensor[0] for name, tensor in every.items() if name != batched}
 
     def function(sample):
         arguments = {**rest, batched: sample}
-        return experts(arguments["x"], arguments["weights"], arguments["indices"], *tables)
+        return experts(arguments["x"], arguments["weights"], arguments["indices"], table)
 
     torch.testing.assert_close(
         torch.vmap(function)(every[batched]), stack_of_calls(function, (every[batched],))
@@ -116,40 +114,30 @@ def test_vmap_over_one_argument_equals_a_loop(batches, batched):
 
 
 def test_vmap_over_tables_equals_a_loop(make_expert_inputs, glu):
-    # An ensemble: each member has tables of its own.
+    # An ensemble: each member has a table of its own.
     members = [make_expert_inputs(dtype=torch.float64, glu=glu, seed=seed) for seed in (1, 2, 3)]
-    tables = [
-        torch.stack(parts)
-        for parts in zip(*(member[3:] for member in members), strict=True)
-        if parts[0] is not None
-    ]
-    x, weights, indices = members[0][:3]
+    tables = torch.stack([member.table for member in members])
 
-    def function(*tables):
-        return experts(x, weights, indices, *tables)
+    def function(table):
+        return experts(*members[0]._replace(table=table))
 
-    torch.testing.assert_close(torch.vmap(function)(*tables), stack_of_calls(function, tables))
+    torch.testing.assert_close(torch.vmap(function)(tables), stack_of_calls(function, (tables,)))
 
 
 def test_vmap_of_grad_gives_per_sample_gradients(batches):
-    x, weights, indices, tables = batches
+    x, weights, indices, table = batches
 
-    def loss(w_up, x, weights, indices):
-        return experts(x, weights, indices, tables[0], w_up, tables[2]).square().sum()
-
-    gradient = torch.func.grad(loss)
-    per_sample = torch.vmap(gradient, in_dims=(None, 0, 0, 0))(tables[1], x, weights, indices)
-    expected = torch.stack(
-        [gradient(tables[1], *sample) for sample in zip(x, weights, indices, strict=True)]
-    )
+    gradient = torch.func.grad(lambda *inputs: experts(*inputs).square().sum(), argnums=3)
+    per_sample = torch.vmap(gradient, in_dims=(0, 0, 0, None))(x, weights, indices, table)
+    expected = stack_of_calls(gradient, (x, weights, indices), table)
     torch.testing.assert_close(per_sample, expected)
 
 
 def test_vmap_of_grad_of_one_token_gives_gradients_of_x_and_weights(inputs):
-    x, weights, indices, *tables = inputs
+    x, weights, indices, table = inputs
 
     def loss(x, weights, indices):
-        return experts(x[None], weights[None], indices[None], *tables).square().sum()
+        return experts(x[None], weights[None], indices[None], table).square().sum()
 
     leaves = inputs.requiring_grad()
     experts(*leaves).square().sum().backward()
@@ -167,13 +155,13 @@ def test_jacrev_of_experts_equals_the_jacobian(inputs):
     )
 
 
-def test_jacrev_with_respect_to_a_table_equals_the_jacobian(inputs):
-    def function(w_down):
-        return experts(*inputs._replace(w_down=w_down))
+def test_jacrev_with_respect_to_the_table_equals_the_jacobian(inputs):
+    def function(table):
+        return experts(*inputs._replace(table=table))
 
     torch.testing.assert_close(
-        torch.func.jacrev(function)(inputs.w_down),
-        torch.autograd.functional.jacobian(function, inputs.w_down),
+        torch.func.jacrev(function)(inputs.table),
+        torch.autograd.functional.jacobian(function, inputs.table),
     )
 
 

@@ -93,7 +93,7 @@ def test_heads_that_agree_add_up_in_output_and_gradients(x):
     torch.testing.assert_close(doubled, 2 * y)
     y.sum().backward()
     doubled.sum().backward()
-    for name in "router.row_keys", "router.col_keys", "experts.w_down", "experts.w_up":
+    for name in "router.row_keys", "router.col_keys", "experts.weight":
         once, twice = one.get_parameter(name).grad, two.get_parameter(name).grad
         assert once.abs().max() > 0
         torch.testing.assert_close(twice, 2 * once)

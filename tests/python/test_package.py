@@ -228,12 +228,12 @@ def test_torch_s_number_of_threads_governs_the_operators(run_python: Callable[..
     started = run_python("""
 import json, os, peer, torch
 
-x, table = torch.ones(512, 32), torch.ones(64, 32)
+x, table = torch.ones(512, 32), torch.ones(64, 2, 32)
 weights, indices = torch.ones(512, 8), torch.zeros(512, 8, dtype=torch.int64)
 threads = []
 for count in (1, 4):
     torch.set_num_threads(count)
-    torch.ops.peer.expert_mlp(x, weights, indices, table, table, None, "relu")
+    torch.ops.peer.expert_mlp(x, weights, indices, table, "relu")
     threads.append(len(os.listdir("/proc/self/task")))
 print(json.dumps(threads[1] - threads[0]))
 """)

@@ -45,7 +45,7 @@ def draw_padded(batch=4, length=7):
         {"query_norm": "layer", "query_bias": True},
         {"query_norm": "rms", "scores": "sigmoid"},
         {"query_norm": None, "scores": "relu", "share_keys": False},
-        {"glu": True, "activation": "silu", "dim_out": 5},
+        {"glu": True, "activation": "silu"},
         {"num_experts": (3, 16), "num_experts_per_head": 20},
         {"scores": "relu", "num_experts_per_head": 1, "activation": "relu2"},
     ],
@@ -69,11 +69,11 @@ def test_equals_the_reference_with_gradients(options, training, masked):
 
 @pytest.mark.parametrize("leading", [(), (5,), (2, 3), (2, 1, 3), (0,), (2, 0)], ids=str)
 def test_any_leading_dimensions(leading):
-    layer = make_layer(dim_out=4).eval()
+    layer = make_layer().eval()
     x = torch.randn(*leading, 10)
     y = layer(x)
-    assert y.shape == (*leading, 4)
-    torch.testing.assert_close(y.reshape(-1, 4), layer(x.reshape(-1, 10)))
+    assert y.shape == x.shape
+    torch.testing.assert_close(y.reshape(-1, 10), layer(x.reshape(-1, 10)))
 
 
 def test_a_transposed_input_gives_the_same():
@@ -159,8 +159,8 @@ def test_reset_parameters_alone_initialises_a_layer_from_the_meta_device(norm):
 
 
 def test_a_layer_on_the_meta_device_has_output_shapes():
-    layer = make_layer(dim_out=4, device="meta")
-    assert layer(torch.empty(2, 3, 10, device="meta")).shape == (2, 3, 4)
+    layer = make_layer(device="meta")
+    assert layer(torch.empty(2, 3, 10, device="meta")).shape == (2, 3, 10)
 
 
 def test_the_layer_of_the_paper_is_the_default():
@@ -176,8 +176,7 @@ def test_the_layer_of_the_paper_is_the_default():
         "router.norm.running_mean": (2048,),
         "router.norm.running_var": (2048,),
         "router.norm.num_batches_tracked": (),
-        "experts.w_down": (1024**2, 64),
-        "experts.w_up": (1024**2, 64),
+        "experts.weight": (1024**2, 2, 64),
     }
     assert layer.router.num_experts_per_head == 16
     assert layer.router.scores == "softmax"
@@ -223,25 +222,25 @@ def test_layers_can_share_a_pool():
     x = torch.randn(5, 10)
     gradients = []
     for layer in first, second:
-        gradients.append(torch.autograd.grad(layer(x).square().sum(), first.experts.w_up)[0])
+        gradients.append(torch.autograd.grad(layer(x).square().sum(), first.experts.weight)[0])
     (first(x).square().sum() + second(x).square().sum()).backward()
-    torch.testing.assert_close(first.experts.w_up.grad, sum(gradients))
+    torch.testing.assert_close(first.experts.weight.grad, sum(gradients))
     both = nn.ModuleList([first, second])
     assert len(list(both.parameters())) == len(list(first.parameters())) + 5
 
 
 def test_sharing_a_pool_does_not_initialise_it_again():
     first = make_layer()
-    before = first.experts.w_down.clone()
+    before = first.experts.weight.clone()
     make_layer(experts=first.experts)
-    assert torch.equal(first.experts.w_down, before)
+    assert torch.equal(first.experts.weight, before)
 
 
 def test_options_of_a_given_pool_may_be_left_out():
-    pool = peer.ExpertPool(10, num_experts=49, glu=True, activation="relu", dim_out=4)
+    pool = peer.ExpertPool(10, num_experts=49, glu=True, activation="relu")
     layer = peer.PEER(10, experts=pool, heads=2, dim_key=8)
     assert layer.num_experts == 49
-    assert layer(torch.randn(5, 10)).shape == (5, 4)
+    assert layer(torch.randn(5, 10)).shape == (5, 10)
 
 
 def test_a_router_can_be_given():
@@ -262,7 +261,6 @@ def test_router_and_pool_can_both_be_given():
 
 CONTRADICTIONS = {
     "activation": ({"activation": "silu"}, "experts", "activation='silu'.*activation='gelu'"),
-    "dim_out": ({"dim_out": 4}, "experts", "dim_out=4.*dim_out=10"),
     "glu": ({"glu": True}, "experts", "glu=True.*glu=False"),
     "sparse_grad": ({"sparse_grad": True}, "experts", "sparse_grad=True.*sparse_grad=False"),
     "number of experts": ({"num_experts": (8, 8)}, "experts", "num_experts=64.*num_experts=48"),
@@ -358,7 +356,7 @@ def test_a_copy_and_a_pickle_are_independent_and_equal(norm):
     expected = layer(x)
     for other in copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)):
         assert torch.equal(other(x), expected)
-        other.experts.w_up.data.zero_()
+        nn.init.zeros_(other.experts.weight)
         assert torch.equal(layer(x), expected)
 
 

@@ -28,8 +28,7 @@ class Layer(nn.Module):
         self.activation = activation
         self.sparse_grad = sparse_grad
         self.row_keys, self.col_keys = parameter(7, 4), parameter(6, 4)
-        self.w_down, self.w_up = parameter(42, 8), parameter(42, 5)
-        self.w_gate = parameter(42, 8) if glu else None
+        self.table = parameter(42, 3 if glu else 2, 8)
 
     def forward(self, x: Tensor) -> Tensor:
         scores, indices = torch.ops.peer.product_key_topk(
@@ -39,9 +38,7 @@ class Layer(nn.Module):
             x,
             scores.softmax(-1).flatten(1),
             indices.flatten(1),
-            self.w_down,
-            self.w_up,
-            self.w_gate,
+            self.table,
             self.activation,
             self.sparse_grad,
         )
@@ -61,9 +58,7 @@ class FunctionalLayer(Layer):
             x,
             scores.softmax(-1).view(pairs),
             indices.view(pairs),
-            self.w_down,
-            self.w_up,
-            self.w_gate,
+            self.table,
             self.activation,
             self.sparse_grad,
         )
