@@ -41,18 +41,18 @@ def seed():
     torch.manual_seed(0)
 
 
-def make_table(dtype=torch.float32, rows=ROWS, width=WIDTH):
-    return nn.Parameter(torch.randn(rows, width, dtype=torch.float64).to(dtype))
+def make_table(dtype=torch.float32, shape=(ROWS, WIDTH)):
+    return nn.Parameter(torch.randn(shape, dtype=torch.float64).to(dtype))
 
 
 def sparse(ids, values, rows=ROWS):
     ids = torch.as_tensor(ids)[None]
-    return torch.sparse_coo_tensor(ids, values, (rows, values.shape[1]), check_invariants=True)
+    return torch.sparse_coo_tensor(ids, values, (rows, *values.shape[1:]), check_invariants=True)
 
 
-def draw_gradient(dtype=torch.float32, count=10, rows=ROWS, width=WIDTH):
-    """Ids in any order, with repetitions, and never the last row."""
-    return sparse(torch.randint(rows - 1, (count,)), torch.randn(count, width).to(dtype), rows)
+def draw_gradient(dtype=torch.float32, row=(WIDTH,)):
+    """Ten ids in any order, with repetitions, and never the last row."""
+    return sparse(torch.randint(ROWS - 1, (10,)), torch.randn(10, *row).to(dtype))
 
 
 def bits(tensor):
@@ -161,7 +161,7 @@ def test_sgd_on_dense_gradients_is_torch_s(nesterov):
 @pytest.mark.parametrize("name", ["Adagrad", "Adam", "AdamW"])
 def test_at_width_one_on_dense_gradients_it_is_torch_s(name):
     # One number per row is one number per weight then.
-    table = make_table(width=1)
+    table = make_table(shape=(ROWS, 1))
     other = nn.Parameter(table.detach().clone())
     decay = 0.3 if name == "AdamW" else 0.0
     optimizers = [
@@ -230,8 +230,7 @@ def test_gradients_that_accumulate_over_micro_batches_count_as_their_sum(kind):
     pools[1](x, weights, indices).square().sum().backward()
     for pool in pools:
         make_optimizer(kind, pool.parameters()).step()
-    for a, b in zip(*(pool.parameters() for pool in pools), strict=True):
-        torch.testing.assert_close(a, b)
+    torch.testing.assert_close(pools[0].weight, pools[1].weight)
 
 
 def test_rows_without_a_gradient_keep_their_bits_and_state(kind):
@@ -264,12 +263,13 @@ def test_a_million_rows(kind):
     assert len(table.detach()[ids].unique()) == 1
 
 
-def test_strided_tables_are_updated_in_place(kind):
-    both = torch.randn(ROWS, 2, WIDTH)
+@pytest.mark.parametrize("row", [(WIDTH,), (2, WIDTH)], ids=["flat", "parts"])
+def test_strided_tables_are_updated_in_place(kind, row):
+    both = torch.randn(ROWS, 2, *row)
     before, other = both.clone(), nn.Parameter(both[:, 0].clone())
     table = nn.Parameter(both[:, 0])
     assert table.data_ptr() == both.data_ptr()
-    table.grad = draw_gradient()
+    table.grad = draw_gradient(row=row)
     other.grad = table.grad.clone()
     for each in (table, other):
         make_optimizer(kind, [each]).step()
@@ -279,12 +279,13 @@ def test_strided_tables_are_updated_in_place(kind):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("hot", [False, True], ids=["spread", "hot row"])
-def test_the_same_bits_for_any_number_of_threads(kind, dtype, hot):
+@pytest.mark.parametrize("row", [(11,), (3, 11)], ids=["flat", "parts"])
+def test_the_same_bits_for_any_number_of_threads(kind, dtype, hot, row):
     ids = torch.randint(3000, (40000,))
     if hot:
         ids[torch.rand(40000) < 0.9] = 1234
-    gradient = sparse(ids, torch.randn(40000, 11).to(dtype), 3000)
-    start, results = make_table(dtype, 3000, 11), []
+    gradient = sparse(ids, torch.randn(40000, *row).to(dtype), 3000)
+    start, results = make_table(dtype, (3000, *row)), []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
         table = nn.Parameter(start.detach().clone())
@@ -297,20 +298,92 @@ def test_the_same_bits_for_any_number_of_threads(kind, dtype, hot):
         assert_same_bits(result, results[0])
 
 
-@pytest.mark.parametrize("shape", [(5, 0), (0, 4)], ids=str)
+@pytest.mark.parametrize("shape", [(5, 0), (0, 4), (5, 2, 0), (0, 2, 4)], ids=str)
 def test_nothing_to_update(kind, shape):
     for table, gradient in (
         (nn.Parameter(torch.ones(shape)), torch.ones(shape)),
         (make_table(), sparse(torch.empty(0, dtype=torch.long), torch.ones(0, WIDTH))),
         (
             nn.Parameter(torch.ones(shape)),
-            sparse(torch.empty(0).long(), torch.ones(0, shape[1]), shape[0]),
+            sparse(torch.empty(0).long(), torch.ones(0, *shape[1:]), shape[0]),
         ),
     ):
         before = table.detach().clone()
         table.grad = gradient
         make_optimizer(kind, [table]).step()
         assert torch.equal(table, before)
+
+
+# --- parts ---------------------------------------------------------------------------------------
+
+
+def part_of(gradient, part):
+    if not gradient.is_sparse:
+        return gradient[:, part].clone()
+    return sparse(gradient._indices()[0], gradient._values()[:, part].clone())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("parts", [1, 2, 3])
+@pytest.mark.parametrize("form", ["repeated ids", "coalesced", "dense"])
+def test_parts_are_updated_as_tables_of_their_own(kind, dtype, parts, form):
+    table = make_table(dtype, (ROWS, parts, WIDTH))
+    alone = [nn.Parameter(part.clone()) for part in table.detach().unbind(1)]
+    optimizer = make_optimizer(kind, [table])
+    for_alone = make_optimizer(kind, alone)
+    for _ in range(4):
+        if form == "dense":
+            table.grad = torch.randn_like(table)
+        else:
+            table.grad = draw_gradient(dtype, (parts, WIDTH))
+        if form == "coalesced":
+            table.grad = table.grad.coalesce()
+        for part, other in enumerate(alone):
+            other.grad = part_of(table.grad, part)
+        optimizer.step()
+        for_alone.step()
+    for part, other in enumerate(alone):
+        assert_same_bits(table[:, part], other)
+        for name, value in for_alone.state[other].items():
+            whole = optimizer.state[table][name]
+            if name in ("step", "row_steps"):  # of rows, whatever their parts
+                assert torch.equal(torch.as_tensor(whole), torch.as_tensor(value))
+            else:
+                assert_same_bits(whole[:, part], value)
+
+
+@pytest.mark.parametrize("row", [(WIDTH,), (2, WIDTH), (3, WIDTH)], ids=str)
+def test_shapes_of_the_state(kind, row):
+    table = make_table(torch.bfloat16, (ROWS, *row))
+    optimizer = make_optimizer(kind, [table])
+    table.grad = draw_gradient(torch.bfloat16, row)
+    optimizer.step()
+    found = {k: v.shape for k, v in optimizer.state[table].items() if isinstance(v, Tensor)}
+    per_part, per_row = (ROWS, *row[:-1]), (ROWS,)
+    momentum = {"momentum_buffer": table.shape} if kind in ("momentum", "nesterov") else {}
+    assert found == {
+        "adagrad": {"sum_of_squares": per_part},
+        "adam": {"first_moment": table.shape, "second_moment": per_part, "row_steps": per_row},
+    }.get(kind, momentum)
+
+
+def test_a_pool_is_updated_as_its_parts_would_be(kind, glu):
+    pool = peer.ExpertPool(9, num_experts=20, glu=glu, sparse_grad=True, dtype=torch.float64)
+    alone = [nn.Parameter(part.clone()) for part in pool.weight.detach().unbind(1)]
+    optimizers = [make_optimizer(kind, pool.parameters()), make_optimizer(kind, alone)]
+    x, weights, indices = torch.randn(6, 9).double(), torch.rand(6, 4), torch.randint(20, (6, 4))
+    for _ in range(3):
+        pool(x, weights.double(), indices).square().sum().backward()
+        table = torch.stack(alone, dim=1)
+        peer.functional.expert_mlp(x, weights.double(), indices, table).square().sum().backward()
+        for part, each in zip(pool.weight.grad.to_dense().unbind(1), alone, strict=True):
+            assert_same_bits(part, each.grad)
+            each.grad = sparse(indices.unique(), each.grad[indices.unique()], 20)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    for part, each in zip(pool.weight.unbind(1), alone, strict=True):
+        assert_same_bits(part, each)
 
 
 # --- stochastic rounding -------------------------------------------------------------------------
@@ -331,6 +404,16 @@ def test_updates_below_half_a_unit_arrive_on_average(dtype):
     unit = torch.finfo(dtype).eps
     deviation = unit * math.sqrt(10 * 0.1 * 0.9 / stochastic.numel())
     assert abs(stochastic.mean() - 10 * change) < 6 * deviation
+
+
+def test_parts_of_a_row_have_random_bits_of_their_own():
+    table = nn.Parameter(torch.ones(4, 2, 500).bfloat16())
+    first = nn.Parameter(table.detach()[:, 0].clone())
+    for each in (table, first):
+        each.grad = torch.ones_like(each)
+        SGD([each], lr=1e-3).step()
+    assert not torch.equal(table[:, 0], table[:, 1])
+    assert_same_bits(table[:, 0], first)
 
 
 def test_random_bits_depend_on_seed_step_table_and_row():
@@ -373,8 +456,9 @@ def saved_and_loaded(state):
 
 @pytest.mark.parametrize("way", ["state_dict", "pickle", "deepcopy"])
 def test_resumes_bit_by_bit(kind, dtype, way):
-    gradients = [draw_gradient(dtype) for _ in range(6)]
-    start = make_table(dtype)
+    row = (2, WIDTH)
+    gradients = [draw_gradient(dtype, row) for _ in range(6)]
+    start = make_table(dtype, (ROWS, *row))
     whole, first = (nn.Parameter(start.detach().clone()) for _ in range(2))
 
     def run(table, optimizer, gradients):
@@ -424,12 +508,6 @@ def test_the_state_appears_with_the_first_step():
     table.grad = draw_gradient(torch.bfloat16)
     optimizer.step()
     assert list(optimizer.state) == [table]
-    shapes = {k: v.shape for k, v in optimizer.state[table].items() if isinstance(v, Tensor)}
-    assert shapes == {
-        "first_moment": (ROWS, WIDTH),
-        "second_moment": (ROWS,),
-        "row_steps": (ROWS,),
-    }
 
 
 def test_a_closure_is_run_with_gradients_and_its_loss_returned(kind):
@@ -482,12 +560,13 @@ def test_groups_have_options_of_their_own(kind):
 def test_named_parameters_are_taken(kind):
     pool = peer.ExpertPool(9, num_experts=20)
     optimizer = make_optimizer(kind, pool.named_parameters())
-    assert optimizer.param_groups[0]["param_names"] == ["w_down", "w_up"]
+    assert optimizer.param_groups[0]["param_names"] == ["weight"]
 
 
-@pytest.mark.parametrize("shape", [(4,), (2, 3, 4), ()], ids=str)
+@pytest.mark.parametrize("shape", [(4,), (2, 3, 4, 5), ()], ids=str)
 def test_only_tables_are_taken(kind, shape):
-    with pytest.raises(ValueError, match=r"tables of shape \[rows, width\], got "):
+    expected = r"tables of shape \[rows, width\] or \[rows, parts, width\], got "
+    with pytest.raises(ValueError, match=expected):
         make_optimizer(kind, [make_table(), nn.Parameter(torch.ones(shape))])
     optimizer = make_optimizer(kind, [make_table()])
     with pytest.raises(ValueError, match="bias"):
@@ -525,10 +604,11 @@ def test_a_bad_option_gets_a_sentence(case):
     assert len(good.param_groups) == 1
 
 
-def test_a_gradient_that_is_sparse_by_elements_is_refused(kind):
-    table = make_table()
+@pytest.mark.parametrize("shape", [(ROWS, WIDTH), (ROWS, 2, WIDTH)], ids=["flat", "parts"])
+def test_a_gradient_that_is_sparse_by_elements_is_refused(kind, shape):
+    table = make_table(shape=shape)
     before = table.detach().clone()
-    table.grad = torch.ones(ROWS, WIDTH).to_sparse()
+    table.grad = torch.ones(shape).to_sparse(2)
     with pytest.raises(ValueError, match="sparse COO gradient with one sparse dimension, got "):
         make_optimizer(kind, [table]).step()
     assert_same_bits(table, before)
@@ -537,17 +617,19 @@ def test_a_gradient_that_is_sparse_by_elements_is_refused(kind):
 # --- the operators -------------------------------------------------------------------------------
 
 
-def arguments(name, indices=..., coefficients=None, dtype=torch.float32, **changes):
+def arguments(
+    name, indices=..., coefficients=None, dtype=torch.float32, row=(WIDTH,), **changes
+):
     """The tensors and numbers of an operator, by name; `changes` replaces some."""
-    table = torch.randn(ROWS, WIDTH).to(dtype)
-    accumulation = torch.promote_types(dtype, torch.float32)
+    table = torch.randn(ROWS, *row).to(dtype)
+    second_moments = torch.ones(ROWS, *row[:-1]).to(torch.promote_types(dtype, torch.float32))
     numbers = {"weight_decay": 0.1, "lr": 0.1, "seed": 3, "step": 4, "stream": 5}
     state = {
-        "rowwise_adagrad_": {"sum_of_squares": torch.ones(ROWS, dtype=accumulation), "eps": 1e-8},
+        "rowwise_adagrad_": {"sum_of_squares": second_moments, "eps": 1e-8},
         "sgd_": {"momentum_buffer": torch.randn_like(table), "momentum": 0.5, "nesterov": True},
         "rowwise_adam_": {
             "first_moment": torch.randn_like(table),
-            "second_moment": torch.ones(ROWS, dtype=accumulation),
+            "second_moment": second_moments,
             "row_steps": torch.ones(ROWS, dtype=torch.int32),
             "beta1": 0.9,
             "beta2": 0.99,
@@ -556,7 +638,7 @@ def arguments(name, indices=..., coefficients=None, dtype=torch.float32, **chang
     }[name]
     gradient = {
         "indices": torch.randint(ROWS, (4, 3)) if indices is ... else indices,
-        "source": torch.randn(4, WIDTH),
+        "source": torch.randn(4, *row),
         "coefficients": coefficients,
     }
     return {"table": table, **state, **gradient, **numbers, **changes}
@@ -567,43 +649,48 @@ NAMES = ["rowwise_adagrad_", "sgd_", "rowwise_adam_"]
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_opcheck(name, dtype):
+@pytest.mark.parametrize("parts", [(), (2,)], ids=["flat", "parts"])
+def test_opcheck(name, dtype, parts):
     operator = getattr(torch.ops.peer, name).default
+    row = (*parts, WIDTH)
     for changes in (
-        {"coefficients": torch.randn(4, 3)},
+        {"coefficients": torch.randn(*parts, 4, 3)},
         {"indices": torch.tensor([5, 3, 5, 0]), "seed": None},
-        {"indices": None, "source": torch.randn(ROWS, WIDTH, dtype=dtype)},
+        {"indices": None, "source": torch.randn(ROWS, *row, dtype=dtype)},
     ):
-        given = arguments(name, **{"dtype": dtype, **changes})
+        given = arguments(name, **{"dtype": dtype, "row": row, **changes})
         torch.library.opcheck(operator, (), given)
 
 
 def test_opcheck_of_the_coefficients(make_expert_inputs, dtype, glu):
-    inputs = make_expert_inputs(dtype=dtype, glu=glu, dim_out=5)
+    inputs = make_expert_inputs(dtype=dtype, glu=glu)
     out, hidden, gate = torch.ops.peer.expert_mlp(*inputs, "gelu", False)
     operator = torch.ops.peer.expert_mlp_backward_coefficients.default
     torch.library.opcheck(operator, (out, *inputs, hidden, gate, "gelu"))
 
 
-def test_the_coefficients_are_those_of_the_tables_gradients(make_expert_inputs, dtype, glu):
-    inputs = make_expert_inputs(dtype=dtype, glu=glu, dim_out=5)
+def test_the_coefficients_are_those_of_the_tables_gradient(make_expert_inputs, dtype, glu):
+    inputs = make_expert_inputs(dtype=dtype, glu=glu)
     out, hidden, gate = torch.ops.peer.expert_mlp(*inputs, "gelu", False)
     grads = torch.ops.peer.expert_mlp_backward(
-        out, *inputs, hidden, gate, "gelu", False, (True,) * 5
+        out, *inputs, hidden, gate, "gelu", False, (True,) * 3
     )
-    grad_x, grad_weights, *coefficients = torch.ops.peer.expert_mlp_backward_coefficients(
+    grad_x, grad_weights, coefficients = torch.ops.peer.expert_mlp_backward_coefficients(
         out, *inputs, hidden, gate, "gelu"
     )
     assert_same_bits(grad_x, grads[0])
     assert_same_bits(grad_weights, grads[1])
-    sources = [inputs.x, out, inputs.x]
-    for expected, source, c in zip(grads[2:], sources, coefficients, strict=True):
-        if expected is None:
-            assert c.shape == (0,)
-            continue
-        # A step of length -1 from zero.
+    parts = 3 if glu else 2
+    assert coefficients.shape == (parts, *inputs.indices.shape)
+    # A step of length -1 from zero. The last part's coefficients multiply the gradient.
+    source = torch.stack([inputs.x] * (parts - 1) + [out], dim=1)
+    table = torch.zeros_like(grads[2])
+    torch.ops.peer.sgd_(table, None, inputs.indices, source, coefficients, -1.0, 0.0, False, 0.0)
+    assert_same_bits(table, grads[2])
+    for part, expected in enumerate(grads[2].unbind(1)):
+        gradient = (inputs.indices, source[:, part], coefficients[part])
         table = torch.zeros_like(expected)
-        torch.ops.peer.sgd_(table, None, inputs.indices, source, c, -1.0, 0.0, False, 0.0)
+        torch.ops.peer.sgd_(table, None, *gradient, -1.0, 0.0, False, 0.0)
         assert_same_bits(table, expected)
 
 
@@ -638,6 +725,21 @@ BAD_ARGUMENTS = {
         ValueError,
         r"expected source of shape \[\*, 9\] to match table, got \[4, 8\]",
     ),
+    "source of parts": (
+        {"source": torch.ones(4, 2, 9)},
+        ValueError,
+        r"expected source of shape \[\*, 9\] to match table, got \[4, 2, 9\]",
+    ),
+    "source without parts": (
+        {"row": (2, 9), "source": torch.ones(4, 9)},
+        ValueError,
+        r"expected source of shape \[\*, 2, 9\] to match table, got \[4, 9\]",
+    ),
+    "source of other parts": (
+        {"row": (2, 9), "source": torch.ones(4, 3, 9)},
+        ValueError,
+        r"expected source of shape \[\*, 2, 9\] to match table, got \[4, 3, 9\]",
+    ),
     "source of double": ({"source": torch.ones(4, 9).double()}, TypeError, "float64 goes with"),
     "source of integers": ({"source": torch.ones(4, 9).long()}, TypeError, "source of dtype float"),
     "source without indices": (
@@ -653,7 +755,12 @@ BAD_ARGUMENTS = {
     "coefficients of another shape": (
         {"coefficients": torch.ones(4, 2)},
         ValueError,
-        r"coefficients of indices' shape \[4, 3\], got \[4, 2\]",
+        r"coefficients of shape \[4, 3\] to match indices and table's parts, got \[4, 2\]",
+    ),
+    "coefficients of one part": (
+        {"row": (2, 9), "coefficients": torch.ones(4, 3)},
+        ValueError,
+        r"coefficients of shape \[2, 4, 3\] to match indices and table's parts, got \[4, 3\]",
     ),
     "table of columns": (
         {"table": torch.ones(9, ROWS).T},
@@ -665,7 +772,16 @@ BAD_ARGUMENTS = {
         ValueError,
         r"expected table with contiguous rows that do not overlap, got strides \[0, 1\]",
     ),
-    "table of one dimension": ({"table": torch.ones(9)}, ValueError, r"\[rows, width\], got \[9\]"),
+    "table of parts far apart": (
+        {"row": (2, 9), "table": torch.ones(ROWS, 3, 9)[:, ::2]},
+        ValueError,
+        r"expected table with contiguous rows that do not overlap, got strides \[27, 18, 1\]",
+    ),
+    "table of one dimension": (
+        {"table": torch.ones(9)},
+        ValueError,
+        r"\[rows, width\] or \[rows, parts, width\], got \[9\]",
+    ),
 }
 BAD_STATE = {
     "sum_of_squares": ("rowwise_adagrad_", torch.ones(12), r"of shape \[13\] to match table, got"),
@@ -673,6 +789,14 @@ BAD_STATE = {
     "first_moment": ("rowwise_adam_", torch.ones(13, 9).double(), "of table's dtype Float, got"),
     "second_moment": ("rowwise_adam_", torch.ones(26)[::2], r"to be contiguous, got strides \[2\]"),
     "row_steps": ("rowwise_adam_", torch.ones(13).long(), "of dtype Int, got Long"),
+}
+# Those of a table without parts, for one of two parts.
+STATE_OF_ANOTHER_KIND = {
+    "sum_of_squares": ("rowwise_adagrad_", torch.ones(13), r"of shape \[13, 2\] .* got \[13\]"),
+    "momentum_buffer": ("sgd_", torch.ones(13, 18), r"of table's shape \[13, 2, 9\], got \[13, 18\]"),
+    "first_moment": ("rowwise_adam_", torch.ones(13, 9), r"of table's shape \[13, 2, 9\], got"),
+    "second_moment": ("rowwise_adam_", torch.ones(13), r"of shape \[13, 2\] .* got \[13\]"),
+    "row_steps": ("rowwise_adam_", torch.ones(13, 2).int(), r"of shape \[13\] .* got \[13, 2\]"),
 }
 
 
@@ -705,6 +829,13 @@ def test_bad_state_is_named_and_changes_nothing(state):
     name, tensor, message = BAD_STATE[state]
     given = arguments(name, **{state: tensor})
     assert_refused_unchanged(name, given, (ValueError, TypeError), f"expected {state} {message}")
+
+
+@pytest.mark.parametrize("state", STATE_OF_ANOTHER_KIND)
+def test_state_of_another_kind_of_table_is_named_and_changes_nothing(state):
+    name, tensor, message = STATE_OF_ANOTHER_KIND[state]
+    given = arguments(name, row=(2, WIDTH), **{state: tensor})
+    assert_refused_unchanged(name, given, ValueError, f"expected {state} {message}")
 
 
 def test_momentum_needs_its_buffer():
@@ -756,11 +887,11 @@ def test_works_on_inference_tensors(name):
 # --- clipping ------------------------------------------------------------------------------------
 
 
-def dense_and_sparse(dtype=torch.float32):
-    parameters = [make_table(dtype), make_table(dtype), make_table(dtype), make_table(dtype)]
+def dense_and_sparse(row=(WIDTH,)):
+    parameters = [make_table(shape=(ROWS, *row)) for _ in range(4)]
     parameters[0].grad = torch.randn_like(parameters[0])
-    parameters[1].grad = draw_gradient(dtype)
-    parameters[2].grad = draw_gradient(dtype).coalesce()
+    parameters[1].grad = draw_gradient(row=row)
+    parameters[2].grad = draw_gradient(row=row).coalesce()
     return parameters
 
 
@@ -775,8 +906,9 @@ def densified(parameters):
 
 @pytest.mark.parametrize("norm_type", [2.0, 1.0, 3.0, math.inf])
 @pytest.mark.parametrize("max_norm", [0.5, 1e3])
-def test_clipping_equals_that_of_the_dense_gradients(norm_type, max_norm):
-    parameters = dense_and_sparse()
+@pytest.mark.parametrize("row", [(WIDTH,), (2, WIDTH)], ids=["flat", "parts"])
+def test_clipping_equals_that_of_the_dense_gradients(norm_type, max_norm, row):
+    parameters = dense_and_sparse(row)
     copies = densified(parameters)
     norm = peer.optim.clip_grad_norm_(parameters, max_norm, norm_type)
     expected = torch.nn.utils.clip_grad_norm_(copies, max_norm, norm_type)
@@ -837,22 +969,21 @@ def test_every_parameter_is_in_one_group():
     assert (experts["name"], experts["lr"], experts["weight_decay"]) == ("experts", 1e-2, 0.2)
     grouped = [id(p) for p in dense["params"] + experts["params"]]
     assert sorted(grouped) == sorted(id(p) for p in model.parameters())
-    tables = [*model[1].experts.parameters(), *model[2].experts.parameters()]
-    assert [id(p) for p in experts["params"]] == [id(p) for p in tables]
+    assert [id(p) for p in experts["params"]] == [id(model[i].experts.weight) for i in (1, 2)]
 
 
 def test_a_shared_pool_is_in_the_group_once():
     layer = make_layer()
     model = nn.Sequential(layer, make_layer(experts=layer.experts))
     _, experts = peer.param_groups(model, lr=1e-3, expert_lr=1e-2)
-    assert len(experts["params"]) == 2
+    assert len(experts["params"]) == 1
 
 
 def test_a_table_that_two_pools_share_is_in_the_group_once():
     model = nn.Sequential(make_layer(), make_layer())
-    model[1].experts.w_down = model[0].experts.w_down
+    model[1].experts.weight = model[0].experts.weight
     _, experts = peer.param_groups(model, lr=1e-3, expert_lr=1e-2)
-    assert len(experts["params"]) == 3
+    assert len(experts["params"]) == 1
 
 
 def test_frozen_parameters_are_left_out():
