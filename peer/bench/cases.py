@@ -112,7 +112,7 @@ class Case:
 
     @property
     def table_bytes(self) -> int:
-        """Bytes of both tables."""
+        """Bytes of the table."""
         return 2 * self.num_experts * self.dim * self.itemsize
 
     def describe(self) -> str:

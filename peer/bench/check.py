@@ -121,46 +121,60 @@ def _rows_of(gradient: Tensor, rows: Tensor) -> Tensor:
 class _ExactExperts:
     """The experts of some tokens in float64, and the gradients of their rows."""
 
-    def __init__(self, ids: Tensor, w_down: Tensor, w_up: Tensor) -> None:
+    def __init__(self, ids: Tensor, shared: Shared) -> None:
         self.rows, self.places = ids.unique(return_inverse=True)
-        self.down = w_down.detach()[self.rows].double().requires_grad_()
-        self.up = w_up.detach()[self.rows].double().requires_grad_()
+        self.shared = shared
+        self.table = self.rows_of_table().double().requires_grad_()
 
     def __call__(self, x: Tensor, weights: Tensor) -> Tensor:
-        return peer.reference.expert_mlp(x, weights, self.places, self.down, self.up)
+        return peer.reference.expert_mlp(x, weights, self.places, self.table)
 
-    def compare(self, gradients: tuple[Tensor | None, Tensor | None], tolerance: float) -> None:
-        for name, got, exact in zip(
-            ("w_down", "w_up"), gradients, (self.down, self.up), strict=True
-        ):
-            if got is None:
-                raise WrongResultError(f"there is no gradient of {name}")
-            assert exact.grad is not None
-            _compare(f"gradient of {name}", _rows_of(got, self.rows), exact.grad, tolerance)
+    def rows_of_table(self) -> Tensor:
+        """As they are now."""
+        return self.shared.weight.detach()[self.rows]
+
+    def gradients(self) -> list[tuple[str, Tensor]]:
+        """Of the parts, which must have been computed."""
+        assert self.table.grad is not None
+        return list(zip(("w_down", "w_up"), self.table.grad.unbind(1), strict=True))
+
+    def compare(self, tolerance: float) -> None:
+        """The gradient of the shared table, or those of its parts as tables of their own."""
+        if self.shared.weight.grad is not None:
+            parts = list(_rows_of(self.shared.weight.grad, self.rows).unbind(1))
+        else:
+            parts = []
+            for name in ("w_down", "w_up"):
+                gradient = getattr(self.shared, name).grad
+                if gradient is None:
+                    raise WrongResultError(f"there is no gradient of {name}")
+                parts.append(_rows_of(gradient, self.rows))
+        for (name, exact), got in zip(self.gradients(), parts, strict=True):
+            _compare(f"gradient of {name}", got, exact, tolerance)
 
 
 def _check_experts(work: ExpertsWork) -> None:
     shared, tolerance = work.shared, TOLERANCES[work.shared.table_dtype]
     some = _some_tokens(shared)
-    x, weights, ids, w_down, w_up = work.arguments(0)
-    exact = _ExactExperts(ids[some], w_down, w_up)
+    x, weights, ids, *tables = work.arguments(0)
+    exact = _ExactExperts(ids[some], shared)
     exact_x, exact_weights = (
         value.detach()[some].double().requires_grad_() for value in (x, weights)
     )
     expected = exact(exact_x, exact_weights)
     with torch.set_grad_enabled(work.mode == "experts-backward"):
-        out = work.experts(x, weights, ids, w_down, w_up)
+        out = work.experts(x, weights, ids, *tables)
     _compare("output", out.detach()[some], expected.detach(), tolerance)
     if work.mode == "experts-forward":
         return
-    before = _table_rows(work, exact)
+    before = exact.rows_of_table()
     out.backward(_masked(shared.grad_out, some))
     expected.backward(shared.grad_out[some].double())
     for name, leaf, exact_leaf in (("x", x, exact_x), ("weights", weights, exact_weights)):
         assert leaf.grad is not None
         assert exact_leaf.grad is not None
         _compare(f"gradient of {name}", leaf.grad[some], exact_leaf.grad, tolerance)
-    _check_tables(work, exact, before, tolerance)
+    _check_table(work, exact, before, tolerance)
 
 
 def _exact_pairs(query: Tensor, row_keys: Tensor, col_keys: Tensor, k: int) -> Tensor:
@@ -226,40 +240,33 @@ def _check_layer(work: LayerWork, layer: Layer, call: Any) -> None:
     _check_choice(shared, query.detach(), layer.row_keys, layer.col_keys, chosen[some])
     weights = _exact_scores(query, layer.row_keys, layer.col_keys, chosen[some]).softmax(-1)
     used = (chosen if ids is None else ids)[some]
-    exact = _ExactExperts(used, shared.w_down, shared.w_up)
+    exact = _ExactExperts(used, shared)
     expected = exact(exact_x[some], weights)
     _compare("output", out.detach()[some], expected.detach(), tolerance)
     if not learns:
         return
-    before = _table_rows(work, exact)
+    before = exact.rows_of_table()
     out.backward(_masked(shared.grad_out, some))
     expected.backward(shared.grad_out[some].double())
     assert x.grad is not None
     assert exact_x.grad is not None
     _compare("gradient of x", x.grad, exact_x.grad, tolerance)
-    _check_tables(work, exact, before, tolerance)
+    _check_table(work, exact, before, tolerance)
     with torch.no_grad():
         for parameter, value in kept.items():
             parameter.copy_(value)
 
 
-def _table_rows(work: Work, exact: _ExactExperts) -> list[Tensor]:
-    tables = (work.shared.w_down, work.shared.w_up)
-    return [table.detach()[exact.rows] for table in tables]
-
-
-def _check_tables(work: Work, exact: _ExactExperts, before: list[Tensor], tolerance: float) -> None:
-    """After a backward pass: the tables' gradients or their update, which is then undone."""
-    shared = work.shared
+def _check_table(work: Work, exact: _ExactExperts, before: Tensor, tolerance: float) -> None:
+    """After a backward pass: the table's gradient or its update, which is then undone."""
     # Torch's optimizers are taken on trust, after the right gradients.
     is_row_wise = any(_is_row_wise(optimizer) for optimizer in work.optimizers)
-    if not is_row_wise or shared.w_down.grad is not None:
-        exact.compare((shared.w_down.grad, shared.w_up.grad), tolerance)
+    if not is_row_wise or work.shared.weight.grad is not None:
+        exact.compare(tolerance)
     if is_row_wise:
         _check_step(work, exact, before, tolerance)
     with torch.no_grad():
-        for table, rows in zip((shared.w_down, shared.w_up), before, strict=True):
-            table[exact.rows] = rows
+        work.shared.weight[exact.rows] = before
 
 
 def _keep_small_parameters(work: LayerWork) -> dict[Tensor, Tensor]:
@@ -267,22 +274,20 @@ def _keep_small_parameters(work: LayerWork) -> dict[Tensor, Tensor]:
     return {parameter: parameter.detach().clone() for parameter in routers}
 
 
-def _check_step(work: Work, exact: _ExactExperts, before: list[Tensor], tolerance: float) -> None:
+def _check_step(work: Work, exact: _ExactExperts, before: Tensor, tolerance: float) -> None:
     """Row-wise Adagrad from zero: w - lr · g / sqrt(mean(g²))."""
     for optimizer in work.optimizers:
         optimizer.step()
-    tables = (work.shared.w_down, work.shared.w_up)
-    for name, table, old, leaf in zip(
-        ("w_down", "w_up"), tables, before, (exact.down, exact.up), strict=True
+    changes = (exact.rows_of_table().double() - before.double()).unbind(1)
+    for (name, gradient), old, got in zip(
+        exact.gradients(), before.unbind(1), changes, strict=True
     ):
-        assert leaf.grad is not None
-        scale = leaf.grad.square().mean(-1, keepdim=True).sqrt() + 1e-10
-        lr = TABLE_LEARNING_RATE * STEP_SCALES[table.dtype]
-        change = -lr * leaf.grad / scale
+        scale = gradient.square().mean(-1, keepdim=True).sqrt() + 1e-10
+        lr = TABLE_LEARNING_RATE * STEP_SCALES[old.dtype]
+        change = -lr * gradient / scale
         # The sum of row and change becomes one of the two numbers beside it, by chance in 16 bits.
         # In the root mean square that is off by half their distance or less.
-        spacing = 0.5 * torch.finfo(table.dtype).eps * float(old.double().norm() / change.norm())
-        got = table.detach()[exact.rows].double() - old.double()
+        spacing = 0.5 * torch.finfo(old.dtype).eps * float(old.double().norm() / change.norm())
         _compare(f"step of {name}", got, change, tolerance + spacing)
 
 

@@ -7,6 +7,7 @@ what its router computes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -80,7 +81,7 @@ class OurLayer(NormedLayer):
             device="meta",
             dtype=shared.dtype,
         )
-        layer.experts.w_down, layer.experts.w_up = shared.w_down, shared.w_up
+        layer.experts.weight = shared.weight
         layer.router.query.weight = router.query_weight
         layer.router.norm = self.norm
         layer.router.row_keys, layer.router.col_keys = router.row_keys, router.col_keys
@@ -104,10 +105,12 @@ class OurLayer(NormedLayer):
 class PlainLayer(NormedLayer):
     """The same layer in plain PyTorch, with one of the spellings of its experts."""
 
-    def __init__(self, shared: Shared, router: Router, experts: Experts) -> None:
+    def __init__(
+        self, shared: Shared, router: Router, experts: Experts, tables: Sequence[nn.Parameter]
+    ) -> None:
         super().__init__(shared, router)
         self.query_weight = router.query_weight
-        self.w_down, self.w_up = shared.w_down, shared.w_up
+        self.tables = nn.ParameterList(tables)
         self.heads, self.dim_key, self.k = shared.case.heads, shared.case.dim_key, shared.case.k
         self.experts = experts
 
@@ -117,7 +120,7 @@ class PlainLayer(NormedLayer):
         scores, chosen = retrieve(query, self.row_keys, self.col_keys, self.k)
         weights = scores.softmax(-1).flatten(-2)
         used = (chosen if ids is None else ids).flatten(-2)
-        return self.experts(x, weights, used, self.w_down, self.w_up), chosen
+        return self.experts(x, weights, used, *self.tables), chosen
 
 
 class PublishedLayer(Layer):

@@ -49,16 +49,16 @@ def drop_kept_gradients() -> None:
     """Makes peer give back the freed memory of sparse gradients that it keeps for the next ones.
 
     Kept blocks are resident, so a call that uses them again would seem to need nothing. Peer keeps
-    the six that were freed last: some of about 2 MiB, its smallest, push the large ones out.
+    the five that were freed last: some of about 2 MiB, its smallest, push the large ones out.
     """
-    rows, width = 2100, 256
+    rows, width = 1050, 256
     ids = torch.arange(rows).view(21, -1)
-    x, weights, table = torch.ones(21, width), torch.ones(ids.shape), torch.ones(rows, width)
-    tables = table.requires_grad_(), table.detach().clone().requires_grad_()
+    x, weights = torch.ones(21, width), torch.ones(ids.shape)
+    table = torch.ones(rows, 2, width, requires_grad=True)
     held = []
-    for _ in range(4):
-        out = peer.functional.expert_mlp(x, weights, ids, *tables, sparse_grad=True)
-        held.append(torch.autograd.grad(out.sum(), tables))
+    for _ in range(6):
+        out = peer.functional.expert_mlp(x, weights, ids, table, sparse_grad=True)
+        held.append(torch.autograd.grad(out.sum(), table))
 
 
 def measure_peak(call: Callable[[], object]) -> int | None:

@@ -15,7 +15,7 @@ from peer.bench import traffic
 from peer.bench.cases import Case
 from peer.bench.layers import DenseLayer, OurLayer, PlainLayer, PublishedLayer
 from peer.bench.shared import Shared
-from peer.bench.spellings import EXPERTS, project, retrieve, route, select
+from peer.bench.spellings import EXPERTS, OF_TWO_TABLES, project, retrieve, route, select
 from peer.bench.works import (
     ExpertsWork,
     FusedExpertsWork,
@@ -123,7 +123,12 @@ class Ours(Provider):
         if mode in EXPERTS_ALONE:
             experts = functools.partial(peer.functional.expert_mlp, sparse_grad=sparse)
             return ExpertsWork(
-                shared, distribution, mode, experts, weights_dtype=shared.weights.dtype
+                shared,
+                distribution,
+                mode,
+                experts,
+                [shared.weight],
+                weights_dtype=shared.weights.dtype,
             )
         layers = [OurLayer(shared, router, sparse_grad=sparse) for router in shared.routers]
         if mode == "optimizer":
@@ -131,7 +136,7 @@ class Ours(Provider):
         return LayerWork(shared, distribution, mode, layers, self.make_optimizers)
 
     def make_optimizers(self, layer: nn.Module) -> tuple[Sequence[Stepper], Callable[[], None]]:
-        """Row-wise Adagrad for the tables, fused AdamW for the rest."""
+        """Row-wise Adagrad for the table, fused AdamW for the rest."""
         optimizers = _row_wise(layer)
         return optimizers, _nothing
 
@@ -179,7 +184,7 @@ class OursDense(Ours):
 
 
 class OursFused(Ours):
-    """peer with the tables' update fused into the backward pass."""
+    """peer with the table's update fused into the backward pass."""
 
     name = "peer-fused"
     modes: ClassVar[tuple[str, ...]] = ("step", "experts-backward")
@@ -206,7 +211,7 @@ class OursFused(Ours):
 
 
 def _pool(shared: Shared) -> peer.ExpertPool:
-    """A pool that holds the shared tables."""
+    """A pool that holds the shared table."""
     pool = peer.ExpertPool(
         shared.case.dim,
         num_experts=shared.case.num_experts,
@@ -215,7 +220,7 @@ def _pool(shared: Shared) -> peer.ExpertPool:
         device="meta",
         dtype=shared.table_dtype,
     )
-    pool.w_down, pool.w_up = shared.w_down, shared.w_up
+    pool.weight = shared.weight
     return pool
 
 
@@ -242,14 +247,16 @@ class OursInGraph(Ours):
 
 
 def _dense_adam(layer: nn.Module) -> tuple[Sequence[Stepper], Callable[[], None]]:
-    return [torch.optim.Adam(layer.parameters(), lr=LEARNING_RATE, fused=True)], _nothing
+    # Where memory is not contiguous, Torch's fused Adam computes something else.
+    fused = all(parameter.is_contiguous() for parameter in layer.parameters())
+    return [torch.optim.Adam(layer.parameters(), lr=LEARNING_RATE, fused=fused)], _nothing
 
 
 def _sparse_adam(layer: nn.Module) -> tuple[Sequence[Stepper], Callable[[], None]]:
     assert isinstance(layer, PlainLayer)
-    tables = [layer.w_down, layer.w_up]
+    tables = list(layer.tables)
     others = [p for p in layer.parameters() if all(p is not table for table in tables)]
-    eps = 1e-4 if layer.w_down.dtype == torch.float16 else 1e-8  # 1e-8 is 0 in float16
+    eps = 1e-4 if tables[0].dtype == torch.float16 else 1e-8  # 1e-8 is 0 in float16
     optimizers: list[Stepper] = [
         torch.optim.SparseAdam(tables, lr=LEARNING_RATE, eps=eps),
         torch.optim.AdamW(others, lr=LEARNING_RATE, fused=True),
@@ -281,15 +288,17 @@ class Plain(Provider):
             chosen = compile_whole(select) if self.compiled else select
             return SelectionWork(shared, distribution, chosen, from_scores=True)
         experts = EXPERTS[spelling]
+        parts = [shared.w_down, shared.w_up]
+        tables = parts if spelling in OF_TWO_TABLES else [shared.weight]
         if mode in EXPERTS_ALONE:
-            return ExpertsWork(shared, distribution, mode, experts, self.compiled)
-        layers = [PlainLayer(shared, router, experts) for router in shared.routers]
+            return ExpertsWork(shared, distribution, mode, experts, tables, self.compiled)
+        layers = [PlainLayer(shared, router, experts, tables) for router in shared.routers]
         optimizers = _sparse_adam if "sparse" in spelling else _dense_adam
         kind = OptimizerWork if mode == "optimizer" else LayerWork
         return kind(shared, distribution, mode, layers, optimizers, self.compiled)
 
     def temporary_bytes(self, case: Case, mode: str, spelling: str = "") -> int:
-        """Gathered rows of both tables, their gradients, the tables' gradients and moments."""
+        """Gathered rows of the table, their gradients, the table's gradient and moments."""
         gathered = case.tokens * case.per_token * case.dim * case.itemsize
         scores = 2 * case.root + 3 * case.k**2
         total = _routing_temporary_bytes(case) + 12 * case.tokens * case.heads * scores
@@ -357,7 +366,7 @@ class Published(Plain):
         return ("",)
 
     def build(self, shared: Shared, distribution: str, mode: str, spelling: str) -> Work:
-        """Its layer, on the shared tables."""
+        """Its layer, on the parts of the shared table."""
         layers = [PublishedLayer(shared, router) for router in shared.routers]
         return LayerWork(shared, distribution, mode, layers, _dense_adam)
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 __all__ = [
     "EXPERTS",
+    "OF_TWO_TABLES",
     "Experts",
     "gather_and_einsum",
     "project",
@@ -18,8 +19,8 @@ __all__ = [
     "select",
 ]
 
-# x (T, D), weights and ids (T, P), tables (N, D) -> (T, D).
-Experts = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+# x (T, D), weights and ids (T, P), and the table (N, 2, D), or as two tables (N, D) -> (T, D).
+Experts = Callable[..., Tensor]
 
 
 def select(row_scores: Tensor, col_scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -53,20 +54,18 @@ def route(
     return retrieve(query, row_keys, col_keys, k)
 
 
-def gather_and_einsum(
-    x: Tensor, weights: Tensor, ids: Tensor, w_down: Tensor, w_up: Tensor
-) -> Tensor:
-    """Gathers the rows of both tables and contracts them."""
-    hidden = F.gelu(torch.einsum("td,tpd->tp", x, w_down[ids].to(x.dtype)))
-    return torch.einsum("tp,tpd->td", weights * hidden, w_up[ids].to(x.dtype))
+def gather_and_einsum(x: Tensor, weights: Tensor, ids: Tensor, table: Tensor) -> Tensor:
+    """Gathers the rows of the table and contracts them."""
+    down, up = table[ids].to(x.dtype).unbind(-2)
+    hidden = F.gelu(torch.einsum("td,tpd->tp", x, down))
+    return torch.einsum("tp,tpd->td", weights * hidden, up)
 
 
-def multiply_and_sum(
-    x: Tensor, weights: Tensor, ids: Tensor, w_down: Tensor, w_up: Tensor
-) -> Tensor:
+def multiply_and_sum(x: Tensor, weights: Tensor, ids: Tensor, table: Tensor) -> Tensor:
     """Products and sums, which a compiler can fuse with the gather."""
-    hidden = F.gelu((x.unsqueeze(1) * w_down[ids]).sum(-1))
-    return ((weights * hidden).unsqueeze(-1) * w_up[ids]).sum(1)
+    down, up = table[ids].unbind(-2)
+    hidden = F.gelu((x.unsqueeze(1) * down).sum(-1))
+    return ((weights * hidden).unsqueeze(-1) * up).sum(1)
 
 
 def bags(x: Tensor, weights: Tensor, ids: Tensor, w_down: Tensor, w_up: Tensor) -> Tensor:
@@ -92,3 +91,6 @@ EXPERTS: dict[str, Experts] = {
     "bags": bags,
     "bags, sparse": sparse_bags,
 }
+
+# Those that take two tables.
+OF_TWO_TABLES = ("bags", "bags, sparse")

@@ -2,9 +2,9 @@
 
 With T tokens, P = H · K experts per token, U distinct experts among them, N experts, s bytes per
 element (of the tables; elsewhere of the activations, see `Case.activation_dtype`), R = C = √N keys
-per half, and tables of width D:
+per half, and experts of width D:
 
-    experts-forward   T·P·2D·s                         the rows of both tables, read
+    experts-forward   T·P·2D·s                         the rows of the table, read
     experts-backward  T·P·2D·s + G·2D·s                read again; G rows of gradients written,
                                                        U if they are sparse, N if dense, 0 if fused,
                                                        where the optimizer's bytes come in

@@ -230,6 +230,7 @@ class ExpertsWork(Work):
         distribution: of the ids.
         mode: of the two.
         experts: a spelling of them.
+        tables: that it takes.
         compiled: whether to compile it.
         weights_dtype: as the provider's router gives them, by default the activations'.
     """
@@ -240,11 +241,13 @@ class ExpertsWork(Work):
         distribution: str,
         mode: str,
         experts: Experts,
+        tables: Sequence[Tensor],
         compiled: bool = False,
         weights_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(shared, distribution)
         self.mode = mode
+        self.tables = tables
         self.experts: Any = compile_whole(experts) if compiled else experts
         self.weights = shared.weights.flatten(-2).to(weights_dtype or shared.dtype)
         self._inputs: tuple[Tensor, ...] = ()
@@ -258,7 +261,7 @@ class ExpertsWork(Work):
         x, weights = shared.x[index % shared.inputs], self.weights
         if self.mode == "experts-backward":
             x, weights = x.detach().requires_grad_(), weights.detach().requires_grad_()
-        return x, weights, ids.flatten(-2), shared.w_down, shared.w_up
+        return x, weights, ids.flatten(-2), *self.tables
 
     def prepare(self, index: int) -> None:
         """For the backward pass, runs forward."""
@@ -282,12 +285,12 @@ class ExpertsWork(Work):
 
 
 class FusedExpertsWork(ExpertsWork):
-    """The backward pass of a pool with the update of its tables in it: "experts-backward".
+    """The backward pass of a pool with the update of its table in it: "experts-backward".
 
     Args:
         shared: of the case.
         distribution: of the ids.
-        pool: with the shared tables.
+        pool: with the shared table.
         make_optimizers: fuses an update into the backward pass of the pool.
     """
 
@@ -299,14 +302,18 @@ class FusedExpertsWork(ExpertsWork):
         make_optimizers: Optimizers,
     ) -> None:
         super().__init__(
-            shared, distribution, "experts-backward", self._apply, weights_dtype=torch.float32
+            shared,
+            distribution,
+            "experts-backward",
+            self._apply,
+            [shared.weight],
+            weights_dtype=torch.float32,
         )
         self.pool = pool
         self.make_optimizers = make_optimizers
 
-    def _apply(self, x: Tensor, weights: Tensor, ids: Tensor, w_down: Tensor, w_up: Tensor) -> Any:
-        assert w_down is self.pool.w_down
-        assert w_up is self.pool.w_up
+    def _apply(self, x: Tensor, weights: Tensor, ids: Tensor, table: Tensor) -> Any:
+        assert table is self.pool.weight
         return self.pool(x, weights, ids)
 
     def open(self) -> None:
