@@ -153,14 +153,14 @@ def _check_experts(work: ExpertsWork) -> None:
     _compare("output", out.detach()[some], expected.detach(), tolerance)
     if work.mode == "experts-forward":
         return
-    before = _table_rows(work, exact)
-    out.backward(_masked(shared.grad_out, some))
-    expected.backward(shared.grad_out[some].double())
-    for name, leaf, exact_leaf in (("x", x, exact_x), ("weights", weights, exact_weights)):
-        assert leaf.grad is not None
-        assert exact_leaf.grad is not None
-        _compare(f"gradient of {name}", leaf.grad[some], exact_leaf.grad, tolerance)
-    _check_tables(work, exact, before, tolerance)
+    with _restored(work, exact.rows) as before:
+        out.backward(_masked(shared.grad_out, some))
+        expected.backward(shared.grad_out[some].double())
+        for name, leaf, exact_leaf in (("x", x, exact_x), ("weights", weights, exact_weights)):
+            assert leaf.grad is not None
+            assert exact_leaf.grad is not None
+            _compare(f"gradient of {name}", leaf.grad[some], exact_leaf.grad, tolerance)
+        _check_tables(work, exact, before, tolerance)
 
 
 def _exact_pairs(query: Tensor, row_keys: Tensor, col_keys: Tensor, k: int) -> Tensor:
@@ -221,7 +221,6 @@ def _check_layer(work: LayerWork, layer: Layer, call: Any) -> None:
     exact_x = x.detach().double().requires_grad_(learns)
     query = layer.exact_queries(exact_x)[some]
     with torch.set_grad_enabled(learns):
-        kept = _keep_small_parameters(work) if learns else {}
         out, chosen = call(x, ids)
     _check_choice(shared, query.detach(), layer.row_keys, layer.col_keys, chosen[some])
     weights = _exact_scores(query, layer.row_keys, layer.col_keys, chosen[some]).softmax(-1)
@@ -231,25 +230,37 @@ def _check_layer(work: LayerWork, layer: Layer, call: Any) -> None:
     _compare("output", out.detach()[some], expected.detach(), tolerance)
     if not learns:
         return
-    before = _table_rows(work, exact)
-    out.backward(_masked(shared.grad_out, some))
-    expected.backward(shared.grad_out[some].double())
-    assert x.grad is not None
-    assert exact_x.grad is not None
-    _compare("gradient of x", x.grad, exact_x.grad, tolerance)
-    _check_tables(work, exact, before, tolerance)
-    with torch.no_grad():
-        for parameter, value in kept.items():
-            parameter.copy_(value)
+    with _restored(work, exact.rows) as before:
+        out.backward(_masked(shared.grad_out, some))
+        expected.backward(shared.grad_out[some].double())
+        assert x.grad is not None
+        assert exact_x.grad is not None
+        _compare("gradient of x", x.grad, exact_x.grad, tolerance)
+        _check_tables(work, exact, before, tolerance)
 
 
-def _table_rows(work: Work, exact: _ExactExperts) -> list[Tensor]:
-    tables = (work.shared.w_down, work.shared.w_up)
-    return [table.detach()[exact.rows] for table in tables]
+@contextlib.contextmanager
+def _restored(work: Work, rows: Tensor) -> Iterator[list[Tensor]]:
+    """Puts the routers and some rows of both tables back, also after a wrong step.
+
+    The providers that come next share them. Yields the rows of each table.
+    """
+    shared = work.shared
+    tables = (shared.w_down, shared.w_up)
+    before = [table.detach()[rows] for table in tables]
+    kept = {p: p.detach().clone() for router in shared.routers for p in router.parameters()}
+    try:
+        yield before
+    finally:
+        with torch.no_grad():
+            for table, values in zip(tables, before, strict=True):
+                table[rows] = values
+            for parameter, value in kept.items():
+                parameter.copy_(value)
 
 
 def _check_tables(work: Work, exact: _ExactExperts, before: list[Tensor], tolerance: float) -> None:
-    """After a backward pass: the tables' gradients or their update, which is then undone."""
+    """After a backward pass: the tables' gradients or their update."""
     shared = work.shared
     # Torch's optimizers are taken on trust, after the right gradients.
     is_row_wise = any(_is_row_wise(optimizer) for optimizer in work.optimizers)
@@ -257,14 +268,6 @@ def _check_tables(work: Work, exact: _ExactExperts, before: list[Tensor], tolera
         exact.compare((shared.w_down.grad, shared.w_up.grad), tolerance)
     if is_row_wise:
         _check_step(work, exact, before, tolerance)
-    with torch.no_grad():
-        for table, rows in zip((shared.w_down, shared.w_up), before, strict=True):
-            table[exact.rows] = rows
-
-
-def _keep_small_parameters(work: LayerWork) -> dict[Tensor, Tensor]:
-    routers = [p for router in work.shared.routers for p in router.parameters()]
-    return {parameter: parameter.detach().clone() for parameter in routers}
 
 
 def _check_step(work: Work, exact: _ExactExperts, before: list[Tensor], tolerance: float) -> None:
