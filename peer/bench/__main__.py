@@ -13,15 +13,15 @@ import torch
 
 from peer.bench import rows as csv_rows
 from peer.bench.cases import DEVICES, DTYPES, MODES, PRESETS, list_plans
-from peer.bench.check import WrongResultError
 from peer.bench.distributions import parse_exponent
+from peer.bench.failures import Failure
 from peer.bench.machine import ASSUMED_GPU, MachineError, Sizes, open_machine
 from peer.bench.memory import HEADROOM
 from peer.bench.providers import PROVIDERS
 from peer.bench.rows import HUGE_PAGES, uses_huge_pages
 from peer.bench.run import Listing, Options, list_entries, run_plans
-from peer.bench.targets import evaluate
-from peer.bench.timing import Settings
+from peer.bench.targets import TARGET_PRESETS, evaluate, evaluate_runs
+from peer.bench.timing import SETTINGS, Settings
 
 __all__ = ["main"]
 
@@ -60,16 +60,29 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--dtype", help=f"out of {', '.join(DTYPES)}")
     add("--threads", help="of torch; default: as many as it chooses")
     add("--csv", type=Path, help="file to append rows to, as they are measured")
-    add("--rounds", type=int, default=7, help="turns of each provider; slow ones take 3")
-    add("--min-time", type=float, default=0.2, help="seconds of a turn, at least")
+    add(
+        "--rounds", type=int, help=f"turns of each provider; slow ones take 3; {_default('rounds')}"
+    )
+    add("--min-time", type=float, help=f"seconds of a turn, at least; {_default('min_time')}")
     add("--stream-mib", type=int, help="size of the buffer that bandwidth is measured on")
     add("--max-memory", type=float, help="GiB to use at most; default: all but 2 GiB of the rest")
     add("--huge-pages", action="store_true", help=f"{HUGE_PAGES}=1: large tensors on huge pages")
     add("--device", choices=list(DEVICES), default="cpu", help="where to measure")
     add("--dry-run", action="store_true", help="list what would run, and allocate nothing")
+    add(
+        "--targets",
+        type=Path,
+        nargs="+",
+        metavar="CSV",
+        help="measure nothing; print which targets the rows of these files meet, of each the last "
+        "run that measured it",
+    )
     options = parser.parse_args(arguments)
     if options.preset is None:
         options.preset = DEFAULTS[options.device]
+    for name in ("rounds", "min_time"):
+        if getattr(options, name) is None:
+            setattr(options, name, getattr(SETTINGS[options.device], name))
     if options.device != "cpu":
         for name in ("threads", "huge_pages"):
             if getattr(options, name):
@@ -90,8 +103,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return options
 
 
+def _default(name: str) -> str:
+    cpu, cuda = (getattr(SETTINGS[device], name) for device in DEVICES)
+    return f"default: {cpu}, with --device cuda {cuda}"
+
+
 def _names(text: str | None, known: object, option: str) -> tuple[str, ...]:
-    names = tuple(text.split(",")) if text else ()
+    names = tuple(dict.fromkeys(text.split(","))) if text else ()
     for name in names:
         if name not in known:  # type: ignore[operator]
             raise ValueError(f"{option} takes names out of {', '.join(known)}, got {name}")  # type: ignore[arg-type]
@@ -99,7 +117,7 @@ def _names(text: str | None, known: object, option: str) -> tuple[str, ...]:
 
 
 def _distributions(text: str | None) -> tuple[str, ...]:
-    names = tuple(text.split(",")) if text else ()
+    names = tuple(dict.fromkeys(text.split(","))) if text else ()
     for name in names:
         parse_exponent(name)
     return names
@@ -115,11 +133,21 @@ def _sizes(options: argparse.Namespace) -> dict[str, tuple[int | str, ...]]:
     return sizes
 
 
+def _sizes_of_all_plans(options: argparse.Namespace) -> dict[str, int]:
+    """The numbers that the command line gives in place of the preset's."""
+    return {
+        name: values[0]
+        for name, values in _sizes(options).items()
+        if len(values) == 1 and isinstance(values[0], int)
+    }
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Runs a preset.
 
     Returns:
-        The exit status: 1 for a wrong provider, 2 where something is missing, 130 after Ctrl-C.
+        The exit status: 1 if a provider was wrong or failed, 2 where something is missing, 130
+        after Ctrl-C.
     """
     options = parse(arguments)
     try:
@@ -133,6 +161,15 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     # A pipe or a file has no width of its own; tables are for reading there too.
     console = Console() if sys.stdout.isatty() else Console(width=160)
+    if options.targets:
+        try:
+            found = [row for path in options.targets for row in csv_rows.read(path)]
+        except (OSError, ValueError) as error:
+            print(f"peer.bench: {error}", file=sys.stderr)
+            return 2
+        for device in sorted({row.device for row in found}):
+            console.print(report.make_targets_table(evaluate_runs(found, device)))
+        return 0
     memory = None if options.max_memory is None else round(options.max_memory * GIB)
     try:
         machine = open_machine(options.device)
@@ -161,21 +198,38 @@ def main(arguments: list[str] | None = None) -> int:
         machine=machine,
     )
     display = report.Display(console, count_turns(listings, options.rounds))
+    failures: list[tuple[str, Failure]] = []
+
+    def fail(what: str, failure: Failure) -> None:
+        failures.append((what, failure))
+
     try:
         with display.shown():
-            rows = run_plans(options.plans, run, display.show_row, display.advance)
-    except WrongResultError as error:
-        print(f"wrong result: {error}", file=sys.stderr)
-        return 1
+            rows = run_plans(options.plans, run, display.show_row, display.advance, fail)
     except KeyboardInterrupt:
+        print_failures(failures)
         print("\nStopped; rows that were measured are kept.", file=sys.stderr)
         return 130
     console.print(report.make_rows_table(rows))
-    if options.preset in ("targets", "cuda-targets"):
-        console.print(report.make_targets_table(evaluate(rows, options.device)))
+    if options.preset in TARGET_PRESETS:
+        verdicts = evaluate(rows, options.device, _sizes_of_all_plans(options))
+        console.print(report.make_targets_table(verdicts))
+    status = 1 if failures else 0
     if options.preset == "targets" and torch.ops.peer.cpu_capability() == "avx512":
-        console.print(report.make_rows_table(measure_as("avx2", options)))
-    return 0
+        others, other_status = measure_as("avx2", options)
+        console.print(report.make_rows_table(others))
+        status = status or other_status
+    print_failures(failures)
+    return status
+
+
+def print_failures(failures: list[tuple[str, Failure]]) -> None:
+    """What was wrong or failed, on stderr: tracebacks, then a line each."""
+    for what, failure in failures:
+        if failure.traceback:
+            print(f"{what}:\n{failure.traceback}", file=sys.stderr)
+    for what, failure in failures:
+        print(f"{what}: {failure.reason}", file=sys.stderr)
 
 
 def describe_assumed(sizes: Sizes, memory: int | None) -> str:
@@ -196,8 +250,8 @@ def count_turns(listings: list[Listing], rounds: int) -> int:
     return len(listings) * (rounds + 2)
 
 
-def measure_as(capability: str, options: argparse.Namespace) -> list[csv_rows.Row]:
-    """Rows of the preset `capability` from a process that runs the kernels of another one."""
+def measure_as(capability: str, options: argparse.Namespace) -> tuple[list[csv_rows.Row], int]:
+    """Rows of the preset `capability` and the exit status of a process that runs other kernels."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rows.csv"
         command = [sys.executable, "-m", "peer.bench", "--preset", "capability"]
@@ -206,11 +260,11 @@ def measure_as(capability: str, options: argparse.Namespace) -> list[csv_rows.Ro
             if (value := getattr(options, name)) is not None:
                 command += [f"--{name.replace('_', '-')}", str(value)]
         environment = {**os.environ, CAPABILITY: capability}
-        subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, check=False)
+        run = subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, check=False)
         rows = csv_rows.read(path) if path.exists() else []
     if options.csv is not None:
         csv_rows.append(rows, options.csv)
-    return rows
+    return rows, run.returncode
 
 
 if __name__ == "__main__":

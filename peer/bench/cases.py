@@ -189,26 +189,27 @@ def _stages() -> list[Plan]:
 
 
 def _cuda_targets() -> list[Plan]:
-    plans = []
-    one_pass = ("experts-forward", "routing", "retrieval")
-    everyone = (*OURS, "eager", "embedding_bag", "compiled", "PEER-pytorch", "dense-4d")
-    # What is not in bfloat16 is for information.
-    for dtype in ("bfloat16", "float32"):
-        case = canonical(tokens=8192, dim=1024, dtype=dtype)
-        plans += [
-            Plan(case, (*one_pass, "backward", "experts-backward", "step"), everyone),
-            Plan(
-                case,
-                ("experts-forward", "experts-backward", "step"),
-                OURS,
-                ("uniform", "zipf:1.0"),
-            ),
-        ]
-    for dtype in ("bfloat16", "float32"):
-        case = canonical(tokens=1, dim=1024, dtype=dtype, routers=32)
-        contestants = ("peer", "peer-graph", "eager", "dense-4d")
-        plans.append(Plan(case, ("forward",), contestants, ("router",)))
-    return plans
+    case = canonical(tokens=8192, dim=1024, dtype="bfloat16")
+    one_token = replace(case, tokens=1, routers=32)
+    modes = ("experts-forward", "routing", "retrieval", "backward", "experts-backward", "step")
+    with_zipf = ("experts-forward", "experts-backward", "step")
+    return [
+        Plan(case, modes, (*OURS, "eager", "dense-4d")),
+        Plan(case, with_zipf, OURS, ("uniform", "zipf:1.0")),
+        Plan(one_token, ("forward",), ("peer", "peer-graph", "eager", "dense-4d"), ("router",)),
+    ]
+
+
+def _cuda_compiled() -> list[Plan]:
+    half, single = (
+        canonical(tokens=8192, dim=1024, dtype=dtype) for dtype in ("bfloat16", "float32")
+    )
+    by_dtype = ("routing", "experts-backward", "step")
+    return [
+        Plan(half, ("experts-forward", "backward"), ("peer", "compiled")),
+        Plan(half, by_dtype, OURS),
+        Plan(single, ("experts-forward", *by_dtype), OURS),
+    ]
 
 
 def _capability() -> list[Plan]:
@@ -250,6 +251,7 @@ def _distributions() -> list[Plan]:
 PRESETS: dict[str, Callable[[], list[Plan]]] = {
     "targets": _targets,
     "cuda-targets": _cuda_targets,
+    "cuda-compiled": _cuda_compiled,
     "quick": _quick,
     "stages": _stages,
     "capability": _capability,
@@ -266,7 +268,13 @@ PRESETS: dict[str, Callable[[], list[Plan]]] = {
 }
 
 # Presets that mean something on one device only.
-ONLY_ON = {"targets": "cpu", "capability": "cpu", "sweep-threads": "cpu", "cuda-targets": "cuda"}
+ONLY_ON = {
+    "targets": "cpu",
+    "capability": "cpu",
+    "sweep-threads": "cpu",
+    "cuda-targets": "cuda",
+    "cuda-compiled": "cuda",
+}
 
 
 def list_plans(
@@ -285,7 +293,8 @@ def list_plans(
         modes: instead of the preset's.
         providers: instead of the preset's.
         distributions: instead of the preset's.
-        sizes: fields of `Case` with one value or several each; cases are their combinations.
+        sizes: fields of `Case` with one value or several each; cases are their combinations. A
+            plan for one token, whose latency it is about, keeps its number of tokens.
         device: of all cases, by default the preset's, which is "cpu" for most.
 
     Returns:
@@ -303,6 +312,8 @@ def list_plans(
         for values in product(*(sizes or {}).values()):
             changes = dict(zip(names, values, strict=True))
             changes["device"] = device or own or "cpu"
+            if plan.case.tokens == 1:
+                changes.pop("tokens", None)
             plans[
                 Plan(
                     replace(plan.case, **changes),  # type: ignore[arg-type]

@@ -167,14 +167,14 @@ def _check_experts(work: ExpertsWork) -> None:
     _compare("output", out.detach()[some], expected.detach(), tolerance)
     if work.mode == "experts-forward":
         return
-    before = exact.rows_of_table()
-    out.backward(_masked(shared.grad_out, some))
-    expected.backward(shared.grad_out[some].double())
-    for name, leaf, exact_leaf in (("x", x, exact_x), ("weights", weights, exact_weights)):
-        assert leaf.grad is not None
-        assert exact_leaf.grad is not None
-        _compare(f"gradient of {name}", leaf.grad[some], exact_leaf.grad, tolerance)
-    _check_table(work, exact, before, tolerance)
+    with _restored(work, exact) as before:
+        out.backward(_masked(shared.grad_out, some))
+        expected.backward(shared.grad_out[some].double())
+        for name, leaf, exact_leaf in (("x", x, exact_x), ("weights", weights, exact_weights)):
+            assert leaf.grad is not None
+            assert exact_leaf.grad is not None
+            _compare(f"gradient of {name}", leaf.grad[some], exact_leaf.grad, tolerance)
+        _check_table(work, exact, before, tolerance)
 
 
 def _exact_pairs(query: Tensor, row_keys: Tensor, col_keys: Tensor, k: int) -> Tensor:
@@ -235,7 +235,6 @@ def _check_layer(work: LayerWork, layer: Layer, call: Any) -> None:
     exact_x = x.detach().double().requires_grad_(learns)
     query = layer.exact_queries(exact_x)[some]
     with torch.set_grad_enabled(learns):
-        kept = _keep_small_parameters(work) if learns else {}
         out, chosen = call(x, ids)
     _check_choice(shared, query.detach(), layer.row_keys, layer.col_keys, chosen[some])
     weights = _exact_scores(query, layer.row_keys, layer.col_keys, chosen[some]).softmax(-1)
@@ -245,33 +244,41 @@ def _check_layer(work: LayerWork, layer: Layer, call: Any) -> None:
     _compare("output", out.detach()[some], expected.detach(), tolerance)
     if not learns:
         return
+    with _restored(work, exact) as before:
+        out.backward(_masked(shared.grad_out, some))
+        expected.backward(shared.grad_out[some].double())
+        assert x.grad is not None
+        assert exact_x.grad is not None
+        _compare("gradient of x", x.grad, exact_x.grad, tolerance)
+        _check_table(work, exact, before, tolerance)
+
+
+@contextlib.contextmanager
+def _restored(work: Work, exact: _ExactExperts) -> Iterator[Tensor]:
+    """Puts the routers and some rows of the table back, also after a wrong step.
+
+    The providers that come next share them. Yields the rows.
+    """
+    shared = work.shared
     before = exact.rows_of_table()
-    out.backward(_masked(shared.grad_out, some))
-    expected.backward(shared.grad_out[some].double())
-    assert x.grad is not None
-    assert exact_x.grad is not None
-    _compare("gradient of x", x.grad, exact_x.grad, tolerance)
-    _check_table(work, exact, before, tolerance)
-    with torch.no_grad():
-        for parameter, value in kept.items():
-            parameter.copy_(value)
+    kept = {p: p.detach().clone() for router in shared.routers for p in router.parameters()}
+    try:
+        yield before
+    finally:
+        with torch.no_grad():
+            shared.weight[exact.rows] = before
+            for parameter, value in kept.items():
+                parameter.copy_(value)
 
 
 def _check_table(work: Work, exact: _ExactExperts, before: Tensor, tolerance: float) -> None:
-    """After a backward pass: the table's gradient or its update, which is then undone."""
+    """After a backward pass: the table's gradient or its update."""
     # Torch's optimizers are taken on trust, after the right gradients.
     is_row_wise = any(_is_row_wise(optimizer) for optimizer in work.optimizers)
     if not is_row_wise or work.shared.weight.grad is not None:
         exact.compare(tolerance)
     if is_row_wise:
         _check_step(work, exact, before, tolerance)
-    with torch.no_grad():
-        work.shared.weight[exact.rows] = before
-
-
-def _keep_small_parameters(work: LayerWork) -> dict[Tensor, Tensor]:
-    routers = [p for router in work.shared.routers for p in router.parameters()]
-    return {parameter: parameter.detach().clone() for parameter in routers}
 
 
 def _check_step(work: Work, exact: _ExactExperts, before: Tensor, tolerance: float) -> None:

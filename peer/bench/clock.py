@@ -1,7 +1,8 @@
 """How calls are timed: by the wall, or by events that a GPU records between its work.
 
-A clock takes the calls of one turn, `start()` before and `stop()` after each, and says in the end
-how long they took together. What happens between a stop and the next start is not counted.
+A clock takes the calls of one turn, `start()` before and `stop()` after each, or before the first
+and after the last of calls that run back to back. It says in the end how long they took together.
+What happens between a stop and the next start is not counted.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ class Event(Protocol):
 
 
 class EventClock:
-    """Time that passes on a GPU between two events that are queued around each call.
+    """Time that passes on a GPU between two events, queued around each call or around many.
 
     Nothing waits between the calls, so the work of a turn is queued back to back, as in training.
     Where the host queues more slowly than the GPU works, the GPU reaches the first event early and

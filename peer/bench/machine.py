@@ -63,11 +63,13 @@ class Machine(ABC):
         kind: "cpu" or "cuda", the `device` of cases and rows.
         device: of all tensors.
         warm_up_calls: calls at the start of a turn that are not timed.
+        is_lost: whether a failure made it useless to this process.
     """
 
     kind: ClassVar[str]
     warm_up_calls: ClassVar[int]
     device: torch.device
+    is_lost: bool = False
 
     @property
     @abstractmethod
@@ -91,6 +93,10 @@ class Machine(ABC):
     @abstractmethod
     def release(self) -> None:
         """Collects garbage and returns freed memory to the system."""
+
+    def recover(self) -> None:
+        """After a failed call: frees what it left, or finds that the machine is lost."""
+        self.release()
 
     @abstractmethod
     def measure_peak(self, call: Callable[[], object]) -> int | None:
@@ -211,6 +217,14 @@ class Cuda(Machine):
         """Empties torch's cache of freed memory."""
         gc.collect()
         torch.cuda.empty_cache()
+
+    def recover(self) -> None:
+        """After some errors, such as an illegal address, CUDA refuses all further work."""
+        try:
+            torch.cuda.synchronize(self.device)
+            self.release()
+        except RuntimeError:
+            self.is_lost = True
 
     def measure_peak(self, call: Callable[[], object]) -> int:
         """Of what tensors take; what torch's allocator holds beyond that does not count."""

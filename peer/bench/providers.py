@@ -241,9 +241,16 @@ class OursInGraph(Ours):
         return None if case.device == "cuda" else "a CUDA graph needs --device cuda"
 
     def build(self, shared: Shared, distribution: str, mode: str, spelling: str) -> Work:
-        """The layers of `Ours`."""
-        layers = [OurLayer(shared, router, sparse_grad=True) for router in shared.routers]
+        """The layers of `Ours`; a single router gets a graph for each input."""
+        routers = shared.routers
+        if len(routers) == 1:
+            routers = routers * shared.inputs
+        layers = [OurLayer(shared, router, sparse_grad=True) for router in routers]
         return GraphWork(shared, distribution, mode, layers, self.make_optimizers)
+
+    def temporary_bytes(self, case: Case, mode: str, spelling: str = "") -> int:
+        """Each graph has memory of its own. With many tokens and one router, there are four."""
+        return max(case.routers, 4) * super().temporary_bytes(case, mode)
 
 
 def _dense_adam(layer: nn.Module) -> tuple[Sequence[Stepper], Callable[[], None]]:

@@ -10,6 +10,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 from peer.bench.rows import Row
 from peer.bench.run import Listing
@@ -98,7 +99,8 @@ def make_rows_table(rows: list[Row]) -> Group:
             case = (row.case, row.capability)
             tables.append(_make_table(f"{row.case.describe()}, {row.capability}", ROW_COLUMNS))
         name = f"{row.provider} {row.spelling}".strip()
-        if len(spellings[_key(row)]) > 1 and row.median_s == best.get(_key(row)):
+        is_best = row.median_s is not None and row.median_s == best[_key(row)]
+        if is_best and len(spellings[_key(row)]) > 1:
             name += " *"
         share = "" if row.stream_share is None else f"{100 * row.stream_share:.0f} %"
         tables[-1].add_row(
@@ -111,7 +113,7 @@ def make_rows_table(rows: list[Row]) -> Group:
             _number(row.gb_per_s),
             share,
             _gib(row.peak_bytes),
-            row.skipped,
+            Text(row.skipped),
         )
     return Group(*tables)
 
@@ -143,13 +145,15 @@ def _key(row: Row) -> tuple[object, ...]:
 
 def make_targets_table(verdicts: list[Verdict]) -> Table:
     """Targets with what was measured."""
+    have_bounds = any(verdict.target.bound is not None for verdict in verdicts)
+    title = "targets" if have_bounds else "targets at other sizes, for which there are no bounds"
     columns = {"": "left", "D": "right", "target": "right", "measured": "right"}
-    table = _make_table("targets", {**columns, "met": "left", "from": "left"})
+    table = _make_table(title, {**columns, "met": "left", "from": "left"})
     for verdict in verdicts:
         target = verdict.target
         measured = "" if verdict.measured is None else format_number(verdict.measured, target.unit)
         met = {True: "[green]yes[/green]", False: "[red]no[/red]", None: ""}[verdict.is_met]
-        table.add_row(target.text, str(target.dim), str(target), measured, met, verdict.note)
+        table.add_row(target.text, str(target.dim), str(target), measured, met, Text(verdict.note))
     return table
 
 

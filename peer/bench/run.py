@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -11,7 +12,8 @@ import torch
 
 from peer.bench import rows
 from peer.bench.cases import Case, Plan
-from peer.bench.check import WrongResultError, check
+from peer.bench.check import check
+from peer.bench.failures import Failure, attempt
 from peer.bench.machine import CPU, Machine
 from peer.bench.memory import HEADROOM
 from peer.bench.providers import CHOICE, PROVIDERS
@@ -57,6 +59,18 @@ class Listing:
     distribution: str
     estimate: int
     skipped: str = ""
+
+
+def describe(listing: Listing) -> str:
+    """An entry in one line."""
+    words = [listing.provider, listing.spelling, listing.mode]
+    name = " ".join(filter(None, words))
+    return f"{name}, {listing.distribution}, {listing.case.describe()}"
+
+
+def is_warm(listing: Listing) -> bool:
+    """Whether even slow turns start with calls that are not timed: those make optimizer states."""
+    return listing.mode == "step"
 
 
 def estimate_case(case: Case, cache: int | None = None) -> int:
@@ -107,23 +121,25 @@ def run_plans(
     options: Options,
     on_row: Callable[[Row], None],
     on_progress: Callable[[str, int], None],
+    on_failure: Callable[[str, Failure], None],
 ) -> list[Row]:
     """Measures plans one after the other.
+
+    A provider that is wrong, that raises an exception or that needs too much memory gets a row
+    without a time, and the run goes on.
 
     Args:
         plans: the plans.
         options: of the run.
         on_row: called with each row once it is written.
         on_progress: called with what goes on and how many turns of `count_turns` are done.
+        on_failure: called with what failed and why; not where only memory is short.
 
     Returns:
         All rows.
-
-    Raises:
-        WrongResultError: a provider does not compute what it should.
     """
     start = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    run = _Run(options, start, on_row, on_progress)
+    run = _Run(options, start, on_row, on_progress, on_failure)
     threads = torch.get_num_threads()
     try:
         for plan in plans:
@@ -140,42 +156,48 @@ class _Run:
         start: str,
         on_row: Callable[[Row], None],
         on_progress: Callable[[str, int], None],
+        on_failure: Callable[[str, Failure], None],
     ) -> None:
         self.options = options
         self.start = start
         self.on_row = on_row
         self.on_progress = on_progress
+        self.on_failure = on_failure
         self.rows: list[Row] = []
         self.machine = options.machine
         self.processor = self.machine.processor
         self.capability = self.machine.capability
+        self.cache = self.machine.last_level_cache
         self.threads = torch.get_num_threads()
         self.stream: tuple[int, Bandwidth] | None = None
+        self.pending: list[Listing] = []  # of the current plan; without a row so far
 
     def measure(self, plan: Plan) -> None:
         """One case: its providers that fit, mode by mode."""
         torch.set_num_threads(plan.case.threads or self.threads)
-        stream = self._stream(plan.case.threads or self.threads)
-        self.machine.release()
-        memory = self.options.memory
-        if memory is None:
-            memory = self.machine.available() - HEADROOM
-        listed = list(list_entries(plan, memory, self.machine.last_level_cache))
-        for listing in listed:
+        stream = attempt(
+            self.machine,
+            functools.partial(self._stream, plan.case.threads or self.threads),
+            when="when the bandwidth was measured",
+        )
+        self.pending = list(list_entries(plan, self._limit(), self.cache))
+        for listing in list(self.pending):
             if listing.skipped:
-                self._write(self._row(listing))
-                self.on_progress(f"{listing.provider} skipped", self.options.settings.rounds + 2)
-        listed = [listing for listing in listed if not listing.skipped]
-        if not listed:
+                self._skip(listing, listing.skipped)
+        if not self.pending:
             return
-        self.on_progress(f"tables: {plan.case.describe()}", 0)
-        shared = Shared(plan.case, plan.distributions, machine=self.machine)
-        for mode in plan.modes:
-            if any(listing.provider == "compiled" for listing in listed):
-                torch.compiler.reset()  # so that no earlier mode counts against its limits
-            self._measure_mode([li for li in listed if li.mode == mode], shared, stream)
-        del shared
-        self.machine.release()
+        if isinstance(stream, Failure):
+            self._give_up(plan, stream)
+        else:
+            measured = attempt(
+                self.machine,
+                functools.partial(self._measure_case, plan, stream),
+                when="when the tensors of the case were made",
+            )
+            if isinstance(measured, Failure):
+                self._give_up(plan, measured)
+        if not self.machine.is_lost:
+            self.machine.release()
 
     def _stream(self, threads: int) -> Bandwidth:
         if self.stream is None or self.stream[0] != threads:
@@ -183,58 +205,58 @@ class _Run:
             self.stream = (threads, self.machine.make_stream(self.options.stream_size))
         return self.stream[1]
 
+    def _limit(self) -> int:
+        """Bytes that a plan may use."""
+        if self.machine.is_lost:
+            return 2**63  # nothing runs: memory is no reason
+        self.machine.release()
+        if self.options.memory is not None:
+            return self.options.memory
+        return self.machine.available() - HEADROOM
+
+    def _measure_case(self, plan: Plan, stream: Bandwidth) -> None:
+        self.on_progress(f"tables: {plan.case.describe()}", 0)
+        shared = Shared(plan.case, plan.distributions, machine=self.machine)
+        compiles = any(listing.provider == "compiled" for listing in self.pending)
+        for mode in plan.modes:
+            if compiles:
+                torch.compiler.reset()  # so that no earlier mode counts against its limits
+            listed = [listing for listing in self.pending if listing.mode == mode]
+            self._measure_mode(listed, shared, stream)
+
     def _measure_mode(self, listed: list[Listing], shared: Shared, stream: Bandwidth) -> None:
-        if not listed:
-            return
-        mode, warm = listed[0].mode, listed[0].mode == "step"
-        measured: list[Listing] = []
-        entries: list[Entry] = []
+        entries: dict[Listing, Entry] = {}
         for listing in listed:
-            entry = self._begin(listing, shared, warm)
-            if entry is None:
-                self.machine.release()
-                tried = replace(listing, skipped="does not fit: out of memory when it was tried")
-                self._write(self._row(tried))
-                self.on_progress(f"{listing.provider} skipped", self.options.settings.rounds + 2)
+            entry = attempt(self.machine, functools.partial(self._begin, listing, shared))
+            if isinstance(entry, Failure):
+                self._report(describe(listing), entry)
+                self._skip(listing, entry.reason)
             else:
-                measured.append(listing)
-                entries.append(entry)
+                entries[listing] = entry
         if not entries:
             return
 
         def advance(name: str) -> None:
-            self.on_progress(f"{name} {mode}, {shared.case.describe()}", 1)
+            self.on_progress(f"{name} {listed[0].mode}, {shared.case.describe()}", 1)
 
-        speeds = measure_rounds(entries, self.options.settings, stream, warm, advance)
-        bandwidth = sorted(speeds)[len(speeds) // 2]
-        for listing, entry in zip(measured, entries, strict=True):
-            provider = PROVIDERS[listing.provider]
-            size = provider.algorithmic_bytes(
-                listing.case,
-                listing.mode,
-                listing.spelling,
-                shared.count_distinct(listing.distribution),
-            )
-            speed = gigabytes_per_second(size, entry.median)
-            self._write(
-                replace(
-                    self._row(listing),
-                    median_s=entry.median,
-                    min_s=min(entry.seconds),
-                    max_s=max(entry.seconds),
-                    rounds=len(entry.seconds),
-                    calls=entry.calls,
-                    bytes=size,
-                    gb_per_s=speed,
-                    stream_gb_per_s=bandwidth,
-                    stream_formula=stream.formula,
-                    stream_share=speed / bandwidth,
-                    peak_bytes=entry.peak,
-                )
-            )
+        speeds = measure_rounds(
+            list(entries.values()),
+            self.options.settings,
+            stream,
+            self.machine,
+            is_warm(listed[0]),
+            advance,
+        )
+        for listing, entry in entries.items():
+            if entry.failure is None:
+                bandwidth = sorted(speeds)[len(speeds) // 2]
+                self._write(listing, self._timed_row(listing, entry, bandwidth, stream.formula))
+            else:
+                self._report(describe(listing), entry.failure)
+                self._write(listing, replace(self._row(listing), skipped=entry.failure.reason))
 
-    def _begin(self, listing: Listing, shared: Shared, warm: bool) -> Entry | None:
-        """Checks an entry and measures it once; None if a GPU had too little memory after all."""
+    def _begin(self, listing: Listing, shared: Shared) -> Entry:
+        """Checks an entry and measures it once."""
         name = " ".join(filter(None, (listing.provider, listing.spelling, listing.mode)))
         self.on_progress(f"checking {name}", 0)
         provider = PROVIDERS[listing.provider]
@@ -245,18 +267,51 @@ class _Run:
             check(work)
             work.close()
             self.on_progress(f"peak memory of {name}", 0)
-            measure_first(entry, warm)
-        except WrongResultError as error:
-            raise WrongResultError(
-                f"{name}, {listing.distribution}, {listing.case.describe()}: {error}"
-            ) from None
-        except torch.OutOfMemoryError:
-            return None
+            measure_first(entry, is_warm(listing))
         finally:
             work.finish()
             work.close()
+        entry.bytes = provider.algorithmic_bytes(
+            listing.case,
+            listing.mode,
+            listing.spelling,
+            shared.count_distinct(listing.distribution),
+        )
         self.on_progress(f"measured {name} once", 2)
         return entry
+
+    def _give_up(self, plan: Plan, failure: Failure) -> None:
+        """Rows for all that have none so far."""
+        self._report(plan.case.describe(), failure)
+        for listing in list(self.pending):
+            self._skip(listing, failure.reason)
+
+    def _report(self, what: str, failure: Failure) -> None:
+        if failure.is_error:
+            self.on_failure(what, failure)
+
+    def _skip(self, listing: Listing, reason: str) -> None:
+        self._write(listing, replace(self._row(listing), skipped=reason))
+        self.on_progress(f"{listing.provider} skipped", self.options.settings.rounds + 2)
+
+    def _timed_row(
+        self, listing: Listing, entry: Entry, bandwidth: float, stream_formula: str
+    ) -> Row:
+        speed = gigabytes_per_second(entry.bytes, entry.median)
+        return replace(
+            self._row(listing),
+            median_s=entry.median,
+            min_s=min(entry.seconds),
+            max_s=max(entry.seconds),
+            rounds=len(entry.seconds),
+            calls=entry.calls,
+            bytes=entry.bytes,
+            gb_per_s=speed,
+            stream_gb_per_s=bandwidth,
+            stream_formula=stream_formula,
+            stream_share=speed / bandwidth,
+            peak_bytes=entry.peak,
+        )
 
     def _row(self, listing: Listing) -> Row:
         sizes = {f.name: getattr(listing.case, f.name) for f in fields(Case)}
@@ -270,13 +325,13 @@ class _Run:
             spelling=listing.spelling,
             distribution=listing.distribution,
             huge_pages=int(rows.uses_huge_pages()),
-            skipped=listing.skipped,
             capability=self.capability,
             processor=self.processor,
             **sizes,
         )
 
-    def _write(self, row: Row) -> None:
+    def _write(self, listing: Listing, row: Row) -> None:
+        self.pending.remove(listing)
         self.rows.append(row)
         if self.options.csv is not None:
             rows.append([row], self.options.csv)

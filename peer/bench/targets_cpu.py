@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from peer.bench import traffic
-from peer.bench.verdicts import OURS, Part, RunRows, Target, Verdict, ratio
+from peer.bench.verdicts import OURS, USUAL, Part, RunRows, Target, Verdict, ratio, why_not
 
 __all__ = ["CPU_TARGETS", "CPU_USUAL"]
 
@@ -14,7 +14,7 @@ DIMS = (512, 1024)
 LATENCY = "one token, layer forward, time minus its bytes at stream bandwidth"
 PLAIN = ("eager", "compiled")
 
-CPU_USUAL: dict[str, object] = {"tokens": 1024, "dtype": "float32"}
+CPU_USUAL: dict[str, object] = {**USUAL, "tokens": 1024, "dtype": "float32"}
 
 
 def _experts_forward(run: RunRows) -> Iterator[Verdict]:
@@ -22,13 +22,12 @@ def _experts_forward(run: RunRows) -> Iterator[Verdict]:
         target = Target("experts forward / best compiled spelling", dim, bound, True)
         ours = run.best(("peer",), mode="experts-forward", dim=dim)
         theirs = run.best(("compiled",), mode="experts-forward", dim=dim)
-        why = run.why_not(("peer", "compiled"), mode="experts-forward", dim=dim)
-        yield ratio(target, theirs, ours, why)
+        yield ratio(target, theirs, ours)
     for dim, bound in zip(DIMS, (0.50, 0.62), strict=True):
         target = Target("experts forward, share of stream bandwidth", dim, bound, True, "%")
         ours = run.best(("peer",), mode="experts-forward", dim=dim)
-        if ours is None or ours.gb_per_s is None:
-            yield Verdict(target, None, run.why_not(("peer",), mode="experts-forward", dim=dim))
+        if isinstance(ours, str) or ours.gb_per_s is None:
+            yield Verdict(target, None, why_not(ours))
         else:
             note = f"{ours.gb_per_s:.1f} of {ours.stream_gb_per_s:.1f} GB/s"
             yield Verdict(target, ours.stream_share, note)
@@ -42,18 +41,16 @@ def _against_plain(run: RunRows) -> Iterator[Verdict]:
     )
     for text, mode, ours, theirs, bounds in comparisons:
         for dim, bound in zip(DIMS, bounds, strict=True):
-            why = run.why_not((*theirs, *ours), mode=mode, dim=dim)
             target = Target(text, dim, bound, True)
             slow = run.best(theirs, mode=mode, dim=dim)
-            yield ratio(target, slow, run.best(ours, mode=mode, dim=dim), why)
+            yield ratio(target, slow, run.best(ours, mode=mode, dim=dim))
 
 
 def _against_dense(run: RunRows) -> Iterator[Verdict]:
     for dim, bound in zip(DIMS, (1.6, 1.0), strict=True):
         target = Target("training step, time over the dense 4·D layer's", dim, bound, False)
         ours = run.best(OURS, mode="step", dim=dim)
-        dense = run.best(("dense-4d",), mode="step", dim=dim)
-        yield ratio(target, ours, dense, run.why_not((*OURS, "dense-4d"), mode="step"))
+        yield ratio(target, ours, run.best(("dense-4d",), mode="step", dim=dim))
 
 
 def _memory(run: RunRows) -> Iterator[Verdict]:
@@ -64,23 +61,18 @@ def _memory(run: RunRows) -> Iterator[Verdict]:
         for dim, bound in zip(DIMS, bounds, strict=True):
             target = Target(text, dim, bound, False, "GiB")
             row = run.best((provider,), mode="step", dim=dim)
-            if row is None or row.peak_bytes is None:
-                yield Verdict(target, None, run.why_not((provider,), mode="step", dim=dim))
+            if isinstance(row, str) or row.peak_bytes is None:
+                yield Verdict(target, None, why_not(row))
             else:
                 yield Verdict(target, row.peak_bytes / GIB)
 
 
 def _growth(run: RunRows) -> Iterator[Verdict]:
     target = Target("training step, N = 2^22 over N = 2^16", 256, 1.5, False)
-    small, large = (
-        {name: run.best((name,), mode="step", dim=256, num_experts=count) for name in OURS}
-        for count in (2**16, 2**22)
-    )
+    large = run.best(OURS, mode="step", dim=256, num_experts=2**22)
     # The same provider at both ends: the one that is faster at the large one.
-    name = min(
-        OURS, key=lambda n: row.median_s or 0.0 if (row := large[n]) is not None else float("inf")
-    )
-    yield ratio(target, large[name], small[name], run.why_not(OURS, mode="step", dim=256))
+    names = OURS if isinstance(large, str) else (large.provider,)
+    yield ratio(target, large, run.best(names, mode="step", dim=256, num_experts=2**16))
 
 
 def _skew(run: RunRows) -> Iterator[Verdict]:
@@ -89,15 +81,14 @@ def _skew(run: RunRows) -> Iterator[Verdict]:
             target = Target(f"Zipf(1.0) over uniform, {mode}", dim, 1.0, False)
             wanted = {"mode": mode, "dim": dim}
             zipf = run.best(("peer",), distribution="zipf:1.0", **wanted)
-            uniform = run.last("peer", **wanted)
-            yield ratio(target, zipf, uniform, run.why_not(("peer",), mode=mode, dim=dim))
+            yield ratio(target, zipf, run.last("peer", **wanted))
 
 
 def _latency(run: RunRows) -> Iterator[Verdict]:
     row = run.best(("peer",), mode="forward", tokens=1, distribution="router")
     target = Target(LATENCY, 512, 60e-6, False, "µs")
-    if row is None or row.median_s is None or not row.stream_gb_per_s:
-        yield Verdict(target, None, run.why_not(("peer",), mode="forward", tokens=1))
+    if isinstance(row, str) or not row.median_s or not row.stream_gb_per_s:
+        yield Verdict(target, None, why_not(row))
         return
     case = row.case
     size = traffic.router_bytes(case)
@@ -112,15 +103,14 @@ def _reported(run: RunRows) -> Iterator[Verdict]:
     wide = {"mode": "experts-forward", "dim": 4096, "num_experts": 512**2}
     single = run.best(("peer",), **wide)
     half = run.best(("peer",), dtype="bfloat16", **wide)
-    yield ratio(target, single, half, run.why_not(("peer",), **wide))
+    yield ratio(target, single, half)
     for mode in ("experts-forward", "step"):
         for dim in DIMS:
             target = Target(f"bfloat16 over float32, {mode}", dim, None, True)
             ours = ("peer",) if mode == "experts-forward" else OURS
             wanted = {"mode": mode, "dim": dim}
-            why = run.why_not(ours, dtype="bfloat16", **wanted)
             half = run.best(ours, dtype="bfloat16", **wanted)
-            yield ratio(target, run.best(ours, **wanted), half, why)
+            yield ratio(target, run.best(ours, **wanted), half)
 
 
 CPU_TARGETS: tuple[Part, ...] = (

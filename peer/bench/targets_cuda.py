@@ -5,21 +5,31 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from peer.bench.rows import Row
-from peer.bench.verdicts import OURS, Part, RunRows, Target, Verdict, describe, ratio
+from peer.bench.verdicts import (
+    OURS,
+    USUAL,
+    Part,
+    RunRows,
+    Target,
+    Verdict,
+    describe,
+    ratio,
+    why_not,
+)
 
 __all__ = ["CUDA_TARGETS", "CUDA_USUAL"]
 
 DIM = 1024
 GIB = 2**30
 
-CUDA_USUAL: dict[str, object] = {"tokens": 8192, "dtype": "bfloat16", "dim": DIM}
+CUDA_USUAL: dict[str, object] = {**USUAL, "tokens": 8192, "dtype": "bfloat16", "dim": DIM}
 
 
 def _bandwidth(run: RunRows) -> Iterator[Verdict]:
     target = Target("experts forward, share of copy bandwidth", DIM, 0.85, True, "%")
     row = run.best(("peer",), mode="experts-forward")
-    if row is None or row.gb_per_s is None:
-        yield Verdict(target, None, run.why_not(("peer",), mode="experts-forward"))
+    if isinstance(row, str) or row.gb_per_s is None:
+        yield Verdict(target, None, why_not(row))
     else:
         note = f"{row.gb_per_s:.0f} of {row.stream_gb_per_s:.0f} GB/s, {_time(row)}"
         yield Verdict(target, row.stream_share, note)
@@ -39,8 +49,8 @@ def _times(run: RunRows) -> Iterator[Verdict]:
     ):
         target = Target(text, DIM, bound, False, "ms")
         row = run.best(providers, mode=mode)
-        if row is None:
-            yield Verdict(target, None, run.why_not(providers, mode=mode))
+        if isinstance(row, str):
+            yield Verdict(target, None, row)
         else:
             yield Verdict(target, row.median_s, describe(row))
 
@@ -53,15 +63,18 @@ def _against_others(run: RunRows) -> Iterator[Verdict]:
         ("training step / eager einsum with fused dense Adam", 8, "eager", OURS, "step"),
     ):
         target = Target(text, DIM, bound, True)
-        slow, fast = run.best((theirs,), mode=mode), run.best(ours, mode=mode)
-        yield ratio(target, slow, fast, run.why_not((theirs, *ours), mode=mode))
+        yield ratio(target, run.best((theirs,), mode=mode), run.best(ours, mode=mode))
 
 
 def _memory(run: RunRows) -> Iterator[Verdict]:
     target = Target("peak memory of that eager step over peer's", DIM, 20, True)
     theirs, ours = run.best(("eager",), mode="step"), run.best(OURS, mode="step")
-    if theirs is None or ours is None or theirs.peak_bytes is None or not ours.peak_bytes:
-        yield Verdict(target, None, run.why_not(("eager", *OURS), mode="step"))
+    if (
+        isinstance(theirs, str)
+        or isinstance(ours, str)
+        or not (theirs.peak_bytes and ours.peak_bytes)
+    ):
+        yield Verdict(target, None, why_not(theirs, ours))
         return
     note = ", ".join(f"{describe(r)} {(r.peak_bytes or 0) / GIB:.3f} GiB" for r in (theirs, ours))
     yield Verdict(target, theirs.peak_bytes / ours.peak_bytes, note)
@@ -72,19 +85,19 @@ def _skew(run: RunRows) -> Iterator[Verdict]:
         for provider in OURS if mode != "experts-forward" else ("peer",):
             target = Target(f"Zipf(1.0) over uniform, {provider} {mode}", DIM, 1.0, False)
             zipf = run.best((provider,), mode=mode, distribution="zipf:1.0")
-            uniform = run.last(provider, mode=mode)
-            yield ratio(target, zipf, uniform, run.why_not((provider,), mode=mode))
+            yield ratio(target, zipf, run.last(provider, mode=mode))
 
 
 def _latency(run: RunRows) -> Iterator[Verdict]:
     target = Target("one token, layer forward in a CUDA graph", DIM, 15e-6, False, "µs")
     wanted = {"mode": "forward", "tokens": 1, "distribution": "router"}
     row = run.best(("peer-graph",), **wanted)
-    if row is None:
-        yield Verdict(target, None, run.why_not(("peer-graph",), mode="forward", tokens=1))
+    if isinstance(row, str):
+        yield Verdict(target, None, row)
         return
     eager = run.best(("peer",), **wanted)
-    yield Verdict(target, row.median_s, "" if eager is None else f"without a graph {_time(eager)}")
+    note = "" if isinstance(eager, str) else f"without a graph {_time(eager)}"
+    yield Verdict(target, row.median_s, note)
 
 
 def _reported(run: RunRows) -> Iterator[Verdict]:
@@ -96,8 +109,7 @@ def _reported(run: RunRows) -> Iterator[Verdict]:
     ):
         target = Target(f"bfloat16 over float32, {mode}", DIM, None, True)
         single = run.best(providers, mode=mode, dtype="float32")
-        half = run.best(providers, mode=mode)
-        yield ratio(target, single, half, run.why_not(providers, mode=mode, dtype="float32"))
+        yield ratio(target, single, run.best(providers, mode=mode))
 
 
 def _time(row: Row) -> str:

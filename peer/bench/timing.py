@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from peer.bench.failures import Failure, attempt
+from peer.bench.machine import Machine
 from peer.bench.stream import Bandwidth
 from peer.bench.works import Work
 
-__all__ = ["Entry", "Settings", "measure_first", "measure_rounds", "takes_part"]
+__all__ = ["SETTINGS", "Entry", "Settings", "measure_first", "measure_rounds", "takes_part"]
 
 SLOW = 0.5  # seconds; a provider whose call takes longer runs in three rounds only
 FEWEST = 3
@@ -29,18 +32,44 @@ class Settings:
     min_time: float = 0.2
 
 
+# By device. On a GPU calls take about a hundredth of the time, and vary less.
+SETTINGS = {"cpu": Settings(), "cuda": Settings(rounds=5, min_time=0.1)}
+
+
 @dataclass
 class Entry:
-    """A provider in one mode on one distribution, and its measurements."""
+    """A provider in one mode on one distribution, and its measurements.
+
+    Args:
+        provider: its name.
+        spelling: of the provider.
+        distribution: of the ids.
+        work: its calls, None once it failed.
+        bytes: that a call reads and writes, by the formulas.
+        first: seconds of a call before the rounds.
+        peak: bytes.
+        calls: in all rounds.
+        seconds: of a call, by round.
+        failure: in a round, after which it takes no part.
+    """
 
     provider: str
     spelling: str
     distribution: str
-    work: Work
+    work: Work | None
+    bytes: int = 0
     first: float = 0.0
     peak: int | None = None
     calls: int = 0
     seconds: list[float] = field(default_factory=list)
+    failure: Failure | None = None
+
+    def drop(self) -> None:
+        """Frees what its calls hold."""
+        assert self.work is not None
+        self.work.finish()
+        self.work.close()
+        self.work = None
 
     @property
     def median(self) -> float:
@@ -51,6 +80,13 @@ class Entry:
 def _time(work: Work, first: int, count: int = 1) -> float:
     """Seconds of some calls together, of which what prepares them is no part."""
     clock = work.shared.machine.start_clock()
+    if work.runs_back_to_back:
+        clock.start()
+        for index in range(first, first + count):
+            work.run(index)
+        clock.stop()
+        work.finish()
+        return clock.total()
     for index in range(first, first + count):
         work.prepare(index)
         clock.start()
@@ -63,6 +99,7 @@ def _time(work: Work, first: int, count: int = 1) -> float:
 def measure_first(entry: Entry, warm: bool) -> None:
     """Peak memory of a turn of its own, and the time of a call for planning the rounds."""
     work = entry.work
+    assert work is not None
 
     def turn() -> None:
         work.open()
@@ -86,15 +123,17 @@ def measure_rounds(
     entries: list[Entry],
     settings: Settings,
     stream: Bandwidth,
+    machine: Machine,
     warm: bool,
     advance: Callable[[str], None],
 ) -> list[float]:
-    """Lets the entries take turns.
+    """Lets the entries take turns. One that fails drops out, and says why.
 
     Args:
         entries: measured once by `measure_first`.
         settings: how long.
         stream: measured in every round, too.
+        machine: on which the entries are.
         warm: whether even a slow provider's turn starts with calls that are not timed.
         advance: called with the provider's name after each turn.
 
@@ -103,16 +142,28 @@ def measure_rounds(
     """
     speeds = []
     for round_ in range(settings.rounds):
-        speeds.append(stream.measure())
+        if not machine.is_lost:
+            speeds.append(stream.measure())
         for entry in entries:
-            if takes_part(round_, settings.rounds, entry.first):
-                entry.seconds.append(_turn(entry, settings, warm))
+            if entry.failure is None and takes_part(round_, settings.rounds, entry.first):
+                seconds = attempt(
+                    machine,
+                    functools.partial(_turn, entry, settings, warm),
+                    when=f"in round {round_ + 1}",
+                    drop=entry.drop,
+                )
+                if isinstance(seconds, Failure):
+                    entry.failure = seconds
+                else:
+                    entry.seconds.append(seconds)
             advance(entry.provider)
     return speeds
 
 
 def _turn(entry: Entry, settings: Settings, warm: bool) -> float:
-    work, machine = entry.work, entry.work.shared.machine
+    work = entry.work
+    assert work is not None
+    machine = work.shared.machine
     calls = max(1, min(10_000, round(settings.min_time / max(entry.first, 1e-7))))
     work.open()
     work.keep_parameters()

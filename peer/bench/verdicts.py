@@ -7,13 +7,36 @@ from dataclasses import dataclass
 
 from peer.bench.rows import Row
 
-__all__ = ["OURS", "Part", "RunRows", "Target", "Verdict", "describe", "format_number", "ratio"]
+__all__ = [
+    "NOT_MEASURED",
+    "OURS",
+    "USUAL",
+    "Part",
+    "RunRows",
+    "Target",
+    "Verdict",
+    "describe",
+    "format_number",
+    "ratio",
+    "why_not",
+]
 
 GIB = 2**30
 
 # Both ways of peer to train, with sparse gradients and with the fused update: where they compete,
 # the faster one counts and is named.
 OURS = ("peer", "peer-fused")
+
+# What is wanted of a row unless a target says otherwise, by column.
+USUAL: dict[str, object] = {
+    "distribution": "uniform",
+    "num_experts": 1024**2,
+    "heads": 8,
+    "k": 16,
+    "dim_key": 256,
+}
+
+NOT_MEASURED = "not measured"
 
 
 @dataclass(frozen=True)
@@ -81,41 +104,47 @@ class RunRows:
 
     def __init__(self, rows: list[Row], usual: dict[str, object]) -> None:
         self.rows = rows
-        self.usual = {"distribution": "uniform", "num_experts": 1024**2, **usual}
+        self.usual = usual
 
-    def best(self, providers: tuple[str, ...], **wanted: object) -> Row | None:
-        """The row of the fastest of some providers.
+    def best(self, providers: tuple[str, ...], **wanted: object) -> Row | str:
+        """The row of the fastest of some providers, or why there is none.
 
         Of a provider that was measured more than once, the first counts, which took turns with the
         others; the minimum of both would favour it.
         """
         first: dict[str, Row] = {}
-        for row in self._timed(providers, wanted):
-            first.setdefault(describe(row), row)
-        return min(first.values(), key=lambda row: row.median_s or 0.0, default=None)
+        found = self._find(providers, wanted)
+        for row in found:
+            if row.median_s:
+                first.setdefault(describe(row), row)
+        if not first:
+            return _reason(found)
+        return min(first.values(), key=lambda row: row.median_s or 0.0)
 
-    def last(self, provider: str, **wanted: object) -> Row | None:
+    def last(self, provider: str, **wanted: object) -> Row | str:
         """The last row of a provider, which took turns with those of other distributions."""
-        rows = self._timed((provider,), wanted)
-        return rows[-1] if rows else None
+        found = self._find((provider,), wanted)
+        timed = [row for row in found if row.median_s]
+        return timed[-1] if timed else _reason(found)
 
-    def _timed(self, providers: tuple[str, ...], wanted: dict[str, object]) -> list[Row]:
+    def _find(self, providers: tuple[str, ...], wanted: dict[str, object]) -> list[Row]:
         wanted = {**self.usual, **wanted}
         return [
             row
             for row in self.rows
             if row.provider in providers
-            and row.median_s is not None
             and all(getattr(row, name) == value for name, value in wanted.items())
         ]
 
-    def why_not(self, providers: tuple[str, ...], **wanted: object) -> str:
-        """The reason why rows are missing."""
-        for row in self.rows:
-            is_wanted = all(getattr(row, name) == value for name, value in wanted.items())
-            if row.skipped and row.provider in providers and is_wanted:
-                return f"{row.provider}: {row.skipped}"
-        return "not measured"
+
+def _reason(rows: list[Row]) -> str:
+    return next((f"{describe(row)}: {row.skipped}" for row in rows if row.skipped), NOT_MEASURED)
+
+
+def why_not(*found: Row | str) -> str:
+    """The reason for which a target has no number, out of what was found for it."""
+    reasons = (reason for reason in found if isinstance(reason, str) and reason != NOT_MEASURED)
+    return next(reasons, NOT_MEASURED)
 
 
 # Verdicts on some of the targets of a device.
@@ -127,16 +156,17 @@ def describe(row: Row) -> str:
     return f"{row.provider} {row.spelling}".strip()
 
 
-def ratio(target: Target, slow: Row | None, fast: Row | None, why: str) -> Verdict:
+def ratio(target: Target, slow: Row | str, fast: Row | str) -> Verdict:
     """Time of `slow` over time of `fast`.
 
     Args:
         target: bounds it.
-        slow: a row, or None.
-        fast: a row, or None.
-        why: the note if one of them is missing.
+        slow: a row with a time, or why there is none.
+        fast: likewise.
     """
-    if slow is None or fast is None or not slow.median_s or not fast.median_s:
-        return Verdict(target, None, why)
+    if isinstance(slow, str) or isinstance(fast, str):
+        return Verdict(target, None, why_not(slow, fast))
+    assert slow.median_s
+    assert fast.median_s
     times = [f"{describe(row)} {1e3 * (row.median_s or 0):.4g} ms" for row in (slow, fast)]
     return Verdict(target, slow.median_s / fast.median_s, ", ".join(times))

@@ -7,7 +7,7 @@ Only `run` is timed. `open` makes what lives for a provider's turn, such as opti
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -58,7 +58,14 @@ def compile_whole(function: Any) -> Any:
 
 
 class Work:
-    """A provider's call in one mode; the index says which of the inputs it takes."""
+    """A provider's call in one mode; the index says which of the inputs it takes.
+
+    Attributes:
+        runs_back_to_back: whether nothing prepares a call. The clock then starts before the first
+            call of a turn and stops after the last one.
+    """
+
+    runs_back_to_back: ClassVar[bool] = False
 
     def __init__(self, shared: Shared, distribution: str) -> None:
         self.shared = shared
@@ -167,7 +174,7 @@ class Graph:
 
     Args:
         layer: with parameters on the current GPU.
-        x: an input; those of later calls are copied to where its copy is.
+        x: an input, which replays read.
         ids: instead of the router's, likewise, or None.
     """
 
@@ -186,31 +193,31 @@ class Graph:
             with torch.cuda.graph(self.graph):
                 self.out, self.chosen = layer(self.x, self.ids)
 
-    def load(self, x: Tensor, ids: Tensor | None) -> None:
-        """Puts the inputs of the next replay in their place."""
+    def __call__(self, x: Tensor, ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Replaces the input; the output and the ids that the router chose, until a replay."""
         self.x.copy_(x)
         if self.ids is not None and ids is not None:
             self.ids.copy_(ids)
-
-    def __call__(self, x: Tensor, ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The layer's output and the ids that its router chose, until the next replay."""
-        self.load(x, ids)
         self.graph.replay()
         return self.out, self.chosen
 
 
 class GraphWork(LayerWork):
-    """A layer's forward pass, replayed from a CUDA graph. Inputs are copied to it before."""
+    """Layers' forward passes, replayed from CUDA graphs in turn.
+
+    Each graph keeps the input with which it was captured, so nothing happens between two replays:
+    the events of a clock around a single one would take about as long as it does.
+    """
+
+    runs_back_to_back = True
 
     def open(self) -> None:
-        """Captures each layer."""
-        x, ids = self.shared.x[0], self.ids(0)
-        self.calls = [Graph(layer, x, ids) for layer in self.layers]
-
-    def prepare(self, index: int) -> None:
-        """Copies the input."""
-        x = self.shared.x[index % self.shared.inputs]
-        self.calls[index % len(self.calls)].load(x, self.ids(index))
+        """Captures each layer with an input of its own."""
+        x = self.shared.x
+        self.calls = [
+            Graph(layer, x[index % len(x)], self.ids(index))
+            for index, layer in enumerate(self.layers)
+        ]
 
     def run(self, index: int) -> None:
         """Replays."""

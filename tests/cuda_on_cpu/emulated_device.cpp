@@ -62,20 +62,22 @@ void choose_device(const c10::OperatorHandle& op,
 }
 
 // Memory as a device's allocator gives it, with what was there before, here NaN; and counted.
+// Before it stands its size.
 class CountingAllocator final : public c10::Allocator {
  public:
   c10::DataPtr allocate(size_t bytes) override {
-    auto memory = std::make_unique<Memory>(parent_->allocate(bytes), bytes);
-    void* data = memory->pointer.mutable_get();
-    if (data != nullptr) {
-      std::memset(data, 0xff, bytes);
+    if (bytes == 0) {
+      return {nullptr, at::kCPU};
     }
+    auto* const block = static_cast<unsigned char*>(parent()->raw_allocate(kBefore + bytes));
+    std::memcpy(block, &bytes, sizeof(bytes));
+    std::memset(block + kBefore, 0xff, bytes);
     const int64_t now = in_use += int64_t(bytes);
     peak = std::max<int64_t>(peak, now);
-    return {data, memory.release(), &free_memory, at::kCPU};
+    return {block + kBefore, block + kBefore, &free_memory, at::kCPU};
   }
 
-  c10::DeleterFnPtr raw_deleter() const override { return nullptr; }
+  c10::DeleterFnPtr raw_deleter() const override { return &free_memory; }
 
   void copy_data(void* target, const void* source, size_t bytes) const override {
     std::memcpy(target, source, bytes);
@@ -85,17 +87,23 @@ class CountingAllocator final : public c10::Allocator {
   static inline std::atomic<int64_t> peak = 0;
 
  private:
-  struct Memory {
-    c10::DataPtr pointer;
-    size_t bytes;
-  };
+  static constexpr size_t kBefore = 64;  // as much as Torch aligns memory to
 
-  static void free_memory(void* memory) {
-    in_use -= int64_t(static_cast<Memory*>(memory)->bytes);
-    delete static_cast<Memory*>(memory);
+  static c10::Allocator* parent() {
+    static c10::Allocator* const allocator = c10::GetDefaultCPUAllocator();
+    return allocator;
   }
 
-  c10::Allocator* parent_ = c10::GetCPUAllocator();
+  static void free_memory(void* data) {
+    if (data == nullptr) {
+      return;
+    }
+    unsigned char* const block = static_cast<unsigned char*>(data) - kBefore;
+    size_t bytes;
+    std::memcpy(&bytes, block, sizeof(bytes));
+    in_use -= int64_t(bytes);
+    parent()->raw_deallocate(block);
+  }
 };
 
 void install() {

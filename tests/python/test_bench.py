@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import io
 import math
 import os
+import re
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,19 +23,20 @@ from torch import Tensor
 
 import peer
 from peer.bench import rows, stream, traffic
-from peer.bench.__main__ import count_turns, measure_as, parse
+from peer.bench.__main__ import count_turns, main, measure_as, parse
 from peer.bench.cases import DTYPES, MODES, PRESETS, Case, Plan, list_plans
 from peer.bench.check import WrongResultError, check
 from peer.bench.clock import EventClock, WallClock
 from peer.bench.distributions import draw_ids, parse_exponent, zipf_probabilities
-from peer.bench.machine import CPU, Cpu
+from peer.bench.failures import Failure, is_out_of_memory
+from peer.bench.machine import CPU, Cpu, Cuda
 from peer.bench.memory import drop_kept_gradients, measure_peak
 from peer.bench.providers import PROVIDERS
 from peer.bench.rows import Row
 from peer.bench.run import Options, estimate_case, list_entries, run_plans
 from peer.bench.shared import Shared
-from peer.bench.spellings import EXPERTS, project, route
-from peer.bench.targets import evaluate
+from peer.bench.spellings import EXPERTS, gather_and_einsum, project, route
+from peer.bench.targets import TARGET_PRESETS, evaluate, evaluate_runs
 from peer.bench.timing import Entry, Settings, measure_first, measure_rounds, takes_part
 from peer.bench.works import (
     ExpertsWork,
@@ -61,6 +65,7 @@ class Timeline:
     def __init__(self, tick: float = 0.0) -> None:
         self.now = 0.0
         self.waits = 0
+        self.events = 0
         self.tick = tick
 
     def work(self, milliseconds: float) -> None:
@@ -70,6 +75,7 @@ class Timeline:
         self.waits += 1
 
     def make_event(self) -> TimelineEvent:
+        self.events += 1
         return TimelineEvent(self)
 
 
@@ -122,6 +128,20 @@ def run_bench(*arguments: object) -> subprocess.CompletedProcess[str]:
         timeout=300,
         check=False,
     )
+
+
+def unexpected(what: str, failure: Failure) -> None:
+    raise AssertionError(f"{what}: {failure}")
+
+
+def measure(
+    plans: list[Plan],
+    options: Options,
+    on_progress: Callable[[str, int], None] = lambda *_: None,
+    on_failure: Callable[[str, Failure], None] = unexpected,
+) -> list[Row]:
+    """Runs plans; a failure that nobody expects is an error."""
+    return run_plans(plans, options, lambda _: None, on_progress, on_failure)
 
 
 @pytest.fixture
@@ -180,7 +200,7 @@ def test_rows_are_appended_under_one_head_line(tmp_path: Path) -> None:
     path = tmp_path / "folder" / "rows.csv"
     plan = Plan(SMALL, ("selection",), ("peer",))
     for _ in range(2):
-        run_plans([plan], Options("test", path, FAST, MIB), lambda _: None, lambda *_: None)
+        measure([plan], Options("test", path, FAST, MIB))
     with path.open(newline="") as file:
         lines = list(csv.reader(file))
     assert lines[0][0] == "date"
@@ -195,7 +215,7 @@ def test_turns_add_up_to_what_the_progress_bar_expects() -> None:
     ]
     turns = []
     options = Options(settings=FAST, stream_size=MIB, memory=8 * MIB)
-    run_plans(plans, options, lambda _: None, lambda _, count: turns.append(count))
+    measure(plans, options, lambda _, count: turns.append(count))
     listed = [entry for plan in plans for entry in list_entries(plan, 8 * MIB)]
     assert any(entry.skipped for entry in listed)
     assert sum(turns) == count_turns(listed, FAST.rounds)
@@ -235,7 +255,8 @@ def test_another_capability_is_measured_in_a_process_of_its_own(
     timing = ["--rounds", "1", "--min-time", "0", "--stream-mib", "1"]
     path = tmp_path / "rows.csv"
     command = ["--preset", "targets", "--modes", "selection", "--csv", str(path), *sizes, *timing]
-    (row,) = measure_as("default", parse(command))
+    (row,), status = measure_as("default", parse(command))
+    assert status == 0
     assert (row.capability, row.preset, row.dim) == ("default", "capability", 8)
     assert len(rows.read(path)) == 1
 
@@ -344,7 +365,7 @@ def test_timed_steps_leave_the_parameters_as_they_were(shared: Shared, provider:
         work = PROVIDERS[provider].build(shared, "uniform", "step", spelling)
         entry = Entry(provider, spelling, "uniform", work)
         measure_first(entry, warm=True)
-        measure_rounds([entry], Settings(2, 0.0), stream.Stream(2**20), True, lambda _: None)
+        measure_rounds([entry], Settings(2, 0.0), stream.Stream(2**20), CPU, True, lambda _: None)
         assert entry.calls > 0
     for parameter, value in zip(shared.parameters(), before, strict=True):
         torch.testing.assert_close(parameter.detach(), value, rtol=1e-7, atol=1e-9)
@@ -376,15 +397,47 @@ def test_second_best_experts_are_caught(shared: Shared) -> None:
         check(SelectionWork(shared, "uniform", second_best, from_scores=False))
 
 
-def test_a_wrong_provider_ends_the_run_without_a_row(
-    shared: Shared, monkeypatch: pytest.MonkeyPatch
+def test_a_wrong_provider_gets_a_row_that_says_so_and_the_run_goes_on(
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    written: list[Row] = []
     monkeypatch.setitem(EXPERTS, "einsum", no_activation)
-    plan = Plan(SMALL, ("experts-forward",), ("eager",))
-    with pytest.raises(WrongResultError, match="eager einsum experts-forward"):
-        run_plans([plan], Options(settings=FAST, stream_size=MIB), written.append, lambda *_: None)
-    assert written == []
+    plan = Plan(SMALL, ("experts-forward", "routing"), ("eager", "peer"))
+    failures: list[tuple[str, Failure]] = []
+    found = measure([plan], Options(settings=FAST, stream_size=MIB), on_failure=collect(failures))
+    times = {(row.mode, row.provider): row.median_s for row in found}
+    assert {key for key, seconds in times.items() if seconds is None} == {
+        ("experts-forward", "eager")
+    }
+    assert len(times) == 4
+    (wrong,) = (row for row in found if row.skipped)
+    assert re.fullmatch(
+        r"wrong result: output differs from the float64 reference by 0?\.\d+", wrong.skipped
+    )
+    ((what, failure),) = failures
+    assert what.startswith("eager einsum experts-forward, uniform, N=16²")
+    assert failure == Failure(wrong.skipped)
+
+
+def collect(failures: list[tuple[str, Failure]]) -> Callable[[str, Failure], None]:
+    return lambda what, failure: failures.append((what, failure))
+
+
+@pytest.mark.parametrize(
+    ("provider", "mode"),
+    [("peer", "step"), ("peer-fused", "step"), ("peer-fused", "experts-backward")],
+)
+def test_a_wrong_step_leaves_no_trace_in_what_the_next_provider_shares(
+    shared: Shared, provider: str, mode: str
+) -> None:
+    (work,) = built(provider, shared, mode)
+    before = [parameter.detach().clone() for parameter in shared.parameters()]
+    work.open()
+    work.optimizers[0].param_groups[0]["lr"] *= 1.5
+    with pytest.raises(WrongResultError, match="step of w_down"):
+        check(work)
+    work.close()
+    for parameter, value in zip(shared.parameters(), before, strict=True):
+        assert torch.equal(parameter, value)
 
 
 def test_drawn_ids_replace_those_of_the_router(shared: Shared) -> None:
@@ -448,7 +501,7 @@ def test_timed_updates_fused_into_the_experts_leave_the_tables_as_they_were(
     before = [table.detach().clone() for table in (shared.w_down, shared.w_up)]
     entry = Entry("peer-fused", "", "uniform", work)
     measure_first(entry, warm=False)
-    measure_rounds([entry], FAST, stream.Stream(MIB), False, lambda _: None)
+    measure_rounds([entry], FAST, stream.Stream(MIB), CPU, False, lambda _: None)
     assert entry.calls > 0
     for table, value in zip((shared.w_down, shared.w_up), before, strict=True):
         torch.testing.assert_close(table.detach(), value, rtol=1e-7, atol=1e-9)
@@ -512,10 +565,37 @@ def test_what_prepares_a_call_and_what_warms_up_is_not_timed() -> None:
     entry = Entry("peer", "", "uniform", Slowing(shared, "uniform", route))
     measure_first(entry, warm=False)
     assert entry.first == pytest.approx(2e-3)
-    measure_rounds([entry], Settings(1, 0.0), stream.Stream(MIB), False, lambda _: None)
+    measure_rounds([entry], Settings(1, 0.0), stream.Stream(MIB), machine, False, lambda _: None)
     assert entry.seconds == [pytest.approx(2e-3)]
     assert entry.calls == machine.warm_up_calls + 1
     assert indices == [0, 1, 2, 0, 1, 2, 3]
+
+
+def test_replays_of_graphs_are_timed_between_one_pair_of_events() -> None:
+    machine = PretendedGpu(tick=5.0)  # an event takes longer than a replay
+    case = replace(SMALL_ON_GPU, tokens=1, routers=3)
+    shared = Shared(case, ("router",), machine=machine)
+    replayed: list[int] = []
+
+    class Replaying(GraphWork):
+        def open(self) -> None:
+            replayed.clear()
+
+        def prepare(self, index: int) -> None:
+            machine.timeline.work(1000.0)
+
+        def run(self, index: int) -> None:
+            replayed.append(index)
+            machine.timeline.work(0.02)
+
+    work = PROVIDERS["peer"].build(shared, "router", "forward", "")
+    entry = Entry("", "", "router", Replaying(shared, "router", "forward", work.layers, None))  # type: ignore[arg-type]
+    entry.first = 0.05e-3
+    settings = Settings(rounds=1, min_time=0.05)
+    measure_rounds([entry], settings, stream.Stream(MIB), machine, False, lambda _: None)
+    assert machine.timeline.events == 4, "a pair to warm up, and one for the turn"
+    assert replayed == list(range(3 + 1000)), "graphs take turns, and warm up"
+    assert entry.seconds == [pytest.approx((5.0 + 1000 * 0.02) / 1000 / 1e3)]
 
 
 def test_a_copy_counts_its_bytes_twice() -> None:
@@ -564,7 +644,7 @@ def test_every_provider_is_right_in_the_dtypes_of_a_gpu(dtype: str) -> None:
         Plan(replace(case, tokens=1, routers=2), ("forward",), ("peer", "eager"), ("router",)),
     ]
     options = Options(settings=FAST, stream_size=MIB, machine=PretendedGpu())
-    found = run_plans(plans, options, lambda _: None, lambda *_: None)
+    found = measure(plans, options)
     assert {row.device for row in found} == {"cuda"}
     assert {row.mode for row in found if not row.skipped} == set(MODES)
     skipped = {row.provider for row in found if row.skipped}
@@ -572,7 +652,7 @@ def test_every_provider_is_right_in_the_dtypes_of_a_gpu(dtype: str) -> None:
 
 
 def test_a_graph_is_captured_for_each_layer_and_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a graph that only counts: its output stays that of the first input."""
+    """With a graph that only counts: its output stays that of the capture."""
     done: list[object] = []
 
     class Graph:
@@ -592,19 +672,29 @@ def test_a_graph_is_captured_for_each_layer_and_replayed(monkeypatch: pytest.Mon
     shared = Shared(case, ("router",), machine=PretendedGpu())
     work = PROVIDERS["peer-graph"].build(shared, "router", "forward", "")
     assert isinstance(work, GraphWork)
+    second, shared.x[1] = shared.x[1], shared.x[0]
     work.open()
     check(work)
     graphs = [call.graph for call in work.calls]
     assert done == graphs
     assert len(set(graphs)) == 2
-    for index in (2, 3):
-        work.prepare(index)
-        work.run(index)
-        assert torch.equal(work.calls[index % 2].x, shared.x[index])
-        work.finish()
-    assert done[2:] == graphs
+    shared.x[1] = second
     work.close()
     assert work.calls == []
+    work.open()
+    graphs = [call.graph for call in work.calls]
+    for call, x in zip(work.calls, shared.x[:2], strict=True):
+        assert torch.equal(call.x, x), "each graph reads an input of its own"
+    del done[:]
+    work.run(2)
+    work.run(3)
+    assert done == graphs
+
+
+def test_a_single_router_is_captured_for_each_input() -> None:
+    shared = Shared(SMALL_ON_GPU, ("router",), machine=PretendedGpu())
+    work = PROVIDERS["peer-graph"].build(shared, "router", "forward", "")
+    assert len(work.layers) == shared.inputs > 1
 
 
 def test_a_graph_on_the_cpu_is_skipped_with_the_reason() -> None:
@@ -614,20 +704,261 @@ def test_a_graph_on_the_cpu_is_skipped_with_the_reason() -> None:
     assert listing.skipped == ""
 
 
-def test_a_provider_that_exhausts_a_gpu_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    def exhaust(*_: Any) -> Any:
-        raise torch.OutOfMemoryError("CUDA out of memory")
+# Providers that fail.
 
-    monkeypatch.setitem(EXPERTS, "einsum", exhaust)
-    plan = Plan(SMALL_ON_GPU, ("backward",), ("eager", "peer"))
-    options = Options(settings=FAST, stream_size=MIB, machine=PretendedGpu())
+
+class Failing:
+    """A spelling of the experts that fails from some call on.
+
+    Args:
+        make_error: what it raises.
+        call: the first that fails.
+    """
+
+    def __init__(self, make_error: Callable[[], BaseException], call: int = 1) -> None:
+        self.make_error = make_error
+        self.call = call
+        self.calls = 0
+
+    def __call__(self, *arguments: Tensor) -> Tensor:
+        self.calls += 1
+        if self.calls >= self.call:
+            raise self.make_error()
+        return gather_and_einsum(*arguments)
+
+
+# Calls before: a check, three for the peak and the first time, and in round 1 three to warm up and
+# a timed one.
+IN_ROUND_2 = 9
+ON_GPU = Plan(SMALL_ON_GPU, ("experts-forward",), ("eager", "peer"))
+
+
+def exhaust_gpu() -> Exception:
+    return torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 4 GiB.")
+
+
+def exhaust_host() -> Exception:
+    try:
+        torch.empty(2**50)
+    except RuntimeError as error:
+        return error.with_traceback(None)
+    raise AssertionError
+
+
+def on_gpu(machine: PretendedGpu | None = None) -> Options:
+    return Options(settings=FAST, stream_size=MIB, machine=machine or PretendedGpu())
+
+
+@pytest.mark.parametrize("make_error", [exhaust_gpu, exhaust_host])
+@pytest.mark.parametrize(
+    ("call", "when"),
+    [(1, "when it was tried"), (3, "when it was tried"), (IN_ROUND_2, "in round 2")],
+)
+def test_a_provider_that_exhausts_memory_leaves_the_others(
+    monkeypatch: pytest.MonkeyPatch, make_error: Any, call: int, when: str
+) -> None:
+    monkeypatch.setitem(EXPERTS, "einsum", Failing(make_error, call))
     turns: list[int] = []
-    found = run_plans([plan], options, lambda _: None, lambda _, count: turns.append(count))
+    found = measure([ON_GPU], on_gpu(), lambda _, count: turns.append(count))
+    assert {row.provider: (row.skipped, row.median_s is None) for row in found} == {
+        "eager": (f"does not fit: out of memory {when}", True),
+        "peer": ("", False),
+    }
+    assert sum(turns) == count_turns(list(list_entries(ON_GPU, 2**50)), FAST.rounds)
+
+
+def test_a_provider_that_cannot_be_built_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    def build(*_: object) -> Any:
+        raise exhaust_gpu()
+
+    monkeypatch.setattr(PROVIDERS["eager"], "build", build)
+    found = measure([ON_GPU], on_gpu())
     assert {row.provider: row.skipped for row in found} == {
         "eager": "does not fit: out of memory when it was tried",
         "peer": "",
     }
-    assert sum(turns) == count_turns(list(list_entries(plan, 2**50)), FAST.rounds)
+
+
+@pytest.mark.parametrize(
+    ("name", "when"),
+    [("Shared", "the tensors of the case were made"), ("_Run._stream", "bandwidth was measured")],
+)
+def test_a_case_whose_own_tensors_exhaust_memory_leaves_the_other_cases(
+    monkeypatch: pytest.MonkeyPatch, name: str, when: str
+) -> None:
+    tries = []
+
+    def fail_first(function: Any) -> Any:
+        def call(*arguments: Any, **options: Any) -> Any:
+            tries.append(function)
+            if len(tries) == 1:
+                raise exhaust_gpu()
+            return function(*arguments, **options)
+
+        return call
+
+    owner: Any = peer.bench.run
+    *owners, attribute = name.split(".")
+    for part in owners:
+        owner = getattr(owner, part)
+    monkeypatch.setattr(owner, attribute, fail_first(getattr(owner, attribute)))
+    plans = [ON_GPU, replace(ON_GPU, case=replace(SMALL_ON_GPU, tokens=13))]
+    turns: list[int] = []
+    found = measure(plans, on_gpu(), lambda _, count: turns.append(count))
+    assert [(row.tokens, row.provider) for row in found] == [
+        (12, "eager"),
+        (12, "peer"),
+        (13, "eager"),
+        (13, "peer"),
+    ]
+    assert all(when in row.skipped for row in found[:2])
+    assert not any(row.skipped for row in found[2:])
+    assert sum(turns) == 2 * count_turns(list(list_entries(ON_GPU, 2**50)), FAST.rounds)
+
+
+@pytest.mark.parametrize("call", [1, IN_ROUND_2])
+def test_nothing_of_a_provider_that_failed_stays_behind(
+    monkeypatch: pytest.MonkeyPatch, call: int
+) -> None:
+    failing = Failing(exhaust_gpu, call)
+    monkeypatch.setitem(EXPERTS, "einsum", failing)
+    build, works = PROVIDERS["eager"].build, []
+
+    def watch(*arguments: Any) -> Any:
+        work = build(*arguments)
+        works.append(weakref.ref(work))
+        return work
+
+    monkeypatch.setattr(PROVIDERS["eager"], "build", watch)
+    is_alive = []
+
+    def look(*_: object) -> None:
+        if failing.calls >= call:
+            is_alive.append(works[0]() is not None)
+
+    measure([ON_GPU], on_gpu(), look)
+    assert is_alive
+    assert not any(is_alive)
+
+
+def test_what_says_that_memory_is_short() -> None:
+    for error in (exhaust_gpu(), exhaust_host(), MemoryError()):
+        assert is_out_of_memory(error)
+    assert is_out_of_memory(RuntimeError("CUDA error: out of memory\nCUDA kernel errors might"))
+    assert not is_out_of_memory(RuntimeError("CUDA error: an illegal memory access"))
+    assert not is_out_of_memory(ValueError("can't allocate memory"))
+
+
+@pytest.mark.parametrize("call", [1, IN_ROUND_2])
+def test_a_provider_that_raises_leaves_the_others(
+    monkeypatch: pytest.MonkeyPatch, call: int
+) -> None:
+    failing = Failing(lambda: NotImplementedError("no kernel for this\nand more"), call)
+    monkeypatch.setitem(EXPERTS, "einsum", failing)
+    failures: list[tuple[str, Failure]] = []
+    found = measure([ON_GPU], on_gpu(), on_failure=collect(failures))
+    assert {row.provider: row.skipped for row in found} == {
+        "eager": "failed: NotImplementedError: no kernel for this",
+        "peer": "",
+    }
+    ((_, failure),) = failures
+    assert "and more" in failure.traceback
+    assert "in __call__" in failure.traceback
+
+
+def test_a_stop_by_the_keyboard_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(EXPERTS, "einsum", Failing(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        measure([ON_GPU], on_gpu())
+
+
+@pytest.mark.parametrize(
+    ("call", "complete"), [(1, False), (IN_ROUND_2 - 4, False), (IN_ROUND_2, True)]
+)
+def test_after_the_gpu_is_lost_nothing_more_is_tried(
+    monkeypatch: pytest.MonkeyPatch, call: int, complete: bool
+) -> None:
+    class Lost(PretendedGpu):
+        def recover(self) -> None:
+            self.is_lost = True
+
+        def release(self) -> None:
+            assert not self.is_lost
+
+        def make_stream(self, size: int | None = None) -> stream.Bandwidth:
+            made = super().make_stream(size)
+            measure_stream = made.measure
+
+            def measure_unless_lost() -> float:
+                assert not self.is_lost
+                return measure_stream()
+
+            monkeypatch.setattr(made, "measure", measure_unless_lost)
+            return made
+
+    failing = Failing(lambda: RuntimeError("CUDA error: an illegal memory access"), call)
+    monkeypatch.setitem(EXPERTS, "einsum", failing)
+    failures: list[tuple[str, Failure]] = []
+    before = Plan(SMALL_ON_GPU, ("experts-forward",), ("peer", "eager", "peer-graph"))
+    plans = [before, Plan(SMALL_ON_GPU, ("routing", "step"), ("peer", "dense-4d"))]
+    turns: list[int] = []
+    found = measure(plans, on_gpu(Lost()), lambda _, n: turns.append(n), collect(failures))
+    reasons = {(row.mode, row.provider): row.skipped for row in found}
+    never = "not run: the GPU failed before"
+    assert reasons == {
+        # Its last round was over.
+        ("experts-forward", "peer"): "" if complete else never,
+        ("experts-forward", "eager"): "failed: RuntimeError: CUDA error: an illegal memory access",
+        ("routing", "peer"): never,
+        ("step", "peer"): never,
+        ("step", "dense-4d"): never,
+    }
+    assert failing.calls == call
+    assert len(failures) == 1
+    listed = [entry for plan in plans for entry in list_entries(plan, 2**50)]
+    assert sum(turns) == count_turns(listed, FAST.rounds)
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_a_gpu_that_refuses_to_synchronize_is_lost(
+    monkeypatch: pytest.MonkeyPatch, works: bool
+) -> None:
+    done: list[str] = []
+
+    def synchronize(_: object) -> None:
+        if not works:
+            raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: done.append("empty_cache"))
+    machine = object.__new__(Cuda)
+    machine.device = torch.device("cuda", 0)
+    machine.recover()
+    assert machine.is_lost is not works
+    assert bool(done) is works
+
+
+def test_the_exit_status_and_the_last_lines_tell_of_wrong_and_failed_providers(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("rich")
+    sizes = ["--num-experts", "256", "--tokens", "8", "--dim", "8", "--heads", "2", "--k", "4"]
+    command = [*sizes, "--modes", "experts-forward", "--distribution", "uniform", "--dim-key", "8"]
+    command += ["--rounds", "1", "--min-time", "0", "--stream-mib", "1"]
+    command += ["--providers", "eager,embedding_bag,peer"]
+    assert main(command) == 0
+    assert capsys.readouterr().err == ""
+    monkeypatch.setitem(EXPERTS, "einsum", no_activation)
+    monkeypatch.setitem(EXPERTS, "bags", Failing(lambda: ValueError("no bags")))
+    assert main(command) == 1
+    out, err = capsys.readouterr()
+    assert "wrong result: output differs" in out
+    assert "experts-forward peer uniform N=16²" in out
+    wrong, failed = err.splitlines()[-2:]
+    assert wrong.startswith("eager einsum experts-forward, uniform, N=16²")
+    assert "wrong result: output differs" in wrong
+    assert failed.endswith("failed: ValueError: no bags")
+    assert err.count("Traceback") == 1
 
 
 # Memory.
@@ -663,7 +994,7 @@ def test_a_case_that_does_not_fit_is_skipped_with_the_reason(
     monkeypatch.setattr("peer.bench.run.Shared", refuse)
     path = tmp_path / "rows.csv"
     plan = Plan(Case(num_experts=2**40, dim=4096), ("forward",), ("peer", "eager"))
-    found = run_plans([plan], Options("x", path, FAST, MIB), lambda _: None, lambda *_: None)
+    found = measure([plan], Options("x", path, FAST, MIB))
     assert len(found) == 2
     assert all(row.skipped.startswith("does not fit: needs about 3") for row in found)
     assert [row.skipped for row in rows.read(path)] == [row.skipped for row in found]
@@ -675,7 +1006,7 @@ def test_a_provider_that_does_not_fit_leaves_the_others() -> None:
     options = Options(settings=FAST, stream_size=MIB, memory=limit)
     assert case.table_bytes == 8 * MIB
     plan = Plan(case, ("step",), ("dense-active", "eager"))
-    found = run_plans([plan], options, lambda _: None, lambda *_: None)
+    found = measure([plan], options)
     assert {row.provider: bool(row.skipped) for row in found} == {
         "dense-active": False,
         "eager": True,
@@ -716,7 +1047,7 @@ def test_memory_that_is_kept_of_freed_gradients_counts_again() -> None:
 def test_nothing_of_a_case_stays_behind() -> None:
     before = {id(obj) for obj in _large_tensors()}
     plan = Plan(replace(SMALL, num_experts=128**2), ("backward", "step"), ("peer", "eager"))
-    run_plans([plan], Options(settings=FAST, stream_size=MIB), lambda _: None, lambda *_: None)
+    measure([plan], Options(settings=FAST, stream_size=MIB))
     assert [tuple(t.shape) for t in _large_tensors() if id(t) not in before] == []
 
 
@@ -841,16 +1172,46 @@ def test_sizes_of_the_command_line_replace_those_of_the_preset() -> None:
     assert {plan.providers for plan in options.plans} == {("peer",)}
 
 
+def test_what_is_named_twice_is_measured_once() -> None:
+    options = parse(["--providers", "peer,peer", "--modes", "step,step"])
+    assert {(plan.providers, plan.modes) for plan in options.plans} == {(("peer",), ("step",))}
+
+
 def test_a_gpu_has_a_preset_of_its_own() -> None:
     assert parse([]).preset == "quick"
     options = parse(["--device", "cuda"])
     assert options.preset == "cuda-targets"
     assert {plan.case.device for plan in options.plans} == {"cuda"}
     assert {plan.case.tokens for plan in options.plans} == {1, 8192}
+    assert {plan.case.dtype for plan in options.plans} == {"bfloat16"}
     options = parse(["--device", "cuda", "--preset", "stages", "--dtype", "bfloat16"])
     assert {plan.case.device for plan in options.plans} == {"cuda"}
-    half = parse(["--device", "cuda", "--dtype", "bfloat16"])
-    assert {plan.case.dtype for plan in half.plans} == {"bfloat16"}
+
+
+def test_turns_are_shorter_and_fewer_on_a_gpu() -> None:
+    assert (parse([]).rounds, parse([]).min_time) == (7, 0.2)
+    options = parse(["--device", "cuda"])
+    assert (options.rounds, options.min_time) == (5, 0.1)
+    options = parse(["--device", "cuda", "--rounds", "2", "--min-time", "0"])
+    assert (options.rounds, options.min_time) == (2, 0.0)
+
+
+def test_the_default_preset_of_a_gpu_compiles_nothing_and_has_few_entries() -> None:
+    listed = [entry for plan in list_plans("cuda-targets") for entry in list_entries(plan, 2**50)]
+    assert {entry.provider for entry in listed} == {
+        "peer",
+        "peer-fused",
+        "peer-graph",
+        "eager",
+        "dense-4d",
+    }
+    assert len(listed) <= 32, "benchmarks/README.md says how long they take"
+
+
+def test_a_plan_for_one_token_keeps_it_when_the_others_have_other_sizes() -> None:
+    options = parse(["--device", "cuda", "--tokens", "16", "--dim", "32"])
+    sizes = {(plan.case.tokens, plan.case.dim, plan.case.routers) for plan in options.plans}
+    assert sizes == {(16, 32, 1), (1, 32, 32)}
 
 
 @pytest.mark.parametrize(
@@ -861,6 +1222,7 @@ def test_a_gpu_has_a_preset_of_its_own() -> None:
         (("--device", "cuda", "--preset", "targets"), "targets is for --device cpu"),
         (("--device", "cuda", "--preset", "sweep-threads"), "sweep-threads is for --device cpu"),
         (("--preset", "cuda-targets"), "cuda-targets is for --device cuda"),
+        (("--preset", "cuda-compiled"), "cuda-compiled is for --device cuda"),
         (("--device", "tpu"), "invalid choice"),
     ],
 )
@@ -891,7 +1253,7 @@ def test_a_dry_run_for_a_gpu_needs_none() -> None:
     assert "The list is for one with 80 GiB and 50 MiB of last-level cache." in text
     for plan in list_plans("cuda-targets"):
         assert plan.case.describe() in text
-    for name in ("peer-graph", "peer-fused", "compiled", "embedding_bag bags, sparse", "zipf:1.0"):
+    for name in ("peer-graph", "peer-fused", "eager einsum", "dense-4d", "zipf:1.0"):
         assert name in text
     assert "does not fit" not in text
     result = run_bench("--device", "cuda", "--dry-run", "--max-memory", 20)
@@ -927,7 +1289,7 @@ def test_slow_providers_take_part_in_three_rounds() -> None:
     assert all(takes_part(r, 3, 2.0) for r in range(3))
 
 
-def make_row(provider: str, mode: str, seconds: float, **changes: Any) -> Row:
+def make_row(provider: str, mode: str, seconds: float | None, **changes: Any) -> Row:
     case = Case()
     fields = {f: getattr(case, f) for f in ("num_experts", "tokens", "dim", "heads", "k")}
     fields |= {"dim_key": 256, "dtype": "float32", "threads": 2, "routers": 1, "huge_pages": 0}
@@ -970,7 +1332,7 @@ def test_targets_compare_with_the_best_of_the_others() -> None:
     assert missing.note == "not measured"
 
 
-def make_gpu_row(provider: str, mode: str, seconds: float, **changes: Any) -> Row:
+def make_gpu_row(provider: str, mode: str, seconds: float | None, **changes: Any) -> Row:
     usual = {"device": "cuda", "tokens": 8192, "dim": 1024, "dtype": "bfloat16"}
     return make_row(provider, mode, seconds, **{**usual, **changes})
 
@@ -1032,14 +1394,144 @@ def test_rows_of_one_device_do_not_count_on_the_other() -> None:
     assert all(v.measured is None for v in evaluate([make_row("peer", "step", 1.0)], "cuda"))
 
 
-@pytest.mark.parametrize(("preset", "device"), [("targets", "cpu"), ("cuda-targets", "cuda")])
-def test_every_target_is_measured_by_the_preset(preset: str, device: str) -> None:
-    listed = [entry for plan in list_plans(preset) for entry in list_entries(plan, 2**50)]
+def test_a_target_says_why_its_own_row_has_no_time() -> None:
+    wrong = "wrong result: output differs from the float64 reference by 0.5"
+    measured = [
+        make_gpu_row("peer", "routing", None, skipped=wrong, dtype="float32"),
+        make_gpu_row("peer", "experts-forward", None, skipped=wrong),
+        make_gpu_row("compiled", "experts-forward", 1.0),
+        make_gpu_row("peer", "step", None, skipped=wrong),
+        make_gpu_row("peer-fused", "step", 3e-3),
+    ]
+    found = {verdict.target.text: verdict for verdict in evaluate(measured, "cuda")}
+    assert found["retrieval, projection included"].note == "not measured"
+    share = found["experts forward, share of copy bandwidth"]
+    assert (share.measured, share.is_met, share.note) == (None, None, f"peer: {wrong}")
+    assert found["experts forward / best compiled spelling"].note == f"peer: {wrong}"
+    assert found["bfloat16 over float32, routing"].note == f"peer: {wrong}"
+    assert found["training step"].measured == 3e-3
+
+
+def test_a_bound_is_for_its_own_sizes_alone() -> None:
+    for size in ({"num_experts": 512**2}, {"heads": 4}, {"k": 8}, {"dim_key": 128}):
+        for verdict in evaluate([make_gpu_row("peer", "routing", 1e-6, **size)], "cuda"):
+            assert verdict.measured is None
+
+
+def test_at_other_sizes_numbers_are_reported_without_bounds() -> None:
+    sizes = {"num_experts": 1024, "tokens": 16, "dim": 32}
+    one_token = {**sizes, "tokens": 1, "distribution": "router"}
+    small = [
+        make_gpu_row("peer", "routing", 1e-6, **sizes),
+        make_gpu_row("peer-graph", "forward", 1e-6, **one_token),
+    ]
+    found = {verdict.target.text: verdict for verdict in evaluate(small, "cuda", sizes)}
+    for text in ("retrieval, projection included", "one token, layer forward in a CUDA graph"):
+        assert found[text].measured == 1e-6
+        assert found[text].is_met is None
+        assert str(found[text].target) == "reported"
+        assert found[text].target.dim == 32
+    same = {"tokens": 8192, "dim": 1024, "heads": 8}
+    (found_again,) = (
+        v
+        for v in evaluate([make_gpu_row("peer", "routing", 1e-6)], "cuda", same)
+        if v.target.text == "retrieval, projection included"
+    )
+    assert found_again.is_met
+
+
+def test_of_several_runs_the_last_that_tried_a_target_counts() -> None:
+    def of(run: str, provider: str, mode: str, seconds: float | None, **changes: Any) -> Row:
+        changes = {"preset": "cuda-targets", **changes}
+        return make_gpu_row(provider, mode, seconds, run=run, **changes)
+
+    found = {
+        verdict.target.text: verdict
+        for verdict in evaluate_runs(
+            [
+                of("2", "peer", "experts-backward", None, skipped="wrong result: zero"),
+                of("2", "compiled", "backward", 8.0, preset="cuda-compiled"),
+                of("2", "peer", "backward", 2.0, preset="cuda-compiled"),
+                of("1", "peer", "routing", 0.2e-3),
+                of("1", "peer", "backward", 4.0),
+                of("1", "peer", "experts-backward", 1e-3),
+                of("1", "peer", "step", 5.0),
+                of("3", "peer", "step", 4.0),
+                of("4", "peer", "step", 3.0, preset="stages"),
+            ],
+            "cuda",
+        )
+    }
+    assert found["retrieval, projection included"].measured == 0.2e-3
+    assert found["retrieval, projection included"].note == "peer; run of 1"
+    assert found["layer forward + backward / best compiled spelling"].measured == 4.0
+    assert found["experts backward, sparse gradients"].measured is None
+    assert found["experts backward, sparse gradients"].note == "peer: wrong result: zero; run of 2"
+    assert found["training step"].measured == 4.0
+    assert found["one token, layer forward in a CUDA graph"].note == "not measured"
+
+
+def test_targets_of_files_are_printed_and_nothing_is_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("rich")
+    monkeypatch.setattr("peer.bench.__main__.open_machine", None)
+    paths = [tmp_path / "one.csv", tmp_path / "two.csv"]
+    preset = {"preset": "cuda-targets"}
+    rows.append([make_gpu_row("peer", "routing", 0.2e-3, run="1", **preset)], paths[0])
+    rows.append(
+        [
+            make_gpu_row(
+                "peer-graph", "forward", 20e-6, run="2", **preset, tokens=1, distribution="router"
+            )
+        ],
+        paths[1],
+    )
+    assert main(["--targets", *map(str, paths)]) == 0
+    out = capsys.readouterr().out
+    assert re.search(
+        r"retrieval, projection included .* ≤ 0.25 ms +0.20 ms +yes +peer; run of 1", out
+    )
+    assert re.search(r"one token, .* ≤ 15 µs +20 µs +no +run of 2", out)
+    assert main(["--targets", str(tmp_path / "none.csv")]) == 2
+    assert "none.csv" in capsys.readouterr().err
+
+
+def test_what_failed_is_never_the_best_of_several_spellings() -> None:
+    report = pytest.importorskip("peer.bench.report")
+    printed = io.StringIO()
+    console = pytest.importorskip("rich.console").Console(file=printed, width=160)
+    failed = [
+        make_row("compiled", "step", None, spelling=spelling, skipped="failed: no triton")
+        for spelling in ("einsum", "sum")
+    ]
+    console.print(report.make_rows_table(failed))
+    assert "compiled sum" in printed.getvalue()
+    assert "*" not in printed.getvalue()
+
+
+def test_reasons_are_printed_as_they_are() -> None:
+    report = pytest.importorskip("peer.bench.report")
+    printed = io.StringIO()
+    console = pytest.importorskip("rich.console").Console(file=printed, width=300)
+    reason = "failed: RuntimeError: [enforce fail at alloc.cpp:1] [/usr/lib]"
+    failed = make_gpu_row("peer", "routing", None, skipped=reason)
+    console.print(report.make_rows_table([failed]))
+    console.print(report.make_targets_table(evaluate([failed], "cuda")))
+    assert printed.getvalue().count(reason) == 4, "one row, and three targets that need it"
+
+
+@pytest.mark.parametrize(
+    ("presets", "device"), [(("targets",), "cpu"), (("cuda-targets", "cuda-compiled"), "cuda")]
+)
+def test_every_target_is_measured_by_a_preset(presets: tuple[str, ...], device: str) -> None:
     measured = [
         make_row(
             entry.provider,
             entry.mode,
             1.0,
+            run=preset,
+            preset=preset,
             spelling=entry.spelling,
             distribution=entry.distribution,
             num_experts=entry.case.num_experts,
@@ -1052,9 +1544,12 @@ def test_every_target_is_measured_by_the_preset(preset: str, device: str) -> Non
             stream_share=0.5,
             peak_bytes=1,
         )
-        for entry in listed
+        for preset in presets
+        for plan in list_plans(preset)
+        for entry in list_entries(plan, 2**50)
     ]
-    unmeasured = [v.target.text for v in evaluate(measured, device) if v.measured is None]
+    assert set(presets) <= set(TARGET_PRESETS)
+    unmeasured = [v.target.text for v in evaluate_runs(measured, device) if v.measured is None]
     assert unmeasured == []
 
 
