@@ -19,13 +19,11 @@ int main() {
   const torch::Tensor weights = peer::router_weights(scores, "softmax");
 
   const torch::Tensor x = torch::randn({kTokens, kDim});
-  const torch::Tensor w_down = torch::randn({kRows * kColumns, kDim}).requires_grad_();
-  const torch::Tensor w_up = torch::randn({kRows * kColumns, kDim}).requires_grad_();
-  const torch::Tensor y = peer::expert_mlp(x, weights.flatten(1), indices.flatten(1), w_down, w_up);
+  const torch::Tensor table = torch::randn({kRows * kColumns, 2, kDim}).requires_grad_();
+  const torch::Tensor y = peer::expert_mlp(x, weights.flatten(1), indices.flatten(1), table);
   y.square().mean().backward();
 
   std::cout << "experts of the first token\n" << indices[0] << "\n";
   std::cout << "output " << y.sizes() << ", gradients " << query.grad().norm().item<float>() << " "
-            << w_down.grad().norm().item<float>() << " " << w_up.grad().norm().item<float>()
-            << "\n";
+            << table.grad().norm().item<float>() << "\n";
 }
