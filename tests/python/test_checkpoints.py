@@ -49,23 +49,20 @@ STATISTICS = {
     "router.norm.num_batches_tracked": (),
 }
 BATCH = {**WEIGHT, **OFFSET, **STATISTICS}
-TABLES = {"experts.w_down": (48, 10), "experts.w_up": (48, 10)}
-NARROW = {"experts.w_down": (48, 10), "experts.w_up": (48, 5)}
-GATE = {"experts.w_gate": (48, 10)}
+TABLE, WITH_GATES = {"experts.weight": (48, 2, 10)}, {"experts.weight": (48, 3, 10)}
 
 # The promise of docs/checkpoints.md. A change here breaks the files that people have.
 STATES = {
-    "defaults": ({}, {**KEYS, **QUERY, **BATCH, **TABLES}),
-    "layer norm": ({"query_norm": "layer"}, {**KEYS, **QUERY, **WEIGHT, **OFFSET, **TABLES}),
-    "rms norm": ({"query_norm": "rms"}, {**KEYS, **QUERY, **WEIGHT, **TABLES}),
-    "no norm": ({"query_norm": None}, {**KEYS, **QUERY, **TABLES}),
-    "bias": ({"query_bias": True}, {**KEYS, **QUERY, **BIAS, **BATCH, **TABLES}),
-    "keys per head": ({"share_keys": False}, {**KEYS_PER_HEAD, **QUERY, **BATCH, **TABLES}),
-    "gates": ({"glu": True}, {**KEYS, **QUERY, **BATCH, **TABLES, **GATE}),
-    "another width": ({"dim_out": 5}, {**KEYS, **QUERY, **BATCH, **NARROW}),
+    "defaults": ({}, {**KEYS, **QUERY, **BATCH, **TABLE}),
+    "layer norm": ({"query_norm": "layer"}, {**KEYS, **QUERY, **WEIGHT, **OFFSET, **TABLE}),
+    "rms norm": ({"query_norm": "rms"}, {**KEYS, **QUERY, **WEIGHT, **TABLE}),
+    "no norm": ({"query_norm": None}, {**KEYS, **QUERY, **TABLE}),
+    "bias": ({"query_bias": True}, {**KEYS, **QUERY, **BIAS, **BATCH, **TABLE}),
+    "keys per head": ({"share_keys": False}, {**KEYS_PER_HEAD, **QUERY, **BATCH, **TABLE}),
+    "gates": ({"glu": True}, {**KEYS, **QUERY, **BATCH, **WITH_GATES}),
     "all at once": (
-        {"query_bias": True, "share_keys": False, "glu": True, "dim_out": 5},
-        {**KEYS_PER_HEAD, **QUERY, **BIAS, **BATCH, **NARROW, **GATE},
+        {"query_bias": True, "share_keys": False, "glu": True},
+        {**KEYS_PER_HEAD, **QUERY, **BIAS, **BATCH, **WITH_GATES},
     ),
     "what leaves no trace": (
         {
@@ -76,7 +73,7 @@ STATES = {
             "sparse_grad": True,
             "zero_init_out": True,
         },
-        {**KEYS, **QUERY, **BATCH, **TABLES},
+        {**KEYS, **QUERY, **BATCH, **TABLE},
     ),
 }
 
@@ -222,9 +219,9 @@ def test_a_run_is_resumed_bit_by_bit_in_a_new_process(tmp_path, run_python):
         layer, optimizers = make(dtype)
         train(layer, optimizers, range(4))
         save(layer, optimizers, tmp_path / f"{name}-half.pt")
-        at_half = layer.experts.w_up.detach().clone()
+        at_half = layer.experts.weight.detach().clone()
         train(layer, optimizers, range(4, 8))
-        assert not torch.equal(layer.experts.w_up, at_half)
+        assert not torch.equal(layer.experts.weight, at_half)
         whole[name] = layer.state_dict(), [optimizer.state_dict() for optimizer in optimizers]
     run_python(RESUME, tmp_path)
     for name, (state, optimizer_states) in whole.items():
@@ -239,7 +236,7 @@ def test_a_run_is_resumed_bit_by_bit_in_a_new_process(tmp_path, run_python):
                     )
 
 
-# --- shared and interleaved tables ---------------------------------------------------------------
+# --- shared and strided tables -------------------------------------------------------------------
 
 
 def share_a_pool():
@@ -252,7 +249,7 @@ def test_a_shared_pool_is_saved_once_and_stays_shared(tmp_path):
     torch.save(model.state_dict(), tmp_path / "model.pt")
     save_model(model, tmp_path / "model.safetensors")
     saved = load_file(tmp_path / "model.safetensors")
-    assert sum(name.endswith("experts.w_down") for name in saved) == 1
+    assert sum(name.endswith("experts.weight") for name in saved) == 1
     with pytest.raises(RuntimeError, match="share memory"):
         save_file(model.state_dict(), tmp_path / "refused.safetensors")
     for load in (
@@ -262,15 +259,13 @@ def test_a_shared_pool_is_saved_once_and_stays_shared(tmp_path):
         for each in other.parameters():
             nn.init.zeros_(each)
         load()
-        assert other[0].experts.w_down is other[1].experts.w_down
+        assert other[0].experts.weight is other[1].experts.weight
         assert_same_bits(model.state_dict(), other.state_dict())
 
 
-def test_tables_that_are_views_of_one_tensor_come_back(tmp_path):
+def test_a_table_that_is_a_view_comes_back(tmp_path):
     layer, other = make_layer().eval(), make_layer().eval()
-    tables = torch.randn(48, 2, 10)
-    layer.experts.w_down = nn.Parameter(tables[:, 0])
-    layer.experts.w_up = nn.Parameter(tables[:, 1])
+    layer.experts.weight = nn.Parameter(torch.randn(48, 3, 10)[:, :2])
     x = torch.randn(5, 10)
     torch.save(layer.state_dict(), tmp_path / "layer.pt")
     contiguous = {name: tensor.contiguous() for name, tensor in layer.state_dict().items()}
@@ -281,10 +276,10 @@ def test_tables_that_are_views_of_one_tensor_come_back(tmp_path):
     ):
         other.load_state_dict(state)
         assert torch.equal(other(x), layer(x))
-        assert other.experts.w_down.is_contiguous()
-    views = torch.load(tmp_path / "layer.pt", weights_only=True)
-    other.load_state_dict(views, assign=True)
-    assert other.experts.w_down.stride() == (20, 1)
+        assert other.experts.weight.is_contiguous()
+    view = torch.load(tmp_path / "layer.pt", weights_only=True)
+    other.load_state_dict(view, assign=True)
+    assert other.experts.weight.stride() == (30, 10, 1)
     assert torch.equal(other(x), layer(x))
 
 
@@ -307,7 +302,7 @@ def test_a_layer_on_the_meta_device_takes_the_loaded_tensors_as_they_are(tmp_pat
     optimizer = torch.optim.SGD(loaded.parameters(), lr=1.0)
     loaded(x).square().sum().backward()
     optimizer.step()
-    assert not torch.equal(loaded.experts.w_up, layer.experts.w_up)
+    assert not torch.equal(loaded.experts.weight, layer.experts.weight)
     again = torch.load(tmp_path / "layer.pt", weights_only=True)
     assert_same_bits(layer.state_dict(), again)
 
@@ -323,13 +318,13 @@ def test_loading_casts_to_the_layers_dtype_and_assigning_keeps_the_files(dtype):
     assert_same_bits(state, layer.state_dict())
 
 
-def test_tables_in_16_bits_beside_a_router_in_32_come_back_so(tmp_path):
+def test_a_table_in_16_bits_beside_a_router_in_32_comes_back_so(tmp_path):
     layer = make_layer()
     layer.experts.bfloat16()
     save_model(layer, tmp_path / "layer.safetensors")
     loaded = make_layer(device="meta")
     loaded.load_state_dict(load_file(tmp_path / "layer.safetensors"), assign=True)
-    assert loaded.experts.w_down.dtype == torch.bfloat16
+    assert loaded.experts.weight.dtype == torch.bfloat16
     assert loaded.router.row_keys.dtype == torch.float32
     x = torch.randn(5, 10)
     assert torch.equal(loaded.eval()(x), layer.eval()(x))
@@ -343,8 +338,7 @@ OTHER_OPTIONS = {
     "heads": ({"heads": 2}, "heads=2, .*this one .*heads=3"),
     "dim_key": ({"dim_key": 4}, "dim_key=4, .*this one .*dim_key=8"),
     "keys": ({"share_keys": False}, "share_keys=False, this one .*share_keys=True"),
-    "width": ({"dim_out": 5}, "dim_out=5, .*this one .*dim_out=10"),
-    "a gate": ({"glu": True}, r'Unexpected key.*"experts\.w_gate"'),
+    "a gate": ({"glu": True}, "glu=True, this one .*glu=False"),
     "no norm": ({"query_norm": None}, r'Missing key.*"router\.norm\.weight".*running_var"'),
     "a bias": ({"query_bias": True}, r'Unexpected key.*"router\.query\.bias"'),
 }

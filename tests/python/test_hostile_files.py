@@ -30,7 +30,7 @@ import peer
 
 ops = torch.ops.peer
 
-N, D, O, T, P = 30, 9, 5, 4, 6  # noqa: E741
+N, D, T, P = 30, 9, 4, 6
 PLACES = {"first": (0, 0), "last": (T - 1, P - 1)}
 BAD_IDS = (-1, N, -N, N + 1, 2**31, 2**32, 2**63 - 1, -(2**63))
 
@@ -86,77 +86,37 @@ def unless_changed(call, *tensors: Tensor) -> str:
     return found if same else "changed"
 
 
-class Case:
-    """Fenced arguments of every operator that takes ids."""
+class Updated:
+    """Fenced arguments of the operators that update a table, of rows (D) or (parts, D)."""
 
-    def __init__(self, dtype: torch.dtype = torch.float32, at_end: bool = True) -> None:
-        generator = torch.Generator().manual_seed(0)
+    def __init__(self, dtype: torch.dtype, at_end: bool, parts: tuple[int, ...]) -> None:
+        generator = torch.Generator().manual_seed(1)
+        wide = torch.promote_types(dtype, torch.float32)
 
         def draw(*shape: int) -> Tensor:
             return fence(torch.randn(*shape, generator=generator).to(dtype), at_end)
 
-        def numbers(count: int, dtype: torch.dtype) -> Tensor:
-            return fence(torch.ones(count, dtype=dtype), at_end)
+        def ones(*shape: int, dtype: torch.dtype) -> Tensor:
+            return fence(torch.ones(*shape, dtype=dtype), at_end)
 
-        self.x, self.weights, self.grad_out = draw(T, D), draw(T, P), draw(T, O)
-        self.w_down, self.w_gate, self.w_up = draw(N, D), draw(N, D), draw(N, O)
-        self.rows = torch.randint(N, (T, P), generator=generator)
-        self.rows[0, 0], self.rows[-1, -1] = N - 1, 0  # the rows at the fences
-        wide = torch.promote_types(dtype, torch.float32)
-        self.hidden, self.gate = (draw(T, P).to(wide) for _ in range(2))
-        self.table, self.momentum = draw(N, D), draw(N, D)
-        self.per_row, self.row_steps = numbers(N, wide), numbers(N, torch.int32)
-        self.source, self.coefficients = draw(T, D), draw(T, P)
-        self.query, self.grad_scores = draw(T, 2, 8), draw(T, 2, P // 2)
-        self.row_keys, self.col_keys = draw(5, 4), draw(6, 4)  # 5 * 6 == N
-
-    def tables(self):
-        return self.w_down, self.w_up, self.w_gate
+        self.table, self.momentum = draw(N, *parts, D), draw(N, *parts, D)
+        self.per_part, self.row_steps = ones(N, *parts, dtype=wide), ones(N, dtype=torch.int32)
+        self.source, self.coefficients = draw(T, *parts, D), draw(*parts, T, P)
+        self.dense = draw(N, *parts, D)
 
     def written(self):
-        return self.table, self.momentum, self.per_row, self.row_steps
-
-    def calls(self):
-        """By operator, a function of ids (T, P)."""
-        return {
-            "expert_mlp": lambda ids: ops.expert_mlp(
-                self.x, self.weights, ids, *self.tables(), "gelu"
-            ),
-            "ExpertPool": self.call_pool,
-            "expert_mlp_backward": lambda ids: ops.expert_mlp_backward(
-                *(self.grad_out, self.x, self.weights, ids, *self.tables()),
-                *(self.hidden, self.gate, "gelu", False, [True] * 5),
-            ),
-            "expert_mlp_backward, sparse": lambda ids: ops.expert_mlp_backward(
-                *(self.grad_out, self.x, self.weights, ids, *self.tables()),
-                *(self.hidden, self.gate, "gelu", True, [True] * 5),
-            ),
-            "expert_mlp_backward_coefficients": lambda ids: ops.expert_mlp_backward_coefficients(
-                *(self.grad_out, self.x, self.weights, ids, *self.tables()),
-                *(self.hidden, self.gate, "gelu"),
-            ),
-            "product_key_topk_backward": lambda ids: ops.product_key_topk_backward(
-                *(self.grad_scores, self.query, self.row_keys, self.col_keys),
-                *(by_head(ids), [True] * 3),
-            ),
-            **{
-                f"{name}, {form}": lambda ids, update=update, take=take: update(*take(ids))
-                for name, update in self.updates().items()
-                for form, take in self.gradients().items()
-            },
-            "step by a sparse gradient": self.step,
-        }
+        return self.table, self.momentum, self.per_part, self.row_steps
 
     def updates(self):
         return {
             "rowwise_adagrad_": lambda *g: ops.rowwise_adagrad_(
-                self.table, self.per_row, *g, lr=0.1, eps=1e-8, weight_decay=0.0
+                self.table, self.per_part, *g, lr=0.1, eps=1e-8, weight_decay=0.0
             ),
             "sgd_": lambda *g: ops.sgd_(
                 self.table, self.momentum, *g, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.0
             ),
             "rowwise_adam_": lambda *g: ops.rowwise_adam_(
-                *(self.table, self.momentum, self.per_row, self.row_steps, *g),
+                *(self.table, self.momentum, self.per_part, self.row_steps, *g),
                 lr=0.1,
                 beta1=0.9,
                 beta2=0.99,
@@ -173,21 +133,77 @@ class Case:
             "factored": lambda ids: (ids, self.source, self.coefficients),
         }
 
+
+class Case:
+    """Fenced arguments of every operator that takes ids."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32, at_end: bool = True) -> None:
+        generator = torch.Generator().manual_seed(0)
+
+        def draw(*shape: int) -> Tensor:
+            return fence(torch.randn(*shape, generator=generator).to(dtype), at_end)
+
+        self.x, self.weights, self.grad_out = draw(T, D), draw(T, P), draw(T, D)
+        self.experts = draw(N, 3, D)
+        self.rows = torch.randint(N, (T, P), generator=generator)
+        self.rows[0, 0], self.rows[-1, -1] = N - 1, 0  # the rows at the fences
+        wide = torch.promote_types(dtype, torch.float32)
+        self.hidden, self.gate = (draw(T, P).to(wide) for _ in range(2))
+        self.query, self.grad_scores = draw(T, 2, 8), draw(T, 2, P // 2)
+        self.row_keys, self.col_keys = draw(5, 4), draw(6, 4)  # 5 * 6 == N
+        self.flat, self.parted = Updated(dtype, at_end, ()), Updated(dtype, at_end, (3,))
+
+    def written(self):
+        return *self.flat.written(), *self.parted.written()
+
+    def calls(self):
+        """By operator, a function of ids (T, P)."""
+        return {
+            "expert_mlp": lambda ids: ops.expert_mlp(
+                self.x, self.weights, ids, self.experts, "gelu"
+            ),
+            "ExpertPool": self.call_pool,
+            "expert_mlp_backward": lambda ids: ops.expert_mlp_backward(
+                *(self.grad_out, self.x, self.weights, ids, self.experts),
+                *(self.hidden, self.gate, "gelu", False, [True] * 3),
+            ),
+            "expert_mlp_backward, sparse": lambda ids: ops.expert_mlp_backward(
+                *(self.grad_out, self.x, self.weights, ids, self.experts),
+                *(self.hidden, self.gate, "gelu", True, [True] * 3),
+            ),
+            "expert_mlp_backward_coefficients": lambda ids: ops.expert_mlp_backward_coefficients(
+                *(self.grad_out, self.x, self.weights, ids, self.experts),
+                *(self.hidden, self.gate, "gelu"),
+            ),
+            "product_key_topk_backward": lambda ids: ops.product_key_topk_backward(
+                *(self.grad_scores, self.query, self.row_keys, self.col_keys),
+                *(by_head(ids), [True] * 3),
+            ),
+            **{
+                f"{name}, {kind}, {form}": lambda ids, update=update, take=take: update(*take(ids))
+                for kind, updated in self.tables().items()
+                for name, update in updated.updates().items()
+                for form, take in updated.gradients().items()
+            },
+            "step by a sparse gradient": self.step,
+        }
+
+    def tables(self):
+        return {"flat": self.flat, "parted": self.parted}
+
     def call_pool(self, ids):
-        pool = peer.ExpertPool(D, num_experts=N, dim_out=O, glu=True, device="meta")
-        names = ("w_down", "w_up", "w_gate")
-        tables = dict(zip(names, self.tables(), strict=True))
-        pool.load_state_dict(tables, assign=True)
+        pool = peer.ExpertPool(D, num_experts=N, glu=True, device="meta")
+        pool.load_state_dict({"weight": self.experts}, assign=True)
         buffer = io.BytesIO()
         torch.save(ids, buffer)
         buffer.seek(0)
         return pool(self.x, self.weights, torch.load(buffer, weights_only=True))
 
     def step(self, ids):
-        table = torch.nn.Parameter(self.table)
-        values = self.source[:, None].expand(T, P, D).reshape(-1, D)
+        table = torch.nn.Parameter(self.parted.table)
+        values = self.parted.source.repeat_interleave(P, 0)
         table.grad = torch.sparse_coo_tensor(
-            ids.reshape(1, -1), values, (N, D), check_invariants=False
+            ids.reshape(1, -1), values, table.shape, check_invariants=False
         )
         peer.optim.RowwiseAdagrad([table]).step()
 
@@ -205,9 +221,12 @@ def run_good_ids():
             case = Case(dtype, at_end)
             for name, call in case.calls().items():
                 yield f"good ids, {name}, {dtype}, {at_end}", lambda c=call, k=case: c(k.rows)
-            for name, update in case.updates().items():
-                dense = (None, fence(torch.ones(N, D).to(dtype), at_end), None)
-                yield f"good ids, {name}, dense, {dtype}, {at_end}", lambda u=update, g=dense: u(*g)
+            for kind, updated in case.tables().items():
+                for name, update in updated.updates().items():
+                    yield (
+                        f"good ids, {name}, {kind}, dense, {dtype}, {at_end}",
+                        lambda u=update, g=updated.dense: u(None, g, None),
+                    )
             yield (
                 f"good ids, product_key_topk, {dtype}, {at_end}",
                 lambda k=case: ops.product_key_topk(k.query, k.row_keys, k.col_keys, 7),
@@ -316,19 +335,25 @@ def run_other_forms():
 
 
 # The tensors beside the ids, all of which must fit.
-FORWARD = ("x", "weights", "w_down", "w_up", "w_gate")
+FORWARD = ("x", "weights", "experts")
 BACKWARD = ("grad_out", *FORWARD, "hidden", "gate")
-STATE_OF_ADAM = ("table", "momentum", "per_row", "row_steps")
+STATE_OF_ADAM = ("table", "momentum", "per_part", "row_steps")
 USED = {
     "expert_mlp": FORWARD,
     "ExpertPool": FORWARD,
     "expert_mlp_backward": BACKWARD,
     "expert_mlp_backward_coefficients": BACKWARD,
     "product_key_topk_backward": ("grad_scores", "query", "row_keys", "col_keys"),
-    "rowwise_adagrad_, factored": ("table", "per_row", "source", "coefficients"),
-    "sgd_, factored": ("table", "momentum", "source", "coefficients"),
-    "rowwise_adam_, factored": (*STATE_OF_ADAM, "source", "coefficients"),
-    "rowwise_adam_, first rows": (*STATE_OF_ADAM, "source"),
+    **{
+        f"{name}, {kind}, {form}": tuple(f"{kind}.{attribute}" for attribute in attributes)
+        for kind in ("flat", "parted")
+        for name, form, attributes in (
+            ("rowwise_adagrad_", "factored", ("table", "per_part", "source", "coefficients")),
+            ("sgd_", "factored", ("table", "momentum", "source", "coefficients")),
+            ("rowwise_adam_", "factored", (*STATE_OF_ADAM, "source", "coefficients")),
+            ("rowwise_adam_", "first rows", (*STATE_OF_ADAM, "source")),
+        )
+    },
 }
 
 OTHER_SHAPES = {
@@ -344,9 +369,17 @@ OTHER_SHAPES = {
 ARE_RIGHT = (
     ("row_keys", "longer"),  # a larger grid
     ("col_keys", "longer"),
-    ("per_row", "flat"),
-    ("row_steps", "flat"),
+    ("flat.per_part", "flat"),
+    ("flat.row_steps", "flat"),
+    ("parted.row_steps", "flat"),
 )
+
+
+def replace(case: Case, path: str, make) -> None:
+    """Makes another tensor of the one at that path."""
+    *owners, name = path.split(".")
+    owner = getattr(case, owners[0]) if owners else case
+    setattr(owner, name, make(getattr(owner, name)))
 
 
 def run_wrong_shapes():
@@ -354,11 +387,11 @@ def run_wrong_shapes():
     for name, attributes in USED.items():
         for attribute in attributes:
             for change, make in OTHER_SHAPES.items():
-                widths_are_free = name in ("expert_mlp", "ExpertPool") and attribute == "w_up"
-                if (attribute, change) in ARE_RIGHT or (widths_are_free and change == "narrower"):
+                more_experts = (attribute, change) == ("experts", "longer")
+                if (attribute, change) in ARE_RIGHT or (more_experts and name != "ExpertPool"):
                     continue
                 case = Case()
-                setattr(case, attribute, make(getattr(case, attribute)))
+                replace(case, attribute, make)
                 yield (
                     f"shapes, {name}, {attribute}, {change}",
                     lambda n=name, k=case: unless_changed(
@@ -372,13 +405,15 @@ def expand_over_itself(tensor: Tensor) -> Tensor:
 
 
 def run_overlapping_tables():
-    for attribute in ("table", "momentum", "per_row", "row_steps"):
-        for name, form in (("rowwise_adam_", "factored"), ("rowwise_adam_", "first rows")):
+    for name in (
+        f"rowwise_adam_, {k}, {f}" for k in ("flat", "parted") for f in ("factored", "first rows")
+    ):
+        for attribute in USED[name][:4]:
             case = Case()
-            setattr(case, attribute, expand_over_itself(getattr(case, attribute)))
-            call = case.calls()[f"{name}, {form}"]
+            replace(case, attribute, expand_over_itself)
+            call = case.calls()[name]
             yield (
-                f"overlaps, {name}, {form}, {attribute}",
+                f"overlaps, {name}, {attribute}",
                 lambda c=call, k=case: unless_changed(lambda: c(k.rows), *k.written()),
             )
 
@@ -395,8 +430,8 @@ def train(layer):
     """Forward, backward and a step: all that reads what was loaded."""
     x = torch.randn(5, 10, generator=torch.Generator().manual_seed(0)).requires_grad_()
     layer(x).square().sum().backward()
-    experts = [table for table in layer.parameters() if table.dim() == 2 and len(table) == 48]
-    peer.optim.RowwiseAdagrad(experts).step()
+    (table,) = (each for each in layer.parameters() if each.dim() == 3)
+    peer.optim.RowwiseAdagrad([table]).step()
 
 
 def read_state(path, **how):
@@ -599,16 +634,26 @@ def test_altered_files_are_refused_or_read_and_used(outcomes, file):
 # --- states that are no layer's ------------------------------------------------------------------
 
 STATES = {
-    "a missing table": ("experts.w_up", None, r'Missing key.*"experts\.w_up"'),
-    "a list": ("experts.w_down", [[1.0] * 10] * 48, r'"experts\.w_down".*<class \'list\'>'),
+    "a missing table": ("experts.weight", None, r'Missing key.*"experts\.weight"'),
+    "a list": ("experts.weight", [[1.0] * 30] * 48, r'"experts\.weight".*<class \'list\'>'),
     "a number": ("router.row_keys", 1.0, r'"router\.row_keys".*<class \'float\'>'),
     "a name": ("router.query.weight", "weight", r'"router\.query\.weight".*<class \'str\'>'),
-    "a flat table": ("experts.w_down", torch.ones(480), r"experts\.w_down: .*Size\(\[480\]\)"),
-    "a table of one number": ("experts.w_up", torch.ones(()), r"experts\.w_up: .*Size\(\[\]\)"),
+    "a flat table": ("experts.weight", torch.ones(1440), r"experts\.weight: .*Size\(\[1440\]\)"),
+    "a table of one number": ("experts.weight", torch.ones(()), r"experts\.weight: .*Size\(\[\]\)"),
+    "a table without parts": (
+        "experts.weight",
+        torch.ones(48, 30),
+        r"experts\.weight: .*Size\(\[48, 30\]\)",
+    ),
+    "a table without gates": (
+        "experts.weight",
+        torch.ones(48, 2, 10),
+        r"the checkpoint's pool has .*glu=False, this one .*glu=True",
+    ),
     "a deeper table": (
-        "experts.w_up",
-        torch.ones(1, 48, 10),
-        r"experts\.w_up: .*Size\(\[1, 48, 10\]\)",
+        "experts.weight",
+        torch.ones(1, 48, 3, 10),
+        r"experts\.weight: .*Size\(\[1, 48, 3, 10\]\)",
     ),
     "a flat key": ("router.col_keys", torch.ones(24), r"router\.col_keys: .*Size\(\[24\]\)"),
     "a key of one number": ("router.row_keys", torch.ones(()), r"row_keys: .*Size\(\[\]\)"),
@@ -627,7 +672,7 @@ STATES = {
         torch.ones(23),
         r"router\.norm\.running_var: .*Size\(\[23\]\)",
     ),
-    "another name": ("experts.w_side", torch.ones(1), r'Unexpected key.*"experts\.w_side"'),
+    "another name": ("experts.w_up", torch.ones(1), r'Unexpected key.*"experts\.w_up"'),
 }
 
 
@@ -646,31 +691,33 @@ def test_a_state_that_does_not_fit_is_refused_by_name(case, assign):
 @pytest.mark.parametrize(
     "value",
     [
-        torch.ones(48, 10).to_sparse(),
-        torch.ones(48, 10, dtype=torch.complex64),
-        torch.ones(48, 10, dtype=torch.float64),
-        torch.ones(48, 10, dtype=torch.int8),
-        torch.ones(48, 10, device="meta"),
+        torch.ones(48, 3, 10).to_sparse(),
+        torch.ones(48, 3, 10, dtype=torch.complex64),
+        torch.ones(48, 3, 10, dtype=torch.float64),
+        torch.ones(48, 3, 10, dtype=torch.int8),
+        torch.ones(48, 3, 10, device="meta"),
     ],
     ids=["sparse", "complex", "float64", "int8", "meta"],
 )
-@pytest.mark.parametrize("name", ["w_down", "w_up", "w_gate"])
-def test_a_table_that_was_assigned_as_it_came_is_refused_in_use(name, value):
+def test_a_table_that_was_assigned_as_it_came_is_refused_in_use(value):
     layer = make_layer().requires_grad_(False)
     state = layer.state_dict()
-    state[f"experts.{name}"] = value
+    state["experts.weight"] = value
     layer.load_state_dict(state, assign=True)
     with pytest.raises((TypeError, ValueError, RuntimeError), match="peer::expert_mlp"):
         layer(torch.randn(5, 10))
 
 
 STATES_OF_AN_OPTIMIZER = {
-    "a shorter moment": ("first_moment", torch.zeros(47, 10), ValueError),
-    "a wider moment": ("first_moment", torch.zeros(48, 11), ValueError),
-    "a moment over itself": ("first_moment", torch.zeros(10).expand(48, 10), ValueError),
-    "fewer numbers": ("second_moment", torch.zeros(47), ValueError),
-    "a number over itself": ("second_moment", torch.zeros(1).expand(48), ValueError),
-    "numbers of another dtype": ("second_moment", torch.zeros(48).double(), TypeError),
+    "a shorter moment": ("first_moment", torch.zeros(47, 2, 10), ValueError),
+    "a wider moment": ("first_moment", torch.zeros(48, 2, 11), ValueError),
+    "a moment without parts": ("first_moment", torch.zeros(48, 20), ValueError),
+    "a moment over itself": ("first_moment", torch.zeros(10).expand(48, 2, 10), ValueError),
+    "fewer numbers": ("second_moment", torch.zeros(47, 2), ValueError),
+    "a number for both parts": ("second_moment", torch.zeros(48), ValueError),
+    "a number over itself": ("second_moment", torch.zeros(1).expand(48, 2), ValueError),
+    "numbers of another dtype": ("second_moment", torch.zeros(48, 2).double(), TypeError),
+    "steps of parts": ("row_steps", torch.zeros(48, 2, dtype=torch.int32), ValueError),
     "steps of another dtype": ("row_steps", torch.zeros(48, dtype=torch.int64), TypeError),
     "no steps": ("row_steps", None, KeyError),
     "steps that are none": ("step", "many", TypeError),
@@ -680,9 +727,9 @@ STATES_OF_AN_OPTIMIZER = {
 @pytest.mark.parametrize("case", STATES_OF_AN_OPTIMIZER)
 def test_an_optimizers_state_that_does_not_fit_is_refused_in_the_step(case):
     name, value, kind = STATES_OF_AN_OPTIMIZER[case]
-    table = torch.nn.Parameter(torch.randn(48, 10))
+    table = torch.nn.Parameter(torch.randn(48, 2, 10))
     optimizer = peer.optim.RowwiseAdam([table])
-    table.grad = torch.randn(48, 10)
+    table.grad = torch.randn(48, 2, 10)
     optimizer.step()
     state = optimizer.state_dict()
     state["state"][0] = {**state["state"][0], name: value}

@@ -617,9 +617,7 @@ def test_a_gradient_that_is_sparse_by_elements_is_refused(kind, shape):
 # --- the operators -------------------------------------------------------------------------------
 
 
-def arguments(
-    name, indices=..., coefficients=None, dtype=torch.float32, row=(WIDTH,), **changes
-):
+def arguments(name, indices=..., coefficients=None, dtype=torch.float32, row=(WIDTH,), **changes):
     """The tensors and numbers of an operator, by name; `changes` replaces some."""
     table = torch.randn(ROWS, *row).to(dtype)
     second_moments = torch.ones(ROWS, *row[:-1]).to(torch.promote_types(dtype, torch.float32))
@@ -793,7 +791,11 @@ BAD_STATE = {
 # Those of a table without parts, for one of two parts.
 STATE_OF_ANOTHER_KIND = {
     "sum_of_squares": ("rowwise_adagrad_", torch.ones(13), r"of shape \[13, 2\] .* got \[13\]"),
-    "momentum_buffer": ("sgd_", torch.ones(13, 18), r"of table's shape \[13, 2, 9\], got \[13, 18\]"),
+    "momentum_buffer": (
+        "sgd_",
+        torch.ones(13, 18),
+        r"of table's shape \[13, 2, 9\], got \[13, 18\]",
+    ),
     "first_moment": ("rowwise_adam_", torch.ones(13, 9), r"of table's shape \[13, 2, 9\], got"),
     "second_moment": ("rowwise_adam_", torch.ones(13), r"of shape \[13, 2\] .* got \[13\]"),
     "row_steps": ("rowwise_adam_", torch.ones(13, 2).int(), r"of shape \[13\] .* got \[13, 2\]"),

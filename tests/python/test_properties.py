@@ -100,9 +100,7 @@ def build(make_expert_inputs, case: ExpertCase):
     case=ExpertCase(0, 3, 4, 5, (torch.float32,) * 3, True, "gelu", "expanded", "transposed", 0)
 )
 @example(
-    case=ExpertCase(
-        3, 0, 1, 1, (torch.float64,) * 3, False, "relu", "contiguous", "contiguous", 0
-    )
+    case=ExpertCase(3, 0, 1, 1, (torch.float64,) * 3, False, "relu", "contiguous", "contiguous", 0)
 )
 def test_experts_are_within_rounding_of_the_reference(make_expert_inputs, case):
     inputs = build(make_expert_inputs, case)

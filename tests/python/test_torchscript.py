@@ -123,7 +123,7 @@ def test_scripting_gives_the_results_of_eager(activation, glu):
 def test_the_functional_form_can_be_scripted(shape, glu):
     layer = FunctionalLayer("gelu", glu, sparse_grad=False)
     x = inputs().view(shape)
-    expected = Layer("gelu", glu, sparse_grad=False)(inputs()).view(*shape[:-1], 5)
+    expected = Layer("gelu", glu, sparse_grad=False)(inputs()).view(shape)
     torch.testing.assert_close(torch.jit.script(layer)(x), expected, rtol=0, atol=0)
 
 
@@ -242,6 +242,15 @@ class Stack(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.second(self.first(x))
+
+
+def test_a_saved_pool_has_its_table_and_no_views(tmp_path):
+    layer = make_layer("gated")
+    torch.jit.script(layer).save(str(tmp_path / "layer.pt"))
+    experts = torch.jit.load(str(tmp_path / "layer.pt")).experts
+    assert [name for name, _ in experts.named_parameters()] == ["weight"]
+    assert torch.equal(experts.weight, layer.experts.weight)
+    assert not any(hasattr(experts, name) for name in ("w_down", "w_gate", "w_up"))
 
 
 def test_layers_that_share_a_pool_share_it_after_saving(tmp_path):
