@@ -7,7 +7,6 @@ what its router computes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -106,11 +105,11 @@ class PlainLayer(NormedLayer):
     """The same layer in plain PyTorch, with one of the spellings of its experts."""
 
     def __init__(
-        self, shared: Shared, router: Router, experts: Experts, tables: Sequence[nn.Parameter]
+        self, shared: Shared, router: Router, experts: Experts, table: nn.Parameter
     ) -> None:
         super().__init__(shared, router)
         self.query_weight = router.query_weight
-        self.tables = nn.ParameterList(tables)
+        self.table = table
         self.heads, self.dim_key, self.k = shared.case.heads, shared.case.dim_key, shared.case.k
         self.experts = experts
 
@@ -120,7 +119,7 @@ class PlainLayer(NormedLayer):
         scores, chosen = retrieve(query, self.row_keys, self.col_keys, self.k)
         weights = scores.softmax(-1).flatten(-2)
         used = (chosen if ids is None else ids).flatten(-2)
-        return self.experts(x, weights, used, *self.tables), chosen
+        return self.experts(x, weights, used, self.table), chosen
 
 
 class PublishedLayer(Layer):

@@ -15,7 +15,7 @@ from peer.bench import traffic
 from peer.bench.cases import Case
 from peer.bench.layers import DenseLayer, OurLayer, PlainLayer, PublishedLayer
 from peer.bench.shared import Shared
-from peer.bench.spellings import EXPERTS, OF_TWO_TABLES, project, retrieve, route, select
+from peer.bench.spellings import EXPERTS, OF_ROWS, project, retrieve, route, select
 from peer.bench.works import (
     ExpertsWork,
     FusedExpertsWork,
@@ -127,7 +127,7 @@ class Ours(Provider):
                 distribution,
                 mode,
                 experts,
-                [shared.weight],
+                shared.weight,
                 weights_dtype=shared.weights.dtype,
             )
         layers = [OurLayer(shared, router, sparse_grad=sparse) for router in shared.routers]
@@ -261,11 +261,10 @@ def _dense_adam(layer: nn.Module) -> tuple[Sequence[Stepper], Callable[[], None]
 
 def _sparse_adam(layer: nn.Module) -> tuple[Sequence[Stepper], Callable[[], None]]:
     assert isinstance(layer, PlainLayer)
-    tables = list(layer.tables)
-    others = [p for p in layer.parameters() if all(p is not table for table in tables)]
-    eps = 1e-4 if tables[0].dtype == torch.float16 else 1e-8  # 1e-8 is 0 in float16
+    others = [p for p in layer.parameters() if p is not layer.table]
+    eps = 1e-4 if layer.table.dtype == torch.float16 else 1e-8  # 1e-8 is 0 in float16
     optimizers: list[Stepper] = [
-        torch.optim.SparseAdam(tables, lr=LEARNING_RATE, eps=eps),
+        torch.optim.SparseAdam([layer.table], lr=LEARNING_RATE, eps=eps),
         torch.optim.AdamW(others, lr=LEARNING_RATE, fused=True),
     ]
     return optimizers, _nothing
@@ -295,11 +294,10 @@ class Plain(Provider):
             chosen = compile_whole(select) if self.compiled else select
             return SelectionWork(shared, distribution, chosen, from_scores=True)
         experts = EXPERTS[spelling]
-        parts = [shared.w_down, shared.w_up]
-        tables = parts if spelling in OF_TWO_TABLES else [shared.weight]
+        table = shared.rows if spelling in OF_ROWS else shared.weight
         if mode in EXPERTS_ALONE:
-            return ExpertsWork(shared, distribution, mode, experts, tables, self.compiled)
-        layers = [PlainLayer(shared, router, experts, tables) for router in shared.routers]
+            return ExpertsWork(shared, distribution, mode, experts, table, self.compiled)
+        layers = [PlainLayer(shared, router, experts, table) for router in shared.routers]
         optimizers = _sparse_adam if "sparse" in spelling else _dense_adam
         kind = OptimizerWork if mode == "optimizer" else LayerWork
         return kind(shared, distribution, mode, layers, optimizers, self.compiled)
@@ -329,8 +327,8 @@ class Bags(Plain):
     modes: ClassVar[tuple[str, ...]] = (*LAYER, *EXPERTS_ALONE, "optimizer")
 
     def spellings(self, mode: str) -> tuple[str, ...]:
-        """With dense and, where there are gradients, with sparse ones."""
-        return ("bags",) if "forward" in mode else ("bags", "bags, sparse")
+        """With sparse gradients: of dense ones, each of the two uses of the rows would make one."""
+        return ("bags",) if "forward" in mode else ("bags, sparse",)
 
 
 class Compiled(Plain):

@@ -62,10 +62,11 @@ class Shared:
         is_cpu = self.device.type == "cpu"
         ids_generator = self.generator if is_cpu else torch.Generator().manual_seed(seed)
         self.routers = [self._make_router() for _ in range(case.routers)]
-        self.weight = self._table()
-        # Its parts as tables of their own, for what takes two: in the same memory, with gradients
-        # of their own.
-        self.w_down, self.w_up = (nn.Parameter(p) for p in self.weight.detach().unbind(1))
+        table = self._table()
+        self.weight = nn.Parameter(table)
+        # The same memory for what takes one table (2N, D), or two (N, D), with their own gradients.
+        self.rows = nn.Parameter(table.view(-1, case.dim))
+        self.w_down, self.w_up = (nn.Parameter(part) for part in table.unbind(1))
         self.inputs = count_inputs(case, machine.last_level_cache)
         self.x = [self._draw(case.tokens, case.dim).to(self.dtype) for _ in range(self.inputs)]
         shape = (case.tokens, case.heads, case.k)
@@ -85,7 +86,7 @@ class Shared:
     def _draw(self, *shape: int) -> Tensor:
         return torch.randn(*shape, generator=self.generator, device=self.device)
 
-    def _table(self) -> nn.Parameter:
+    def _table(self) -> Tensor:
         case = self.case
         shape = case.num_experts, 2, case.dim
         table = peer.empty_huge(*shape, dtype=self.table_dtype, device=self.device)  # as a pool's
@@ -93,7 +94,7 @@ class Shared:
             for rows in part.split(4096):  # what is not contiguous is filled slowly
                 values = torch.empty_like(rows, memory_format=torch.contiguous_format)
                 rows.copy_(values.normal_(std=std, generator=self.generator))
-        return nn.Parameter(table)
+        return table
 
     def _normal(self, *shape: int, std: float) -> nn.Parameter:
         values = torch.empty(*shape, dtype=self.dtype, device=self.device)
@@ -120,7 +121,7 @@ class Shared:
     def parameters(self) -> list[nn.Parameter]:
         """Everything that may get a gradient."""
         routers = [parameter for router in self.routers for parameter in router.parameters()]
-        return [self.weight, self.w_down, self.w_up, *routers]
+        return [self.weight, self.rows, self.w_down, self.w_up, *routers]
 
     @torch.no_grad()
     def retrieve(self, index: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 __all__ = [
     "EXPERTS",
-    "OF_TWO_TABLES",
+    "OF_ROWS",
     "Experts",
     "gather_and_einsum",
     "project",
@@ -19,8 +20,8 @@ __all__ = [
     "select",
 ]
 
-# x (T, D), weights and ids (T, P), and the table (N, 2, D), or as two tables (N, D) -> (T, D).
-Experts = Callable[..., Tensor]
+# x (T, D), weights and ids (T, P), and the table, (N, 2, D) or its rows (2N, D) -> (T, D).
+Experts = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 def select(row_scores: Tensor, col_scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -68,20 +69,12 @@ def multiply_and_sum(x: Tensor, weights: Tensor, ids: Tensor, table: Tensor) -> 
     return ((weights * hidden).unsqueeze(-1) * up).sum(1)
 
 
-def bags(x: Tensor, weights: Tensor, ids: Tensor, w_down: Tensor, w_up: Tensor) -> Tensor:
-    """Gather and batched product downwards, weighted bags upwards."""
-    rows = F.embedding(ids, w_down).to(x.dtype)
-    hidden = F.gelu(torch.bmm(rows, x.unsqueeze(-1)).squeeze(-1))
-    scaled = (weights * hidden).to(w_up.dtype)
-    return F.embedding_bag(ids, w_up, per_sample_weights=scaled, mode="sum").to(x.dtype)
-
-
-def sparse_bags(x: Tensor, weights: Tensor, ids: Tensor, w_down: Tensor, w_up: Tensor) -> Tensor:
-    """`bags` with sparse gradients of the tables."""
-    rows = F.embedding(ids, w_down, sparse=True).to(x.dtype)
-    hidden = F.gelu(torch.bmm(rows, x.unsqueeze(-1)).squeeze(-1))
-    scaled = (weights * hidden).to(w_up.dtype)
-    out = F.embedding_bag(ids, w_up, per_sample_weights=scaled, mode="sum", sparse=True)
+def bags(x: Tensor, weights: Tensor, ids: Tensor, rows: Tensor, *, sparse: bool = False) -> Tensor:
+    """Gather and batched product downwards, weighted bags upwards, by rows 2e and 2e + 1."""
+    down = F.embedding(2 * ids, rows, sparse=sparse).to(x.dtype)
+    hidden = F.gelu(torch.bmm(down, x.unsqueeze(-1)).squeeze(-1))
+    scaled = (weights * hidden).to(rows.dtype)
+    out = F.embedding_bag(2 * ids + 1, rows, per_sample_weights=scaled, mode="sum", sparse=sparse)
     return out.to(x.dtype)
 
 
@@ -89,8 +82,8 @@ EXPERTS: dict[str, Experts] = {
     "einsum": gather_and_einsum,
     "sum": multiply_and_sum,
     "bags": bags,
-    "bags, sparse": sparse_bags,
+    "bags, sparse": functools.partial(bags, sparse=True),
 }
 
-# Those that take two tables.
-OF_TWO_TABLES = ("bags", "bags, sparse")
+# Those that take the table's rows.
+OF_ROWS = ("bags", "bags, sparse")

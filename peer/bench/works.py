@@ -237,7 +237,7 @@ class ExpertsWork(Work):
         distribution: of the ids.
         mode: of the two.
         experts: a spelling of them.
-        tables: that it takes.
+        table: in the form that it takes.
         compiled: whether to compile it.
         weights_dtype: as the provider's router gives them, by default the activations'.
     """
@@ -248,27 +248,27 @@ class ExpertsWork(Work):
         distribution: str,
         mode: str,
         experts: Experts,
-        tables: Sequence[Tensor],
+        table: Tensor,
         compiled: bool = False,
         weights_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(shared, distribution)
         self.mode = mode
-        self.tables = tables
+        self.table = table
         self.experts: Any = compile_whole(experts) if compiled else experts
         self.weights = shared.weights.flatten(-2).to(weights_dtype or shared.dtype)
         self._inputs: tuple[Tensor, ...] = ()
         self._out: Tensor | None = None
 
     def arguments(self, index: int) -> tuple[Tensor, ...]:
-        """x, weights, ids and tables, as leaves where gradients are wanted."""
+        """x, weights, ids and the table, as leaves where gradients are wanted."""
         shared, ids = self.shared, self.ids(index)
         if ids is None:
             ids = shared.retrieve(index)
         x, weights = shared.x[index % shared.inputs], self.weights
         if self.mode == "experts-backward":
             x, weights = x.detach().requires_grad_(), weights.detach().requires_grad_()
-        return x, weights, ids.flatten(-2), *self.tables
+        return x, weights, ids.flatten(-2), self.table
 
     def prepare(self, index: int) -> None:
         """For the backward pass, runs forward."""
@@ -313,7 +313,7 @@ class FusedExpertsWork(ExpertsWork):
             distribution,
             "experts-backward",
             self._apply,
-            [shared.weight],
+            shared.weight,
             weights_dtype=torch.float32,
         )
         self.pool = pool
