@@ -35,7 +35,7 @@ from peer.bench.providers import PROVIDERS
 from peer.bench.rows import Row
 from peer.bench.run import Options, estimate_case, list_entries, run_plans
 from peer.bench.shared import Shared
-from peer.bench.spellings import EXPERTS, gather_and_einsum, project, route
+from peer.bench.spellings import EXPERTS, OF_TWO_TABLES, gather_and_einsum, project, route
 from peer.bench.targets import TARGET_PRESETS, evaluate, evaluate_runs
 from peer.bench.timing import Entry, Settings, measure_first, measure_rounds, takes_part
 from peer.bench.works import (
@@ -267,40 +267,45 @@ def test_another_capability_is_measured_in_a_process_of_its_own(
 @pytest.mark.parametrize("mode", ["experts-forward", "experts-backward"])
 @pytest.mark.parametrize("spelling", list(EXPERTS))
 def test_every_spelling_of_the_experts_is_right(shared: Shared, mode: str, spelling: str) -> None:
-    check(ExpertsWork(shared, "uniform", mode, EXPERTS[spelling]))
+    parts = [shared.w_down, shared.w_up]
+    tables = parts if spelling in OF_TWO_TABLES else [shared.weight]
+    check(ExpertsWork(shared, "uniform", mode, EXPERTS[spelling], tables))
 
 
-def wrong_up(x: Tensor, w: Tensor, ids: Tensor, down: Tensor, up: Tensor) -> Tensor:
-    return EXPERTS["einsum"](x, w, ids, down, up.roll(1, 0))
+def wrong_up(x: Tensor, w: Tensor, ids: Tensor, table: Tensor) -> Tensor:
+    down, up = table.unbind(1)
+    return EXPERTS["einsum"](x, w, ids, torch.stack([down, up.roll(1, 0)], dim=1))
 
 
-def no_activation(x: Tensor, w: Tensor, ids: Tensor, down: Tensor, up: Tensor) -> Tensor:
-    return torch.einsum("tp,tpd->td", w * torch.einsum("td,tpd->tp", x, down[ids]), up[ids])
+def no_activation(x: Tensor, w: Tensor, ids: Tensor, table: Tensor) -> Tensor:
+    down, up = table[ids].unbind(-2)
+    return torch.einsum("tp,tpd->td", w * torch.einsum("td,tpd->tp", x, down), up)
 
 
-def no_gradient_of_up(x: Tensor, w: Tensor, ids: Tensor, down: Tensor, up: Tensor) -> Tensor:
+def half_a_gradient_of_up(x: Tensor, w: Tensor, ids: Tensor, table: Tensor) -> Tensor:
+    down, up = table.unbind(1)
     scaled = 0.5 * up + 0.5 * up.detach()
-    return EXPERTS["einsum"](x, w, ids, down, scaled)
+    return EXPERTS["einsum"](x, w, ids, torch.stack([down, scaled], dim=1))
 
 
-def no_gradient_of_x(x: Tensor, w: Tensor, ids: Tensor, down: Tensor, up: Tensor) -> Tensor:
-    return EXPERTS["einsum"](0.5 * (x + x.detach()), w, ids, down, up)
+def half_a_gradient_of_x(x: Tensor, w: Tensor, ids: Tensor, table: Tensor) -> Tensor:
+    return EXPERTS["einsum"](0.5 * (x + x.detach()), w, ids, table)
 
 
 @pytest.mark.parametrize("experts", [wrong_up, no_activation])
 @pytest.mark.parametrize("mode", ["experts-forward", "experts-backward"])
 def test_experts_with_a_wrong_output_are_caught(shared: Shared, mode: str, experts: Any) -> None:
     with pytest.raises(WrongResultError, match="output"):
-        check(ExpertsWork(shared, "uniform", mode, experts))
+        check(ExpertsWork(shared, "uniform", mode, experts, [shared.weight]))
 
 
 @pytest.mark.parametrize(
-    ("experts", "what"), [(no_gradient_of_up, "w_up"), (no_gradient_of_x, "gradient of x")]
+    ("experts", "what"), [(half_a_gradient_of_up, "w_up"), (half_a_gradient_of_x, "gradient of x")]
 )
 def test_experts_with_a_wrong_gradient_are_caught(shared: Shared, experts: Any, what: str) -> None:
-    check(ExpertsWork(shared, "uniform", "experts-forward", experts))
+    check(ExpertsWork(shared, "uniform", "experts-forward", experts, [shared.weight]))
     with pytest.raises(WrongResultError, match=what):
-        check(ExpertsWork(shared, "uniform", "experts-backward", experts))
+        check(ExpertsWork(shared, "uniform", "experts-backward", experts, [shared.weight]))
 
 
 def built(provider: str, shared: Shared, mode: str) -> list[Any]:
@@ -480,12 +485,11 @@ def test_an_update_fused_into_the_experts_is_right_and_is_caught_once_it_is_not(
 ) -> None:
     shared = Shared(replace(SMALL, dtype=dtype), ("uniform",))
     (work,) = built("peer-fused", shared, "experts-backward")
-    before = [table.detach().clone() for table in (shared.w_down, shared.w_up)]
+    before = shared.weight.detach().clone()
     work.open()
     check(work)
     work.close()
-    assert torch.equal(shared.w_down, before[0])
-    assert torch.equal(shared.w_up, before[1])
+    assert torch.equal(shared.weight, before)
     work.open()
     work.optimizers[0].param_groups[0]["lr"] *= 1.01 if dtype == "float32" else 1.5
     with pytest.raises(WrongResultError, match="step of w_down"):
@@ -494,17 +498,14 @@ def test_an_update_fused_into_the_experts_is_right_and_is_caught_once_it_is_not(
     assert work.pool.fused_update is None
 
 
-def test_timed_updates_fused_into_the_experts_leave_the_tables_as_they_were(
-    shared: Shared,
-) -> None:
+def test_timed_updates_fused_into_the_experts_leave_the_table_as_it_was(shared: Shared) -> None:
     (work,) = built("peer-fused", shared, "experts-backward")
-    before = [table.detach().clone() for table in (shared.w_down, shared.w_up)]
+    before = shared.weight.detach().clone()
     entry = Entry("peer-fused", "", "uniform", work)
     measure_first(entry, warm=False)
     measure_rounds([entry], FAST, stream.Stream(MIB), CPU, False, lambda _: None)
     assert entry.calls > 0
-    for table, value in zip((shared.w_down, shared.w_up), before, strict=True):
-        torch.testing.assert_close(table.detach(), value, rtol=1e-7, atol=1e-9)
+    torch.testing.assert_close(shared.weight.detach(), before, rtol=1e-7, atol=1e-9)
 
 
 # Machines.
@@ -1028,12 +1029,11 @@ def test_peak_memory_is_that_of_the_call_alone() -> None:
 
 
 def test_memory_that_is_kept_of_freed_gradients_counts_again() -> None:
-    ids, table = torch.arange(2**14).view(128, 128), torch.ones(2**14, 512, requires_grad=True)
+    ids, table = torch.arange(2**14).view(128, 128), torch.ones(2**14, 2, 256, requires_grad=True)
 
     def train() -> None:
-        out = peer.functional.expert_mlp(
-            torch.ones(128, 512), torch.ones(128, 128), ids, table, table.detach(), sparse_grad=True
-        )
+        x, weights = torch.ones(128, 256), torch.ones(128, 128)
+        out = peer.functional.expert_mlp(x, weights, ids, table, sparse_grad=True)
         torch.autograd.grad(out.sum(), table)
 
     for _ in range(2):

@@ -314,7 +314,7 @@ def test_an_expanded_gradient_gives_the_same_result(make_expert_inputs):
     )
 
 
-def test_a_table_beyond_two_to_the_31_elements_is_addressed_right():
+def test_tables_beyond_two_to_the_31_elements_are_addressed_right():
     # 2^31 + 8192 elements; only the pages of the first and last rows are ever touched.
     dim = 4096
     experts = 2**31 // (2 * dim) + 1
