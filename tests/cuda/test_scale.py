@@ -15,29 +15,29 @@ def test_tables_of_more_than_two_to_the_31_elements(sized):
     rows, width = sized(2**21 + 5, 2**11 + 5), 1032
     if free_memory() < 14 * GIB:
         pytest.skip("needs 14 GiB")
-    w_down = torch.empty(rows, width, dtype=torch.bfloat16, device="cuda").normal_(std=0.03)
-    w_up = torch.empty(rows, width, dtype=torch.bfloat16, device="cuda").normal_(std=0.03)
+    table = torch.empty(rows, 2, width, dtype=torch.bfloat16, device="cuda").normal_(std=0.03)
     indices = torch.tensor([[rows - 1, 0, rows - 2, rows - rows // 100]], device="cuda")
     x = torch.randn(1, width, device="cuda", dtype=torch.bfloat16)
     weights = torch.rand(1, 4, device="cuda")
     small = torch.arange(4, device="cuda")[None]
-    inputs = x, weights, indices, w_down, w_up, None
-    few = x, weights, small, w_down[indices[0]], w_up[indices[0]], None
+    inputs = x, weights, indices, table
+    few = x, weights, small, table[indices[0]]
     out, hidden, gate = torch.ops.peer.expert_mlp(*inputs, "gelu")
     expected, _, _ = torch.ops.peer.expert_mlp(*few, "gelu")
     assert torch.equal(out, expected)
-    mask = (True, True, True, False, False)
+    mask = (True, True, True)
     grads = torch.ops.peer.expert_mlp_backward(out, *inputs, hidden, gate, "gelu", True, mask)
     others = torch.ops.peer.expert_mlp_backward(out, *few, hidden, gate, "gelu", False, mask)
     assert torch.equal(grads[0], others[0])
     order = indices[0].argsort()
     assert torch.equal(grads[2].indices()[0], indices[0][order])
     assert torch.equal(grads[2].values(), others[2][order])
-    state = torch.zeros(rows, device="cuda")
-    before = w_down[rows - 1].clone()
-    torch.ops.peer.rowwise_adagrad_(w_down, state, indices, x, weights, 0.1, 1e-10, 0.0)
-    assert int(state.count_nonzero()) == 4
-    assert not torch.equal(w_down[rows - 1], before)
+    state = torch.zeros(rows, 2, device="cuda")
+    before = table[rows - 1].clone()
+    source, coefficients = torch.stack([x, out], dim=1), torch.stack([weights, weights])
+    torch.ops.peer.rowwise_adagrad_(table, state, indices, source, coefficients, 0.1, 1e-10, 0.0)
+    assert int(state.count_nonzero()) == 8
+    assert (table[rows - 1] != before).any(1).all()
 
 
 @pytest.mark.needs_gpu("4 GiB, to be refused")
@@ -70,17 +70,17 @@ def test_forward_needs_no_gathered_rows(sized):
     x = torch.randn(tokens, width, device="cuda", dtype=torch.bfloat16)
     weights = torch.rand(tokens, per_token, device="cuda")
     indices = torch.randint(5000, (tokens, per_token), device="cuda")
-    tables = [torch.randn(5000, width, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
+    table = torch.randn(5000, 2, width, device="cuda", dtype=torch.bfloat16)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    out, _, _ = torch.ops.peer.expert_mlp(x, weights, indices, *tables, None, "gelu")
+    out, _, _ = torch.ops.peer.expert_mlp(x, weights, indices, table, "gelu")
     torch.cuda.synchronize()
     peak = torch.cuda.max_memory_allocated() - before
     assert peak <= out.numel() * 2 + 6 * tokens * per_token * 4
 
 
-def test_a_fused_update_makes_no_gradient_of_the_tables(sized):
+def test_a_fused_update_makes_no_gradient_of_the_table(sized):
     tokens, per_token, experts, width = sized((2048, 128, 2**18, 1024), (8, 128, 2**10, 1024))
     pool = peer.ExpertPool(
         width,
@@ -102,6 +102,6 @@ def test_a_fused_update_makes_no_gradient_of_the_tables(sized):
         pool(x, weights, indices).float().square().sum().backward()
         torch.cuda.synchronize()
         peaks.append(torch.cuda.max_memory_allocated() - before)
-    # On a GPU, the rows that occur would take 600 MiB for both tables: at most a fifth of that.
+    # On a GPU, the rows that occur would take 600 MiB: at most a fifth of that.
     rows = len(indices.unique())
     assert peaks[1] <= 2 * rows * width * 2 // 5

@@ -9,8 +9,6 @@ import torch
 
 import peer
 
-TABLES = ("w_down", "w_up", "w_gate")
-
 
 def bits(tensor):
     dense = tensor.coalesce().values() if tensor.is_sparse else tensor
@@ -44,8 +42,7 @@ def test_gradients_are_those_of_finite_differences(
     inputs = make_expert_inputs(
         tokens=tokens, per_token=per_token, experts=experts, dim=dim, dtype=torch.float64, glu=glu
     )
-    leaves = [t if t is None else t.cuda() for t in inputs]
-    leaves = [t.requires_grad_() if t is not None and t.is_floating_point() else t for t in leaves]
+    leaves = [t.cuda().requires_grad_(t.is_floating_point()) for t in inputs]
     assert torch.autograd.gradcheck(peer.functional.expert_mlp, leaves, nondet_tol=0.0)
     # The double backward gathers rows with torch's index_add, which adds atomically on a GPU.
     assert torch.autograd.gradgradcheck(peer.functional.expert_mlp, leaves, nondet_tol=1e-10)
@@ -85,17 +82,17 @@ def test_a_token_gets_the_same_bits_alone_and_in_a_batch(
     inputs = on_gpu(
         make_expert_inputs(tokens=tokens, per_token=70, experts=300, dim=136, dtype=dtype, glu=glu)
     )
-    x, weights, indices, *tables = inputs
+    x, weights, indices, table = inputs
     together = torch.ops.peer.expert_mlp(*inputs, "gelu", False)
     backward = torch.ops.peer.expert_mlp_backward(
-        together[0], *inputs, *together[1:], "gelu", False, (True, True, False, False, False)
+        together[0], *inputs, *together[1:], "gelu", False, (True, True, False)
     )
     for t in range(0, tokens, tokens // 6):
-        part = x[t : t + 1], weights[t : t + 1], indices[t : t + 1], *tables
+        part = x[t : t + 1], weights[t : t + 1], indices[t : t + 1], table
         alone = torch.ops.peer.expert_mlp(*part, "gelu", False)
         assert_same_bits(alone[:1], [together[0][t : t + 1]])
         grads = torch.ops.peer.expert_mlp_backward(
-            alone[0], *part, *alone[1:], "gelu", False, (True, True, False, False, False)
+            alone[0], *part, *alone[1:], "gelu", False, (True, True, False)
         )
         assert_same_bits(grads[:2], [grad[t : t + 1] for grad in backward[:2]])
 
@@ -116,7 +113,7 @@ def test_on_a_stream_of_its_own(sized):
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_on_a_device_that_is_not_the_current_one(make_expert_inputs):
-    inputs = [t if t is None else t.to("cuda:1") for t in make_expert_inputs()]
+    inputs = [t.to("cuda:1") for t in make_expert_inputs()]
     with torch.cuda.device(0):
         out = torch.ops.peer.expert_mlp(*inputs, "gelu", True)[0]
     assert out.device == torch.device("cuda:1")
@@ -155,33 +152,34 @@ def test_a_graph_replays_forward_and_backward(sized):
 def test_a_graph_replays_fused_updates(make_expert_inputs, on_gpu, sized):
     """The coefficients of the backward pass and the update by them, without a gradient between."""
     inputs = on_gpu(make_expert_inputs(tokens=sized(200, 20), per_token=16, experts=300, dim=64))
-    x, weights, indices, w_down, w_up, _ = inputs
-    state = torch.zeros(300, device="cuda")
+    x, weights, indices, table = inputs
+    state = torch.zeros(300, 2, device="cuda")
 
     def update(table, state):
-        out, hidden, gate = torch.ops.peer.expert_mlp(
-            x, weights, indices, table, w_up, None, "gelu", False
+        out, hidden, gate = torch.ops.peer.expert_mlp(x, weights, indices, table, "gelu", False)
+        _, _, coefficients = torch.ops.peer.expert_mlp_backward_coefficients(
+            out, x, weights, indices, table, hidden, gate, "gelu"
         )
-        _, _, coefficients, _, _ = torch.ops.peer.expert_mlp_backward_coefficients(
-            out, x, weights, indices, table, w_up, None, hidden, gate, "gelu"
+        source = torch.stack([x, out], dim=1)
+        torch.ops.peer.rowwise_adagrad_(
+            table, state, indices, source, coefficients, 0.1, 1e-10, 0.0
         )
-        torch.ops.peer.rowwise_adagrad_(table, state, indices, x, coefficients, 0.1, 1e-10, 0.0)
 
-    expected_table, expected_state = w_down.clone(), state.clone()
+    expected_table, expected_state = table.clone(), state.clone()
     for _ in range(4):
         update(expected_table, expected_state)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    warm_table, warm_state = w_down.clone(), state.clone()
+    warm_table, warm_state = table.clone(), state.clone()
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
         update(warm_table, warm_state)
     torch.cuda.synchronize()
     with torch.cuda.graph(graph):
-        update(w_down, state)
+        update(table, state)
     for _ in range(4):
         graph.replay()
-    assert_same_bits([w_down, state], [expected_table, expected_state])
+    assert_same_bits([table, state], [expected_table, expected_state])
 
 
 def test_sparse_gradients_cannot_be_captured():
@@ -255,16 +253,16 @@ def test_an_index_out_of_range_ends_in_an_error_that_names_it(run_python, backwa
     snippet = """
 import json, sys, torch, peer
 inputs = [torch.randn(3, 8), torch.rand(3, 4), torch.zeros(3, 4, dtype=torch.long)]
-inputs = [t.cuda() for t in (*inputs, torch.randn(5, 8), torch.randn(5, 8))]
+inputs = [t.cuda() for t in (*inputs, torch.randn(5, 2, 8))]
 hidden = torch.zeros(3, 4, device="cuda")
 inputs[2][1, 2] = int(sys.argv[2])
 try:
     if sys.argv[1] == "True":
         torch.ops.peer.expert_mlp_backward(
-            inputs[0], *inputs, None, hidden, hidden[:0, 0], "gelu", True, (True,) * 5
+            inputs[0], *inputs, hidden, hidden[:0, 0], "gelu", True, (True,) * 3
         )
     else:
-        torch.ops.peer.expert_mlp(*inputs, None, "gelu")
+        torch.ops.peer.expert_mlp(*inputs, "gelu")
     torch.cuda.synchronize()
     print(json.dumps("nothing"))
 except RuntimeError as error:
@@ -283,7 +281,7 @@ def test_more_than_64_per_head_is_refused(make_retrieval_inputs, on_gpu):
 @pytest.mark.needs_gpu("to the operators, both devices are the CPU")
 def test_tensors_on_different_devices_are_refused(make_expert_inputs, on_gpu):
     inputs = on_gpu(make_expert_inputs())
-    for name in ("x", "indices", "w_up"):
+    for name in ("x", "indices", "table"):
         mixed = inputs._replace(**{name: getattr(inputs, name).cpu()})
         with pytest.raises(RuntimeError):
             torch.ops.peer.expert_mlp(*mixed, "gelu", False)
