@@ -35,7 +35,7 @@ from peer.bench.providers import PROVIDERS
 from peer.bench.rows import Row
 from peer.bench.run import Options, estimate_case, list_entries, run_plans
 from peer.bench.shared import Shared
-from peer.bench.spellings import EXPERTS, OF_TWO_TABLES, gather_and_einsum, project, route
+from peer.bench.spellings import EXPERTS, OF_ROWS, gather_and_einsum, project, route
 from peer.bench.targets import TARGET_PRESETS, evaluate, evaluate_runs
 from peer.bench.timing import Entry, Settings, measure_first, measure_rounds, takes_part
 from peer.bench.works import (
@@ -267,9 +267,8 @@ def test_another_capability_is_measured_in_a_process_of_its_own(
 @pytest.mark.parametrize("mode", ["experts-forward", "experts-backward"])
 @pytest.mark.parametrize("spelling", list(EXPERTS))
 def test_every_spelling_of_the_experts_is_right(shared: Shared, mode: str, spelling: str) -> None:
-    parts = [shared.w_down, shared.w_up]
-    tables = parts if spelling in OF_TWO_TABLES else [shared.weight]
-    check(ExpertsWork(shared, "uniform", mode, EXPERTS[spelling], tables))
+    table = shared.rows if spelling in OF_ROWS else shared.weight
+    check(ExpertsWork(shared, "uniform", mode, EXPERTS[spelling], table))
 
 
 def wrong_up(x: Tensor, w: Tensor, ids: Tensor, table: Tensor) -> Tensor:
@@ -296,16 +295,16 @@ def half_a_gradient_of_x(x: Tensor, w: Tensor, ids: Tensor, table: Tensor) -> Te
 @pytest.mark.parametrize("mode", ["experts-forward", "experts-backward"])
 def test_experts_with_a_wrong_output_are_caught(shared: Shared, mode: str, experts: Any) -> None:
     with pytest.raises(WrongResultError, match="output"):
-        check(ExpertsWork(shared, "uniform", mode, experts, [shared.weight]))
+        check(ExpertsWork(shared, "uniform", mode, experts, shared.weight))
 
 
 @pytest.mark.parametrize(
     ("experts", "what"), [(half_a_gradient_of_up, "w_up"), (half_a_gradient_of_x, "gradient of x")]
 )
 def test_experts_with_a_wrong_gradient_are_caught(shared: Shared, experts: Any, what: str) -> None:
-    check(ExpertsWork(shared, "uniform", "experts-forward", experts, [shared.weight]))
+    check(ExpertsWork(shared, "uniform", "experts-forward", experts, shared.weight))
     with pytest.raises(WrongResultError, match=what):
-        check(ExpertsWork(shared, "uniform", "experts-backward", experts, [shared.weight]))
+        check(ExpertsWork(shared, "uniform", "experts-backward", experts, shared.weight))
 
 
 def built(provider: str, shared: Shared, mode: str) -> list[Any]:
@@ -638,7 +637,10 @@ def test_activations_have_the_dtype_of_the_tables_on_a_gpu_alone() -> None:
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_every_provider_is_right_in_the_dtypes_of_a_gpu(dtype: str) -> None:
     case = replace(SMALL_ON_GPU, dtype=dtype)
-    names = tuple(name for name in PROVIDERS if name not in ("compiled", "peer-graph"))
+    left_out = {"compiled", "peer-graph"}
+    if dtype == "float16":
+        left_out.add("embedding_bag")  # torch adds no sparse gradients in float16 on a CPU
+    names = tuple(name for name in PROVIDERS if name not in left_out)
     plans = [
         Plan(case, MODES, names),
         Plan(case, ("forward", "backward"), ("peer", "eager"), ("router",)),
