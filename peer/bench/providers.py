@@ -253,18 +253,24 @@ class OursInGraph(Ours):
         return max(case.routers, 4) * super().temporary_bytes(case, mode)
 
 
+def _eps(parameters: Sequence[nn.Parameter]) -> float:
+    """Of an Adam that computes in the parameters' dtype: 1e-8 is 0 in float16."""
+    return 1e-4 if any(p.dtype == torch.float16 for p in parameters) else 1e-8
+
+
 def _dense_adam(layer: nn.Module) -> tuple[Sequence[Stepper], Callable[[], None]]:
+    parameters = list(layer.parameters())
     # Where memory is not contiguous, Torch's fused Adam computes something else.
-    fused = all(parameter.is_contiguous() for parameter in layer.parameters())
-    return [torch.optim.Adam(layer.parameters(), lr=LEARNING_RATE, fused=fused)], _nothing
+    fused = all(parameter.is_contiguous() for parameter in parameters)
+    eps = 1e-8 if fused else _eps(parameters)
+    return [torch.optim.Adam(parameters, lr=LEARNING_RATE, eps=eps, fused=fused)], _nothing
 
 
 def _sparse_adam(layer: nn.Module) -> tuple[Sequence[Stepper], Callable[[], None]]:
     assert isinstance(layer, PlainLayer)
     others = [p for p in layer.parameters() if p is not layer.table]
-    eps = 1e-4 if layer.table.dtype == torch.float16 else 1e-8  # 1e-8 is 0 in float16
     optimizers: list[Stepper] = [
-        torch.optim.SparseAdam([layer.table], lr=LEARNING_RATE, eps=eps),
+        torch.optim.SparseAdam([layer.table], lr=LEARNING_RATE, eps=_eps([layer.table])),
         torch.optim.AdamW(others, lr=LEARNING_RATE, fused=True),
     ]
     return optimizers, _nothing
@@ -325,6 +331,12 @@ class Bags(Plain):
 
     name = "embedding_bag"
     modes: ClassVar[tuple[str, ...]] = (*LAYER, *EXPERTS_ALONE, "optimizer")
+
+    def missing(self, case: Case, mode: str) -> str | None:
+        """The gradients of the two uses of the rows are added."""
+        if (case.device, case.dtype) == ("cpu", "float16") and "forward" not in mode:
+            return "torch does not add sparse float16 gradients on a CPU"
+        return super().missing(case, mode)
 
     def spellings(self, mode: str) -> tuple[str, ...]:
         """With sparse gradients: of dense ones, each of the two uses of the rows would make one."""
