@@ -1,4 +1,4 @@
-// Autocast: x is cast, and the output comes in its dtype. The tables are left alone: a cast copy of
+// Autocast: x is cast, and the output comes in its dtype. The table is left alone: a cast copy of
 // a million rows would be made, and kept for the whole region, to read a few thousand of them. The
 // routing weights stay as exact as they are.
 #include "ops/expert_mlp.h"
