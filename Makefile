@@ -81,7 +81,7 @@ test_build := build/tests$(if $(SANITIZE),-$(shell echo '$(SANITIZE)' | tr ',' '
 test-cpp: $(test_tools) compiler catch2
 	cmake -S . -B $(test_build) -G Ninja -DPEER_BUILD_LIBRARY=OFF -DPEER_BUILD_TESTS=ON -DPEER_SANITIZE=$(SANITIZE)
 	cmake --build $(test_build)
-	ctest --test-dir $(test_build) --output-on-failure --no-tests=error
+	ctest --test-dir $(test_build) --output-on-failure --no-tests=error --parallel 2
 
 # The readers of files, given hostile ones, with a library under AddressSanitizer and UndefinedBehaviorSanitizer. The sanitized C++ tests have the
 # same kernels, so both share a build directory. Python itself is not instrumented: its leaks are not ours, the sanitizer finds the thrower of
