@@ -106,9 +106,24 @@ class CountingAllocator final : public c10::Allocator {
   }
 };
 
+// For every operator of peer that has a kernel for CUDA: none can be forgotten, and then run the
+// CPU's unnoticed.
+void choose_device_of_all_operators() {
+  static torch::Library library(torch::Library::IMPL, "peer", c10::DispatchKey::BackendSelect,
+                                __FILE__, __LINE__);
+  for (const c10::OperatorName& op :
+       c10::Dispatcher::singleton().getRegistrationsForDispatchKey(c10::DispatchKey::CUDA)) {
+    if (op.getNamespace() == "peer") {
+      library.impl(op.name.c_str(), torch::CppFunction::makeFromBoxedFunction<&choose_device>());
+    }
+  }
+}
+
+// Once.
 void install() {
   static CountingAllocator allocator;
   c10::SetCPUAllocator(&allocator, /*priority=*/255);
+  choose_device_of_all_operators();
 }
 
 TORCH_LIBRARY_FRAGMENT(peer_emulated, m) {
@@ -120,14 +135,6 @@ TORCH_LIBRARY_FRAGMENT(peer_emulated, m) {
   m.def("memory_in_use", [] { return CountingAllocator::in_use.load(); });
   m.def("peak_memory", [] { return CountingAllocator::peak.load(); });
   m.def("reset_peak_memory", [] { CountingAllocator::peak = CountingAllocator::in_use.load(); });
-}
-
-TORCH_LIBRARY_IMPL(peer, BackendSelect, m) {
-  for (const char* name :
-       {"product_key_topk", "product_key_topk_backward", "expert_mlp", "expert_mlp_backward",
-        "expert_mlp_backward_coefficients", "rowwise_adagrad_", "sgd_", "rowwise_adam_"}) {
-    m.impl(name, torch::CppFunction::makeFromBoxedFunction<&choose_device>());
-  }
 }
 
 }  // namespace
