@@ -127,7 +127,7 @@ rehearse: $(torch) $(test_tools) $(bench_tools) compiler
 	rm -rf build/rehearsal
 	PEER_REHEARSE=1 benchmarks/gpu.sh build/rehearsal build agree tests scale bench profile counters sanitize compiled; \
 	  status=$$?; cat build/rehearsal/log.txt; exit $$status
-	PEER_EMULATE_EVERYTHING=1 PYTHONPATH=$(abspath build/emulated/site):$(abspath tests/cuda_on_cpu) \
+	PEER_EMULATE_EVERYTHING=1 PYTHONPATH=$(abspath build/emulated/site):$(abspath tests/emulated_cuda) \
 	  $(BIN)/pytest -n 2 -p emulated_cuda $(emulated_tests) $(ARGS)
 
 build: $(torch) $(test_tools) compiler
@@ -203,7 +203,7 @@ compiler:
 
 # Whether the compiler finds Catch2; Debian's package if not, where that can be installed.
 catch2:
-	@echo '#include "tests/cpp/catch.hpp"' | $(CXX) -std=c++20 -I. -x c++ -fsyntax-only - 2>/dev/null || \
+	@echo '#include "tests/kernels/catch.hpp"' | $(CXX) -std=c++20 -I. -x c++ -fsyntax-only - 2>/dev/null || \
 	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 	  apt-get update -qq && apt-get install -y -qq catch2; \
 	else \

@@ -53,7 +53,7 @@ if [ "${PEER_REHEARSE:-}" = 1 ]; then
   layer=(--tokens 16 --dim 32 --num-experts 1024 --heads 2 --k 4)
   bench+=("${layer[@]}" --dim-key 16 --rounds 1 --min-time 0 --stream-mib 1)
   steps+=("${layer[@]}")
-  export PYTHONPATH=$root/tests/cuda_on_cpu:${PYTHONPATH:-} PATH=$PATH:$root/tests/cuda_on_cpu/bin
+  export PYTHONPATH=$root/tests/emulated_cuda:${PYTHONPATH:-} PATH=$PATH:$root/tests/emulated_cuda/bin
 else
   capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -1 | tr -d '. ')
   configure=(-DPEER_CUDA=ON "-DCMAKE_CUDA_ARCHITECTURES=$capability")

@@ -3,19 +3,19 @@
 
 set(PEER_CPU_KERNELS
     csrc/kernels/cpu/capability_table.cpp
-    csrc/kernels/cpu/expert_pass.cpp
-    csrc/kernels/cpu/retrieval.cpp
-    csrc/kernels/cpu/row_update.cpp
-    csrc/kernels/cpu/token_pass.cpp)
+    csrc/kernels/cpu/table_grad.cpp
+    csrc/kernels/cpu/product_key_topk.cpp
+    csrc/kernels/cpu/table_update.cpp
+    csrc/kernels/cpu/expert_mlp.cpp)
 
 set(PEER_CUDA_KERNELS
-    csrc/kernels/cuda/expert_pass.cu
+    csrc/kernels/cuda/table_grad.cu
     csrc/kernels/cuda/gather_sum.cu
     csrc/kernels/cuda/key_owners.cu
-    csrc/kernels/cuda/retrieval.cu
-    csrc/kernels/cuda/row_update.cu
-    csrc/kernels/cuda/sorted_pairs.cu
-    csrc/kernels/cuda/token_pass.cu)
+    csrc/kernels/cuda/product_key_topk.cu
+    csrc/kernels/cuda/table_update.cu
+    csrc/kernels/cuda/segments.cu
+    csrc/kernels/cuda/expert_mlp.cu)
 
 # Compiled once per capability. The first is what runs on any processor of the architecture.
 set(PEER_CAPABILITIES baseline)
@@ -33,7 +33,7 @@ if(CMAKE_BUILD_TYPE STREQUAL "Release" AND NOT PEER_SANITIZE)
   list(APPEND PEER_KERNEL_FLAGS -O3)
 endif()
 
-add_library(peer_kernels_common OBJECT csrc/kernels/cpu/dispatch.cpp csrc/kernels/cpu/sorted_pairs.cpp)
+add_library(peer_kernels_common OBJECT csrc/kernels/cpu/dispatch.cpp csrc/kernels/cpu/segments.cpp)
 target_include_directories(peer_kernels_common PRIVATE csrc)
 target_compile_options(peer_kernels_common PRIVATE ${PEER_KERNEL_FLAGS})
 

@@ -5,7 +5,7 @@ set(PEER_CUDA_INFO "null")
 if(PEER_CUDA)
   include(cmake/Cuda.cmake)
 elseif(PEER_EMULATE_CUDA)
-  include(tests/cuda_on_cpu/EmulatedCuda.cmake)
+  include(tests/emulated_cuda/EmulatedCuda.cmake)
 endif()
 
 add_library(
@@ -21,29 +21,29 @@ add_library(
   csrc/ops/build_info.cpp
   csrc/ops/expert_mlp.cpp
   csrc/ops/product_key_topk.cpp
-  csrc/ops/row_update.cpp
+  csrc/ops/table_update.cpp
   csrc/ops/autocast/expert_mlp.cpp
   csrc/ops/autocast/product_key_topk.cpp
   csrc/ops/autograd/expert_mlp.cpp
   csrc/ops/autograd/expert_mlp_derivative.cpp
   csrc/ops/autograd/product_key_topk.cpp
-  csrc/ops/autograd/row_update.cpp
+  csrc/ops/autograd/table_update.cpp
   csrc/ops/cpu/expert_mlp.cpp
-  csrc/ops/cpu/glue.cpp
+  csrc/ops/cpu/common.cpp
   csrc/ops/cpu/huge_pages.cpp
   csrc/ops/cpu/product_key_topk.cpp
-  csrc/ops/cpu/row_update.cpp
+  csrc/ops/cpu/table_update.cpp
   csrc/ops/meta/expert_mlp.cpp
   csrc/ops/meta/product_key_topk.cpp
-  csrc/ops/meta/row_update.cpp)
+  csrc/ops/meta/table_update.cpp)
 target_link_libraries(peer PRIVATE peer_kernels peer_torch)
 if(TARGET peer_cuda_kernels)
   target_sources(
     peer
     PRIVATE csrc/ops/cuda/expert_mlp.cpp
-            csrc/ops/cuda/glue.cpp
+            csrc/ops/cuda/common.cpp
             csrc/ops/cuda/product_key_topk.cpp
-            csrc/ops/cuda/row_update.cpp
+            csrc/ops/cuda/table_update.cpp
             $<TARGET_OBJECTS:peer_cuda_kernels>)
   target_link_libraries(peer PRIVATE peer_torch_cuda)
 else()

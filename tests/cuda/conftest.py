@@ -1,6 +1,6 @@
 """What the GPU tests share. `make test-cuda` runs them, on a machine with a GPU.
 
-`make rehearse` runs them without one, on a device that `tests/cuda_on_cpu/emulated_cuda.py`
+`make rehearse` runs them without one, on a device that `tests/emulated_cuda/emulated_cuda.py`
 emulates. Sizes are small there, and what cannot hold there is marked `needs_gpu(reason)`.
 """
 

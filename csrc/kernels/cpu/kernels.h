@@ -8,10 +8,10 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "kernels/expert_mlp.h"
 #include "kernels/rows.h"
-#include "kernels/token_pass.h"
+#include "kernels/table_update.h"
 #include "kernels/types.h"
-#include "kernels/update_rule.h"
 
 namespace peer::cpu {
 

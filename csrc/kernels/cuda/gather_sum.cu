@@ -7,8 +7,8 @@
 //             retrieval stay in the second-level cache, where all but the first reads end.
 // Exactness   accumulation in the table's own type, in an order fixed by p
 // Requires    indices in range, width and terms below 2^30; nothing of strides and alignments
+#include "kernels/cuda/expert_mlp.h"
 #include "kernels/cuda/kernels.h"
-#include "kernels/cuda/token_pass.h"
 
 namespace peer::cuda {
 

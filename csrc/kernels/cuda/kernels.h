@@ -9,10 +9,10 @@
 #include <cstdint>
 
 #include "kernels/cuda/launch.h"
+#include "kernels/expert_mlp.h"
 #include "kernels/rows.h"
-#include "kernels/token_pass.h"
+#include "kernels/table_update.h"
 #include "kernels/types.h"
-#include "kernels/update_rule.h"
 
 namespace peer::cuda {
 
@@ -108,8 +108,8 @@ void update_by_pairs(const RowUpdate<Table, Source>& update,
 template <class Table, class Source>
 void update_rows(const RowUpdate<Table, Source>& update, int64_t rows, const Context& context);
 
-// Retrieval by product keys: see kernels/cpu/retrieval.cpp. Query is float, double, BFloat16 or
-// Half; scores are in its accumulation type.
+// Retrieval by product keys: see kernels/cpu/product_key_topk.cpp. Query is float, double, BFloat16
+// or Half; scores are in its accumulation type.
 template <class Query>
 struct Keys {
   const Query* data;

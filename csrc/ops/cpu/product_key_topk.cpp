@@ -2,7 +2,7 @@
 
 #include <torch/library.h>
 
-#include "ops/cpu/glue.h"
+#include "ops/cpu/common.h"
 
 namespace peer::ops::cpu {
 

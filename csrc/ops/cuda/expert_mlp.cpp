@@ -2,7 +2,7 @@
 
 #include <torch/library.h>
 
-#include "ops/cuda/glue.h"
+#include "ops/cuda/common.h"
 
 namespace peer::ops::cuda {
 

@@ -1,4 +1,4 @@
-// expert_mlp on a device, which adds to what glue.h asks of it
+// expert_mlp on a device, which adds to what common.h asks of it
 //
 //   forward(const Experts&, const TokenOutputs&)
 //   backward(const Experts&, const TokenGradients&)
@@ -9,8 +9,8 @@
 
 #include <ATen/ops/empty.h>
 
-#include "kernels/token_pass.h"
-#include "ops/device/glue.h"
+#include "kernels/expert_mlp.h"
+#include "ops/device/common.h"
 #include "ops/expert_mlp.h"
 
 namespace peer::ops {

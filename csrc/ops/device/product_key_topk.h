@@ -1,4 +1,4 @@
-// product_key_topk on a device, which adds to what glue.h asks of it
+// product_key_topk on a device, which adds to what common.h asks of it
 //
 //   retrieve(query, row_keys, col_keys, scores, indices)
 //   find_retrieved_keys(const RetrievedKeys&)
@@ -8,8 +8,8 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 
-#include "kernels/token_pass.h"
-#include "ops/device/glue.h"
+#include "kernels/expert_mlp.h"
+#include "ops/device/common.h"
 #include "ops/product_key_topk.h"
 
 namespace peer::ops {

@@ -1,0 +1,119 @@
+#include "ops/cpu/common.h"
+
+#include <ATen/ops/empty.h>
+
+#include <atomic>
+
+#include "ops/cpu/huge_pages.h"
+
+namespace peer::ops::cpu {
+
+namespace {
+
+// More than a processor's last cache lends to one program, roughly.
+constexpr int64_t kCaches = int64_t(16) << 20;
+
+std::shared_ptr<void> recycled_memory(int64_t bytes) {
+  const auto data = std::make_shared<c10::DataPtr>(recycled_huge_pages().allocate(bytes));
+  return {data, data->get()};
+}
+
+}  // namespace
+
+SortedPairs::SortedPairs(const at::Tensor& contiguous_owners, int64_t owner_count, OutputRows rows)
+    : pairs(sort_pairs(contiguous_owners.const_data_ptr<int64_t>(),
+                       contiguous_owners.numel(),
+                       owner_count,
+                       torch_threads(),
+                       recycled_memory)),
+      plan(plan_expert_pass(pairs, rows, torch_threads(), recycled_memory)) {}
+
+TableGradient::TableGradient(const at::Tensor& owners, int64_t owner_count, bool sparse)
+    : owner_count_(owner_count),
+      count_(owners.numel()),
+      sparse_(sparse),
+      sorted_(owners, owner_count, sparse ? OutputRows::compact : OutputRows::by_owner) {}
+
+at::Tensor TableGradient::sum(const at::Tensor& coefficients,
+                              at::TensorList sources,
+                              const at::TensorOptions& like) const {
+  const ExpertPassPlan& plan = sorted_.plan;
+  const int64_t parts = sources.size();
+  const int64_t width = sources[0].size(1);
+  const int64_t distinct = plan.owners.size();
+  const at::ScalarType dtype = c10::typeMetaToScalarType(like.dtype());
+  const at::Tensor values = sparse_
+                                ? empty_in(recycled_huge_pages(), {distinct, parts, width}, dtype)
+                                : zeros_in_huge_pages({owner_count_, parts, width}, dtype);
+  with_table_type(values.scalar_type(), [&]<class Element>() {
+    using Real = accumulation_t<Element>;
+    const at::Tensor partial_sums = at::empty({plan.partial_rows, width}, sources[0].options());
+    const int64_t written_bytes = plan.chunks.size() * parts * width * int64_t(sizeof(Element));
+    const ExpertKernels<Element>& kernel = kernels().template experts<Element>();
+    for (int64_t part = 0; part < parts; ++part) {
+      const at::Tensor& source = sources[part];
+      const ExpertPass<Element> pass = {
+          .width = width,
+          .pairs_per_row = source.size(0) > 0 ? count_ / source.size(0) : 1,
+          .pairs = sorted_.pairs.data(),
+          .coefficients = const_data_of<Real>(coefficients) + part * count_,
+          .source = rows_of<Real>(source),
+          .chunks = plan.chunks.data(),
+          .split_runs = plan.split_runs.data(),
+          .out = mutable_rows_of<Element>(values.select(1, part)),
+          .partial_sums = {data_of<Real>(partial_sums), width},
+          .exceeds_caches = written_bytes > kCaches,
+      };
+      at::parallel_for(0, plan.chunks.size(), 64,
+                       [&](int64_t first, int64_t last) { kernel.sum_chunks(pass, first, last); });
+      at::parallel_for(0, plan.split_runs.size(), 1, [&](int64_t first, int64_t last) {
+        kernel.sum_split_runs(pass, first, last);
+      });
+    }
+  });
+  if (!sparse_) {
+    return values;
+  }
+  const at::Tensor ids = at::empty({1, distinct}, like.dtype(at::kLong));
+  std::copy_n(plan.owners.data(), distinct, ids.mutable_data_ptr<int64_t>());
+  return sparse_gradient(owner_count_, ids, values);
+}
+
+void Device::check_index_range(const char* op,
+                               const at::Tensor& contiguous_indices,
+                               int64_t count) {
+  const int64_t* indices = contiguous_indices.const_data_ptr<int64_t>();
+  const int64_t total = contiguous_indices.numel();
+  std::atomic<int64_t> first_bad = total;
+  at::parallel_for(0, total, 1 << 15, [&](int64_t first, int64_t last) {
+    // Unsigned, so that one comparison catches negative ids too; no branch, so that the loop
+    // vectorises.
+    uint64_t largest = 0;
+    for (int64_t i = first; i < last; ++i) {
+      largest = std::max(largest, uint64_t(indices[i]));
+    }
+    if (largest < uint64_t(count)) {
+      return;
+    }
+    int64_t bad = first;
+    while (uint64_t(indices[bad]) < uint64_t(count)) {
+      ++bad;
+    }
+    int64_t known = first_bad.load();
+    while (bad < known && !first_bad.compare_exchange_weak(known, bad)) {
+    }
+  });
+  if (first_bad < total) {
+    const int64_t bad = first_bad;
+    std::vector<int64_t> position;
+    for (int64_t axis = 0, rest = bad; axis < contiguous_indices.dim(); ++axis) {
+      position.push_back(rest / contiguous_indices.stride(axis));
+      rest %= contiguous_indices.stride(axis);
+    }
+    TORCH_CHECK_INDEX(false, "peer::", op, ": index ", indices[bad], " at position ",
+                      at::IntArrayRef(position), " of indices is out of range for ", count,
+                      " experts");
+  }
+}
+
+}  // namespace peer::ops::cpu

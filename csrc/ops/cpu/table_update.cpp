@@ -1,0 +1,73 @@
+#include "ops/device/table_update.h"
+
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include "ops/cpu/common.h"
+
+namespace peer::ops::cpu {
+
+namespace {
+
+// A row takes a fraction of a microsecond.
+constexpr int64_t kRowsPerTask = 64;
+
+// Distinct rows in their order: each is its own pair, so there is nothing to sort or to sum.
+bool ascend_strictly(const Tensor& contiguous_indices) {
+  const int64_t* indices = contiguous_indices.const_data_ptr<int64_t>();
+  const int64_t count = contiguous_indices.numel();
+  for (int64_t i = 1; i < count; ++i) {
+    if (indices[i] <= indices[i - 1]) {
+      return false;
+    }
+  }
+  return true;
+}
+
+struct Cpu : Device {
+  template <class Table, class Source>
+  using RowUpdate = peer::cpu::RowUpdate<Table, Source>;
+
+  template <class Table, class Source>
+  static void update(RowUpdate<Table, Source> update,
+                     const Tensor& indices,
+                     const Tensor& source,
+                     int64_t rows) {
+    const UpdateKernels<Table, Source>& kernel =
+        kernels().template experts<Table>().template update<Source>();
+    if (!indices.defined() ||
+        (update.coefficients == nullptr && indices.dim() == 1 && ascend_strictly(indices))) {
+      update.ids = const_data_or_null<int64_t>(indices);
+      at::parallel_for(0, source.size(0), kRowsPerTask, [&](int64_t first, int64_t last) {
+        kernel.update_rows(update, first, last);
+      });
+      return;
+    }
+    const SortedPairs sorted(indices, rows, OutputRows::by_owner);
+    const Tensor partial_sums =
+        at::empty({sorted.plan.partial_rows, update.parts * update.width},
+                  source.options().dtype(accumulation_type(source.scalar_type())));
+    update.pairs_per_row = indices.numel() / source.size(0);
+    update.pair_count = indices.numel();
+    update.pairs = sorted.pairs.data();
+    update.chunks = sorted.plan.chunks.data();
+    update.split_runs = sorted.plan.split_runs.data();
+    update.partial_sums = mutable_rows_of<accumulation_t<Table>>(partial_sums);
+    at::parallel_for(0, sorted.plan.chunks.size(), kRowsPerTask, [&](int64_t first, int64_t last) {
+      kernel.update_chunks(update, first, last);
+    });
+    at::parallel_for(0, sorted.plan.split_runs.size(), 1, [&](int64_t first, int64_t last) {
+      kernel.update_split_runs(update, first, last);
+    });
+  }
+};
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(peer, CPU, m) {
+  m.impl("rowwise_adagrad_", rowwise_adagrad_on<Cpu>);
+  m.impl("sgd_", sgd_on<Cpu>);
+  m.impl("rowwise_adam_", rowwise_adam_on<Cpu>);
+}
+
+}  // namespace peer::ops::cpu

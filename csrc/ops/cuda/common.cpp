@@ -1,0 +1,80 @@
+#include "ops/cuda/common.h"
+
+#include <ATen/ops/empty.h>
+#include <ATen/ops/from_blob.h>
+#include <ATen/ops/zeros.h>
+#include <c10/cuda/CUDACachingAllocator.h>
+#include <c10/cuda/CUDAGraphsC10Utils.h>
+#include <c10/cuda/CUDAStream.h>
+
+namespace peer::ops::cuda {
+
+namespace {
+
+std::shared_ptr<void> stream_ordered_memory(int64_t bytes) {
+  const auto data = std::make_shared<c10::DataPtr>(
+      c10::cuda::CUDACachingAllocator::get()->allocate(size_t(bytes)));
+  return {data, data->get()};
+}
+
+// Known to the device alone, so this waits for it.
+int64_t read_distinct_owners(const SortedPairs& pairs, const Context& context) {
+  TORCH_CHECK(c10::cuda::currentStreamCaptureStatusMayInitCtx() == c10::cuda::CaptureStatus::None,
+              "peer::expert_mlp: sparse_grad=True cannot be captured in a CUDA graph, because the "
+              "host has to read how many experts were retrieved; use sparse_grad=False, or fused "
+              "updates, with CUDA graphs");
+  return count_distinct_owners(pairs, context);
+}
+
+}  // namespace
+
+Context current_context() {
+  return {c10::cuda::getCurrentCUDAStream().stream(), stream_ordered_memory};
+}
+
+TableGradient::TableGradient(const Tensor& contiguous_owners, int64_t owner_count, bool sparse)
+    : owner_count_(owner_count),
+      sparse_(sparse),
+      context_(current_context()),
+      pairs_(sort_pairs(contiguous_owners.const_data_ptr<int64_t>(),
+                        contiguous_owners.numel(),
+                        owner_count,
+                        sparse ? OutputRows::compact : OutputRows::by_owner,
+                        context_)),
+      distinct_owners_(sparse ? read_distinct_owners(pairs_, context_) : 0) {}
+
+Tensor TableGradient::sum(const Tensor& coefficients,
+                          at::TensorList sources,
+                          const at::TensorOptions& like) const {
+  const int64_t parts = sources.size();
+  const int64_t width = sources[0].size(1);
+  const Tensor values = sparse_ ? at::empty({distinct_owners_, parts, width}, like)
+                                : at::zeros({owner_count_, parts, width}, like);
+  for (int64_t part = 0; part < parts; ++part) {
+    const Tensor& source = sources[part];
+    with_table_and_input_type(
+        values.scalar_type(), source.scalar_type(), [&]<class Element, class Source>() {
+          using Real = accumulation_t<Element>;
+          const ExpertPass<Element, Source> pass = {
+              .width = width,
+              .pairs_per_row = source.size(0) > 0 ? pairs_.count / source.size(0) : 1,
+              .coefficients = const_data_of<Real>(coefficients) + part * pairs_.count,
+              .source = rows_of<Source>(source),
+              .out = mutable_rows_of<Element>(values.select(1, part)),
+          };
+          sum_pairs(pass, pairs_, context_);
+        });
+  }
+  if (!sparse_) {
+    return values;
+  }
+  // The kernels' ids are freed with pairs_, after the copy has been queued.
+  const Tensor ids = at::for_blob(pairs_.distinct_owners.get(), {1, distinct_owners_})
+                         .options(like.dtype(at::kInt))
+                         .target_device(values.device())
+                         .make_tensor()
+                         .to(at::kLong);
+  return sparse_gradient(owner_count_, ids, values);
+}
+
+}  // namespace peer::ops::cuda

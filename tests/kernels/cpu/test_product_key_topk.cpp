@@ -1,0 +1,291 @@
+#include <limits>
+#include <map>
+#include <set>
+
+#include "oracles/product_key_topk.h"
+#include "support.h"
+
+using namespace peer;
+using namespace peer::cpu;
+using namespace peer::test;
+
+namespace {
+
+template <class Real>
+struct Problem {
+  int64_t tokens, heads, half_width, rows, columns, k;
+  bool shared;
+  std::vector<Real> query, row_keys, col_keys;
+  std::vector<Real> scores = std::vector<Real>(tokens * heads * k, Real(-1));
+  std::vector<int64_t> indices = std::vector<int64_t>(tokens * heads * k, -1);
+  int64_t tokens_per_block = kMostTokensPerBlock;
+
+  void solve(const Kernels& kernels, int threads = 1) {
+    const RetrievalKernels<Real>& kernel = kernels.retrieval<Real>();
+    const auto pack = [&](const std::vector<Real>& keys, int64_t count, std::vector<Real>& packed) {
+      const int64_t panels = (count + kernel.keys_per_panel - 1) / kernel.keys_per_panel;
+      const int64_t key_heads = shared ? 1 : heads;
+      packed.assign(key_heads * panels * kernel.keys_per_panel * half_width, Real(NAN));
+      const PackKeys<Real> pass = {count, half_width, keys.data(), packed.data()};
+      on_threads(threads)(0, key_heads * panels, 1, [&](int64_t first, int64_t last) {
+        kernel.pack_keys(pass, first, last);
+      });
+      return PackedKeys<Real>{packed.data(), count,
+                              shared ? 0 : panels * kernel.keys_per_panel * half_width};
+    };
+    std::vector<Real> packed_rows, packed_columns;
+    Retrieval<Real> retrieval = {tokens,
+                                 heads,
+                                 half_width,
+                                 k,
+                                 tokens_per_block,
+                                 query.data(),
+                                 pack(row_keys, rows, packed_rows),
+                                 pack(col_keys, columns, packed_columns),
+                                 scores.data(),
+                                 indices.data()};
+    const int64_t items = (tokens + tokens_per_block - 1) / tokens_per_block * heads;
+    on_threads(threads)(
+        0, items, 1, [&](int64_t first, int64_t last) { kernel.retrieve(retrieval, first, last); });
+  }
+
+  std::vector<Real> scores_of(int64_t token,
+                              int64_t head,
+                              const std::vector<Real>& keys,
+                              int64_t count,
+                              int64_t half) const {
+    return sub_scores<Real>(&query[((token * heads + head) * 2 + half) * half_width],
+                            &keys[(shared ? 0 : head * count) * half_width], count, half_width);
+  }
+};
+
+template <class Real>
+void check_against_brute_force(Problem<Real> problem, const std::string& what) {
+  for (const auto& [name, kernels] : capabilities()) {
+    problem.solve(*kernels);
+    int64_t wrong = 0;
+    for (int64_t t = 0; t < problem.tokens; ++t) {
+      for (int64_t h = 0; h < problem.heads; ++h) {
+        const int64_t first = (t * problem.heads + h) * problem.k;
+        wrong += count_wrong(problem.scores_of(t, h, problem.row_keys, problem.rows, 0),
+                             problem.scores_of(t, h, problem.col_keys, problem.columns, 1),
+                             problem.k, &problem.scores[first], &problem.indices[first]);
+      }
+    }
+    INFO(name << ": " << what);
+    CHECK(wrong == 0);
+  }
+}
+
+template <class Real>
+std::vector<Real> small_integers(Random& random, int64_t count, int64_t range) {
+  std::vector<Real> values;
+  for (const int64_t value : random.integers(count, 2 * range + 1)) {
+    values.push_back(Real(value - range));
+  }
+  return values;
+}
+
+}  // namespace
+
+TEMPLATE_TEST_CASE("retrieval equals brute force over all experts, ties included",
+                   "[retrieval]",
+                   float,
+                   double) {
+  Random random(6);
+  for (const auto& [rows, columns] :
+       {std::pair<int64_t, int64_t>{16, 16}, {40, 7}, {3, 300}, {1, 50}, {33, 1}, {300, 20}}) {
+    for (const int64_t k : {1, 2, 8, 16, 32, 50}) {
+      for (const bool shared : {true, false}) {
+        if (k > rows * columns) {
+          continue;
+        }
+        const int64_t tokens = 19, heads = 2,
+                      half_width = 5;  // tokens: a whole block and a piece of one
+        const int64_t key_heads = shared ? 1 : heads;
+        // Few distinct values: most rows have ties at the boundary.
+        check_against_brute_force<TestType>(
+            {tokens, heads, half_width, rows, columns, k, shared,
+             small_integers<TestType>(random, tokens * heads * 2 * half_width, 2),
+             small_integers<TestType>(random, key_heads * rows * half_width, 2),
+             small_integers<TestType>(random, key_heads * columns * half_width, 2)},
+            "grid " + std::to_string(rows) + "x" + std::to_string(columns) + " k " +
+                std::to_string(k));
+      }
+    }
+  }
+}
+
+TEMPLATE_TEST_CASE("retrieval equals brute force where the group filter works",
+                   "[retrieval]",
+                   float,
+                   double) {
+  Random random(7);
+  for (const int64_t range : {1, 100}) {  // many ties, few ties
+    check_against_brute_force<TestType>(
+        {4, 1, 3, 1000, 513, 16, true, small_integers<TestType>(random, 4 * 6, 50),
+         small_integers<TestType>(random, 3000, range),
+         small_integers<TestType>(random, 513 * 3, range)},
+        "range " + std::to_string(range));
+  }
+}
+
+TEMPLATE_TEST_CASE("retrieval equals brute force at every key width and number around the panels",
+                   "[retrieval]",
+                   float,
+                   double) {
+  Random random(9);
+  for (const int64_t half_width : {1, 3, 4, 7, 8, 9, 15, 16, 17, 33}) {
+    for (const int64_t rows : {11, 12, 13, 23, 24, 25, 47, 48, 49, 63, 64, 65, 97}) {
+      const int64_t columns = 20, k = 9;
+      check_against_brute_force<TestType>(
+          {6, 2, half_width, rows, columns, k, false,
+           small_integers<TestType>(random, 6 * 2 * 2 * half_width, 20),
+           small_integers<TestType>(random, 2 * rows * half_width, 20),
+           small_integers<TestType>(random, 2 * columns * half_width, 20)},
+          "half width " + std::to_string(half_width) + " rows " + std::to_string(rows));
+    }
+  }
+}
+
+TEMPLATE_TEST_CASE("a block may hold any number of tokens", "[retrieval]", float, double) {
+  Random random(10);
+  const auto query = small_integers<TestType>(random, 21 * 3 * 14, 20);
+  const auto row_keys = small_integers<TestType>(random, 90 * 7, 20);
+  const auto col_keys = small_integers<TestType>(random, 30 * 7, 20);
+  for (const int64_t block : {1, 2, 3, 4, 5, 7, 12, 16, 64}) {
+    Problem<TestType> problem{21, 3, 7, 90, 30, 6, true, query, row_keys, col_keys};
+    problem.tokens_per_block = block;
+    check_against_brute_force<TestType>(problem, "block of " + std::to_string(block));
+  }
+}
+
+TEMPLATE_TEST_CASE("k may be all experts", "[retrieval]", float, double) {
+  Random random(8);
+  check_against_brute_force<TestType>(
+      {5, 1, 2, 9, 11, 99, true, small_integers<TestType>(random, 5 * 4, 3),
+       small_integers<TestType>(random, 18, 3), small_integers<TestType>(random, 22, 3)},
+      "k = N");
+}
+
+TEMPLATE_TEST_CASE(
+    "NaN, infinities of either sign and minus zero are ordered as brute force orders them",
+    "[retrieval]",
+    float,
+    double) {
+  using limits = std::numeric_limits<TestType>;
+  const std::vector<TestType> special = {0,
+                                         TestType(-0.0),
+                                         1,
+                                         -1,
+                                         limits::infinity(),
+                                         -limits::infinity(),
+                                         limits::quiet_NaN(),
+                                         limits::max(),
+                                         limits::lowest(),
+                                         limits::denorm_min()};
+  Random random(9);
+  // With a query of ones and one key element per half, the keys are the sub-scores.
+  for (int repeat = 0; repeat < 200; ++repeat) {
+    const int64_t rows = 1 + random.integer(12), columns = 1 + random.integer(12);
+    const int64_t k = 1 + random.integer(std::min<int64_t>(rows * columns, 20));
+    const int64_t kinds =
+        1 + random.integer(special.size());  // few kinds make constant rows and long ties
+    const auto draw = [&](int64_t count) {
+      std::vector<TestType> values;
+      const int64_t first = random.integer(special.size());
+      for (const int64_t kind : random.integers(count, kinds)) {
+        values.push_back(special[(first + kind) % special.size()]);
+      }
+      return values;
+    };
+    const std::vector<TestType> row_keys = draw(rows), col_keys = draw(columns);
+    check_against_brute_force<TestType>(
+        {1, 1, 1, rows, columns, k, true, {1, 1}, row_keys, col_keys},
+        "repeat " + std::to_string(repeat));
+  }
+}
+
+TEMPLATE_TEST_CASE(
+    "opposite infinities win over finite scores even where one of them is last in its half",
+    "[retrieval]",
+    float,
+    double) {
+  const TestType inf = std::numeric_limits<TestType>::infinity();
+  std::vector<TestType> col_keys(300);
+  for (int i = 0; i < 300; ++i) {
+    col_keys[i] = TestType(i);
+  }
+  col_keys[123] = -inf;
+  check_against_brute_force<TestType>({1, 1, 1, 3, 300, 4, true, {1, 1}, {1, inf, 2}, col_keys},
+                                      "+inf row, -inf column");
+  check_against_brute_force<TestType>({1, 1, 1, 300, 3, 4, true, {1, 1}, col_keys, {1, inf, 2}},
+                                      "-inf row, +inf column");
+}
+
+TEMPLATE_TEST_CASE(
+    "NaNs that hide an infinity from the list of the best fill the result themselves",
+    "[retrieval]",
+    float,
+    double) {
+  const TestType inf = std::numeric_limits<TestType>::infinity();
+  const TestType nan = std::numeric_limits<TestType>::quiet_NaN();
+  const std::vector<TestType> hidden = {1, inf, nan, nan, 2, nan, nan, nan, -inf};
+  for (const int64_t k : {1, 3, 4, 5, 6, 7}) {
+    for (const std::vector<TestType>& other :
+         {std::vector<TestType>{1, -inf, 2}, {-inf, inf}, {nan, -inf, nan, inf, nan, nan, nan}}) {
+      const int64_t count = other.size();
+      check_against_brute_force<TestType>({1, 1, 1, 9, count, k, true, {1, 1}, hidden, other},
+                                          "hidden row, k " + std::to_string(k));
+      check_against_brute_force<TestType>({1, 1, 1, count, 9, k, true, {1, 1}, other, hidden},
+                                          "hidden column, k " + std::to_string(k));
+    }
+  }
+}
+
+TEST_CASE("ids are distinct and in range for rows that defeat a filter on floats", "[retrieval]") {
+  const float nan = std::numeric_limits<float>::quiet_NaN(),
+              inf = std::numeric_limits<float>::infinity();
+  for (const auto& [name, kernels] : capabilities()) {
+    for (const float value : {0.0f, nan, inf, -inf, 1e38f}) {
+      Problem<float> problem{3,
+                             2,
+                             4,
+                             512,
+                             512,
+                             32,
+                             true,
+                             std::vector<float>(48, value),
+                             std::vector<float>(2048, 1),
+                             std::vector<float>(2048, 1)};
+      problem.solve(*kernels);
+      for (int64_t list = 0; list < 6; ++list) {
+        const std::set<int64_t> ids(problem.indices.begin() + list * 32,
+                                    problem.indices.begin() + (list + 1) * 32);
+        INFO(name << " value " << value);
+        CHECK(ids.size() == 32);
+        CHECK(*ids.begin() >= 0);
+        CHECK(*ids.rbegin() < 512 * 512);
+      }
+    }
+  }
+}
+
+TEST_CASE("results do not depend on the number of threads", "[retrieval]") {
+  Random random(10);
+  const std::vector<float> query = random.normal<float>(100 * 3 * 16),
+                           row_keys = random.normal<float>(200 * 8),
+                           col_keys = random.normal<float>(300 * 8);
+  for (const auto& [name, kernels] : capabilities()) {
+    Problem<float> one{100, 3, 8, 200, 300, 8, true, query, row_keys, col_keys};
+    one.solve(*kernels);
+    for (const int threads : {2, 3, 8}) {
+      Problem<float> many{100, 3, 8, 200, 300, 8, true, query, row_keys, col_keys};
+      many.solve(*kernels, threads);
+      INFO(name << " threads " << threads);
+      CHECK(std::memcmp(one.scores.data(), many.scores.data(), one.scores.size() * sizeof(float)) ==
+            0);
+      CHECK(one.indices == many.indices);
+    }
+  }
+}

@@ -1,0 +1,403 @@
+#include <array>
+#include <tuple>
+
+#include "kernels/cpu/stochastic_rounding.h"
+#include "kernels/random_bits.h"
+#include "oracles/table_update.h"
+#include "support.h"
+
+using namespace peer;
+using namespace peer::cpu;
+using namespace peer::test;
+
+namespace {
+
+// Where the gradients of the rows come from.
+enum class Given { dense, distinct_rows, pairs, pairs_with_coefficients };
+
+// One update of a table: what it is given, the kernels' result, and the obvious one in double.
+template <class Table, class Source>
+struct Problem {
+  using Real = accumulation_t<Table>;
+
+  // `runs`: how many pairs each of the first rows has; the other rows have none, or one where the
+  // rows are given as they are.
+  Problem(Given given,
+          int64_t rows,
+          int64_t parts,
+          int64_t width,
+          std::vector<int64_t> runs,
+          uint64_t seed)
+      : given(given), rows(rows), parts(parts), width(width), stride(parts * width + 5) {
+    Random random(seed);
+    if (given == Given::dense || given == Given::distinct_rows) {
+      for (int64_t row = 0; row < rows; row += given == Given::dense ? 1 : 3) {
+        owners.push_back(row);
+      }
+    } else {
+      for (size_t row = 0; row < runs.size(); ++row) {
+        owners.insert(owners.end(), runs[row], 2 * row + 1);
+      }
+      pairs_per_row = given == Given::pairs ? 1 : 2;
+      owners.resize((owners.size() + 1) / 2 * 2, rows - 1);
+      std::shuffle(owners.begin(), owners.end(), std::mt19937_64(seed));
+    }
+    source = random.normal<Source>(owners.size() / pairs_per_row * stride);
+    coefficients = random.normal<Real>(parts * owners.size());
+    start.table = random.normal<Table>(rows * stride);
+    start.momentum = random.normal<Table>(rows * stride);
+    for (const double value : random.normal<double>(rows * parts)) {
+      start.second_moments.push_back(Real(std::abs(value)));
+    }
+    for (const int64_t value : random.integers(rows, 4)) {
+      start.row_steps.push_back(value);
+    }
+  }
+
+  State<Table> solve(const Kernels& kernels,
+                     const Hyperparameters& h,
+                     int threads,
+                     bool stochastic_rounding = false) const {
+    const ParallelFor parallel_for = on_threads(threads);
+    State<Table> state = start;
+    RowUpdate<Table, Source> update = {};
+    update.parts = parts;
+    update.width = width;
+    update.source = {source.data(), stride};
+    update.table = {state.table.data(), stride};
+    update.rule = rule_of<Table>(h, {state.momentum.data(), stride}, state);
+    update.stochastic_rounding = stochastic_rounding;
+    update.key = 17;
+    const UpdateKernels<Table, Source>& kernel = kernels.experts<Table>().template update<Source>();
+    if (given == Given::dense || given == Given::distinct_rows) {
+      update.ids = given == Given::dense ? nullptr : owners.data();
+      parallel_for(0, owners.size(), 1,
+                   [&](int64_t first, int64_t last) { kernel.update_rows(update, first, last); });
+      return state;
+    }
+    const auto pairs = sort_pairs(owners.data(), owners.size(), rows, parallel_for, plain_memory);
+    const ExpertPassPlan plan =
+        plan_expert_pass(pairs, OutputRows::by_owner, parallel_for, plain_memory);
+    std::vector<Real> partial_sums(plan.partial_rows * parts * width);
+    update.pairs_per_row = pairs_per_row;
+    update.pair_count = owners.size();
+    update.pairs = pairs.data();
+    update.coefficients = given == Given::pairs ? nullptr : coefficients.data();
+    update.chunks = plan.chunks.data();
+    update.split_runs = plan.split_runs.data();
+    update.partial_sums = {partial_sums.data(), parts * width};
+    parallel_for(0, plan.chunks.size(), 1,
+                 [&](int64_t first, int64_t last) { kernel.update_chunks(update, first, last); });
+    parallel_for(0, plan.split_runs.size(), 1, [&](int64_t first, int64_t last) {
+      kernel.update_split_runs(update, first, last);
+    });
+    return state;
+  }
+
+  Gradients gradients() const {
+    return sum_gradients(owners, rows, parts, width, source.data(), stride, pairs_per_row,
+                         given == Given::pairs_with_coefficients ? coefficients.data() : nullptr);
+  }
+
+  double distance(const State<Table>& result, const Hyperparameters& h) const {
+    return distance_from_rule(h, gradients(), start, result, rows, parts, width, stride,
+                              40 * kEpsilon<Real>);
+  }
+
+  // The state of a part, without what lies between the rows.
+  State<Table> part_of(const State<Table>& state, int64_t part) const {
+    State<Table> result;
+    result.row_steps = state.row_steps;
+    for (int64_t row = 0; row < rows; ++row) {
+      const int64_t first = row * stride + part * width;
+      result.table.insert(result.table.end(), &state.table[first], &state.table[first] + width);
+      result.momentum.insert(result.momentum.end(), &state.momentum[first],
+                             &state.momentum[first] + width);
+      result.second_moments.push_back(state.second_moments[row * parts + part]);
+    }
+    return result;
+  }
+
+  // The update of a part as of a table of its own.
+  Problem part(int64_t part) const {
+    Problem alone = *this;
+    alone.parts = 1;
+    alone.stride = width;
+    alone.start = part_of(start, part);
+    alone.source.clear();
+    for (size_t row = 0; row < source.size() / stride; ++row) {
+      const Source* first = &source[row * stride + part * width];
+      alone.source.insert(alone.source.end(), first, first + width);
+    }
+    alone.coefficients.assign(&coefficients[part * owners.size()],
+                              &coefficients[part * owners.size()] + owners.size());
+    return alone;
+  }
+
+  Given given;
+  int64_t rows, parts, width, stride, pairs_per_row = 1;
+  std::vector<int64_t> owners;
+  std::vector<Source> source;
+  std::vector<Real> coefficients;
+  State<Table> start;
+};
+
+constexpr Given kGiven[] = {Given::dense, Given::distinct_rows, Given::pairs,
+                            Given::pairs_with_coefficients};
+
+}  // namespace
+
+TEMPLATE_TEST_CASE("every rule updates the rows that have pairs, and no others",
+                   "[row_update]",
+                   (std::tuple<float, float>),
+                   (std::tuple<double, double>),
+                   (std::tuple<BFloat16, BFloat16>),
+                   (std::tuple<BFloat16, float>),
+                   (std::tuple<Half, Half>),
+                   (std::tuple<Half, float>)) {
+  using Table = std::tuple_element_t<0, TestType>;
+  using Source = std::tuple_element_t<1, TestType>;
+  for (const auto& [name, kernels] : capabilities()) {
+    for (const int64_t width : {1, 3, 7, 8, 9, 31, 33, 100}) {
+      for (const Given given : kGiven) {
+        const int64_t parts = 1 + width % 3;
+        const Problem<Table, Source> problem(given, 20, parts, width, {1, 2, 7, 0, 3, 5}, 3);
+        for (const Hyperparameters& rule : kRules) {
+          INFO(name << " parts " << parts << " width " << width << " given " << int(given)
+                    << " rule " << int(rule.rule) << " nesterov " << rule.nesterov);
+          CHECK(problem.distance(problem.solve(*kernels, rule, 1), rule) <= 1);
+        }
+      }
+    }
+  }
+}
+
+TEMPLATE_TEST_CASE("rows with many pairs are updated once, and the same for any number of threads",
+                   "[row_update]",
+                   float,
+                   BFloat16) {
+  for (const auto& [name, kernels] : capabilities()) {
+    for (const Given given : kGiven) {
+      const Problem<TestType, float> problem(given, 40, 2, 37, {1, 128, 129, 1000, 2, 256, 257}, 4);
+      for (const Hyperparameters& rule : kRules) {
+        const State<TestType> one = problem.solve(*kernels, rule, 1);
+        const State<TestType> stochastic = problem.solve(*kernels, rule, 1, true);
+        INFO(name << " given " << int(given) << " rule " << int(rule.rule));
+        CHECK(problem.distance(one, rule) <= 1);
+        CHECK((stochastic == one) == std::is_same_v<TestType, float>);
+        for (const int threads : {2, 3, 8}) {
+          INFO("threads " << threads);
+          CHECK(problem.solve(*kernels, rule, threads) == one);
+          CHECK(problem.solve(*kernels, rule, threads, true) == stochastic);
+        }
+      }
+    }
+  }
+}
+
+// Stochastic rounding aside, whose bits go by the column in the row.
+TEMPLATE_TEST_CASE("parts are updated as tables of their own", "[row_update]", float, double) {
+  for (const auto& [name, kernels] : capabilities()) {
+    for (const Given given : kGiven) {
+      for (const int64_t width : {7, 32}) {
+        const Problem<TestType, TestType> whole(given, 20, 3, width, {1, 2, 130, 0, 3, 300}, 5);
+        for (const Hyperparameters& rule : kRules) {
+          const State<TestType> result = whole.solve(*kernels, rule, 1);
+          for (int64_t part = 0; part < whole.parts; ++part) {
+            const Problem<TestType, TestType> alone = whole.part(part);
+            const State<TestType> expected = alone.solve(*kernels, rule, 1);
+            INFO(name << " given " << int(given) << " rule " << int(rule.rule) << " part " << part);
+            CHECK(whole.part_of(result, part) == alone.part_of(expected, 0));
+          }
+        }
+      }
+    }
+  }
+}
+
+namespace {
+
+// Stochastic rounding of values by the kernels: rows of zeros from which their negatives are
+// subtracted.
+template <class Table>
+std::vector<Table> round_stochastically(const Kernels& kernels,
+                                        const std::vector<float>& values,
+                                        int64_t rows,
+                                        uint64_t key) {
+  const int64_t width = values.size() / rows;
+  std::vector<Table> table(values.size(), Table{});
+  RowUpdate<Table, float> update = {};
+  update.width = width;
+  update.source = {values.data(), width};
+  update.table = {table.data(), width};
+  update.rule.rule = Rule::sgd;
+  update.rule.lr = -1;
+  update.rule.kept = 1;
+  update.stochastic_rounding = true;
+  update.key = key;
+  kernels.experts<Table>().update_by_wide.update_rows(update, 0, rows);
+  return table;
+}
+
+// The neighbours of a value among those of the type, by their bit patterns, for positive values.
+template <class Table>
+std::pair<double, double> neighbours(double value) {
+  uint16_t low = 0, high = std::is_same_v<Table, Half> ? 0x7c00 : 0x7f80;
+  while (high - low > 1) {
+    const uint16_t middle = low + (high - low) / 2;
+    (to_double(Table{middle}) <= value ? low : high) = middle;
+  }
+  return {to_double(Table{low}), to_double(Table{high})};
+}
+
+}  // namespace
+
+// 6 standard deviations: a right kernel fails one of these comparisons in 5·10^8.
+TEMPLATE_TEST_CASE("stochastic rounding is unbiased", "[row_update]", BFloat16, Half) {
+  constexpr int64_t kRows = 400, kWidth = 250;
+  const bool is_half = std::is_same_v<TestType, Half>;
+  std::vector<float> values = {1.001f, 1.0001f, 3.14159f, 1023.9f, 0.1f, 6.1e-5f};
+  if (is_half) {
+    // Subnormals of half, the border to them, and less than the smallest.
+    values.insert(values.end(), {0x1p-14f * 0.99999f, 0x1p-15f * 1.23456f, 0x1p-20f * 1.3f,
+                                 0x1p-24f * 1.5f, 0x1p-24f * 0.25f, 0x1p-30f, 65000.f, 65530.f});
+  } else {
+    values.insert(values.end(), {1e-30f, 3e38f, 3.4e38f, 0x1p-127f, 0x1p-133f * 0.3f, 0x1p-140f});
+  }
+  for (const auto& [name, kernels] : capabilities()) {
+    for (const float value : values) {
+      const auto [below, above] = neighbours<TestType>(value);
+      // Infinity stands where the next value would be.
+      const double next = std::isinf(above) ? std::ldexp(1, is_half ? 16 : 128) : above;
+      const double up = (value - below) / (next - below);
+      int64_t ups = 0;
+      const auto rounded = round_stochastically<TestType>(
+          *kernels, std::vector<float>(kRows * kWidth, value), kRows, 5);
+      for (const TestType& each : rounded) {
+        REQUIRE((to_double(each) == below || to_double(each) == above));
+        ups += to_double(each) == above;
+      }
+      const double count = kRows * kWidth;
+      INFO(name << " value " << value << " expected " << up * count << " got " << ups);
+      CHECK(std::abs(ups - up * count) <= 6 * std::sqrt(count * up * (1 - up)) + 1);
+      const auto negative = round_stochastically<TestType>(
+          *kernels, std::vector<float>(kRows * kWidth, -value), kRows, 5);
+      for (size_t i = 0; i < rounded.size(); ++i) {
+        REQUIRE(to_double(negative[i]) == -to_double(rounded[i]));
+      }
+    }
+  }
+}
+
+TEMPLATE_TEST_CASE("what a 16-bit type holds is rounded to itself",
+                   "[row_update]",
+                   BFloat16,
+                   Half) {
+  std::vector<float> values;
+  for (int bits = 0; bits < 0x10000; ++bits) {
+    values.push_back(float(to_double(TestType{uint16_t(bits)})));
+  }
+  for (const auto& [name, kernels] : capabilities()) {
+    for (const uint64_t key : {1, 2, 3}) {
+      const auto rounded = round_stochastically<TestType>(*kernels, values, 256, key);
+      int64_t changed = 0;
+      for (int bits = 0; bits < 0x10000; ++bits) {
+        const double expected = to_double(TestType{uint16_t(bits)});
+        const double actual = to_double(rounded[bits]);
+        changed += std::isnan(expected) ? !std::isnan(actual) : actual != expected;
+      }
+      INFO(name);
+      CHECK(changed == 0);
+    }
+  }
+}
+
+TEMPLATE_TEST_CASE("stochastic rounding has the same bits on every capability, in [below, above]",
+                   "[row_update]",
+                   BFloat16,
+                   Half) {
+  Random random(6);
+  std::vector<float> values = {0.f,       -0.f,      INFINITY, -INFINITY, NAN,      3.4028235e38f,
+                               65504.f,   65519.9f,  65520.f,  65535.99f, 65536.f,  1e10f,
+                               0x1p-149f, 0x1p-126f, 0x1p-14f, 0x1p-24f,  0x1p-25f, -0x1p-149f};
+  // Of all NaN, the one whose payload is next to the sign.
+  values.push_back(std::bit_cast<float>(0x7fffffffu));
+  values.push_back(std::bit_cast<float>(0xffffffffu));
+  for (const int64_t bits : random.integers(7000 - values.size(), int64_t(1) << 32)) {
+    values.push_back(std::bit_cast<float>(uint32_t(bits)));
+  }
+  const auto expected = round_stochastically<TestType>(*kernels_for("default"), values, 70, 9);
+  for (size_t i = 0; i < values.size(); ++i) {
+    const double value = values[i], rounded = to_double(expected[i]);
+    INFO(value << " to " << rounded);
+    if (std::isnan(value) || std::isinf(value)) {
+      REQUIRE((std::isnan(value) ? std::isnan(rounded) : rounded == value));
+    } else {
+      const auto [below, above] = neighbours<TestType>(std::abs(value));
+      REQUIRE((std::abs(rounded) == below || std::abs(rounded) == above));
+      REQUIRE((rounded == 0 || std::signbit(rounded) == std::signbit(value)));
+    }
+  }
+  for (const auto& [name, kernels] : capabilities()) {
+    const auto result = round_stochastically<TestType>(*kernels, values, 70, 9);
+    INFO(name);
+    CHECK(std::memcmp(result.data(), expected.data(), result.size() * sizeof(TestType)) == 0);
+  }
+}
+
+TEMPLATE_TEST_CASE(
+    "neither the smallest nor the largest random word moves what a 16-bit type holds",
+    "[row_update]",
+    BFloat16,
+    Half) {
+  using namespace baseline;
+  constexpr int lanes = kLanes<float>;
+  for (const uint32_t word : {0u, 0xffffffffu}) {
+    for (int bits = 0; bits < 0x10000; bits += lanes) {
+      TestType given[lanes], rounded[lanes];
+      for (int i = 0; i < lanes; ++i) {
+        given[i].bits = bits + i;
+      }
+      store_stochastic(rounded, load(given), Bits32{} + word);
+      for (int i = 0; i < lanes; ++i) {
+        const double expected = to_double(given[i]), actual = to_double(rounded[i]);
+        REQUIRE((std::isnan(expected)
+                     ? std::isnan(actual)
+                     : actual == expected && std::signbit(actual) == std::signbit(expected)));
+      }
+    }
+  }
+}
+
+// A bit is wrong half of the time, or depends on another; 6 standard deviations, as above.
+TEST_CASE("random words are balanced, and differ by row, column and key", "[row_update]") {
+  constexpr int64_t kRows = 300, kColumns = 300;
+  const double count = kRows * kColumns, allowed = 6 * std::sqrt(count) / 2;
+  std::array<int64_t, 32> ones = {}, same_in_next_row = {}, same_in_next_column = {},
+                          same_with_next_key = {};
+  const auto word = [](uint64_t key, int64_t row, uint32_t column) {
+    return random_word(derive_key(key, row), column);
+  };
+  for (int64_t row = 0; row < kRows; ++row) {
+    for (uint32_t column = 0; column < kColumns; ++column) {
+      const uint32_t here = word(1, row, column);
+      for (int bit = 0; bit < 32; ++bit) {
+        ones[bit] += here >> bit & 1;
+        same_in_next_row[bit] += ~(here ^ word(1, row + 1, column)) >> bit & 1;
+        same_in_next_column[bit] += ~(here ^ word(1, row, column + 1)) >> bit & 1;
+        same_with_next_key[bit] += ~(here ^ word(2, row, column)) >> bit & 1;
+      }
+    }
+  }
+  for (const auto& counts : {ones, same_in_next_row, same_in_next_column, same_with_next_key}) {
+    for (const int64_t each : counts) {
+      CHECK(std::abs(each - count / 2) <= allowed);
+    }
+  }
+  int64_t equal = 0;
+  for (uint32_t column = 0; column < kColumns; ++column) {
+    equal +=
+        random_word(uint64_t(7), column) == random_word(uint64_t(7) | uint64_t(1) << 32, column);
+  }
+  CHECK(equal == 0);
+}

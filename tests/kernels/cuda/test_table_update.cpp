@@ -1,0 +1,305 @@
+#include "cuda_support.h"
+#include "kernels/cpu/capability_kernels.h"
+#include "kernels/cpu/stochastic_rounding.h"
+#include "kernels/cuda/stochastic_rounding.h"
+#include "kernels/random_bits.h"
+#include "oracles/table_update.h"
+
+using namespace peer;
+using namespace peer::cuda;
+using namespace peer::test;
+
+namespace {
+
+// Where the gradients of the rows come from.
+enum class Given { rows, pairs, pairs_with_coefficients };
+
+constexpr Given kGiven[] = {Given::rows, Given::pairs, Given::pairs_with_coefficients};
+
+// One update of a table: what it is given, the kernels' result, and the obvious one in double.
+template <class Table, class Source>
+struct Problem {
+  using Real = accumulation_t<Table>;
+
+  // `runs`: how many pairs each of the first rows has, where the rows are not given as they are;
+  // the others have none.
+  Problem(Given given,
+          int64_t rows,
+          int64_t parts,
+          int64_t width,
+          const std::vector<int64_t>& runs,
+          uint64_t seed)
+      : given(given), rows(rows), parts(parts), width(width) {
+    Random random(seed);
+    if (given == Given::rows) {
+      for (int64_t row = 0; row < rows; ++row) {
+        owners.push_back(row);
+      }
+    } else {
+      pairs_per_row = given == Given::pairs ? 1 : 2;
+      owners = owners_of_runs(runs);
+      owners.resize((owners.size() + 1) / 2 * 2, rows - 1);
+    }
+    source = random.normal<Source>(owners.size() / pairs_per_row * parts * width);
+    coefficients = random.normal<Real>(parts * owners.size());
+    start.table = random.normal<Table>(rows * parts * width);
+    start.momentum = random.normal<Table>(rows * parts * width);
+    for (const double value : random.normal<double>(rows * parts)) {
+      start.second_moments.push_back(Real(std::abs(value)));
+    }
+    for (const int64_t value : random.integers(rows, 4)) {
+      start.row_steps.push_back(value);
+    }
+  }
+
+  State<Table> solve(const Hyperparameters& h,
+                     bool stochastic_rounding = false,
+                     Layout layout = {}) const {
+    const Table untouched = from_double<Table>(-7);
+    RowMemory<Table> table(rows, parts * width, layout, untouched);
+    RowMemory<Table> momentum(rows, parts * width, layout, untouched);
+    RowMemory<Source> source_memory(owners.size() / pairs_per_row, parts * width, layout,
+                                    from_double<Source>(NAN));
+    table.set(start.table);
+    momentum.set(start.momentum);
+    source_memory.set(source);
+    State<Table> state = start;
+    RowUpdate<Table, Source> update = {
+        .parts = parts,
+        .width = width,
+        .table = table.rows(),
+        .rule = rule_of(h, momentum.rows(), state),
+        .stochastic_rounding = stochastic_rounding,
+        .key = 17,
+        .source = std::as_const(source_memory).rows(),
+        .pairs_per_row = pairs_per_row,
+        .coefficients = given == Given::pairs_with_coefficients ? coefficients.data() : nullptr,
+    };
+    if (given == Given::rows) {
+      update_rows(update, rows, kContext);
+    } else {
+      if (sorted.count == 0) {
+        sorted = sort_pairs(owners.data(), owners.size(), rows, OutputRows::by_owner, kContext);
+      }
+      update_by_pairs(update, sorted, kContext);
+    }
+    state.table = table.values(rows);
+    state.momentum = momentum.values(rows);
+    REQUIRE(table.is_elsewhere(rows, untouched));
+    REQUIRE(momentum.is_elsewhere(rows, untouched));
+    return state;
+  }
+
+  Gradients gradients() const {
+    return sum_gradients(owners, rows, parts, width, source.data(), parts * width, pairs_per_row,
+                         given == Given::pairs_with_coefficients ? coefficients.data() : nullptr);
+  }
+
+  double distance(const State<Table>& result, const Hyperparameters& h) const {
+    return distance_from_rule(h, gradients(), start, result, rows, parts, width, parts * width,
+                              64 * kEpsilon<Real>);
+  }
+
+  Given given;
+  int64_t rows, parts, width, pairs_per_row = 1;
+  std::vector<int64_t> owners;
+  std::vector<Source> source;
+  std::vector<Real> coefficients;
+  State<Table> start;
+  mutable SortedPairs sorted;  // once for several solutions
+};
+
+}  // namespace
+
+TEMPLATE_TEST_CASE("every rule updates the rows that have pairs, and no others",
+                   "[row_update]",
+                   PEER_TABLE_AND_SOURCE_TYPES) {
+  for (const int64_t width : {1, 7, 33, 256, 1030}) {
+    for (const Given given : kGiven) {
+      const int64_t parts = 1 + width % 3;
+      const Problem<typename TestType::Table, typename TestType::Source> problem(
+          given, 20, parts, width, {1, 2, 0, 7, 0, 3, 5}, 3);
+      for (const Hyperparameters& rule : kRules) {
+        INFO("parts " << parts << " width " << width << " given " << int(given) << " rule "
+                      << int(rule.rule) << " momentum " << rule.has_momentum << " nesterov "
+                      << rule.nesterov);
+        CHECK(problem.distance(problem.solve(rule), rule) <= 1);
+      }
+    }
+  }
+}
+
+TEMPLATE_TEST_CASE("rows of more columns than a block takes at once follow their whole mean",
+                   "[row_update]",
+                   PEER_TABLE_AND_SOURCE_TYPES) {
+  const int64_t width = 16 * 1024 / sizeof(typename TestType::Source) + 333;
+  for (const Given given : {Given::rows, Given::pairs_with_coefficients}) {
+    const Problem<typename TestType::Table, typename TestType::Source> problem(given, 5, 2, width,
+                                                                               {1, 3, 0, 129}, 4);
+    for (const Hyperparameters& rule : {kRules[2], kRules[4]}) {
+      INFO("given " << int(given) << " rule " << int(rule.rule));
+      CHECK(problem.distance(problem.solve(rule), rule) <= 1);
+    }
+  }
+}
+
+TEMPLATE_TEST_CASE("rows with many pairs are updated once, and the same on a device of any size",
+                   "[row_update]",
+                   PEER_TABLE_AND_SOURCE_TYPES) {
+  using Table = typename TestType::Table;
+  const Problem<Table, typename TestType::Source> problem(
+      Given::pairs_with_coefficients, 12, 2, 72, {1, 128, 129, 700, 2, 256, 257, 0, 1, 1}, 5);
+  for (const Hyperparameters& rule : {kRules[0], kRules[3], kRules[4]}) {
+    const State<Table> state = problem.solve(rule);
+    INFO("rule " << int(rule.rule) << " momentum " << rule.has_momentum);
+    CHECK(problem.distance(state, rule) <= 1);
+    const Multiprocessors device(132);
+    CHECK(problem.solve(rule) == state);
+    CHECK((problem.solve(rule, true) == state) == std::is_same_v<Table, accumulation_t<Table>>);
+  }
+}
+
+TEMPLATE_TEST_CASE("where rows lie in memory changes no bit of an update",
+                   "[row_update]",
+                   PEER_TABLE_AND_SOURCE_TYPES) {
+  using Table = typename TestType::Table;
+  for (const int64_t width : {7, 536}) {
+    const Problem<Table, typename TestType::Source> problem(Given::pairs_with_coefficients, 8, 2,
+                                                            width, {1, 2, 3, 140, 0, 1, 4}, 6);
+    for (const Hyperparameters& rule : {kRules[0], kRules[4]}) {
+      const State<Table> aligned = problem.solve(rule, true);
+      for (const Layout layout : {Layout{1, 0}, Layout{0, 1}, Layout{8, 8}, Layout{4, 4}}) {
+        INFO("width " << width << " rule " << int(rule.rule) << " offset " << layout.offset
+                      << " padding " << layout.padding);
+        CHECK(problem.solve(rule, true, layout) == aligned);
+      }
+    }
+  }
+}
+
+// What a fused optimizer relies on.
+TEMPLATE_TEST_CASE("an update by pairs has the bits of a gradient followed by an update",
+                   "[row_update]",
+                   float,
+                   double) {
+  for (const int64_t width : {40, 700}) {
+    const Problem<TestType, TestType> fused(Given::pairs_with_coefficients, 9, 1, width,
+                                            {1, 2, 30, 129, 0, 300, 1, 1}, 7);
+    const SortedPairs pairs =
+        sort_pairs(fused.owners.data(), fused.owners.size(), 9, OutputRows::compact, kContext);
+    const int64_t distinct = count_distinct_owners(pairs, kContext);
+    // The same table, and the gradient's rows as pairs.
+    Problem<TestType, TestType> step(Given::pairs, 9, 1, width, {}, 7);
+    step.start = fused.start;
+    step.owners.assign(pairs.distinct_owners.get(), pairs.distinct_owners.get() + distinct);
+    step.source.resize(distinct * width);
+    sum_pairs(ExpertPass<TestType, TestType>{width,
+                                             fused.pairs_per_row,
+                                             fused.coefficients.data(),
+                                             {fused.source.data(), width},
+                                             {step.source.data(), width}},
+              pairs, kContext);
+    for (const Hyperparameters& rule : kRules) {
+      INFO("width " << width << " rule " << int(rule.rule));
+      CHECK(step.solve(rule) == fused.solve(rule));
+    }
+  }
+}
+
+TEST_CASE("nothing to update by leaves everything as it is", "[row_update]") {
+  for (const Given given : kGiven) {
+    const Problem<float, float> no_rows(given, 0, 2, 16, {}, 8);
+    CHECK(no_rows.solve(kRules[0]) == no_rows.start);
+    const Problem<float, float> no_columns(given, 5, 2, 0, {}, 8);
+    CHECK(no_columns.solve(kRules[0]) == no_columns.start);
+  }
+  const Problem<float, float> no_pairs(Given::pairs, 5, 2, 16, {}, 8);
+  CHECK(no_pairs.solve(kRules[4]) == no_pairs.start);
+}
+
+TEST_CASE("a small update is right, whichever thread comes first", "[row_update][races]") {
+  const Problem<float, float> by_pairs(Given::pairs_with_coefficients, 3, 2, 520, {2, 130, 1}, 9);
+  CHECK(by_pairs.distance(by_pairs.solve(kRules[4]), kRules[4]) <= 1);
+  const Problem<float, float> of_wide_rows(Given::rows, 3, 2, 4400, {}, 9);
+  CHECK(of_wide_rows.distance(of_wide_rows.solve(kRules[0]), kRules[0]) <= 1);
+}
+
+namespace {
+
+// Values of every kind, and of any bits.
+std::vector<float> values_to_round(int64_t count) {
+  Random random(6);
+  std::vector<float> values = {0.f,       -0.f,      INFINITY, -INFINITY, NAN,      3.4028235e38f,
+                               65504.f,   65519.9f,  65520.f,  65535.99f, 65536.f,  1e10f,
+                               0x1p-149f, 0x1p-126f, 0x1p-14f, 0x1p-24f,  0x1p-25f, -0x1p-149f};
+  values.push_back(std::bit_cast<float>(0x7fffffffu));
+  values.push_back(std::bit_cast<float>(0xffffffffu));
+  while (int64_t(values.size()) < count / 2) {  // what half distinguishes
+    values.push_back(std::ldexp(float(random.normal<double>(1)[0]), int(random.integer(48)) - 32));
+  }
+  while (int64_t(values.size()) < count) {
+    values.push_back(std::bit_cast<float>(uint32_t(random.integer(int64_t(1) << 32))));
+  }
+  return values;
+}
+
+}  // namespace
+
+TEMPLATE_TEST_CASE("stochastic rounding has the CPU's bits for any value and any random word",
+                   "[row_update]",
+                   BFloat16,
+                   Half) {
+  namespace cpu = peer::cpu::baseline;
+  constexpr int lanes = cpu::kLanes<float>;
+  Random random(10);
+  const std::vector<float> values = values_to_round(40'000);
+  for (size_t i = 0; i < values.size(); i += lanes) {
+    cpu::Bits32 words;
+    for (int l = 0; l < lanes; ++l) {
+      words[l] = uint32_t(random.integer(int64_t(1) << 32));
+    }
+    TestType expected[lanes];
+    cpu::store_stochastic(expected, cpu::load(values.data() + i), words);
+    for (int l = 0; l < lanes; ++l) {
+      INFO(values[i + l] << " by " << words[l]);
+      REQUIRE(narrow_stochastically<TestType>(values[i + l], words[l]).bits == expected[l].bits);
+    }
+  }
+}
+
+// Rows of two parts that become what is subtracted from them, momentum that becomes the gradient:
+// exact before they are rounded.
+TEMPLATE_TEST_CASE("tables and momentum are rounded to the CPU's bits, row by row",
+                   "[row_update]",
+                   BFloat16,
+                   Half) {
+  constexpr int64_t kRows = 40, kWidth = 500;
+  const std::vector<float> values = values_to_round(kRows * kWidth);
+  std::vector<TestType> table(values.size()), momentum(values.size());
+  auto expected_table = table, expected_momentum = momentum;
+  const auto rule_with = [](std::vector<TestType>& rows) {
+    return UpdateRule<TestType>{
+        .rule = Rule::sgd, .lr = -1, .kept = 1, .momentum = {rows.data(), kWidth}};
+  };
+  cpu::RowUpdate<TestType, float> on_cpu = {};
+  on_cpu.parts = 2;
+  on_cpu.width = kWidth / 2;
+  on_cpu.table = {expected_table.data(), kWidth};
+  on_cpu.rule = rule_with(expected_momentum);
+  on_cpu.stochastic_rounding = true;
+  on_cpu.key = 0x123456789abcdef0u;
+  on_cpu.source = {values.data(), kWidth};
+  peer::cpu::baseline::update_rows(on_cpu, 0, kRows);
+
+  update_rows(RowUpdate<TestType, float>{.parts = 2,
+                                         .width = kWidth / 2,
+                                         .table = {table.data(), kWidth},
+                                         .rule = rule_with(momentum),
+                                         .stochastic_rounding = true,
+                                         .key = on_cpu.key,
+                                         .source = on_cpu.source},
+              kRows, kContext);
+  CHECK(have_same_bits(table, expected_table));
+  CHECK(have_same_bits(momentum, expected_momentum));
+  CHECK(!have_same_bits(table, momentum));
+}

@@ -1,0 +1,148 @@
+// What the kernel tests share: every capability of this processor, element types, seeded data, and
+// loops over threads.
+#pragma once
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <random>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "catch.hpp"
+#include "kernels/cpu/kernels.h"
+#include "kernels/cpu/parallel.h"
+#include "kernels/cpu/segments.h"
+
+namespace peer::test {
+
+struct NamedKernels {
+  std::string name;
+  const cpu::Kernels* kernels;
+};
+
+inline std::vector<NamedKernels> capabilities() {
+  std::vector<NamedKernels> result;
+  for (const char* name : {"default", "avx2", "avx512"}) {
+    if (const cpu::Kernels* kernels = cpu::kernels_for(name)) {
+      result.push_back({name, kernels});
+    }
+  }
+  return result;
+}
+
+// The oracle's own conversions, one value at a time.
+
+template <class Element>
+double to_double(Element value) {
+  return value;
+}
+
+template <>
+inline double to_double(BFloat16 value) {
+  return std::bit_cast<float>(uint32_t(value.bits) << 16);
+}
+
+template <>
+inline double to_double(Half value) {
+  const int exponent = (value.bits >> 10) & 31;
+  const int mantissa = value.bits & 1023;
+  const double sign = value.bits & 0x8000 ? -1 : 1;
+  if (exponent == 31) {
+    return mantissa ? std::nan("") : sign * INFINITY;
+  }
+  return sign *
+         (exponent == 0 ? std::ldexp(mantissa, -24) : std::ldexp(1024 + mantissa, exponent - 25));
+}
+
+// Rounds to a value that the type holds exactly, by truncating the float's mantissa; good for
+// making inputs.
+template <class Element>
+Element from_double(double value) {
+  return Element(value);
+}
+
+template <>
+inline BFloat16 from_double(double value) {
+  return {uint16_t(std::bit_cast<uint32_t>(float(value)) >> 16)};
+}
+
+template <>
+inline Half from_double(double value) {
+  if (std::abs(value) < 0x1p-14) {
+    return {uint16_t(value < 0 ? 0x8000 : 0)};
+  }
+  int exponent;
+  const double fraction = std::frexp(std::abs(value), &exponent);  // in [0.5, 1)
+  return {uint16_t((value < 0 ? 0x8000 : 0) | (exponent + 14) << 10 | int(fraction * 2048) - 1024)};
+}
+
+// The relative distance between neighbouring values.
+template <class Element>
+constexpr double kEpsilon = 0x1p-23;
+template <>
+inline constexpr double kEpsilon<double> = 0x1p-52;
+template <>
+inline constexpr double kEpsilon<BFloat16> = 0x1p-7;
+template <>
+inline constexpr double kEpsilon<Half> = 0x1p-10;
+
+class Random {
+ public:
+  explicit Random(uint64_t seed) : engine_(seed) {}
+
+  template <class Element>
+  std::vector<Element> normal(int64_t count) {
+    std::normal_distribution<double> distribution;
+    std::vector<Element> values(count);
+    for (Element& value : values) {
+      value = from_double<Element>(distribution(engine_));
+    }
+    return values;
+  }
+
+  std::vector<int64_t> integers(int64_t count, int64_t end) {
+    std::uniform_int_distribution<int64_t> distribution(0, end - 1);
+    std::vector<int64_t> values(count);
+    for (int64_t& value : values) {
+      value = distribution(engine_);
+    }
+    return values;
+  }
+
+  int64_t integer(int64_t end) { return integers(1, end)[0]; }
+
+ private:
+  std::mt19937_64 engine_;
+};
+
+// Memory for the lists of sorted pairs.
+inline std::shared_ptr<void> plain_memory(int64_t bytes) {
+  return {std::malloc(std::max<int64_t>(bytes, 1)), std::free};
+}
+
+// Contiguous ranges on that many threads of their own.
+inline ParallelFor on_threads(int threads) {
+  return [threads](int64_t begin, int64_t end, int64_t /*grain*/, const RangeBody& body) {
+    std::vector<std::thread> workers;
+    const int64_t share = (end - begin + threads - 1) / threads;
+    for (int64_t first = begin; first < end; first += share) {
+      workers.emplace_back(
+          [&body, first, last = std::min(first + share, end)] { body(first, last); });
+    }
+    for (std::thread& worker : workers) {
+      worker.join();
+    }
+  };
+}
+
+template <class Element>
+bool have_same_bits(const std::vector<Element>& a, const std::vector<Element>& b) {
+  return a.size() == b.size() &&
+         (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(Element)) == 0);
+}
+
+}  // namespace peer::test
