@@ -7,8 +7,7 @@
 #include <cstdint>
 
 #include "kernels/activation.h"
-#include "kernels/rows.h"
-#include "kernels/types.h"
+#include "kernels/common.h"
 
 namespace peer {
 
@@ -17,7 +16,7 @@ namespace peer {
 //   hidden = <x, w_down[e]>       gate = <x, w_gate[e]>, or 1 without w_gate
 //   out = Σ_p weights·act(hidden)·gate·w_up[e]
 template <class Table, class Input = accumulation_t<Table>>
-struct TokenForward {
+struct ExpertMlpForward {
   using Real = accumulation_t<Table>;
   int64_t tokens;             // T
   int64_t experts;            // N
@@ -43,7 +42,7 @@ struct TokenForward {
 //
 // The coefficients are what the expert pass multiplies x and grad_out by.
 template <class Table, class Input = accumulation_t<Table>>
-struct TokenBackward {
+struct ExpertMlpBackward {
   using Real = accumulation_t<Table>;
   int64_t tokens;
   int64_t experts;

@@ -12,7 +12,7 @@
 #include <limits>
 #include <type_traits>
 
-#include "kernels/host_device.h"
+#include "kernels/common.h"
 
 namespace peer {
 

@@ -8,21 +8,21 @@
 
 #include <cstdint>
 
-#include "kernels/host_device.h"
+#include "kernels/common.h"
 
 namespace peer {
 
-PEER_HOST_DEVICE static constexpr bool can_be_chosen(int64_t row_rank,
-                                                     int64_t column_rank,
-                                                     int64_t k) {
+PEER_HOST_DEVICE static constexpr bool is_candidate(int64_t row_rank,
+                                                    int64_t column_rank,
+                                                    int64_t k) {
   return (row_rank + 1) * (column_rank + 1) <= k;
 }
 
 // With how many columns, the first ones, a row can be chosen.
 template <class Integer>
-PEER_HOST_DEVICE static constexpr Integer columns_beside(Integer row_rank,
-                                                         Integer column_count,
-                                                         Integer k) {
+PEER_HOST_DEVICE static constexpr Integer count_candidate_columns(Integer row_rank,
+                                                                  Integer column_count,
+                                                                  Integer k) {
   const Integer most = k / (row_rank + 1);
   return most < column_count ? most : column_count;
 }
@@ -30,12 +30,12 @@ PEER_HOST_DEVICE static constexpr Integer columns_beside(Integer row_rank,
 // The pairs that can be chosen are listed in order of (row rank, column rank), so that a pair's
 // position decides between equal sums. How many there are of the first rows:
 template <class Integer>
-PEER_HOST_DEVICE static constexpr Integer pairs_of(Integer row_count,
-                                                   Integer column_count,
-                                                   Integer k) {
+PEER_HOST_DEVICE static constexpr Integer count_candidate_pairs(Integer row_count,
+                                                                Integer column_count,
+                                                                Integer k) {
   Integer pairs = 0;
   for (Integer i = 0; i < row_count && i < k; ++i) {
-    pairs += columns_beside(i, column_count, k);
+    pairs += count_candidate_columns(i, column_count, k);
   }
   return pairs;
 }

@@ -3,13 +3,12 @@
 
 #include <cstdint>
 
-#include "kernels/rows.h"
-#include "kernels/types.h"
+#include "kernels/common.h"
 
 namespace peer {
 
 // How the gradient g of a row's part changes the part w and its state. Before anything else, w is
-// multiplied by `kept`, 1 - (learning rate)·(weight decay). With s and v the part's own numbers, m
+// multiplied by `decay_factor`, 1 - (learning rate)·(weight decay). With s and v the part's own numbers, m
 // its momentum, and t the row's number:
 //
 //   rowwise_adagrad   s += mean(g²)
@@ -26,7 +25,7 @@ template <class Table>
 struct UpdateRule {
   using Real = accumulation_t<Table>;
   Rule rule;
-  double lr, kept;
+  double lr, decay_factor;
   double eps = 0, beta1 = 0, beta2 = 0;
   bool nesterov = false;
   Rows<Table> momentum = {};       // (N, parts·width), or none

@@ -33,14 +33,14 @@ namespace {
 const auto& forward_handle() {
   static const auto handle = c10::Dispatcher::singleton()
                                  .findSchemaOrThrow("peer::product_key_topk", "")
-                                 .typed<ProductKeyTopk>();
+                                 .typed<ProductKeyTopkSignature>();
   return handle;
 }
 
 const auto& backward_handle() {
   static const auto handle = c10::Dispatcher::singleton()
                                  .findSchemaOrThrow("peer::product_key_topk_backward", "")
-                                 .typed<ProductKeyTopkBackward>();
+                                 .typed<ProductKeyTopkBackwardSignature>();
   return handle;
 }
 

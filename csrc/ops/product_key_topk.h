@@ -8,11 +8,11 @@
 
 namespace peer::ops {
 
-using ProductKeyTopk = std::tuple<at::Tensor, at::Tensor>(const at::Tensor& query,
-                                                          const at::Tensor& row_keys,
-                                                          const at::Tensor& col_keys,
-                                                          int64_t k);
-using ProductKeyTopkBackward =
+using ProductKeyTopkSignature = std::tuple<at::Tensor, at::Tensor>(const at::Tensor& query,
+                                                                   const at::Tensor& row_keys,
+                                                                   const at::Tensor& col_keys,
+                                                                   int64_t k);
+using ProductKeyTopkBackwardSignature =
     std::tuple<at::Tensor, at::Tensor, at::Tensor>(const at::Tensor& grad_scores,
                                                    const at::Tensor& query,
                                                    const at::Tensor& row_keys,
@@ -21,8 +21,8 @@ using ProductKeyTopkBackward =
                                                    std::array<bool, 3> output_mask);
 
 // Through the dispatcher, from the top.
-ProductKeyTopk product_key_topk;
-ProductKeyTopkBackward product_key_topk_backward;
+ProductKeyTopkSignature product_key_topk;
+ProductKeyTopkBackwardSignature product_key_topk_backward;
 
 // Through the dispatcher, from the keys in `below` on.
 std::tuple<at::Tensor, at::Tensor> redispatch_product_key_topk(c10::DispatchKeySet below,

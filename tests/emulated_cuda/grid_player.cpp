@@ -383,7 +383,7 @@ const unsigned char* exchange_in_warp(const void* contribution, size_t size) {
   return slots[0];
 }
 
-void copy_later(void* target, const void* source, size_t size) {
+void cp_async(void* target, const void* source, size_t size) {
   std::memset(target, kGarbage, size);
   current->copies.push_back({target, source, size, current->batches});
 }

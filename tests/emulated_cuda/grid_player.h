@@ -49,7 +49,7 @@ const unsigned char* exchange_in_warp(const void* contribution, size_t size);
 
 // Copies that go on while the thread does. They are made as late as they may be, when it waits for
 // them, and until then there is garbage where they go.
-void copy_later(void* target, const void* source, size_t size);
+void cp_async(void* target, const void* source, size_t size);
 void end_batch_of_copies();
 // For all batches but the last ones.
 void wait_for_copies(size_t batches_left);

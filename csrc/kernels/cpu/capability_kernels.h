@@ -11,38 +11,38 @@
 namespace peer::cpu::PEER_CAPABILITY {
 
 template <class Table>
-void token_forward(const TokenForward<Table>&, int64_t first, int64_t last);
+void token_forward(const ExpertMlpForward<Table>&, int64_t first, int64_t last);
 template <class Table>
-void token_parts_forward(const TokenForward<Table>&,
+void token_parts_forward(const ExpertMlpForward<Table>&,
                          accumulation_t<Table>* parts_out,
                          int64_t first,
                          int64_t last);
 template <class Table>
-void add_token_parts(const TokenForward<Table>&,
+void add_token_parts(const ExpertMlpForward<Table>&,
                      const accumulation_t<Table>* parts_out,
                      int64_t first,
                      int64_t last);
 template <class Table>
-void token_backward(const TokenBackward<Table>&, int64_t first, int64_t last);
+void token_backward(const ExpertMlpBackward<Table>&, int64_t first, int64_t last);
 template <class Real>
 void gather_sum(const GatherSum<Real>&, int64_t first, int64_t last);
 
 template <class Element>
-void sum_chunks(const ExpertPass<Element>&, int64_t first, int64_t last);
+void sum_chunks(const TableGrad<Element>&, int64_t first, int64_t last);
 template <class Element>
-void sum_split_runs(const ExpertPass<Element>&, int64_t first, int64_t last);
+void sum_split_segments(const TableGrad<Element>&, int64_t first, int64_t last);
 
 template <class Table, class Source>
-void update_rows(const RowUpdate<Table, Source>&, int64_t first, int64_t last);
+void update_rows(const TableUpdate<Table, Source>&, int64_t first, int64_t last);
 template <class Table, class Source>
-void update_chunks(const RowUpdate<Table, Source>&, int64_t first, int64_t last);
+void update_chunks(const TableUpdate<Table, Source>&, int64_t first, int64_t last);
 template <class Table, class Source>
-void update_split_runs(const RowUpdate<Table, Source>&, int64_t first, int64_t last);
+void update_split_segments(const TableUpdate<Table, Source>&, int64_t first, int64_t last);
 
 template <class Real>
 void pack_keys(const PackKeys<Real>&, int64_t first, int64_t last);
 template <class Real>
-void retrieve(const Retrieval<Real>&, int64_t first, int64_t last);
+void retrieve(const ProductKeyTopk<Real>&, int64_t first, int64_t last);
 
 // Uninitialised memory for one call, aligned to a cache line. (Not std::vector: its instantiations
 // would be shared between the capabilities, see capability.h.)

@@ -9,7 +9,7 @@ namespace {
 template <class Table, class Source>
 constexpr UpdateKernels<Table, Source> update_kernels() {
   return {update_rows<Table, Source>, update_chunks<Table, Source>,
-          update_split_runs<Table, Source>};
+          update_split_segments<Table, Source>};
 }
 
 template <class Table>
@@ -20,14 +20,14 @@ constexpr ExpertKernels<Table> expert_kernels() {
       add_token_parts<Table>,
       token_backward<Table>,
       sum_chunks<Table>,
-      sum_split_runs<Table>,
+      sum_split_segments<Table>,
       update_kernels<Table, accumulation_t<Table>>(),
       update_kernels<Table, Table>(),
   };
 }
 
 template <class Real>
-constexpr RetrievalKernels<Real> retrieval_kernels() {
+constexpr ProductKeyTopkKernels<Real> retrieval_kernels() {
   return {kPanel<Real>, pack_keys<Real>, retrieve<Real>, gather_sum<Real>};
 }
 

@@ -39,14 +39,14 @@ struct ExpertRange {
 };
 
 template <class Table>
-ExpertRange part_of_token(const TokenForward<Table>& pass, int64_t part) {
+ExpertRange part_of_token(const ExpertMlpForward<Table>& pass, int64_t part) {
   const int64_t first = part * kExpertsPerPart;
   return {first, std::min(first + kExpertsPerPart, pass.experts_per_token)};
 }
 
 // hidden, gate and coefficients = weights·act(hidden)·gate of some of a token's experts.
 template <class Table, class Real>
-void compute_coefficients(const TokenForward<Table>& pass,
+void compute_coefficients(const ExpertMlpForward<Table>& pass,
                           int64_t t,
                           ExpertRange experts,
                           Real* coefficients) {
@@ -71,7 +71,7 @@ void compute_coefficients(const TokenForward<Table>& pass,
 }
 
 template <class Table, class Real>
-void sum_part(const TokenForward<Table>& pass,
+void sum_part(const ExpertMlpForward<Table>& pass,
               int64_t t,
               ExpertRange experts,
               const Real* coefficients,
@@ -91,7 +91,7 @@ void add(const Real* source, int64_t count, Real* target) {
 }  // namespace
 
 template <class Table>
-void token_forward(const TokenForward<Table>& pass, int64_t first, int64_t last) {
+void token_forward(const ExpertMlpForward<Table>& pass, int64_t first, int64_t last) {
   using Real = accumulation_t<Table>;
   const ExpertRange all = {0, pass.experts_per_token};
   Scratch<Real> coefficients(all.count());
@@ -109,7 +109,7 @@ void token_forward(const TokenForward<Table>& pass, int64_t first, int64_t last)
 }
 
 template <class Table>
-void token_parts_forward(const TokenForward<Table>& pass,
+void token_parts_forward(const ExpertMlpForward<Table>& pass,
                          accumulation_t<Table>* parts_out,
                          int64_t first,
                          int64_t last) {
@@ -123,7 +123,7 @@ void token_parts_forward(const TokenForward<Table>& pass,
 }
 
 template <class Table>
-void add_token_parts(const TokenForward<Table>& pass,
+void add_token_parts(const ExpertMlpForward<Table>& pass,
                      const accumulation_t<Table>* parts_out,
                      int64_t first,
                      int64_t last) {
@@ -139,7 +139,7 @@ void add_token_parts(const TokenForward<Table>& pass,
 }
 
 template <class Table>
-void token_backward(const TokenBackward<Table>& pass, int64_t first, int64_t last) {
+void token_backward(const ExpertMlpBackward<Table>& pass, int64_t first, int64_t last) {
   using Real = accumulation_t<Table>;
   const int64_t experts = pass.experts_per_token;
   Scratch<Real> upstream(experts);
@@ -190,13 +190,13 @@ void gather_sum(const GatherSum<Real>& pass, int64_t first, int64_t last) {
   }
 }
 
-#define PEER_INSTANTIATE(Table)                                                                    \
-  template void token_forward(const TokenForward<Table>&, int64_t, int64_t);                       \
-  template void token_parts_forward(const TokenForward<Table>&, accumulation_t<Table>*, int64_t,   \
-                                    int64_t);                                                      \
-  template void add_token_parts(const TokenForward<Table>&, const accumulation_t<Table>*, int64_t, \
-                                int64_t);                                                          \
-  template void token_backward(const TokenBackward<Table>&, int64_t, int64_t);
+#define PEER_INSTANTIATE(Table)                                                               \
+  template void token_forward(const ExpertMlpForward<Table>&, int64_t, int64_t);              \
+  template void token_parts_forward(const ExpertMlpForward<Table>&, accumulation_t<Table>*,   \
+                                    int64_t, int64_t);                                        \
+  template void add_token_parts(const ExpertMlpForward<Table>&, const accumulation_t<Table>*, \
+                                int64_t, int64_t);                                            \
+  template void token_backward(const ExpertMlpBackward<Table>&, int64_t, int64_t);
 
 PEER_INSTANTIATE(float)
 PEER_INSTANTIATE(double)

@@ -8,10 +8,9 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "kernels/common.h"
 #include "kernels/expert_mlp.h"
-#include "kernels/rows.h"
 #include "kernels/table_update.h"
-#include "kernels/types.h"
 
 namespace peer::cpu {
 
@@ -39,16 +38,16 @@ struct Chunk {
 };
 
 // The partial sums [first, last) that make up one row of the output.
-struct SplitRun {
+struct SplitSegment {
   int64_t first, last;
   int64_t row;
 };
 
-// Expert pass. Work items are chunks, then split runs.
+// Expert pass. Work items are chunks, then split segments.
 //
 //   out[row] = Σ over the run's pairs of coefficients[pair]·source[pair / pairs_per_row]
 template <class Element>
-struct ExpertPass {
+struct TableGrad {
   using Real = accumulation_t<Element>;
   int64_t width;
   int64_t pairs_per_row;
@@ -56,7 +55,7 @@ struct ExpertPass {
   const Real* coefficients;  // by pair number
   Rows<const Real> source;
   const Chunk* chunks;
-  const SplitRun* split_runs;
+  const SplitSegment* split_segments;
   Rows<Element> out;
   Rows<Real> partial_sums;
   bool exceeds_caches;  // whether the rows of out that are written do, all together
@@ -70,7 +69,7 @@ struct ExpertPass {
 // Rounding to a 16-bit table and momentum is to nearest, or stochastic, with random bits from the
 // key, the row and the column in the row.
 template <class Table, class Source>
-struct RowUpdate {
+struct TableUpdate {
   using Real = accumulation_t<Table>;
   int64_t parts = 1;
   int64_t width;  // of a part
@@ -86,7 +85,7 @@ struct RowUpdate {
   const Pair* pairs = nullptr;         // sorted by owner, stable
   const Real* coefficients = nullptr;  // by part and pair number, or null: all one
   const Chunk* chunks = nullptr;
-  const SplitRun* split_runs = nullptr;
+  const SplitSegment* split_segments = nullptr;
   Rows<Real> partial_sums = {};  // (·, parts·width)
 };
 
@@ -110,12 +109,12 @@ struct PackedKeys {
 
 // Enough queries to read every key from memory seldom, few enough that their sub-scores stay in the
 // second-level cache.
-constexpr int64_t kMostTokensPerBlock = 16;
+constexpr int64_t kMaxTokensPerBlock = 16;
 
 // Retrieval by product keys. A work item is a block of tokens_per_block tokens and a head: number
 // block·heads + head.
 template <class Real>
-struct Retrieval {
+struct ProductKeyTopk {
   int64_t tokens;
   int64_t heads;
   int64_t half_width;  // dim_key / 2
@@ -129,29 +128,29 @@ struct Retrieval {
 
 template <class Table, class Source>
 struct UpdateKernels {
-  void (*update_rows)(const RowUpdate<Table, Source>&, int64_t first, int64_t last);
-  void (*update_chunks)(const RowUpdate<Table, Source>&, int64_t first, int64_t last);
-  void (*update_split_runs)(const RowUpdate<Table, Source>&, int64_t first, int64_t last);
+  void (*update_rows)(const TableUpdate<Table, Source>&, int64_t first, int64_t last);
+  void (*update_chunks)(const TableUpdate<Table, Source>&, int64_t first, int64_t last);
+  void (*update_split_segments)(const TableUpdate<Table, Source>&, int64_t first, int64_t last);
 };
 
 template <class Table>
 struct ExpertKernels {
   // A work item of the token passes is a token. Indices are all in range.
-  void (*token_forward)(const TokenForward<Table>&, int64_t first, int64_t last);
+  void (*token_forward)(const ExpertMlpForward<Table>&, int64_t first, int64_t last);
   // A work item is a part of a token, number token·parts + part, whose sum is left in parts_out
   // (T, parts, D).
-  void (*token_parts_forward)(const TokenForward<Table>&,
+  void (*token_parts_forward)(const ExpertMlpForward<Table>&,
                               accumulation_t<Table>* parts_out,
                               int64_t first,
                               int64_t last);
   // Adds up the parts of a token, of which there is one at least. A work item is a token.
-  void (*add_token_parts)(const TokenForward<Table>&,
+  void (*add_token_parts)(const ExpertMlpForward<Table>&,
                           const accumulation_t<Table>* parts_out,
                           int64_t first,
                           int64_t last);
-  void (*token_backward)(const TokenBackward<Table>&, int64_t first, int64_t last);
-  void (*sum_chunks)(const ExpertPass<Table>&, int64_t first, int64_t last);
-  void (*sum_split_runs)(const ExpertPass<Table>&, int64_t first, int64_t last);
+  void (*token_backward)(const ExpertMlpBackward<Table>&, int64_t first, int64_t last);
+  void (*sum_chunks)(const TableGrad<Table>&, int64_t first, int64_t last);
+  void (*sum_split_segments)(const TableGrad<Table>&, int64_t first, int64_t last);
   UpdateKernels<Table, accumulation_t<Table>> update_by_wide;  // source in the accumulation type
   UpdateKernels<Table, Table> update_by_narrow;                // source in the table's own type
 
@@ -166,10 +165,10 @@ struct ExpertKernels {
 };
 
 template <class Real>
-struct RetrievalKernels {
+struct ProductKeyTopkKernels {
   int64_t keys_per_panel;
   void (*pack_keys)(const PackKeys<Real>&, int64_t first, int64_t last);
-  void (*retrieve)(const Retrieval<Real>&, int64_t first, int64_t last);
+  void (*retrieve)(const ProductKeyTopk<Real>&, int64_t first, int64_t last);
   void (*gather_sum)(const GatherSum<Real>&, int64_t first, int64_t last);  // of items
 };
 
@@ -178,13 +177,13 @@ struct Kernels {
   ExpertKernels<double> experts_double;
   ExpertKernels<BFloat16> experts_bfloat16;
   ExpertKernels<Half> experts_half;
-  RetrievalKernels<float> retrieval_float;
-  RetrievalKernels<double> retrieval_double;
+  ProductKeyTopkKernels<float> product_key_topk_float;
+  ProductKeyTopkKernels<double> product_key_topk_double;
 
   template <class Table>
   const ExpertKernels<Table>& experts() const;
   template <class Real>
-  const RetrievalKernels<Real>& retrieval() const;
+  const ProductKeyTopkKernels<Real>& retrieval() const;
 };
 
 template <>
@@ -204,12 +203,12 @@ inline const ExpertKernels<Half>& Kernels::experts<Half>() const {
   return experts_half;
 }
 template <>
-inline const RetrievalKernels<float>& Kernels::retrieval<float>() const {
-  return retrieval_float;
+inline const ProductKeyTopkKernels<float>& Kernels::retrieval<float>() const {
+  return product_key_topk_float;
 }
 template <>
-inline const RetrievalKernels<double>& Kernels::retrieval<double>() const {
-  return retrieval_double;
+inline const ProductKeyTopkKernels<double>& Kernels::retrieval<double>() const {
+  return product_key_topk_double;
 }
 
 // The kernels for this processor, or for the capability that the environment variable

@@ -32,10 +32,10 @@ namespace {
 // decides between equal scores.
 struct PairRanks {
   PairRanks(int64_t row_count, int64_t column_count, int64_t k)
-      : count(pairs_of(row_count, column_count, k)), rows(count), columns(count) {
+      : count(count_candidate_pairs(row_count, column_count, k)), rows(count), columns(count) {
     int64_t position = 0;
     for (int64_t i = 0; i < row_count; ++i) {
-      for (int64_t j = 0; j < columns_beside(i, column_count, k); ++j) {
+      for (int64_t j = 0; j < count_candidate_columns(i, column_count, k); ++j) {
         rows[position] = int32_t(i);
         columns[position++] = int32_t(j);
       }
@@ -79,7 +79,7 @@ void add_pairs(const BestKeys<Real>& rows,
   constexpr int lanes = kLanes<Real>;
   int64_t position = 0;
   for (int64_t i = 0; position < count; ++i) {
-    const int64_t partners = columns_beside(i, columns.count, k);
+    const int64_t partners = count_candidate_columns(i, columns.count, k);
     for (int64_t j = 0; j < partners; j += lanes) {
       const Vector<Real> sum = rows.scores[i] + load(columns.scores.data() + j);
       store_ordered<Real>(sums + position + j, to_ordered_vector<Real>(sum));
@@ -178,7 +178,7 @@ class OppositeInfinities {
         if (columns_.scores[c] != column_order) {
           continue;
         }
-        if (!can_be_chosen(row_rank, column_rank, k_)) {
+        if (!is_candidate(row_rank, column_rank, k_)) {
           candidates[appended++] = {to_ordered(row_value + column_value),
                                     row_rank * columns_.count + column_rank,
                                     r * columns_.count + c};
@@ -206,7 +206,7 @@ void pack_keys(const PackKeys<Real>& pack, int64_t first, int64_t last) {
 }
 
 template <class Real>
-void retrieve(const Retrieval<Real>& retrieval, int64_t first, int64_t last) {
+void retrieve(const ProductKeyTopk<Real>& retrieval, int64_t first, int64_t last) {
   const int64_t rows = retrieval.rows.keys;
   const int64_t columns = retrieval.columns.keys;
   const int64_t k = retrieval.k;
@@ -265,7 +265,7 @@ void retrieve(const Retrieval<Real>& retrieval, int64_t first, int64_t last) {
 
 template void pack_keys(const PackKeys<float>&, int64_t, int64_t);
 template void pack_keys(const PackKeys<double>&, int64_t, int64_t);
-template void retrieve(const Retrieval<float>&, int64_t, int64_t);
-template void retrieve(const Retrieval<double>&, int64_t, int64_t);
+template void retrieve(const ProductKeyTopk<float>&, int64_t, int64_t);
+template void retrieve(const ProductKeyTopk<double>&, int64_t, int64_t);
 
 }  // namespace peer::cpu::PEER_CAPABILITY

@@ -81,10 +81,10 @@ static inline void sum_chunk(const Pass& pass, const Chunk& chunk, Target* out) 
 
 // The partial sums of a run that was cut, in the order of its chunks.
 template <class Real, class Target>
-static inline void sum_split_run(Rows<Real> partial_sums,
-                                 int64_t width,
-                                 const SplitRun& run,
-                                 Target* out) {
+static inline void sum_split_segment(Rows<Real> partial_sums,
+                                     int64_t width,
+                                     const SplitSegment& run,
+                                     Target* out) {
   constexpr int lanes = kLanes<Real>;
   const Real* partial = partial_sums.data + run.first * partial_sums.stride;
   for (int64_t column = 0; column < width; column += lanes) {

@@ -57,7 +57,7 @@ void sort_by_digit(const Pair* source,
 struct Counts {
   int64_t runs = 0;
   int64_t chunks = 0;
-  int64_t split_runs = 0;
+  int64_t split_segments = 0;
   int64_t partial_rows = 0;
 };
 
@@ -80,11 +80,11 @@ void for_each_run(const List<Pair>& pairs, int64_t begin, int64_t end, const Vis
 
 }  // namespace
 
-List<Pair> sort_pairs(const int64_t* owners,
-                      int64_t count,
-                      int64_t owner_count,
-                      const ParallelFor& parallel_for,
-                      const Allocate& allocate) {
+List<Pair> make_segments(const int64_t* owners,
+                         int64_t count,
+                         int64_t owner_count,
+                         const ParallelFor& parallel_for,
+                         const Allocate& allocate) {
   List<Pair> pairs(allocate, count);
   parallel_for(0, count, kPairsPerBlock, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
@@ -106,10 +106,10 @@ List<Pair> sort_pairs(const int64_t* owners,
 }
 
 // Blocks of pairs count what their runs need, a scan gives every block its places, blocks write.
-ExpertPassPlan plan_expert_pass(const List<Pair>& pairs,
-                                OutputRows rows,
-                                const ParallelFor& parallel_for,
-                                const Allocate& allocate) {
+SegmentPlan plan_expert_pass(const List<Pair>& pairs,
+                             OutputRows rows,
+                             const ParallelFor& parallel_for,
+                             const Allocate& allocate) {
   const int64_t blocks = (pairs.size() + kPairsPerBlock - 1) / kPairsPerBlock;
   std::vector<Counts> places(blocks);
   const auto for_each_run_of_block = [&](int64_t block, const auto& visit) {
@@ -127,7 +127,7 @@ ExpertPassPlan plan_expert_pass(const List<Pair>& pairs,
         const int64_t chunks = chunks_of(last - first);
         ++counts.runs;
         counts.chunks += chunks;
-        counts.split_runs += chunks > 1;
+        counts.split_segments += chunks > 1;
         counts.partial_rows += chunks > 1 ? chunks : 0;
       });
       places[block] = counts;
@@ -137,14 +137,14 @@ ExpertPassPlan plan_expert_pass(const List<Pair>& pairs,
   for (Counts& place : places) {
     total.runs += std::exchange(place.runs, total.runs);
     total.chunks += std::exchange(place.chunks, total.chunks);
-    total.split_runs += std::exchange(place.split_runs, total.split_runs);
+    total.split_segments += std::exchange(place.split_segments, total.split_segments);
     total.partial_rows += std::exchange(place.partial_rows, total.partial_rows);
   }
 
   const bool is_compact = rows == OutputRows::compact;
-  const ExpertPassPlan plan = {
+  const SegmentPlan plan = {
       .chunks = List<Chunk>(allocate, total.chunks),
-      .split_runs = List<SplitRun>(allocate, total.split_runs),
+      .split_segments = List<SplitSegment>(allocate, total.split_segments),
       .owners = List<int64_t>(allocate, is_compact ? total.runs : 0),
       .partial_rows = total.partial_rows,
   };
@@ -167,7 +167,7 @@ ExpertPassPlan plan_expert_pass(const List<Pair>& pairs,
           plan.chunks[next.chunks++] = {begin, std::min(begin + kPairsPerChunk, last),
                                         next.partial_rows++, true};
         }
-        plan.split_runs[next.split_runs++] = {first_partial, next.partial_rows, row};
+        plan.split_segments[next.split_segments++] = {first_partial, next.partial_rows, row};
       });
     }
   });

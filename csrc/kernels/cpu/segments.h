@@ -38,27 +38,27 @@ class List {
 
 // The pairs 0 .. count-1 sorted by owners[pair], pairs of equal owners in their own order. Owners
 // lie in [0, owner_count).
-List<Pair> sort_pairs(const int64_t* owners,
-                      int64_t count,
-                      int64_t owner_count,
-                      const ParallelFor& parallel_for,
-                      const Allocate& allocate);
+List<Pair> make_segments(const int64_t* owners,
+                         int64_t count,
+                         int64_t owner_count,
+                         const ParallelFor& parallel_for,
+                         const Allocate& allocate);
 
 enum class OutputRows {
   by_owner,  // row = owner: a dense gradient
   compact,   // row = how many smaller owners occur: a sparse gradient's values
 };
 
-struct ExpertPassPlan {
+struct SegmentPlan {
   List<Chunk> chunks;
-  List<SplitRun> split_runs;
+  List<SplitSegment> split_segments;
   List<int64_t> owners;  // distinct, ascending; only for compact rows
   int64_t partial_rows = 0;
 };
 
-ExpertPassPlan plan_expert_pass(const List<Pair>& pairs,
-                                OutputRows rows,
-                                const ParallelFor& parallel_for,
-                                const Allocate& allocate);
+SegmentPlan plan_expert_pass(const List<Pair>& pairs,
+                             OutputRows rows,
+                             const ParallelFor& parallel_for,
+                             const Allocate& allocate);
 
 }  // namespace peer::cpu

@@ -131,16 +131,16 @@ static inline ordered_t<Real> bound_by_groups(const ordered_t<Real>* scores,
 }
 
 // More survivors than this are sorted; fewer are ranked by comparing each with each.
-constexpr int64_t kMostRanked = 192;
+constexpr int64_t kMaxRanked = 192;
 
 // Selects from rows of up to `scores` scores, any number of times.
 template <class Real>
 class Selection {
  public:
-  Selection(int64_t most_scores, int64_t most_selected)
-      : groups_(round_up(2 * most_selected, kScoresPerWord)),
-        positions_(round_up(most_scores, kScoresPerWord)),
-        survivors_(round_up(most_scores, kScoresPerWord)),
+  Selection(int64_t max_scores, int64_t max_selected)
+      : groups_(round_up(2 * max_selected, kScoresPerWord)),
+        positions_(round_up(max_scores, kScoresPerWord)),
+        survivors_(round_up(max_scores, kScoresPerWord)),
         maxima_(groups_) {}
 
   // The positions and orders of the k best of the first `count` scores, best first.
@@ -162,7 +162,7 @@ class Selection {
         survivors_[survivors++] = scores[position];
       }
     }
-    if (survivors <= kMostRanked) {
+    if (survivors <= kMaxRanked) {
       rank(survivors, k, best_positions, best_orders);
     } else {
       sort(scores, survivors, k, best_positions, best_orders);
@@ -225,8 +225,8 @@ class Selection {
   Scratch<int32_t> positions_;
   Scratch<ordered_t<Real>> survivors_;
   Scratch<ordered_t<Real>> maxima_;
-  ordered_t<Real> ranks_[kMostRanked];
-  int32_t ranked_[kMostRanked];
+  ordered_t<Real> ranks_[kMaxRanked];
+  int32_t ranked_[kMaxRanked];
 };
 
 }  // namespace peer::cpu::PEER_CAPABILITY

@@ -5,7 +5,7 @@
 // An owner with more pairs than that is the ordered sum of its chunks' partial sums: one hot expert
 // neither serialises the pass nor makes a result depend on the threads.
 //
-// Work item   one chunk; then one split run
+// Work item   one chunk; then one split segment
 // Traffic     per pair, one row of x or grad_out, which stay in cache; per owner, one row written,
 //             past the caches where all rows are larger than these: reading a row from memory
 //             before overwriting it would double the traffic
@@ -27,7 +27,7 @@ bool rows_are_aligned(Rows<Element> rows) {
 }  // namespace
 
 template <class Element>
-void sum_chunks(const ExpertPass<Element>& pass, int64_t first, int64_t last) {
+void sum_chunks(const TableGrad<Element>& pass, int64_t first, int64_t last) {
   const bool streamed = pass.exceeds_caches && rows_are_aligned(pass.out);
   for (int64_t c = first; c < last; ++c) {
     const Chunk& chunk = pass.chunks[c];
@@ -45,20 +45,21 @@ void sum_chunks(const ExpertPass<Element>& pass, int64_t first, int64_t last) {
 }
 
 template <class Element>
-void sum_split_runs(const ExpertPass<Element>& pass, int64_t first, int64_t last) {
+void sum_split_segments(const TableGrad<Element>& pass, int64_t first, int64_t last) {
   for (int64_t r = first; r < last; ++r) {
-    const SplitRun& run = pass.split_runs[r];
-    sum_split_run(pass.partial_sums, pass.width, run, pass.out.data + run.row * pass.out.stride);
+    const SplitSegment& run = pass.split_segments[r];
+    sum_split_segment(pass.partial_sums, pass.width, run,
+                      pass.out.data + run.row * pass.out.stride);
   }
 }
 
-template void sum_chunks(const ExpertPass<float>&, int64_t, int64_t);
-template void sum_chunks(const ExpertPass<double>&, int64_t, int64_t);
-template void sum_chunks(const ExpertPass<BFloat16>&, int64_t, int64_t);
-template void sum_chunks(const ExpertPass<Half>&, int64_t, int64_t);
-template void sum_split_runs(const ExpertPass<float>&, int64_t, int64_t);
-template void sum_split_runs(const ExpertPass<double>&, int64_t, int64_t);
-template void sum_split_runs(const ExpertPass<BFloat16>&, int64_t, int64_t);
-template void sum_split_runs(const ExpertPass<Half>&, int64_t, int64_t);
+template void sum_chunks(const TableGrad<float>&, int64_t, int64_t);
+template void sum_chunks(const TableGrad<double>&, int64_t, int64_t);
+template void sum_chunks(const TableGrad<BFloat16>&, int64_t, int64_t);
+template void sum_chunks(const TableGrad<Half>&, int64_t, int64_t);
+template void sum_split_segments(const TableGrad<float>&, int64_t, int64_t);
+template void sum_split_segments(const TableGrad<double>&, int64_t, int64_t);
+template void sum_split_segments(const TableGrad<BFloat16>&, int64_t, int64_t);
+template void sum_split_segments(const TableGrad<Half>&, int64_t, int64_t);
 
 }  // namespace peer::cpu::PEER_CAPABILITY

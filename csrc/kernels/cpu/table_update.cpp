@@ -6,7 +6,7 @@
 //   w[row, part], state[row, part] = rule(w[row, part], state[row, part], g[row, part])
 //
 // Work item   a row of source, where these are the gradients; else as in the expert pass, one
-//             chunk, then one split run
+//             chunk, then one split segment
 // Traffic     per row, the table's row and its state, read and written once; g stays in the
 //             first-level cache. Rows lie anywhere in a table far larger than any cache, so the
 //             first lines of the rows to come are requested ahead
@@ -106,21 +106,21 @@ Real mean_of_squares(const Gradient* gradient, int64_t width) {
   return sum_of_lanes<Real>((sums[0] + sums[1]) + (sums[2] + sums[3])) / Real(width);
 }
 
-// w = kept·w - scale·g
+// w = decay_factor·w - scale·g
 template <class Table, class Gradient, class Rounding>
 void descend(Table* w,
              const Gradient* gradient,
              int64_t width,
-             accumulation_t<Table> kept,
+             accumulation_t<Table> decay_factor,
              accumulation_t<Table> scale,
              const Rounding& rounding) {
   for_each_vector<accumulation_t<Table>>(width, [&](int64_t column, auto part) {
-    rounding.write(w, column, kept * read(w + column, part) - scale * read(gradient + column, part),
+    rounding.write(w, column, decay_factor * read(w + column, part) - scale * read(gradient + column, part),
                    part);
   });
 }
 
-// m = decay·m + gain·g, then w = kept·w - scale·m, with nesterov w = kept·w - scale·(g + decay·m).
+// m = decay·m + gain·g, then w = decay_factor·w - scale·m, with nesterov w = decay_factor·w - scale·(g + decay·m).
 // m enters w before it is rounded.
 template <bool nesterov, class Table, class Gradient, class Rounding>
 void descend_with_momentum(Table* w,
@@ -129,7 +129,7 @@ void descend_with_momentum(Table* w,
                            int64_t width,
                            accumulation_t<Table> decay,
                            accumulation_t<Table> gain,
-                           accumulation_t<Table> kept,
+                           accumulation_t<Table> decay_factor,
                            accumulation_t<Table> scale,
                            const Rounding& rounding,
                            const Rounding& momentum_rounding) {
@@ -139,7 +139,7 @@ void descend_with_momentum(Table* w,
     const Vector<Real> m = decay * read(momentum + column, part) + gain * g;
     momentum_rounding.write(momentum, column, m, part);
     const Vector<Real> direction = nesterov ? g + decay * m : m;
-    rounding.write(w, column, kept * read(w + column, part) - scale * direction, part);
+    rounding.write(w, column, decay_factor * read(w + column, part) - scale * direction, part);
   });
 }
 
@@ -160,24 +160,24 @@ void update_part(const UpdateRule<Table>& rule,
                  const Rounding& rounding,
                  const Rounding& momentum_rounding) {
   using Real = accumulation_t<Table>;
-  const Real kept = Real(rule.kept);
+  const Real decay_factor = Real(rule.decay_factor);
   const auto& [w, momentum, second_moment, step] = part;
   switch (rule.rule) {
     case Rule::rowwise_adagrad: {
       const Real sum = *second_moment += mean_of_squares<Real>(gradient, width);
       const Real scale = Real(rule.lr) / (std::sqrt(sum) + Real(rule.eps));
-      descend(w, gradient, width, kept, scale, rounding);
+      descend(w, gradient, width, decay_factor, scale, rounding);
       break;
     }
     case Rule::sgd: {
       const Real lr = Real(rule.lr), decay = Real(rule.beta1);
       if (momentum == nullptr) {
-        descend(w, gradient, width, kept, lr, rounding);
+        descend(w, gradient, width, decay_factor, lr, rounding);
       } else if (rule.nesterov) {
-        descend_with_momentum<true>(w, momentum, gradient, width, decay, Real(1), kept, lr,
+        descend_with_momentum<true>(w, momentum, gradient, width, decay, Real(1), decay_factor, lr,
                                     rounding, momentum_rounding);
       } else {
-        descend_with_momentum<false>(w, momentum, gradient, width, decay, Real(1), kept, lr,
+        descend_with_momentum<false>(w, momentum, gradient, width, decay, Real(1), decay_factor, lr,
                                      rounding, momentum_rounding);
       }
       break;
@@ -191,14 +191,14 @@ void update_part(const UpdateRule<Table>& rule,
       const Real scale =
           Real(rule.lr / first_bias) / (std::sqrt(second / Real(second_bias)) + Real(rule.eps));
       descend_with_momentum<false>(w, momentum, gradient, width, Real(rule.beta1),
-                                   Real(1 - rule.beta1), kept, scale, rounding, momentum_rounding);
+                                   Real(1 - rule.beta1), decay_factor, scale, rounding, momentum_rounding);
       break;
     }
   }
 }
 
 template <class Table, class Source, class Gradient>
-void update_row(const RowUpdate<Table, Source>& update, int64_t row, const Gradient* gradient) {
+void update_row(const TableUpdate<Table, Source>& update, int64_t row, const Gradient* gradient) {
   const UpdateRule<Table>& rule = update.rule;
   Table* const w = update.table.data + row * update.table.stride;
   Table* const momentum = rule.momentum ? rule.momentum.data + row * rule.momentum.stride : nullptr;
@@ -232,7 +232,7 @@ void prefetch_head(Rows<Element> rows, int64_t row, int64_t width) {
 }
 
 template <class Table, class Source>
-void prefetch_row(const RowUpdate<Table, Source>& update, int64_t row) {
+void prefetch_row(const TableUpdate<Table, Source>& update, int64_t row) {
   const int64_t width = update.parts * update.width;
   prefetch_head(update.table, row, width);
   if (update.rule.momentum) {
@@ -245,8 +245,8 @@ void prefetch_row(const RowUpdate<Table, Source>& update, int64_t row) {
 
 // Of all parts, side by side.
 template <class Table, class Source, class Real>
-void sum_chunk_of_parts(const RowUpdate<Table, Source>& update, const Chunk& chunk, Real* out) {
-  RowUpdate<Table, Source> part = update;
+void sum_chunk_of_parts(const TableUpdate<Table, Source>& update, const Chunk& chunk, Real* out) {
+  TableUpdate<Table, Source> part = update;
   for (int64_t p = 0; p < update.parts; ++p) {
     part.source = update.source.from_column(p * update.width);
     if (update.coefficients != nullptr) {
@@ -261,7 +261,7 @@ void sum_chunk_of_parts(const RowUpdate<Table, Source>& update, const Chunk& chu
 }  // namespace
 
 template <class Table, class Source>
-void update_rows(const RowUpdate<Table, Source>& update, int64_t first, int64_t last) {
+void update_rows(const TableUpdate<Table, Source>& update, int64_t first, int64_t last) {
   for (int64_t i = first; i < last; ++i) {
     if (i + kRowsAhead < last) {
       prefetch_row(update, update.ids ? update.ids[i + kRowsAhead] : i + kRowsAhead);
@@ -272,7 +272,7 @@ void update_rows(const RowUpdate<Table, Source>& update, int64_t first, int64_t 
 }
 
 template <class Table, class Source>
-void update_chunks(const RowUpdate<Table, Source>& update, int64_t first, int64_t last) {
+void update_chunks(const TableUpdate<Table, Source>& update, int64_t first, int64_t last) {
   Scratch<accumulation_t<Table>> gradient(update.parts * update.width);
   for (int64_t c = first; c < last; ++c) {
     if (c + kRowsAhead < last && !update.chunks[c + kRowsAhead].is_partial) {
@@ -290,20 +290,20 @@ void update_chunks(const RowUpdate<Table, Source>& update, int64_t first, int64_
 }
 
 template <class Table, class Source>
-void update_split_runs(const RowUpdate<Table, Source>& update, int64_t first, int64_t last) {
+void update_split_segments(const TableUpdate<Table, Source>& update, int64_t first, int64_t last) {
   const int64_t width = update.parts * update.width;
   Scratch<accumulation_t<Table>> gradient(width);
   for (int64_t r = first; r < last; ++r) {
-    const SplitRun& run = update.split_runs[r];
-    sum_split_run(update.partial_sums, width, run, gradient.data());
+    const SplitSegment& run = update.split_segments[r];
+    sum_split_segment(update.partial_sums, width, run, gradient.data());
     update_row(update, run.row, gradient.data());
   }
 }
 
-#define PEER_INSTANTIATE(Table, Source)                                           \
-  template void update_rows(const RowUpdate<Table, Source>&, int64_t, int64_t);   \
-  template void update_chunks(const RowUpdate<Table, Source>&, int64_t, int64_t); \
-  template void update_split_runs(const RowUpdate<Table, Source>&, int64_t, int64_t);
+#define PEER_INSTANTIATE(Table, Source)                                             \
+  template void update_rows(const TableUpdate<Table, Source>&, int64_t, int64_t);   \
+  template void update_chunks(const TableUpdate<Table, Source>&, int64_t, int64_t); \
+  template void update_split_segments(const TableUpdate<Table, Source>&, int64_t, int64_t);
 
 PEER_INSTANTIATE(float, float)
 PEER_INSTANTIATE(double, double)

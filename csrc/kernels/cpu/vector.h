@@ -15,8 +15,8 @@
 #include <immintrin.h>
 #endif
 
+#include "kernels/common.h"
 #include "kernels/cpu/capability.h"
-#include "kernels/types.h"
 
 namespace peer::cpu::PEER_CAPABILITY {
 

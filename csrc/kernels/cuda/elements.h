@@ -7,14 +7,14 @@
 #include <cstdint>
 #include <cstring>
 
+#include "kernels/common.h"
 #include "kernels/cuda/launch.h"
-#include "kernels/types.h"
 
 namespace peer::cuda {
 
 // How many elements of a type one lane reads at once: 16 bytes, the widest access there is.
 template <class Element>
-constexpr int kPack = 16 / int(sizeof(Element));
+constexpr int kVecSize = 16 / int(sizeof(Element));
 
 template <class Element>
 __device__ accumulation_t<Element> widen(Element element) {
@@ -112,7 +112,7 @@ bool is_packed(const Element* data, int64_t stride, int64_t width) {
 
 template <class Element>
 bool is_packed(const Element* data, int64_t stride, int64_t width) {
-  return is_packed<kPack<Element>>(data, stride, width);
+  return is_packed<kVecSize<Element>>(data, stride, width);
 }
 
 }  // namespace peer::cuda

@@ -6,7 +6,7 @@
 //
 // Shapes      v (T, ·)   A, B (N, ·)   indices, weights, z, c (T, P)   y (T, ·)
 // One block   one token. Its pairs are dealt to up to 8 warps, 16 or more in a row to each. Where
-//             there are fewer tokens than multiprocessors, a block is one warp, which takes some of
+//             there are fewer tokens than sm_count, a block is one warp, which takes some of
 //             those pairs and leaves their sum to add_shares.
 // One warp    dots of its pairs' rows with v, 4 or 8 rows side by side; one lane per pair computes
 //             c; sums of its pairs' rows. z and c pass from lane to lane through memory. Up to 16
@@ -27,8 +27,8 @@ namespace peer::cuda {
 
 namespace {
 
-constexpr int kMostWarps = 8;
-constexpr int kMostThreads = kMostWarps * kWarp;
+constexpr int kMaxWarps = 8;
+constexpr int kMaxThreads = kMaxWarps * kWarp;
 constexpr int kPairsPerWarp = 16;  // at least, before a second warp is put to work
 
 // Leaves a thread 128 registers, half of which hold what is in flight.
@@ -128,7 +128,7 @@ struct Shares {
   int pairs_per_share;
   int per_token;
 
-  __device__ PairRange pairs_of(int64_t token, int share) const {
+  __device__ PairRange count_candidate_pairs(int64_t token, int share) const {
     const int first = share * pairs_per_share;
     const int remaining = pairs_per_token - first;
     return {token * pairs_per_token + first,
@@ -177,24 +177,25 @@ __device__ void add_up_warps(const ColumnSums<Tile, Table>& sums,
   using Real = accumulation_t<Table>;
   constexpr int kColumns = kTileColumns<Tile, Table>;
   Real* const all = reinterpret_cast<Real*>(peer_shared_memory);  // (warps, kColumns)
-  for (int k = 0; k < Tile::kPacks; ++k) {
+  for (int k = 0; k < Tile::kVecs; ++k) {
     store_elements<true>(sums.packs[k], all + warp_in_block() * kColumns,
                          column_of_pack<Table>(0, k), kColumns);
   }
   __syncthreads();
   const int warps = int(blockDim.x) / kWarp;
-  for (int column = int(threadIdx.x) * kPack<Input>; column < kColumns;
-       column += int(blockDim.x) * kPack<Input>) {
-    Elements<Real, kPack<Input>> total = {};
+  for (int column = int(threadIdx.x) * kVecSize<Input>; column < kColumns;
+       column += int(blockDim.x) * kVecSize<Input>) {
+    Elements<Real, kVecSize<Input>> total = {};
 #pragma unroll 4
     for (int warp = 0; warp < warps; ++warp) {
-      const auto part = load_elements<true, kPack<Input>>(all + warp * kColumns, column, kColumns);
-      for (int i = 0; i < kPack<Input>; ++i) {
+      const auto part =
+          load_elements<true, kVecSize<Input>>(all + warp * kColumns, column, kColumns);
+      for (int i = 0; i < kVecSize<Input>; ++i) {
         total.values[i] += part.values[i];
       }
     }
-    Elements<Input, kPack<Input>> rounded;
-    for (int i = 0; i < kPack<Input>; ++i) {
+    Elements<Input, kVecSize<Input>> rounded;
+    for (int i = 0; i < kVecSize<Input>; ++i) {
       rounded.values[i] = narrow<Input>(total.values[i]);
     }
     store_elements<Tile::kIsAligned>(rounded, y, first_column + column, width);
@@ -205,7 +206,7 @@ __device__ void add_up_warps(const ColumnSums<Tile, Table>& sums,
 // The shares of a token are taken by the warps of one block, unless there is partial_y: then by as
 // many blocks of one warp, each of which leaves its sum there.
 template <class Tile, class Table, class Input, class Rule>
-__global__ void __launch_bounds__(kMostThreads, kBlocksPerMultiprocessor)
+__global__ void __launch_bounds__(kMaxThreads, kBlocksPerMultiprocessor)
     token_pass(Direction<Table, Input, Rule> direction,
                Shares shares,
                accumulation_t<Table>* partial_y,
@@ -214,7 +215,7 @@ __global__ void __launch_bounds__(kMostThreads, kBlocksPerMultiprocessor)
   const int blocks_per_token = shares.per_token / (int(blockDim.x) / kWarp);
   const int64_t token = int(blockIdx.x) / blocks_per_token;
   const int share = int(blockIdx.x) % blocks_per_token + warp_in_block();
-  const PairRange pairs = shares.pairs_of(token, share);
+  const PairRange pairs = shares.count_candidate_pairs(token, share);
 
   check_indices(sums.rows.indices, pairs, direction.experts);
   dot_pairs<Tile>(direction.dots, token, pairs);
@@ -231,7 +232,7 @@ __global__ void __launch_bounds__(kMostThreads, kBlocksPerMultiprocessor)
     const auto columns = sum_weighted_rows<Tile>(sums.rows, pairs, first, sums.width);
     if (partial_y) {
       auto* const row = partial_y + (token * shares.per_token + share) * partial_width;
-      for (int k = 0; k < Tile::kPacks; ++k) {
+      for (int k = 0; k < Tile::kVecs; ++k) {
         store_elements<true>(columns.packs[k], row, column_of_pack<Table>(first, k), partial_width);
       }
     } else {
@@ -276,7 +277,7 @@ __global__ void add_shares(Shares shares,
 
 // What a warp of a whole token's block takes: equal shares, so that the warps end together.
 Shares share_among_block(int pairs_per_token) {
-  const int equal = (pairs_per_token + kMostWarps - 1) / kMostWarps;
+  const int equal = (pairs_per_token + kMaxWarps - 1) / kMaxWarps;
   const int whole_parts = (equal + kRowsPerPart - 1) / kRowsPerPart * kRowsPerPart;
   return share_out(pairs_per_token, std::max(whole_parts, kPairsPerWarp));
 }
@@ -289,7 +290,7 @@ void run(const Direction<Table, Input, Rule>& direction, const Context& context)
   using Real = accumulation_t<Table>;
   const auto kernel = token_pass<Tile, Table, Input, Rule>;
   const int64_t tokens = direction.tokens;
-  const int64_t enough = multiprocessors();
+  const int64_t enough = sm_count();
   const Shares of_block = share_among_block(direction.experts_per_token);
   const int warps = of_block.per_token;
   if (tokens >= enough) {
@@ -303,7 +304,7 @@ void run(const Direction<Table, Input, Rule>& direction, const Context& context)
   const Shares shares =
       tokens * warps >= enough ? of_block : share_out(direction.experts_per_token, pairs_per_part);
   const int64_t blocks = tokens * shares.per_token;
-  const int partial_width = (sums.width + kPack<Table> - 1) / kPack<Table> * kPack<Table>;
+  const int partial_width = (sums.width + kVecSize<Table> - 1) / kVecSize<Table> * kVecSize<Table>;
   const auto partial_y = context.array<Real>(sums.y ? blocks * partial_width : 0);
   launch(kernel, {blocks, kWarp}, context.stream, direction, shares, partial_y.get(),
          partial_width);
@@ -336,7 +337,7 @@ void run(const Direction<Table, Input, Rule>& direction, const Context& context)
 }  // namespace
 
 template <class Table, class Input>
-void token_forward(const TokenForward<Table, Input>& pass, const Context& context) {
+void token_forward(const ExpertMlpForward<Table, Input>& pass, const Context& context) {
   using Real = accumulation_t<Table>;
   const int64_t pairs = pass.tokens * pass.experts_per_token;
   const std::shared_ptr<Real> coefficients = context.array<Real>(pairs);
@@ -352,7 +353,7 @@ void token_forward(const TokenForward<Table, Input>& pass, const Context& contex
 }
 
 template <class Table, class Input>
-void token_backward(const TokenBackward<Table, Input>& pass, const Context& context) {
+void token_backward(const ExpertMlpBackward<Table, Input>& pass, const Context& context) {
   using Real = accumulation_t<Table>;
   const Direction<Table, Input, BackwardRule<Real>> backward = {
       pass.tokens,
@@ -369,17 +370,17 @@ void token_backward(const TokenBackward<Table, Input>& pass, const Context& cont
   run(backward, context);
 }
 
-template void token_forward(const TokenForward<float, float>&, const Context&);
-template void token_forward(const TokenForward<double, double>&, const Context&);
-template void token_forward(const TokenForward<BFloat16, BFloat16>&, const Context&);
-template void token_forward(const TokenForward<BFloat16, float>&, const Context&);
-template void token_forward(const TokenForward<Half, Half>&, const Context&);
-template void token_forward(const TokenForward<Half, float>&, const Context&);
-template void token_backward(const TokenBackward<float, float>&, const Context&);
-template void token_backward(const TokenBackward<double, double>&, const Context&);
-template void token_backward(const TokenBackward<BFloat16, BFloat16>&, const Context&);
-template void token_backward(const TokenBackward<BFloat16, float>&, const Context&);
-template void token_backward(const TokenBackward<Half, Half>&, const Context&);
-template void token_backward(const TokenBackward<Half, float>&, const Context&);
+template void token_forward(const ExpertMlpForward<float, float>&, const Context&);
+template void token_forward(const ExpertMlpForward<double, double>&, const Context&);
+template void token_forward(const ExpertMlpForward<BFloat16, BFloat16>&, const Context&);
+template void token_forward(const ExpertMlpForward<BFloat16, float>&, const Context&);
+template void token_forward(const ExpertMlpForward<Half, Half>&, const Context&);
+template void token_forward(const ExpertMlpForward<Half, float>&, const Context&);
+template void token_backward(const ExpertMlpBackward<float, float>&, const Context&);
+template void token_backward(const ExpertMlpBackward<double, double>&, const Context&);
+template void token_backward(const ExpertMlpBackward<BFloat16, BFloat16>&, const Context&);
+template void token_backward(const ExpertMlpBackward<BFloat16, float>&, const Context&);
+template void token_backward(const ExpertMlpBackward<Half, Half>&, const Context&);
+template void token_backward(const ExpertMlpBackward<Half, float>&, const Context&);
 
 }  // namespace peer::cuda

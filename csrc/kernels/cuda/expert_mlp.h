@@ -15,11 +15,10 @@
 #include <cstdint>
 #include <cstring>
 
+#include "kernels/common.h"
 #include "kernels/cuda/elements.h"
 #include "kernels/cuda/launch.h"
 #include "kernels/cuda/warp.h"
-#include "kernels/host_device.h"
-#include "kernels/rows.h"
 
 namespace peer::cuda {
 
@@ -28,7 +27,7 @@ namespace peer::cuda {
 template <int rows, int packs, bool aligned>
 struct RowTile {
   static constexpr int kRows = rows;
-  static constexpr int kPacks = packs;
+  static constexpr int kVecs = packs;
   static constexpr bool kIsAligned = aligned;
 };
 
@@ -37,12 +36,12 @@ using NarrowTile = RowTile<8, 2, true>;  // for shorter ones
 using UnalignedTile = RowTile<4, 1, false>;
 
 template <class Tile, class Table>
-constexpr int kTileColumns = Tile::kPacks * kWarp * kPack<Table>;
+constexpr int kTileColumns = Tile::kVecs * kWarp * kVecSize<Table>;
 
 // The first column of a lane's pack in a tile.
 template <class Table>
 __device__ int column_of_pack(int first_column, int pack) {
-  return first_column + (pack * kWarp + lane()) * kPack<Table>;
+  return first_column + (pack * kWarp + lane()) * kVecSize<Table>;
 }
 
 // A sum of rows is a sum of parts, each the sum of so many rows: where warps share a token out in
@@ -104,8 +103,8 @@ __device__ void find_rows(const PairRows<Table, Number>& source,
 using RawPack = Elements<uint32_t, 4>;
 
 template <class Element>
-__device__ Elements<Element, kPack<Element>> unpack(const RawPack& pack) {
-  Elements<Element, kPack<Element>> elements;
+__device__ Elements<Element, kVecSize<Element>> unpack(const RawPack& pack) {
+  Elements<Element, kVecSize<Element>> elements;
   std::memcpy(&elements, &pack, sizeof(elements));
   return elements;
 }
@@ -205,7 +204,7 @@ __device__ RawPack load_pack(const Table* row, int column, int width) {
     return load_once_if(column < width, row + column);
   } else {
     RawPack pack;
-    const auto elements = load_elements<false, kPack<Table>>(row, column, width);
+    const auto elements = load_elements<false, kVecSize<Table>>(row, column, width);
     std::memcpy(&pack, &elements, sizeof(pack));
     return pack;
   }
@@ -214,7 +213,7 @@ __device__ RawPack load_pack(const Table* row, int column, int width) {
 // A lane's packs of a batch of rows; zero where there is no row or no column.
 template <class Tile>
 struct LoadedTile {
-  RawPack packs[Tile::kRows][Tile::kPacks];
+  RawPack packs[Tile::kRows][Tile::kVecs];
 };
 
 template <class Tile, class Table>
@@ -224,7 +223,7 @@ __device__ LoadedTile<Tile> load_tile(const Table* const (&rows)[Tile::kRows],
                                       int width) {
   LoadedTile<Tile> tile;
   for (int r = 0; r < Tile::kRows; ++r) {
-    for (int k = 0; k < Tile::kPacks; ++k) {
+    for (int k = 0; k < Tile::kVecs; ++k) {
       tile.packs[r][k] = load_pack<Tile::kIsAligned>(
           rows[r], column_of_pack<Table>(first_column, k), r < count ? width : 0);
     }
@@ -248,12 +247,12 @@ __device__ void dot_with_rows(const Input* v,
   }
   for (int first = 0; first < width; first += kTileColumns<Tile, Table>) {
     const LoadedTile<Tile> tile = load_tile<Tile>(rows, count, first, width);
-    for (int k = 0; k < Tile::kPacks; ++k) {
-      const auto part =
-          load_elements<Tile::kIsAligned, kPack<Table>>(v, column_of_pack<Table>(first, k), width);
+    for (int k = 0; k < Tile::kVecs; ++k) {
+      const auto part = load_elements<Tile::kIsAligned, kVecSize<Table>>(
+          v, column_of_pack<Table>(first, k), width);
       for (int r = 0; r < Tile::kRows; ++r) {
         const auto row = unpack<Table>(tile.packs[r][k]);
-        for (int i = 0; i < kPack<Table>; ++i) {
+        for (int i = 0; i < kVecSize<Table>; ++i) {
           sums[r] = std::fma(widen(part.values[i]), widen(row.values[i]), sums[r]);
         }
       }
@@ -285,7 +284,7 @@ __device__ Real sum_transposed(Real (&values)[count]) {
 // A lane's sums, of the columns that it reads in a tile.
 template <class Tile, class Table>
 struct ColumnSums {
-  Elements<accumulation_t<Table>, kPack<Table>> packs[Tile::kPacks];
+  Elements<accumulation_t<Table>, kVecSize<Table>> packs[Tile::kVecs];
 };
 
 // The sum of the rows of a range of pairs, in columns [first_column, first_column + kTileColumns).
@@ -306,16 +305,16 @@ __device__ ColumnSums<Tile, Table> sum_weighted_rows(const PairRows<Table, const
       c[r] = r < count ? number : Real(0);
     }
     const LoadedTile<Tile> tile = load_tile<Tile>(rows, count, first_column, width);
-    for (int k = 0; k < Tile::kPacks; ++k) {
+    for (int k = 0; k < Tile::kVecs; ++k) {
       for (int part = 0; part < Tile::kRows; part += kRowsPerPart) {
-        Elements<Real, kPack<Table>> part_sums = {};
+        Elements<Real, kVecSize<Table>> part_sums = {};
         for (int r = part; r < part + kRowsPerPart; ++r) {
           const auto row = unpack<Table>(tile.packs[r][k]);
-          for (int i = 0; i < kPack<Table>; ++i) {
+          for (int i = 0; i < kVecSize<Table>; ++i) {
             part_sums.values[i] = std::fma(c[r], widen(row.values[i]), part_sums.values[i]);
           }
         }
-        for (int i = 0; i < kPack<Table>; ++i) {
+        for (int i = 0; i < kVecSize<Table>; ++i) {
           sums.packs[k].values[i] += part_sums.values[i];
         }
       }

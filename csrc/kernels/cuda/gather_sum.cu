@@ -31,7 +31,7 @@ __global__ void __launch_bounds__(kWarpsPerBlock* kWarp, 2)
   const int width = int(pass.width);
   for (int first = 0; first < width; first += kTileColumns<Tile, Table>) {
     const auto sums = sum_weighted_rows<Tile>(rows, pairs, first, width);
-    for (int k = 0; k < Tile::kPacks; ++k) {
+    for (int k = 0; k < Tile::kVecs; ++k) {
       store_elements<Tile::kIsAligned>(sums.packs[k], pass.out.data + item * pass.out.stride,
                                        column_of_pack<Table>(first, k), width);
     }

@@ -8,19 +8,18 @@
 
 #include <cstdint>
 
+#include "kernels/common.h"
 #include "kernels/cuda/launch.h"
 #include "kernels/expert_mlp.h"
-#include "kernels/rows.h"
 #include "kernels/table_update.h"
-#include "kernels/types.h"
 
 namespace peer::cuda {
 
 // An index outside [0, experts) ends the kernel with a message and a trap.
 template <class Table, class Input>
-void token_forward(const TokenForward<Table, Input>& pass, const Context& context);
+void token_forward(const ExpertMlpForward<Table, Input>& pass, const Context& context);
 template <class Table, class Input>
-void token_backward(const TokenBackward<Table, Input>& pass, const Context& context);
+void token_backward(const ExpertMlpBackward<Table, Input>& pass, const Context& context);
 
 // A pair is one retrieval: token t's p-th expert has the pair number t·P + p. Pairs sorted by what
 // they contribute to, stably, and where the sums over them go: see chunks.h. All in device memory,
@@ -31,31 +30,31 @@ enum class OutputRows {
 };
 
 // The partial sums [first, first + count) that make up one row of the output.
-struct SplitRun {
+struct SplitSegment {
   int32_t first, count;
   int32_t row;
 };
 
 // How many there are of each.
-struct ExpertPassCounts {
-  int32_t owners, split_runs, partial_rows;
+struct SegmentCounts {
+  int32_t owners, split_segments, partial_rows;
 };
 
-struct SortedPairs {
+struct Segments {
   int64_t count = 0;
   std::shared_ptr<int32_t> numbers;          // (count), by ascending owner
   std::shared_ptr<int32_t> targets;          // (count): what becomes of the sum after each
   std::shared_ptr<int32_t> distinct_owners;  // (count), of which counts->owners are set; if compact
-  std::shared_ptr<SplitRun> split_runs;      // (most_split_runs)
-  std::shared_ptr<ExpertPassCounts> counts;  // (1)
+  std::shared_ptr<SplitSegment> split_segments;  // (max_split_segments)
+  std::shared_ptr<SegmentCounts> counts;         // (1)
   // Bounds that the host knows, for grids and for memory.
-  int64_t most_split_runs = 0;
-  int64_t most_partial_rows = 0;
+  int64_t max_split_segments = 0;
+  int64_t max_partial_rows = 0;
 };
 
 // Owners and pair numbers are held in 32 bits: both counts must be below 2^31. An owner outside
 // [0, owner_count) ends the kernel with a message and a trap.
-SortedPairs sort_pairs(const int64_t* owners,
+Segments make_segments(const int64_t* owners,
                        int64_t count,
                        int64_t owner_count,
                        OutputRows rows,
@@ -63,13 +62,13 @@ SortedPairs sort_pairs(const int64_t* owners,
 
 // Reads the number of distinct owners back: waits for the stream. What a sparse gradient needs to
 // know its size, and the one wait there is.
-int64_t count_distinct_owners(const SortedPairs& pairs, const Context& context);
+int64_t count_distinct_owners(const Segments& pairs, const Context& context);
 
 // Expert pass.
 //
 //   out[row] = Σ over the run's pairs of coefficients[pair]·source[pair / pairs_per_row]
 template <class Element, class Source>
-struct ExpertPass {
+struct TableGrad {
   using Real = accumulation_t<Element>;
   int64_t width;
   int64_t pairs_per_row;
@@ -79,14 +78,14 @@ struct ExpertPass {
 };
 
 template <class Element, class Source>
-void sum_pairs(const ExpertPass<Element, Source>& pass,
-               const SortedPairs& pairs,
+void sum_pairs(const TableGrad<Element, Source>& pass,
+               const Segments& pairs,
                const Context& context);
 
 // Updates the rows of a table by sums that are not stored. A row of the table, of its momentum and
 // of the source has so many parts of the same width, side by side.
 template <class Table, class Source>
-struct RowUpdate {
+struct TableUpdate {
   using Real = accumulation_t<Table>;
   int64_t parts = 1;
   int64_t width;  // of a part
@@ -101,12 +100,12 @@ struct RowUpdate {
 
 // By the sums over sorted pairs, by_owner.
 template <class Table, class Source>
-void update_by_pairs(const RowUpdate<Table, Source>& update,
-                     const SortedPairs& pairs,
+void update_by_pairs(const TableUpdate<Table, Source>& update,
+                     const Segments& pairs,
                      const Context& context);
 // By the rows of source themselves, fewer than 2^31: row i updates row i of the table.
 template <class Table, class Source>
-void update_rows(const RowUpdate<Table, Source>& update, int64_t rows, const Context& context);
+void update_rows(const TableUpdate<Table, Source>& update, int64_t rows, const Context& context);
 
 // Retrieval by product keys: see kernels/cpu/product_key_topk.cpp. Query is float, double, BFloat16
 // or Half; scores are in its accumulation type.
@@ -118,22 +117,22 @@ struct Keys {
 };
 
 template <class Query>
-struct Retrieval {
+struct ProductKeyTopk {
   using Real = accumulation_t<Query>;
   int64_t tokens;
   int64_t heads;
   int64_t half_width;  // dim_key / 2
-  int64_t k;           // at most kMostRetrieved
+  int64_t k;           // at most kMaxRetrieved
   const Query* query;  // (T, H, dim_key)
   Keys<Query> rows, columns;
   Real* scores;      // (T, H, k)
   int64_t* indices;  // (T, H, k)
 };
 
-constexpr int64_t kMostRetrieved = 64;
+constexpr int64_t kMaxRetrieved = 64;
 
 template <class Query>
-void retrieve(const Retrieval<Query>& retrieval, const Context& context);
+void retrieve(const ProductKeyTopk<Query>& retrieval, const Context& context);
 
 // Which row and which column of the keys every retrieval took; in a head's own part of them where
 // heads do not share keys.

@@ -42,10 +42,10 @@ inline int device_attribute(cudaDeviceAttr attribute) {
   return value;
 }
 
-inline int multiprocessors() { return device_attribute(cudaDevAttrMultiProcessorCount); }
+inline int sm_count() { return device_attribute(cudaDevAttrMultiProcessorCount); }
 
 // What a block may have of dynamic shared memory.
-inline int64_t most_shared_bytes() {
+inline int64_t max_shared_bytes() {
   return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
 }
 

@@ -13,7 +13,7 @@
 
 #include <cstdint>
 
-#include "kernels/types.h"
+#include "kernels/common.h"
 
 namespace peer::cuda {
 

@@ -1,4 +1,4 @@
-// The partial sums of split runs (chunks.h): where they are kept, and how they are added up.
+// The partial sums of split segments (chunks.h): where they are kept, and how they are added up.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -19,9 +19,9 @@ namespace peer::cuda {
 template <class Real>
 class PartialSums {
  public:
-  PartialSums(const SortedPairs& pairs, int64_t width, const Context& context)
-      : stride_((width + kPack<BFloat16> - 1) / kPack<BFloat16> * kPack<BFloat16>),
-        memory_(context.array<Real>(pairs.most_partial_rows * stride_)) {}
+  PartialSums(const Segments& pairs, int64_t width, const Context& context)
+      : stride_((width + kVecSize<BFloat16> - 1) / kVecSize<BFloat16> * kVecSize<BFloat16>),
+        memory_(context.array<Real>(pairs.max_partial_rows * stride_)) {}
 
   template <int pack>
   SlicedRows<Real, pack> rows() const {
@@ -37,7 +37,7 @@ class PartialSums {
   std::shared_ptr<Real> memory_;
 };
 
-// Adds up the partial sums of split runs.
+// Adds up the partial sums of split segments.
 //
 // One block  of one run, one slice; then others, however many there are
 // One warp   of its eight, every eighth partial row, four of them in flight; one thread per column
@@ -48,18 +48,18 @@ class PartialSums {
 constexpr int kWarpsPerRun = 8;
 
 template <class Real, class Element>
-__global__ void add_partial_sums(const SplitRun* runs,
-                                 const ExpertPassCounts* counts,
-                                 SlicedRows<const Real, kPack<Real>> partial_sums,
-                                 SlicedRows<Element, kPack<Real>> out,
+__global__ void add_partial_sums(const SplitSegment* runs,
+                                 const SegmentCounts* counts,
+                                 SlicedRows<const Real, kVecSize<Real>> partial_sums,
+                                 SlicedRows<Element, kVecSize<Real>> out,
                                  bool is_in_place) {
-  constexpr int pack = kPack<Real>;
+  constexpr int pack = kVecSize<Real>;
   constexpr int columns = kSliceColumns<pack>;
   Real* const of_warps = reinterpret_cast<Real*>(peer_shared_memory);  // (warps, columns)
   const int64_t slices = count_slices(out.width, columns);
-  const int64_t items = counts->split_runs * slices;
+  const int64_t items = counts->split_segments * slices;
   for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
-    const SplitRun run = runs[item / slices];
+    const SplitSegment run = runs[item / slices];
     const int64_t slice_column = item % slices * columns;
     LaneValues<Real, pack> sum = {};
 #pragma unroll 4
@@ -88,20 +88,20 @@ __global__ void add_partial_sums(const SplitRun* runs,
 
 // Most often there is nothing to add up, of which the host knows nothing: a few blocks find out.
 template <class Real, class Element>
-void add_up_split_runs(const SortedPairs& pairs,
-                       const PartialSums<Real>& partial_sums,
-                       const SlicedRows<Element, kPack<Real>>& out,
-                       bool is_in_place,
-                       const Context& context) {
+void add_up_split_segments(const Segments& pairs,
+                           const PartialSums<Real>& partial_sums,
+                           const SlicedRows<Element, kVecSize<Real>>& out,
+                           bool is_in_place,
+                           const Context& context) {
   constexpr int64_t kBlocksPerMultiprocessor = 8;
-  constexpr int columns = kSliceColumns<kPack<Real>>;
+  constexpr int columns = kSliceColumns<kVecSize<Real>>;
   static_assert(columns <= kWarpsPerRun * kWarp);
-  const int64_t blocks = std::min(pairs.most_split_runs * count_slices(out.width, columns),
-                                  multiprocessors() * kBlocksPerMultiprocessor);
+  const int64_t blocks = std::min(pairs.max_split_segments * count_slices(out.width, columns),
+                                  sm_count() * kBlocksPerMultiprocessor);
   launch(add_partial_sums<Real, Element>,
          {blocks, kWarpsPerRun * kWarp, kWarpsPerRun * columns * int64_t(sizeof(Real))},
-         context.stream, pairs.split_runs.get(), pairs.counts.get(),
-         partial_sums.template as_source<kPack<Real>>(), out, is_in_place);
+         context.stream, pairs.split_segments.get(), pairs.counts.get(),
+         partial_sums.template as_source<kVecSize<Real>>(), out, is_in_place);
 }
 
 }  // namespace peer::cuda

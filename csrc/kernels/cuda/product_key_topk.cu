@@ -20,7 +20,7 @@
 // Order       higher score first; among equal scores the smaller (row rank, column rank), where
 //             ranks break ties by the smaller key id. Scores are compared as ordered integers
 //             (ordered.h), so NaN ranks highest and -0 equals 0
-// Requires    k up to kMostRetrieved and R·C; R, C and dim_key below 2^31. Nothing of alignments:
+// Requires    k up to kMaxRetrieved and R·C; R, C and dim_key below 2^31. Nothing of alignments:
 //             elements that are not packed are read one by one
 #include <cuda_runtime.h>
 
@@ -39,14 +39,14 @@ namespace {
 
 // A lane's share of a chunk's scores stays in registers.
 constexpr int kScoresPerLane = 16;
-constexpr int kMostKeysPerChunk = kScoresPerLane * kWarp;
+constexpr int kMaxKeysPerChunk = kScoresPerLane * kWarp;
 // A query's scores, once they are in registers, make room for its list of candidates.
 constexpr int kFewestKeysPerChunk = 256;
 
-constexpr int kMostPairs = pairs_of<int>(kMostRetrieved, kMostRetrieved, kMostRetrieved);
-constexpr int kPairsPerLane = (kMostPairs + kWarp - 1) / kWarp;
+constexpr int kMaxPairs = count_candidate_pairs<int>(kMaxRetrieved, kMaxRetrieved, kMaxRetrieved);
+constexpr int kPairsPerLane = (kMaxPairs + kWarp - 1) / kWarp;
 
-constexpr int kMostThreads = 512;
+constexpr int kMaxThreads = 512;
 
 // The two halves of a query.
 constexpr int kRows = 0, kColumns = 1;
@@ -151,7 +151,7 @@ class Workspace {
         minus_infinities_(sorted_ + 2 * kQueries * k * int(sizeof(Candidate<Order>))),
         minus_infinity_ids_(minus_infinities_ + 2 * kQueries * int(sizeof(int))),
         pairs_(minus_infinity_ids_ + 2 * kQueries * k * int(sizeof(int32_t))),
-        bytes_(pairs_ + kMostPairs * int(sizeof(RankPair))) {}
+        bytes_(pairs_ + kMaxPairs * int(sizeof(RankPair))) {}
 
   int bytes() const { return bytes_; }
   PEER_HOST_DEVICE int keys_per_chunk() const { return keys_per_chunk_; }
@@ -175,7 +175,7 @@ class Workspace {
 
   static constexpr int kScores = Stage<Query>::kBytes;
   PEER_HOST_DEVICE int score_stride() const { return keys_per_chunk_ + 8; }
-  static_assert(kMostCandidates * sizeof(Candidate<Order>) <= kFewestKeysPerChunk * sizeof(Order));
+  static_assert(kMaxCandidates * sizeof(Candidate<Order>) <= kFewestKeysPerChunk * sizeof(Order));
 
   int k_;
   int keys_per_chunk_;
@@ -185,8 +185,8 @@ class Workspace {
 // By all threads of the block.
 __device__ void list_pairs(int row_count, int column_count, int k, RankPair* pairs) {
   for (int i = int(threadIdx.x); i < row_count; i += int(blockDim.x)) {
-    const int first = pairs_of(i, column_count, k);
-    for (int j = 0; j < columns_beside(i, column_count, k); ++j) {
+    const int first = count_candidate_pairs(i, column_count, k);
+    for (int j = 0; j < count_candidate_columns(i, column_count, k); ++j) {
       pairs[first + j] = {uint8_t(i), uint8_t(j)};
     }
   }
@@ -319,7 +319,7 @@ class OppositeInfinities {
     if (columns > 0 && i / columns < rows_.count(is_positive_row)) {
       const Key row = rows_.key(is_positive_row, i / columns);
       const Key column = columns_.key(!is_positive_row, i % columns);
-      if (!can_be_chosen(row.rank, column.rank, listed_.k)) {
+      if (!is_candidate(row.rank, column.rank, listed_.k)) {
         return pair(std::numeric_limits<Order>::max(), row, column);
       }
     }
@@ -336,8 +336,8 @@ struct Packed {
 };
 
 template <class Query>
-__global__ void __launch_bounds__(kMostThreads)
-    retrieve_kernel(Retrieval<Query> retrieval, Workspace<Query> workspace, Packed packed) {
+__global__ void __launch_bounds__(kMaxThreads)
+    retrieve_kernel(ProductKeyTopk<Query> retrieval, Workspace<Query> workspace, Packed packed) {
   using Real = accumulation_t<Query>;
   const int k = int(retrieval.k);
   const int64_t head = blockIdx.x % retrieval.heads;
@@ -352,7 +352,7 @@ __global__ void __launch_bounds__(kMostThreads)
 
   const int row_lists = int(std::min(retrieval.k, retrieval.rows.count));
   const int column_lists = int(std::min(retrieval.k, retrieval.columns.count));
-  const int pairs = pairs_of(row_lists, column_lists, k);
+  const int pairs = count_candidate_pairs(row_lists, column_lists, k);
   list_pairs(row_lists, column_lists, k, workspace.pairs());
 
   for (int axis = kRows; axis <= kColumns; ++axis) {
@@ -397,16 +397,16 @@ __global__ void __launch_bounds__(kMostThreads)
 // As many keys to a chunk as leave room for another block on the multiprocessor, on which each
 // takes a KiB more than it asks for.
 template <class Query>
-Workspace<Query> plan_workspace(const Retrieval<Query>& retrieval) {
+Workspace<Query> plan_workspace(const ProductKeyTopk<Query>& retrieval) {
   constexpr int kReserved = 1 << 10;
   constexpr int kStep = 2 * kWarp;
-  const int64_t room = (most_shared_bytes() - kReserved) / 2;
+  const int64_t room = (max_shared_bytes() - kReserved) / 2;
   const auto with_chunks_of = [&](int64_t keys) {
     return Workspace<Query>(int(retrieval.k), int(keys));
   };
   const int64_t keys = std::max(retrieval.rows.count, retrieval.columns.count);
   int64_t chunk = std::clamp<int64_t>((keys + kStep - 1) / kStep * kStep, kFewestKeysPerChunk,
-                                      kMostKeysPerChunk);
+                                      kMaxKeysPerChunk);
   while (chunk > kFewestKeysPerChunk && with_chunks_of(chunk).bytes() > room) {
     chunk -= kStep;
   }
@@ -416,8 +416,8 @@ Workspace<Query> plan_workspace(const Retrieval<Query>& retrieval) {
 }  // namespace
 
 template <class Query>
-void retrieve(const Retrieval<Query>& given, const Context& context) {
-  Retrieval<Query> retrieval = given;
+void retrieve(const ProductKeyTopk<Query>& given, const Context& context) {
+  ProductKeyTopk<Query> retrieval = given;
   // To shared keys all queries are alike, so that one token's heads make a block too.
   if (retrieval.rows.head_stride == 0 && retrieval.columns.head_stride == 0) {
     retrieval.tokens *= retrieval.heads;
@@ -433,14 +433,14 @@ void retrieve(const Retrieval<Query>& given, const Context& context) {
   const int64_t blocks = (retrieval.tokens + kQueries - 1) / kQueries * retrieval.heads;
   const Workspace<Query> workspace = plan_workspace(retrieval);
   // A block alone on its multiprocessor takes all the registers there are.
-  const int threads = blocks > multiprocessors() ? kMostThreads / 2 : kMostThreads;
+  const int threads = blocks > sm_count() ? kMaxThreads / 2 : kMaxThreads;
   launch(retrieve_kernel<Query>, {blocks, threads, workspace.bytes()}, context.stream, retrieval,
          workspace, packed);
 }
 
-template void retrieve(const Retrieval<float>&, const Context&);
-template void retrieve(const Retrieval<double>&, const Context&);
-template void retrieve(const Retrieval<BFloat16>&, const Context&);
-template void retrieve(const Retrieval<Half>&, const Context&);
+template void retrieve(const ProductKeyTopk<float>&, const Context&);
+template void retrieve(const ProductKeyTopk<double>&, const Context&);
+template void retrieve(const ProductKeyTopk<BFloat16>&, const Context&);
+template void retrieve(const ProductKeyTopk<Half>&, const Context&);
 
 }  // namespace peer::cuda

@@ -13,17 +13,17 @@
 #include <cstring>
 #include <type_traits>
 
+#include "kernels/common.h"
 #include "kernels/cuda/elements.h"
 #include "kernels/cuda/launch.h"
 #include "kernels/cuda/warp.h"
-#include "kernels/rows.h"
 
 namespace peer::cuda {
 
-constexpr int kPacksPerLane = 2;
+constexpr int kVecsPerLane = 2;
 
 template <int pack>
-constexpr int kSliceColumns = kWarp * kPacksPerLane * pack;
+constexpr int kSliceColumns = kWarp * kVecsPerLane * pack;
 
 constexpr int64_t count_slices(int64_t width, int slice_columns) {
   return (width + slice_columns - 1) / slice_columns;
@@ -100,7 +100,7 @@ SlicedRows<Element, pack> sliced(Rows<Element> rows, int64_t width) {
 template <class Body>
 __device__ void for_each_pack(const Body& body) {
 #pragma unroll
-  for (int p = 0; p < kPacksPerLane; ++p) {
+  for (int p = 0; p < kVecsPerLane; ++p) {
     body(p);
   }
 }
@@ -117,12 +117,12 @@ __device__ void for_each_element(const Body& body) {
 
 template <class Element, int pack>
 struct RawValues {
-  RawPack<Element, pack> packs[kPacksPerLane];
+  RawPack<Element, pack> packs[kVecsPerLane];
 };
 
 template <class Real, int pack>
 struct LaneValues {
-  Elements<Real, pack> packs[kPacksPerLane];
+  Elements<Real, pack> packs[kVecsPerLane];
 };
 
 // Zeros beyond the row's end.
@@ -247,7 +247,7 @@ __device__ Elements<accumulation_t<Element>, pack> widen_pack(
 }
 
 // Asks for an address's line to be brought to the second-level cache.
-__device__ inline void request_line(const void* address) {
+__device__ inline void prefetch_l2(const void* address) {
 #ifdef __CUDA_ARCH__
   asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
 #else
@@ -261,7 +261,7 @@ __device__ void request(const Slice<Element, pack>& slice) {
   constexpr int elements_per_line = 128 / int(sizeof(Element));
   const int offset = lane() * (elements_per_line - pack);
   if (offset < slice.columns && lane() * elements_per_line < kSliceColumns<pack>) {
-    request_line(slice.data + offset);
+    prefetch_l2(slice.data + offset);
   }
 }
 

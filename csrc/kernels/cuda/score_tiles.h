@@ -22,12 +22,12 @@
 #include <cstring>
 #include <type_traits>
 
+#include "kernels/common.h"
 #include "kernels/cuda/elements.h"
 #include "kernels/cuda/launch.h"
 #include "kernels/cuda/mma.h"
 #include "kernels/cuda/warp.h"
 #include "kernels/ordered.h"
-#include "kernels/types.h"
 
 namespace peer::cuda {
 
@@ -52,7 +52,7 @@ struct alignas(16) [[gnu::may_alias]] Words {
 };
 
 template <class Query>
-using Pack = std::conditional_t<kUsesTensorCores<Query>, Words, Elements<Query, kPack<Query>>>;
+using Pack = std::conditional_t<kUsesTensorCores<Query>, Words, Elements<Query, kVecSize<Query>>>;
 
 // Rows of half_width elements: one half of some queries, or keys.
 template <class Query>
@@ -75,9 +75,9 @@ struct HalfRows {
         pack = *reinterpret_cast<const Pack<Query>*>(row + column);
       }
     } else {
-      Query elements[kPack<Query>] = {};
+      Query elements[kVecSize<Query>] = {};
 #pragma unroll
-      for (int i = 0; i < kPack<Query>; ++i) {
+      for (int i = 0; i < kVecSize<Query>; ++i) {
         if (column + i < width) {
           elements[i] = row[column + i];
         }
@@ -92,8 +92,8 @@ struct HalfRows {
 // with zeros to whole steps.
 template <class Query>
 struct Stage {
-  static constexpr int kMostColumns = 128;
-  static constexpr int kBytes = kQueriesPerBlock<Query> * kMostColumns * int(sizeof(Query));
+  static constexpr int kMaxColumns = 128;
+  static constexpr int kBytes = kQueriesPerBlock<Query> * kMaxColumns * int(sizeof(Query));
 
   Pack<Query>* packs;
   int first_column;
@@ -206,7 +206,7 @@ template <class Query>
 struct MultiplyAddTile {
   static constexpr int kQueries = kQueriesPerBlock<Query>;
   static constexpr int kKeys = kKeysPerTile<Query> / kWarp;
-  static constexpr int kPacks = kColumnsPerStep<Query> / kPack<Query>;
+  static constexpr int kVecs = kColumnsPerStep<Query> / kVecSize<Query>;
 
   const Query* rows[kKeys];
   Query sums[kQueries][kKeys];
@@ -228,22 +228,22 @@ struct MultiplyAddTile {
   template <bool packed>
   __device__ void multiply(const HalfRows<Query>& keys, const Stage<Query>& stage) {
     for (int column = 0; column < stage.columns; column += kColumnsPerStep<Query>) {
-      Pack<Query> packs[kKeys][kPacks];
+      Pack<Query> packs[kKeys][kVecs];
 #pragma unroll
       for (int n = 0; n < kKeys; ++n) {
 #pragma unroll
-        for (int p = 0; p < kPacks; ++p) {
-          packs[n][p] =
-              keys.template load<packed>(rows[n], stage.first_column + column + p * kPack<Query>);
+        for (int p = 0; p < kVecs; ++p) {
+          packs[n][p] = keys.template load<packed>(
+              rows[n], stage.first_column + column + p * kVecSize<Query>);
         }
       }
 #pragma unroll
-      for (int p = 0; p < kPacks; ++p) {
+      for (int p = 0; p < kVecs; ++p) {
 #pragma unroll
         for (int query = 0; query < kQueries; ++query) {
-          const Pack<Query> factors = stage.packs[place_of(query, column + p * kPack<Query>)];
+          const Pack<Query> factors = stage.packs[place_of(query, column + p * kVecSize<Query>)];
 #pragma unroll
-          for (int i = 0; i < kPack<Query>; ++i) {
+          for (int i = 0; i < kVecSize<Query>; ++i) {
 #pragma unroll
             for (int n = 0; n < kKeys; ++n) {
               sums[query][n] = std::fma(factors.values[i], packs[n][p].values[i], sums[query][n]);
@@ -268,7 +268,7 @@ struct MultiplyAddTile {
 
  private:
   __device__ static int place_of(int query, int column) {
-    return (query * Stage<Query>::kMostColumns + column) / kPack<Query>;
+    return (query * Stage<Query>::kMaxColumns + column) / kVecSize<Query>;
   }
 };
 

@@ -37,30 +37,30 @@ struct Term {
 };
 
 // Sorted pairs, in their order; or rows of the source as they are, each of them the sum for the row
-// of the output of the same number; or the first partial rows of split runs, each the sum for the
-// run's row of the output.
+// of the output of the same number; or the first partial rows of split segments, each the sum for
+// the run's row of the output.
 template <class Real>
 struct TermList {
-  int32_t most;  // how many there are; of split runs, at most
+  int32_t most;  // how many there are; of split segments, at most
   // Of sorted pairs.
   const int32_t* numbers = nullptr;
   const int32_t* targets = nullptr;
   const Real* coefficients = nullptr;  // by pair number, or null: all one
   int32_t pairs_per_row = 1;
-  // Of split runs.
-  const SplitRun* split_runs = nullptr;
-  const ExpertPassCounts* counts = nullptr;
+  // Of split segments.
+  const SplitSegment* split_segments = nullptr;
+  const SegmentCounts* counts = nullptr;
 
-  __device__ int32_t count() const { return counts ? counts->split_runs : most; }
+  __device__ int32_t count() const { return counts ? counts->split_segments : most; }
 
   // Whether a sum begins at a position.
   __device__ bool begins(int64_t position) const {
-    return position == 0 || !targets || targets[position - 1] != kGoesOn;
+    return position == 0 || !targets || targets[position - 1] != kContinueSegment;
   }
 
   __device__ Term<Real> term(int32_t position, int64_t source_stride) const {
-    if (split_runs) {
-      const SplitRun run = split_runs[position];
+    if (split_segments) {
+      const SplitSegment run = split_segments[position];
       return {run.first * source_stride, run.row, Real(1)};
     }
     if (!numbers) {
@@ -73,7 +73,7 @@ struct TermList {
 };
 
 template <class Real>
-TermList<Real> terms_of_pairs(const SortedPairs& pairs,
+TermList<Real> terms_of_pairs(const Segments& pairs,
                               const Real* coefficients,
                               int64_t pairs_per_row) {
   TermList<Real> list = {int32_t(pairs.count)};
@@ -90,9 +90,9 @@ TermList<Real> terms_of_rows(int64_t rows) {
 }
 
 template <class Real>
-TermList<Real> terms_of_split_runs(const SortedPairs& pairs) {
-  TermList<Real> list = {int32_t(pairs.most_split_runs)};
-  list.split_runs = pairs.split_runs.get();
+TermList<Real> terms_of_split_runs(const Segments& pairs) {
+  TermList<Real> list = {int32_t(pairs.max_split_segments)};
+  list.split_segments = pairs.split_segments.get();
   list.counts = pairs.counts.get();
   return list;
 }
@@ -110,9 +110,9 @@ __device__ int32_t find_beginning(const TermList<Real>& list, int32_t count, int
   }
 }
 
-constexpr int kMostPositions = 64;
-constexpr int kMostTerms = kMostPositions + kPairsPerChunk - 1;
-constexpr int kMostWarps = 16;
+constexpr int kMaxPositions = 64;
+constexpr int kMaxTerms = kMaxPositions + kPairsPerChunk - 1;
+constexpr int kMaxWarps = 16;
 
 // Rows of a slice that a warp has place for, one of which it is adding.
 constexpr int kRowsInRing = 4;
@@ -121,10 +121,10 @@ constexpr int64_t kRingBytes = kRowsInRing * 1024;
 // The shared memory of a block: the rings of its warps, then the terms.
 template <class Source, class Real>
 struct TileMemory {
-  static_assert(kSliceColumns<kPack<Source>> * sizeof(Source) * kRowsInRing == kRingBytes);
+  static_assert(kSliceColumns<kVecSize<Source>> * sizeof(Source) * kRowsInRing == kRingBytes);
 
   static constexpr int64_t bytes(int warps) {
-    return warps * kRingBytes + kMostTerms * int64_t(sizeof(Term<Real>));
+    return warps * kRingBytes + kMaxTerms * int64_t(sizeof(Term<Real>));
   }
   static __device__ Source* ring() {
     return reinterpret_cast<Source*>(peer_shared_memory + warp_in_block() * kRingBytes);
@@ -154,7 +154,7 @@ __device__ int read_terms(const TermList<Real>& list, int positions, int64_t sou
 // A lane's copies from global to shared memory, 16 bytes each, in batches. CUDA's own functions do
 // not tell the compiler that memory changes while they wait.
 template <class Element>
-__device__ void copy_later(Element* target, const Element* source) {
+__device__ void cp_async(Element* target, const Element* source) {
   __pipeline_memcpy_async(target, source, 16);
 }
 
@@ -187,7 +187,7 @@ class Ring {
     if (row.is_packed) {
       for_each_pack([&](int p) {
         if (row.has_pack(p)) {
-          copy_later(place(i).pack_address(p), row.pack_address(p));
+          cp_async(place(i).pack_address(p), row.pack_address(p));
         }
       });
     } else {
@@ -217,7 +217,7 @@ __device__ void add_terms(int count,
   constexpr int kAhead = kRowsInRing - 1;
   const Term<Real>* const terms = TileMemory<Source, Real>::terms();
   Ring<Source, pack> ring(TileMemory<Source, Real>::ring(), source.columns_from(column));
-  const auto request_term = [&](int i) {
+  const auto prefetch_term = [&](int i) {
     if (i < count) {
       request(terms[i].target);
       ring.copy(i, source.slice_at(terms[i].row_offset, column));
@@ -226,12 +226,12 @@ __device__ void add_terms(int count,
   };
 
   for (int i = 0; i < kAhead; ++i) {
-    request_term(i);
+    prefetch_term(i);
   }
   LaneValues<Real, pack> sum = {};
 #pragma unroll 1
   for (int i = 0; i < count; ++i) {
-    request_term(i + kAhead);
+    prefetch_term(i + kAhead);
     wait_for_copies<kAhead>();
     const Term<Real> term = terms[i];
     const RawValues<Source, pack> row = ring.read(i);
@@ -242,7 +242,7 @@ __device__ void add_terms(int count,
         value = std::fma(term.coefficient, values.values[e], value);
       });
     });
-    if (term.target != kGoesOn) {
+    if (term.target != kContinueSegment) {
       finish(i, term.target, sum);
       sum = {};
     }
@@ -255,7 +255,7 @@ struct TileShape {
   int warps;      // of a block: one for each slice, or for several slices each the same number
 };
 
-// Two waves of as many warps as the multiprocessors hold are wanted, so that none of these is idle
+// Two waves of as many warps as the sm_count hold are wanted, so that none of these is idle
 // for long at the end. With more terms than that takes, tiles are as large as they may be, so that
 // reading the terms is a small part of the work. Results do not depend on any of it.
 template <int pack>
@@ -263,11 +263,11 @@ TileShape tile_shape(int64_t terms, int64_t width) {
   constexpr int64_t kFewestPositions = 8;
   constexpr int64_t kWarpsWanted = 2 * 64;
   const int64_t slices = count_slices(width, kSliceColumns<pack>);
-  const int64_t rounds = (slices + kMostWarps - 1) / kMostWarps;
+  const int64_t rounds = (slices + kMaxWarps - 1) / kMaxWarps;
   const int64_t warps = (slices + rounds - 1) / rounds;
-  const int64_t tiles_wanted = multiprocessors() * kWarpsWanted / warps;
+  const int64_t tiles_wanted = sm_count() * kWarpsWanted / warps;
   const int64_t positions =
-      std::clamp<int64_t>(terms / tiles_wanted, kFewestPositions, kMostPositions);
+      std::clamp<int64_t>(terms / tiles_wanted, kFewestPositions, kMaxPositions);
   return {int(positions), int(warps)};
 }
 

@@ -20,18 +20,19 @@ namespace peer::cuda {
 
 namespace {
 
-using Counts = ExpertPassCounts;
+using Counts = SegmentCounts;
 
 constexpr int kTile = 512;         // positions, and threads
 constexpr int kTilesAtOnce = 256;  // that are added up, and threads
 
 __device__ Counts operator+(const Counts& a, const Counts& b) {
-  return {a.owners + b.owners, a.split_runs + b.split_runs, a.partial_rows + b.partial_rows};
+  return {a.owners + b.owners, a.split_segments + b.split_segments,
+          a.partial_rows + b.partial_rows};
 }
 
 __device__ Counts shuffle_up(const Counts& counts, int distance) {
   return {__shfl_up_sync(kAllLanes, counts.owners, distance),
-          __shfl_up_sync(kAllLanes, counts.split_runs, distance),
+          __shfl_up_sync(kAllLanes, counts.split_segments, distance),
           __shfl_up_sync(kAllLanes, counts.partial_rows, distance)};
 }
 
@@ -67,13 +68,13 @@ LaunchShape shape_of(int64_t blocks, int threads) {
 
 // What ends in a warp, one bit per lane.
 struct EndsInWarp {
-  unsigned runs, split_runs, partial_rows;
+  unsigned runs, split_segments, partial_rows;
 
   __device__ Counts count() const {
-    return {__popc(runs), __popc(split_runs), __popc(partial_rows)};
+    return {__popc(runs), __popc(split_segments), __popc(partial_rows)};
   }
   __device__ Counts count_before_lane() const {
-    return {count_before(runs), count_before(split_runs), count_before(partial_rows)};
+    return {count_before(runs), count_before(split_segments), count_before(partial_rows)};
   }
 };
 
@@ -138,7 +139,7 @@ __global__ void list_targets(const int32_t* owners,
                              const Counts* before_tiles,
                              int32_t* targets,
                              int32_t* distinct_owners,
-                             SplitRun* split_runs) {
+                             SplitSegment* split_segments) {
   const int64_t i = position_of_thread();
   const PairEnds ends = i < count ? ends_at(owners, count, int32_t(i)) : PairEnds{};
   const EndsInWarp in_warp = vote(ends);
@@ -147,7 +148,7 @@ __global__ void list_targets(const int32_t* owners,
     return;
   }
   if (!ends.chunk) {
-    targets[i] = kGoesOn;
+    targets[i] = kContinueSegment;
     return;
   }
   const Counts before = before_warp + in_warp.count_before_lane();
@@ -157,7 +158,8 @@ __global__ void list_targets(const int32_t* owners,
     distinct_owners[before.owners] = owners[i];
   }
   if (ends.run && ends.is_split) {
-    split_runs[before.split_runs] = {before.partial_rows + 1 - ends.chunks, ends.chunks, row};
+    split_segments[before.split_segments] = {before.partial_rows + 1 - ends.chunks, ends.chunks,
+                                             row};
   }
 }
 
@@ -194,12 +196,12 @@ Order sort_stably(const Order& given, int32_t count, int64_t owner_count, const 
 
 }  // namespace
 
-SortedPairs sort_pairs(const int64_t* owners,
+Segments make_segments(const int64_t* owners,
                        int64_t count,
                        int64_t owner_count,
                        OutputRows rows,
                        const Context& context) {
-  SortedPairs pairs;
+  Segments pairs;
   if (count == 0) {
     return pairs;
   }
@@ -214,22 +216,22 @@ SortedPairs sort_pairs(const int64_t* owners,
 
   pairs.count = count;
   pairs.numbers = sorted.numbers;
-  pairs.most_split_runs = most_split_runs(count, owner_count);
-  pairs.most_partial_rows = most_partial_rows(count, owner_count);
+  pairs.max_split_segments = max_split_segments(count, owner_count);
+  pairs.max_partial_rows = max_partial_rows(count, owner_count);
   pairs.targets = context.array<int32_t>(count);
   pairs.distinct_owners = context.array<int32_t>(rows == OutputRows::compact ? count : 0);
-  pairs.split_runs = context.array<SplitRun>(pairs.most_split_runs);
+  pairs.split_segments = context.array<SplitSegment>(pairs.max_split_segments);
   pairs.counts = context.array<Counts>(1);
   const auto tiles = context.array<Counts>(tile_count);
   launch(count_in_tiles, per_tile, context.stream, sorted.owners.get(), narrow_count, tiles.get());
   launch(add_up_tiles, shape_of(1, kTilesAtOnce), context.stream, tiles.get(), int32_t(tile_count),
          pairs.counts.get());
   launch(list_targets, per_tile, context.stream, sorted.owners.get(), narrow_count, rows,
-         tiles.get(), pairs.targets.get(), pairs.distinct_owners.get(), pairs.split_runs.get());
+         tiles.get(), pairs.targets.get(), pairs.distinct_owners.get(), pairs.split_segments.get());
   return pairs;
 }
 
-int64_t count_distinct_owners(const SortedPairs& pairs, const Context& context) {
+int64_t count_distinct_owners(const Segments& pairs, const Context& context) {
   if (pairs.count == 0) {
     return 0;
   }

@@ -9,7 +9,7 @@
 
 #include <cstdint>
 
-#include "kernels/host_device.h"
+#include "kernels/common.h"
 
 namespace peer::cuda {
 
@@ -18,12 +18,14 @@ namespace peer::cuda {
 constexpr int32_t kPairsPerChunk = 128;
 
 // What becomes of the sum after a pair: it goes on with the next pair, or goes to a row of the
-// output, the target itself, or to a row of partial sums, a number below kGoesOn.
-constexpr int32_t kGoesOn = -1;
+// output, the target itself, or to a row of partial sums, a number below kContinueSegment.
+constexpr int32_t kContinueSegment = -1;
 
 PEER_HOST_DEVICE inline bool is_row_of_output(int32_t target) { return target >= 0; }
-PEER_HOST_DEVICE inline int32_t to_partial_row(int32_t row) { return kGoesOn - 1 - row; }
-PEER_HOST_DEVICE inline int32_t partial_row_of(int32_t target) { return kGoesOn - 1 - target; }
+PEER_HOST_DEVICE inline int32_t to_partial_row(int32_t row) { return kContinueSegment - 1 - row; }
+PEER_HOST_DEVICE inline int32_t partial_row_of(int32_t target) {
+  return kContinueSegment - 1 - target;
+}
 
 // What ends with the pair at a sorted position.
 struct PairEnds {
@@ -67,13 +69,13 @@ PEER_HOST_DEVICE inline PairEnds ends_at(const int32_t* sorted_owners,
 // The most runs of more than a chunk that so many pairs of so many owners can have, and the most
 // chunks that these are cut into. The shortest run that is split has one pair more than a chunk and
 // takes two rows; after that, a row takes a whole chunk.
-inline int64_t most_split_runs(int64_t pairs, int64_t owners) {
+inline int64_t max_split_segments(int64_t pairs, int64_t owners) {
   const int64_t by_pairs = pairs / (kPairsPerChunk + 1);
   return by_pairs < owners ? by_pairs : owners;
 }
 
-inline int64_t most_partial_rows(int64_t pairs, int64_t owners) {
-  const int64_t runs = most_split_runs(pairs, owners);
+inline int64_t max_partial_rows(int64_t pairs, int64_t owners) {
+  const int64_t runs = max_split_segments(pairs, owners);
   return runs == 0 ? 0 : 2 * runs + (pairs - runs * (kPairsPerChunk + 1)) / kPairsPerChunk;
 }
 

@@ -6,7 +6,7 @@
 //
 // Lanes      lane l holds the scores at positions l, l + 32, l + 64, ... in registers, kBelowAll
 //            where there is none, and reads each once
-// List       up to kMostCandidates, in shared memory. Where more are above the floor, as in rows of
+// List       up to kMaxCandidates, in shared memory. Where more are above the floor, as in rows of
 //            ties, the k best alone: bisection for the k-th, then equal ones by position
 // Order      higher score first, equal scores by id. Ids grow with positions
 #pragma once
@@ -26,7 +26,7 @@ namespace peer::cuda {
 template <class Order>
 constexpr Order kBelowAll = std::numeric_limits<Order>::min();
 
-constexpr int kMostCandidates = 128;
+constexpr int kMaxCandidates = 128;
 
 // Read and written as one.
 template <class Order>
@@ -140,7 +140,7 @@ __device__ int append_above(Order floor,
                             int length) {
   int own = count_above(scores, floor);
   int all = __reduce_add_sync(kAllLanes, own);
-  if (length + all > kMostCandidates) {
+  if (length + all > kMaxCandidates) {
     floor = floor_of_k_best(scores, k);
     own = count_above(scores, floor);
     all = k;

@@ -5,8 +5,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "kernels/host_device.h"
-#include "kernels/types.h"
+#include "kernels/common.h"
 
 namespace peer::cuda {
 

@@ -11,11 +11,11 @@
 
 #include <cstdint>
 
+#include "kernels/common.h"
 #include "kernels/cuda/launch.h"
 #include "kernels/cuda/score_tiles.h"
 #include "kernels/cuda/warp.h"
 #include "kernels/ordered.h"
-#include "kernels/types.h"
 
 namespace peer::cuda {
 
@@ -23,10 +23,10 @@ namespace peer::cuda {
 // taken again.
 template <class Query>
 __device__ void fill(const Stage<Query>& stage, const HalfRows<Query>& queries) {
-  const int packs = stage.columns / kPack<Query>;
+  const int packs = stage.columns / kVecSize<Query>;
   for (int i = int(threadIdx.x); i < kQueriesPerBlock<Query> * packs; i += int(blockDim.x)) {
     const int query = i / packs;
-    const int column = i % packs * kPack<Query>;
+    const int column = i % packs * kVecSize<Query>;
     const Query* row = queries.row_or_last(query);
     Tile<Query>::put(stage, query, column,
                      queries.is_packed
@@ -68,7 +68,7 @@ __device__ void score_chunk(const HalfRows<Query>& queries,
                             int count,
                             Pack<Query>* packs,
                             const ScoreRows<Real>& scores) {
-  constexpr int most = Stage<Query>::kMostColumns;
+  constexpr int most = Stage<Query>::kMaxColumns;
   constexpr int step = kColumnsPerStep<Query>;
   for (int column = 0; column < keys.width; column += most) {
     const int remaining = (keys.width - column + step - 1) / step * step;

@@ -5,8 +5,8 @@
 //
 // Shapes      source (pairs / pairs_per_row, width)   coefficients (pairs)   out (·, width)
 // One block   the chunks that begin at up to 64 sorted positions, at most 191 pairs; one warp for
-//             each KiB of a row of the source (pair_sums.h). Partial sums of split runs are added
-//             by a second kernel.
+//             each KiB of a row of the source (pair_sums.h). Partial sums of split segments are
+//             added by a second kernel.
 // Traffic     per pair, one row of the source, from the second-level cache; and 12 bytes to know
 //             which. Per owner, one row written, which makes way in that cache first. 3 KiB of the
 //             source are in flight per warp.
@@ -23,15 +23,15 @@ namespace peer::cuda {
 
 namespace {
 
-template <class Element, class Source, class Real, int pack = kPack<Source>>
+template <class Element, class Source, class Real, int pack = kVecSize<Source>>
 __global__ void sum_tiles(TermList<Real> list,
                           int positions,
                           SlicedRows<const Source, pack> source,
                           SlicedRows<Element, pack> out,
                           SlicedRows<Real, pack> partial_sums) {
   const int count = read_terms<Source>(list, positions, source.stride);
-  const auto request_nothing = [](int32_t) {};
-  const int columns_per_round = int(blockDim.x) * kPacksPerLane * pack;
+  const auto prefetch_nothing = [](int32_t) {};
+  const int columns_per_round = int(blockDim.x) * kVecsPerLane * pack;
   for (int64_t first = 0; first < source.width; first += columns_per_round) {
     const int64_t column = lane_column<pack>(first + warp_in_block() * kSliceColumns<pack>);
     const auto write_row = [&](int, int32_t target, const LaneValues<Real, pack>& sum) {
@@ -43,18 +43,18 @@ __global__ void sum_tiles(TermList<Real> list,
         store(partial_sums.slice(partial_row_of(target), column), sum);
       }
     };
-    add_terms<Source, Real>(count, source, column, request_nothing, write_row);
+    add_terms<Source, Real>(count, source, column, prefetch_nothing, write_row);
   }
 }
 
 }  // namespace
 
 template <class Element, class Source>
-void sum_pairs(const ExpertPass<Element, Source>& pass,
-               const SortedPairs& pairs,
+void sum_pairs(const TableGrad<Element, Source>& pass,
+               const Segments& pairs,
                const Context& context) {
   using Real = accumulation_t<Element>;
-  constexpr int pack = kPack<Source>;
+  constexpr int pack = kVecSize<Source>;
   if (pairs.count == 0 || pass.width == 0) {
     return;
   }
@@ -64,15 +64,15 @@ void sum_pairs(const ExpertPass<Element, Source>& pass,
          context.stream, terms_of_pairs(pairs, pass.coefficients, pass.pairs_per_row),
          shape.positions, sliced<pack>(pass.source, pass.width), sliced<pack>(pass.out, pass.width),
          partial_sums.template rows<pack>());
-  add_up_split_runs(pairs, partial_sums, sliced<kPack<Real>>(pass.out, pass.width),
-                    /*is_in_place=*/false, context);
+  add_up_split_segments(pairs, partial_sums, sliced<kVecSize<Real>>(pass.out, pass.width),
+                        /*is_in_place=*/false, context);
 }
 
-template void sum_pairs(const ExpertPass<float, float>&, const SortedPairs&, const Context&);
-template void sum_pairs(const ExpertPass<double, double>&, const SortedPairs&, const Context&);
-template void sum_pairs(const ExpertPass<BFloat16, BFloat16>&, const SortedPairs&, const Context&);
-template void sum_pairs(const ExpertPass<BFloat16, float>&, const SortedPairs&, const Context&);
-template void sum_pairs(const ExpertPass<Half, Half>&, const SortedPairs&, const Context&);
-template void sum_pairs(const ExpertPass<Half, float>&, const SortedPairs&, const Context&);
+template void sum_pairs(const TableGrad<float, float>&, const Segments&, const Context&);
+template void sum_pairs(const TableGrad<double, double>&, const Segments&, const Context&);
+template void sum_pairs(const TableGrad<BFloat16, BFloat16>&, const Segments&, const Context&);
+template void sum_pairs(const TableGrad<BFloat16, float>&, const Segments&, const Context&);
+template void sum_pairs(const TableGrad<Half, Half>&, const Segments&, const Context&);
+template void sum_pairs(const TableGrad<Half, float>&, const Segments&, const Context&);
 
 }  // namespace peer::cuda

@@ -37,10 +37,10 @@ namespace {
 //   s = second_decay·s + second_gain·mean(g²)              with second moments
 //   scale = lr / first_bias / (sqrt(s / second_bias) + eps)
 //   m = decay·m + gain·g, or g                             without momentum
-//   w = kept·w - scale·m, or kept·w - scale·(g + decay·m)  with nesterov
+//   w = decay_factor·w - scale·m, or decay_factor·w - scale·(g + decay·m)  with nesterov
 template <class Real>
 struct Numbers {
-  Real lr, kept, eps = 0;
+  Real lr, decay_factor, eps = 0;
   Real decay = 0, gain = 1;
   Real second_decay = 1, second_gain = 1;
   double log_decay = 0, log_second_decay = 0;  // from which biases follow
@@ -49,7 +49,7 @@ struct Numbers {
 
 template <class Table, class Real = accumulation_t<Table>>
 Numbers<Real> numbers_of(const UpdateRule<Table>& rule) {
-  Numbers<Real> numbers = {Real(rule.lr), Real(rule.kept)};
+  Numbers<Real> numbers = {Real(rule.lr), Real(rule.decay_factor)};
   numbers.eps = Real(rule.eps);
   numbers.decay = Real(rule.beta1);
   numbers.nesterov = rule.nesterov;
@@ -112,15 +112,15 @@ struct Update {
   }
 
   // Before the warp reads the row.
-  __device__ void request_row(int32_t row, int64_t column) const {
+  __device__ void prefetch_row(int32_t row, int64_t column) const {
     request(table.slice(row, column));
     if (has_momentum()) {
       request(momentum.slice(row, column));
     }
     if (needs_mean_of_squares() && threadIdx.x == 0) {
-      request_line(second_moments + row * moments_per_row);
+      prefetch_l2(second_moments + row * moments_per_row);
       if (row_steps) {
-        request_line(row_steps + row);
+        prefetch_l2(row_steps + row);
       }
     }
   }
@@ -160,7 +160,7 @@ class TableSlice {
       }
       Pack w = widen_pack(w_.packs[p]);
       for_each_element<pack>(
-          [&](int i) { w.values[i] = numbers.kept * w.values[i] - scale * direction.values[i]; });
+          [&](int i) { w.values[i] = numbers.decay_factor * w.values[i] - scale * direction.values[i]; });
       store_pack(update_.table.slice(row_, column_), p, round(w, table_key, p));
     });
   }
@@ -193,16 +193,16 @@ class TableSlice {
 
 // Behind the tile's memory, what the warps of a block tell each other.
 template <class Real>
-struct TeamMemory {
-  Real warp_sums[2][kMostWarps];
-  Real row_sums[kMostTerms];  // by the term with which a row's sum ends
+struct BlockReduceStorage {
+  Real warp_sums[2][kMaxWarps];
+  Real row_sums[kMaxTerms];  // by the term with which a row's sum ends
 };
 
 // Sums over the columns that the warps of a block have. All threads of the block take part.
 template <class Real>
-class Team {
+class BlockReduce {
  public:
-  explicit __device__ Team(TeamMemory<Real>* memory) : memory_(memory) {}
+  explicit __device__ BlockReduce(BlockReduceStorage<Real>* memory) : memory_(memory) {}
 
   // A warp can be one sum ahead of another, not two: there is place for the numbers of two.
   template <int pack>
@@ -214,7 +214,7 @@ class Team {
         squares = std::fma(value, value, squares);
       });
     });
-    squares = sum_of_warp(squares);
+    squares = warp_reduce_sum(squares);
     Real* const warp_sums = memory_->warp_sums[turn_];
     turn_ ^= 1;
     if (lane() == 0) {
@@ -239,11 +239,11 @@ class Team {
   __device__ Real sum_of_row(int i) const { return memory_->row_sums[i]; }
 
  private:
-  TeamMemory<Real>* memory_;
+  BlockReduceStorage<Real>* memory_;
   int turn_ = 0;
 };
 
-template <class Table, class Source, class Real, int pack = kPack<Source>>
+template <class Table, class Source, class Real, int pack = kVecSize<Source>>
 __global__ void update_tiles(TermList<Real> list,
                              int positions,
                              SlicedRows<const Source, pack> source,
@@ -252,8 +252,8 @@ __global__ void update_tiles(TermList<Real> list,
   const int warps = int(blockDim.x) / kWarp;
   const int64_t width = update.table.width;
   const int count = read_terms<Source>(list, positions, source.stride);
-  Team<Real> team(reinterpret_cast<TeamMemory<Real>*>(peer_shared_memory +
-                                                      TileMemory<Source, Real>::bytes(warps)));
+  BlockReduce<Real> team(reinterpret_cast<BlockReduceStorage<Real>*>(
+      peer_shared_memory + TileMemory<Source, Real>::bytes(warps)));
 
   const int columns_per_round = warps * kSliceColumns<pack>;
   const int rounds_per_row = int((width + columns_per_round - 1) / columns_per_round);
@@ -264,9 +264,9 @@ __global__ void update_tiles(TermList<Real> list,
     const int64_t first = int64_t(round % rounds_per_row) * columns_per_round;
     const int64_t column = lane_column<pack>(first + warp_in_block() * kSliceColumns<pack>);
     const bool is_measuring = round < measuring_rounds;
-    const auto request_row = [&](int32_t target) {
+    const auto prefetch_row = [&](int32_t target) {
       if (!is_measuring && is_row_of_output(target)) {
-        update.request_row(target, column);
+        update.prefetch_row(target, column);
       }
     };
     const auto finish = [&](int i, int32_t target, const LaneValues<Real, pack>& gradient) {
@@ -296,7 +296,7 @@ __global__ void update_tiles(TermList<Real> list,
       }
       slice.follow(gradient, scale);
     };
-    add_terms<Source, Real>(count, source, column, request_row, finish);
+    add_terms<Source, Real>(count, source, column, prefetch_row, finish);
   }
 }
 
@@ -308,12 +308,12 @@ void update_by_terms(const TermList<Real>& list,
                      const Context& context) {
   const TileShape shape = tile_shape<pack>(list.most, update.table.width);
   launch(update_tiles<Table, Source, Real>,
-         launch_shape<Source, Real>(shape, list.most, sizeof(TeamMemory<Real>)), context.stream,
-         list, shape.positions, source, update, partial_sums);
+         launch_shape<Source, Real>(shape, list.most, sizeof(BlockReduceStorage<Real>)),
+         context.stream, list, shape.positions, source, update, partial_sums);
 }
 
 template <int pack, class Table, class Source>
-Update<Table, pack> update_of(const RowUpdate<Table, Source>& given, int64_t part) {
+Update<Table, pack> update_of(const TableUpdate<Table, Source>& given, int64_t part) {
   const UpdateRule<Table>& rule = given.rule;
   const bool has_momentum = rule.rule != Rule::rowwise_adagrad;
   const int64_t column = part * given.width;
@@ -331,19 +331,20 @@ Update<Table, pack> update_of(const RowUpdate<Table, Source>& given, int64_t par
 }
 
 template <int pack, class Table, class Source>
-SlicedRows<const Source, pack> source_of_part(const RowUpdate<Table, Source>& given, int64_t part) {
+SlicedRows<const Source, pack> source_of_part(const TableUpdate<Table, Source>& given,
+                                              int64_t part) {
   return sliced<pack>(given.source.from_column(part * given.width), given.width);
 }
 
 }  // namespace
 
 template <class Table, class Source>
-void update_by_pairs(const RowUpdate<Table, Source>& update,
-                     const SortedPairs& pairs,
+void update_by_pairs(const TableUpdate<Table, Source>& update,
+                     const Segments& pairs,
                      const Context& context) {
   using Real = accumulation_t<Table>;
-  constexpr int pack = kPack<Source>;
-  constexpr int sum_pack = kPack<Real>;
+  constexpr int pack = kVecSize<Source>;
+  constexpr int sum_pack = kVecSize<Real>;
   if (pairs.count == 0 || update.width == 0) {
     return;
   }
@@ -354,17 +355,17 @@ void update_by_pairs(const RowUpdate<Table, Source>& update,
     update_by_terms(terms_of_pairs(pairs, coefficients, update.pairs_per_row),
                     source_of_part<pack>(update, part), update_of<pack>(update, part),
                     partial_sums.template rows<pack>(), context);
-    add_up_split_runs(pairs, partial_sums, partial_sums.template rows<sum_pack>(),
-                      /*is_in_place=*/true, context);
+    add_up_split_segments(pairs, partial_sums, partial_sums.template rows<sum_pack>(),
+                          /*is_in_place=*/true, context);
     update_by_terms(terms_of_split_runs<Real>(pairs), partial_sums.template as_source<sum_pack>(),
                     update_of<sum_pack>(update, part), SlicedRows<Real, sum_pack>{}, context);
   }
 }
 
 template <class Table, class Source>
-void update_rows(const RowUpdate<Table, Source>& update, int64_t rows, const Context& context) {
+void update_rows(const TableUpdate<Table, Source>& update, int64_t rows, const Context& context) {
   using Real = accumulation_t<Table>;
-  constexpr int pack = kPack<Source>;
+  constexpr int pack = kVecSize<Source>;
   if (rows == 0 || update.width == 0) {
     return;
   }
@@ -374,21 +375,19 @@ void update_rows(const RowUpdate<Table, Source>& update, int64_t rows, const Con
   }
 }
 
-template void update_by_pairs(const RowUpdate<float, float>&, const SortedPairs&, const Context&);
-template void update_by_pairs(const RowUpdate<double, double>&, const SortedPairs&, const Context&);
-template void update_by_pairs(const RowUpdate<BFloat16, BFloat16>&,
-                              const SortedPairs&,
+template void update_by_pairs(const TableUpdate<float, float>&, const Segments&, const Context&);
+template void update_by_pairs(const TableUpdate<double, double>&, const Segments&, const Context&);
+template void update_by_pairs(const TableUpdate<BFloat16, BFloat16>&,
+                              const Segments&,
                               const Context&);
-template void update_by_pairs(const RowUpdate<BFloat16, float>&,
-                              const SortedPairs&,
-                              const Context&);
-template void update_by_pairs(const RowUpdate<Half, Half>&, const SortedPairs&, const Context&);
-template void update_by_pairs(const RowUpdate<Half, float>&, const SortedPairs&, const Context&);
-template void update_rows(const RowUpdate<float, float>&, int64_t, const Context&);
-template void update_rows(const RowUpdate<double, double>&, int64_t, const Context&);
-template void update_rows(const RowUpdate<BFloat16, BFloat16>&, int64_t, const Context&);
-template void update_rows(const RowUpdate<BFloat16, float>&, int64_t, const Context&);
-template void update_rows(const RowUpdate<Half, Half>&, int64_t, const Context&);
-template void update_rows(const RowUpdate<Half, float>&, int64_t, const Context&);
+template void update_by_pairs(const TableUpdate<BFloat16, float>&, const Segments&, const Context&);
+template void update_by_pairs(const TableUpdate<Half, Half>&, const Segments&, const Context&);
+template void update_by_pairs(const TableUpdate<Half, float>&, const Segments&, const Context&);
+template void update_rows(const TableUpdate<float, float>&, int64_t, const Context&);
+template void update_rows(const TableUpdate<double, double>&, int64_t, const Context&);
+template void update_rows(const TableUpdate<BFloat16, BFloat16>&, int64_t, const Context&);
+template void update_rows(const TableUpdate<BFloat16, float>&, int64_t, const Context&);
+template void update_rows(const TableUpdate<Half, Half>&, int64_t, const Context&);
+template void update_rows(const TableUpdate<Half, float>&, int64_t, const Context&);
 
 }  // namespace peer::cuda

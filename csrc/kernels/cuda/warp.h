@@ -16,7 +16,7 @@ __device__ inline int warp_in_block() { return int(threadIdx.x) / kWarp; }
 
 // The sum over the lanes, in every lane, always in the same order.
 template <class Value>
-__device__ Value sum_of_warp(Value value) {
+__device__ Value warp_reduce_sum(Value value) {
   for (int distance = kWarp / 2; distance > 0; distance /= 2) {
     value += __shfl_xor_sync(kAllLanes, value, distance);
   }

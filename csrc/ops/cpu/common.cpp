@@ -20,12 +20,12 @@ std::shared_ptr<void> recycled_memory(int64_t bytes) {
 
 }  // namespace
 
-SortedPairs::SortedPairs(const at::Tensor& contiguous_owners, int64_t owner_count, OutputRows rows)
-    : pairs(sort_pairs(contiguous_owners.const_data_ptr<int64_t>(),
-                       contiguous_owners.numel(),
-                       owner_count,
-                       torch_threads(),
-                       recycled_memory)),
+Segments::Segments(const at::Tensor& contiguous_owners, int64_t owner_count, OutputRows rows)
+    : pairs(make_segments(contiguous_owners.const_data_ptr<int64_t>(),
+                          contiguous_owners.numel(),
+                          owner_count,
+                          torch_threads(),
+                          recycled_memory)),
       plan(plan_expert_pass(pairs, rows, torch_threads(), recycled_memory)) {}
 
 TableGradient::TableGradient(const at::Tensor& owners, int64_t owner_count, bool sparse)
@@ -37,7 +37,7 @@ TableGradient::TableGradient(const at::Tensor& owners, int64_t owner_count, bool
 at::Tensor TableGradient::sum(const at::Tensor& coefficients,
                               at::TensorList sources,
                               const at::TensorOptions& like) const {
-  const ExpertPassPlan& plan = sorted_.plan;
+  const SegmentPlan& plan = sorted_.plan;
   const int64_t parts = sources.size();
   const int64_t width = sources[0].size(1);
   const int64_t distinct = plan.owners.size();
@@ -52,22 +52,22 @@ at::Tensor TableGradient::sum(const at::Tensor& coefficients,
     const ExpertKernels<Element>& kernel = kernels().template experts<Element>();
     for (int64_t part = 0; part < parts; ++part) {
       const at::Tensor& source = sources[part];
-      const ExpertPass<Element> pass = {
+      const TableGrad<Element> pass = {
           .width = width,
           .pairs_per_row = source.size(0) > 0 ? count_ / source.size(0) : 1,
           .pairs = sorted_.pairs.data(),
           .coefficients = const_data_of<Real>(coefficients) + part * count_,
           .source = rows_of<Real>(source),
           .chunks = plan.chunks.data(),
-          .split_runs = plan.split_runs.data(),
+          .split_segments = plan.split_segments.data(),
           .out = mutable_rows_of<Element>(values.select(1, part)),
           .partial_sums = {data_of<Real>(partial_sums), width},
           .exceeds_caches = written_bytes > kCaches,
       };
       at::parallel_for(0, plan.chunks.size(), 64,
                        [&](int64_t first, int64_t last) { kernel.sum_chunks(pass, first, last); });
-      at::parallel_for(0, plan.split_runs.size(), 1, [&](int64_t first, int64_t last) {
-        kernel.sum_split_runs(pass, first, last);
+      at::parallel_for(0, plan.split_segments.size(), 1, [&](int64_t first, int64_t last) {
+        kernel.sum_split_segments(pass, first, last);
       });
     }
   });

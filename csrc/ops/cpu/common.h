@@ -24,11 +24,11 @@ inline const ParallelFor& torch_threads() {
 }
 
 // Pairs by the row that they contribute to, and the work list over them.
-struct SortedPairs {
-  SortedPairs(const at::Tensor& contiguous_owners, int64_t owner_count, OutputRows rows);
+struct Segments {
+  Segments(const at::Tensor& contiguous_owners, int64_t owner_count, OutputRows rows);
 
   List<Pair> pairs;
-  ExpertPassPlan plan;
+  SegmentPlan plan;
 };
 
 // A table's gradient from the pairs that retrieved its rows: part p of row `owner` is the sum of
@@ -48,7 +48,7 @@ class TableGradient {
   int64_t owner_count_;
   int64_t count_;
   bool sparse_;
-  SortedPairs sorted_;
+  Segments sorted_;
 };
 
 // What the operators of ops/device ask of every device.
@@ -57,7 +57,7 @@ struct Device {
     return accumulation_type(table);
   }
 
-  static constexpr int64_t kMostPairs = std::numeric_limits<int64_t>::max();
+  static constexpr int64_t kMaxPairs = std::numeric_limits<int64_t>::max();
 
   // Every id must lie in [0, count): reading a row elsewhere would be silent corruption.
   static void check_index_range(const char* op,

@@ -20,7 +20,7 @@ namespace {
 constexpr size_t kHugePage = size_t(2) << 20;
 
 // What a layer's backward needs: the table's gradient, and four lists of its retrievals.
-constexpr size_t kMostKeptBlocks = 5;
+constexpr size_t kMaxKeptBlocks = 5;
 
 struct Block {
   void* data;
@@ -83,7 +83,7 @@ class KeptBlocks {
 #endif
     const std::lock_guard<std::mutex> lock(mutex_);
     blocks_.push_back(block);
-    if (blocks_.size() > kMostKeptBlocks) {
+    if (blocks_.size() > kMaxKeptBlocks) {
       unmap(blocks_.front());
       blocks_.erase(blocks_.begin());
     }

@@ -10,7 +10,7 @@ namespace {
 
 // Keys in the layout of the sub-score product, for one head or for each.
 template <class Real>
-Tensor pack(const RetrievalKernels<Real>& kernel, const Tensor& keys) {
+Tensor pack(const ProductKeyTopkKernels<Real>& kernel, const Tensor& keys) {
   const int64_t heads = keys.dim() == 3 ? keys.size(0) : 1;
   const int64_t panels = (keys.size(-2) + kernel.keys_per_panel - 1) / kernel.keys_per_panel;
   const Tensor packed =
@@ -30,7 +30,7 @@ Tensor pack(const RetrievalKernels<Real>& kernel, const Tensor& keys) {
 // registers.
 int64_t tokens_per_block(int64_t tokens, int64_t heads) {
   const int64_t per_thread = tokens * heads / at::get_num_threads();
-  return std::clamp<int64_t>(per_thread / 4 * 4, 4, kMostTokensPerBlock);
+  return std::clamp<int64_t>(per_thread / 4 * 4, 4, kMaxTokensPerBlock);
 }
 
 struct Cpu : Device {
@@ -45,14 +45,14 @@ struct Cpu : Device {
     const int64_t tokens = keys_are_shared ? query.size(0) * query.size(1) : query.size(0);
     const int64_t block = tokens_per_block(tokens, heads);
     with_accumulation_type(scores.scalar_type(), [&]<class Real>() {
-      const RetrievalKernels<Real>& kernel = kernels().template retrieval<Real>();
+      const ProductKeyTopkKernels<Real>& kernel = kernels().template retrieval<Real>();
       const Tensor rows = pack(kernel, row_keys);
       const Tensor columns = pack(kernel, col_keys);
       const auto packed_keys = [](const Tensor& packed, const Tensor& keys) {
         return PackedKeys<Real>{const_data_of<Real>(packed), keys.size(-2),
                                 keys.dim() == 3 ? packed.stride(0) : 0};
       };
-      const Retrieval<Real> retrieval = {
+      const ProductKeyTopk<Real> retrieval = {
           .tokens = tokens,
           .heads = heads,
           .half_width = query.size(2) / 2,
@@ -89,7 +89,7 @@ struct Cpu : Device {
 
   template <class Real>
   static void gather_sum(const GatherSum<Real>& pass) {
-    const RetrievalKernels<Real>& kernel = kernels().template retrieval<Real>();
+    const ProductKeyTopkKernels<Real>& kernel = kernels().template retrieval<Real>();
     at::parallel_for(0, pass.items, 64,
                      [&](int64_t first, int64_t last) { kernel.gather_sum(pass, first, last); });
   }

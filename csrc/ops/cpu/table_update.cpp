@@ -26,10 +26,10 @@ bool ascend_strictly(const Tensor& contiguous_indices) {
 
 struct Cpu : Device {
   template <class Table, class Source>
-  using RowUpdate = peer::cpu::RowUpdate<Table, Source>;
+  using TableUpdate = peer::cpu::TableUpdate<Table, Source>;
 
   template <class Table, class Source>
-  static void update(RowUpdate<Table, Source> update,
+  static void update(TableUpdate<Table, Source> update,
                      const Tensor& indices,
                      const Tensor& source,
                      int64_t rows) {
@@ -43,7 +43,7 @@ struct Cpu : Device {
       });
       return;
     }
-    const SortedPairs sorted(indices, rows, OutputRows::by_owner);
+    const Segments sorted(indices, rows, OutputRows::by_owner);
     const Tensor partial_sums =
         at::empty({sorted.plan.partial_rows, update.parts * update.width},
                   source.options().dtype(accumulation_type(source.scalar_type())));
@@ -51,13 +51,13 @@ struct Cpu : Device {
     update.pair_count = indices.numel();
     update.pairs = sorted.pairs.data();
     update.chunks = sorted.plan.chunks.data();
-    update.split_runs = sorted.plan.split_runs.data();
+    update.split_segments = sorted.plan.split_segments.data();
     update.partial_sums = mutable_rows_of<accumulation_t<Table>>(partial_sums);
     at::parallel_for(0, sorted.plan.chunks.size(), kRowsPerTask, [&](int64_t first, int64_t last) {
       kernel.update_chunks(update, first, last);
     });
-    at::parallel_for(0, sorted.plan.split_runs.size(), 1, [&](int64_t first, int64_t last) {
-      kernel.update_split_runs(update, first, last);
+    at::parallel_for(0, sorted.plan.split_segments.size(), 1, [&](int64_t first, int64_t last) {
+      kernel.update_split_segments(update, first, last);
     });
   }
 };

@@ -18,7 +18,7 @@ std::shared_ptr<void> stream_ordered_memory(int64_t bytes) {
 }
 
 // Known to the device alone, so this waits for it.
-int64_t read_distinct_owners(const SortedPairs& pairs, const Context& context) {
+int64_t read_distinct_owners(const Segments& pairs, const Context& context) {
   TORCH_CHECK(c10::cuda::currentStreamCaptureStatusMayInitCtx() == c10::cuda::CaptureStatus::None,
               "peer::expert_mlp: sparse_grad=True cannot be captured in a CUDA graph, because the "
               "host has to read how many experts were retrieved; use sparse_grad=False, or fused "
@@ -36,11 +36,11 @@ TableGradient::TableGradient(const Tensor& contiguous_owners, int64_t owner_coun
     : owner_count_(owner_count),
       sparse_(sparse),
       context_(current_context()),
-      pairs_(sort_pairs(contiguous_owners.const_data_ptr<int64_t>(),
-                        contiguous_owners.numel(),
-                        owner_count,
-                        sparse ? OutputRows::compact : OutputRows::by_owner,
-                        context_)),
+      pairs_(make_segments(contiguous_owners.const_data_ptr<int64_t>(),
+                           contiguous_owners.numel(),
+                           owner_count,
+                           sparse ? OutputRows::compact : OutputRows::by_owner,
+                           context_)),
       distinct_owners_(sparse ? read_distinct_owners(pairs_, context_) : 0) {}
 
 Tensor TableGradient::sum(const Tensor& coefficients,
@@ -55,7 +55,7 @@ Tensor TableGradient::sum(const Tensor& coefficients,
     with_table_and_input_type(
         values.scalar_type(), source.scalar_type(), [&]<class Element, class Source>() {
           using Real = accumulation_t<Element>;
-          const ExpertPass<Element, Source> pass = {
+          const TableGrad<Element, Source> pass = {
               .width = width,
               .pairs_per_row = source.size(0) > 0 ? pairs_.count / source.size(0) : 1,
               .coefficients = const_data_of<Real>(coefficients) + part * pairs_.count,

@@ -38,7 +38,7 @@ class TableGradient {
   int64_t owner_count_;
   bool sparse_;
   Context context_;
-  SortedPairs pairs_;
+  Segments pairs_;
   int64_t distinct_owners_ = 0;  // of a sparse gradient
 };
 
@@ -49,7 +49,7 @@ struct Device {
     return given == table ? table : accumulation_type(table);
   }
 
-  static constexpr int64_t kMostPairs = std::numeric_limits<int32_t>::max();
+  static constexpr int64_t kMaxPairs = std::numeric_limits<int32_t>::max();
 
   // Nothing: reading ids would be waiting for them. The kernels that use an id trap where it is out
   // of range.

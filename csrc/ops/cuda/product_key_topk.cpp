@@ -20,12 +20,12 @@ struct Cuda : Device {
                        const Tensor& col_keys,
                        const Tensor& scores,
                        const Tensor& indices) {
-    TORCH_CHECK_VALUE(scores.size(2) <= kMostRetrieved,
-                      "peer::product_key_topk: expected k of at most ", kMostRetrieved, " on ",
+    TORCH_CHECK_VALUE(scores.size(2) <= kMaxRetrieved,
+                      "peer::product_key_topk: expected k of at most ", kMaxRetrieved, " on ",
                       query.device(), ", got ", scores.size(2));
     with_table_type(query.scalar_type(), [&]<class Query>() {
       using Real = accumulation_t<Query>;
-      const Retrieval<Query> retrieval = {
+      const ProductKeyTopk<Query> retrieval = {
           .tokens = query.size(0),
           .heads = query.size(1),
           .half_width = query.size(2) / 2,

@@ -10,12 +10,12 @@ namespace {
 
 struct Cuda : Device {
   template <class Table, class Source>
-  using RowUpdate = peer::cuda::RowUpdate<Table, Source>;
+  using TableUpdate = peer::cuda::TableUpdate<Table, Source>;
 
   // Indices are always sorted: to see whether they need to be, the host would have to wait for
   // them.
   template <class Table, class Source>
-  static void update(RowUpdate<Table, Source> update,
+  static void update(TableUpdate<Table, Source> update,
                      const Tensor& indices,
                      const Tensor& source,
                      int64_t rows) {
@@ -26,8 +26,8 @@ struct Cuda : Device {
     }
     update.pairs_per_row = indices.numel() / source.size(0);
     update_by_pairs(update,
-                    sort_pairs(indices.const_data_ptr<int64_t>(), indices.numel(), rows,
-                               OutputRows::by_owner, context),
+                    make_segments(indices.const_data_ptr<int64_t>(), indices.numel(), rows,
+                                  OutputRows::by_owner, context),
                     context);
   }
 };

@@ -6,7 +6,7 @@
 //
 //   input_type(given, table)           the dtype in which the kernels take an input of the given
 //                                      one beside a table
-//   kMostPairs                         how many retrievals or table rows they can sort
+//   kMaxPairs                         how many retrievals or table rows they can sort
 //   check_index_range(op, ids, count)  whatever can be said of ids before a kernel reads them
 //   TableGradient                      the gradient of a table from sorted retrievals
 #pragma once
@@ -17,8 +17,7 @@
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
 
-#include "kernels/rows.h"
-#include "kernels/types.h"
+#include "kernels/common.h"
 #include "ops/checks.h"
 
 namespace peer::ops {
@@ -111,8 +110,8 @@ Rows<Element> mutable_rows_of(const Tensor& table) {
 // So many indices of a table's rows must fit the list in which the device's kernels sort them.
 template <class Device>
 void check_sortable(const char* op, const Tensor& table, int64_t indices, int64_t rows) {
-  TORCH_CHECK_VALUE(indices <= Device::kMostPairs && rows <= Device::kMostPairs, "peer::", op,
-                    ": expected at most ", Device::kMostPairs, " indices and table rows on ",
+  TORCH_CHECK_VALUE(indices <= Device::kMaxPairs && rows <= Device::kMaxPairs, "peer::", op,
+                    ": expected at most ", Device::kMaxPairs, " indices and table rows on ",
                     table.device(), ", got ", indices, " indices of ", rows, " rows");
 }
 

@@ -66,7 +66,7 @@ struct TokenGradients {
 };
 
 template <class Table, class Input>
-TokenForward<Table, Input> forward_pass(const Experts& experts, const TokenOutputs& tokens) {
+ExpertMlpForward<Table, Input> forward_pass(const Experts& experts, const TokenOutputs& tokens) {
   using Real = accumulation_t<Table>;
   return {
       .tokens = tokens.x.size(0),
@@ -87,7 +87,8 @@ TokenForward<Table, Input> forward_pass(const Experts& experts, const TokenOutpu
 }
 
 template <class Table, class Input>
-TokenBackward<Table, Input> backward_pass(const Experts& experts, const TokenGradients& tokens) {
+ExpertMlpBackward<Table, Input> backward_pass(const Experts& experts,
+                                              const TokenGradients& tokens) {
   using Real = accumulation_t<Table>;
   return {
       .tokens = tokens.grad_out.size(0),

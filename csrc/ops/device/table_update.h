@@ -1,7 +1,8 @@
 // The operators that update rows on a device, which adds to what common.h asks of it
 //
-//   RowUpdate<Table, Source>                  the kernels' struct
-//   update(RowUpdate, indices, source, rows)  by sums over the indices; row by row where there are
+//   TableUpdate<Table, Source>                  the kernels' struct
+//   update(TableUpdate, indices, source, rows)  by sums over the indices; row by row where there
+//   are
 //                                             none
 #pragma once
 
@@ -13,7 +14,7 @@
 namespace peer::ops {
 
 // What rows are multiplied by before they follow their gradients.
-inline double kept_by_decay(double lr, double weight_decay) { return 1 - lr * weight_decay; }
+inline double decay_factor_of(double lr, double weight_decay) { return 1 - lr * weight_decay; }
 
 // Updates the table by the rule that make_rule.template operator()<Table>() returns.
 template <class Device, class MakeRule>
@@ -43,7 +44,7 @@ void update_table_on(const char* op,
       derive_key(derive_key(uint64_t(rounding.seed.value_or(0)), uint64_t(rounding.step)),
                  uint64_t(rounding.stream));
   with_table_and_input_type(type, source.scalar_type(), [&]<class Table, class Source>() {
-    typename Device::template RowUpdate<Table, Source> update = {
+    typename Device::template TableUpdate<Table, Source> update = {
         .parts = table.dim() == 3 ? table.size(1) : 1,
         .width = table.size(-1),
         .table = mutable_rows_of<Table>(table),
@@ -75,7 +76,7 @@ void rowwise_adagrad_on(const Tensor& table,
       "rowwise_adagrad_", table, gradient, {seed, step, stream}, [&]<class Table>() {
         return UpdateRule<Table>{.rule = Rule::rowwise_adagrad,
                                  .lr = lr,
-                                 .kept = kept_by_decay(lr, weight_decay),
+                                 .decay_factor = decay_factor_of(lr, weight_decay),
                                  .eps = eps,
                                  .second_moments = data_of<accumulation_t<Table>>(sum_of_squares)};
       });
@@ -97,7 +98,7 @@ void sgd_on(const Tensor& table,
   const RowGradient gradient = {indices, source, coefficients};
   check_sgd(table, momentum_buffer, gradient, momentum);
   update_table_on<Device>("sgd_", table, gradient, {seed, step, stream}, [&]<class Table>() {
-    UpdateRule<Table> rule = {.rule = Rule::sgd, .lr = lr, .kept = kept_by_decay(lr, weight_decay)};
+    UpdateRule<Table> rule = {.rule = Rule::sgd, .lr = lr, .decay_factor = decay_factor_of(lr, weight_decay)};
     if (momentum_buffer.has_value()) {
       rule.beta1 = momentum;
       rule.nesterov = nesterov;
@@ -129,7 +130,7 @@ void rowwise_adam_on(const Tensor& table,
       "rowwise_adam_", table, gradient, {seed, step, stream}, [&]<class Table>() {
         return UpdateRule<Table>{.rule = Rule::rowwise_adam,
                                  .lr = lr,
-                                 .kept = kept_by_decay(lr, weight_decay),
+                                 .decay_factor = decay_factor_of(lr, weight_decay),
                                  .eps = eps,
                                  .beta1 = beta1,
                                  .beta2 = beta2,

@@ -8,7 +8,7 @@ inline void __pipeline_memcpy_async(void* target, const void* source, size_t siz
   if ((size != 4 && size != 8 && size != 16) || address % size != 0) {
     throw std::logic_error("an asynchronous copy of a wrong size, or not aligned to it");
   }
-  ::peer::test::copy_later(target, source, size);
+  ::peer::test::cp_async(target, source, size);
 }
 
 inline void __pipeline_commit() { ::peer::test::end_batch_of_copies(); }

@@ -55,38 +55,38 @@ struct Problem {
   void forward_in_parts(const Kernels& kernels) {
     const int64_t parts = parts_per_token(experts_per_token);
     std::vector<Real> parts_out(tokens * parts * dim, Real(NAN));
-    const TokenForward<Table> pass = forward_pass();
+    const ExpertMlpForward<Table> pass = forward_pass();
     for (int64_t item = tokens * parts; item-- > 0;) {
       kernels.experts<Table>().token_parts_forward(pass, parts_out.data(), item, item + 1);
     }
     kernels.experts<Table>().add_token_parts(pass, parts_out.data(), 0, tokens);
   }
 
-  TokenForward<Table> forward_pass() {
+  ExpertMlpForward<Table> forward_pass() {
     return {tokens,   experts,        experts_per_token, dim,        activation,
             x.data(), weights.data(), indices.data(),    down(),     up(),
             gates(),  out.data(),     hidden.data(),     gate.data()};
   }
 
   void backward(const Kernels& kernels) {
-    const TokenBackward<Table> pass = {tokens,
-                                       experts,
-                                       experts_per_token,
-                                       dim,
-                                       activation,
-                                       grad_out.data(),
-                                       weights.data(),
-                                       indices.data(),
-                                       down(),
-                                       up(),
-                                       gates(),
-                                       hidden.data(),
-                                       gate.data(),
-                                       grad_x.data(),
-                                       grad_weights.data(),
-                                       down_coefficients.data(),
-                                       gate_coefficients.data(),
-                                       up_coefficients.data()};
+    const ExpertMlpBackward<Table> pass = {tokens,
+                                           experts,
+                                           experts_per_token,
+                                           dim,
+                                           activation,
+                                           grad_out.data(),
+                                           weights.data(),
+                                           indices.data(),
+                                           down(),
+                                           up(),
+                                           gates(),
+                                           hidden.data(),
+                                           gate.data(),
+                                           grad_x.data(),
+                                           grad_weights.data(),
+                                           down_coefficients.data(),
+                                           gate_coefficients.data(),
+                                           up_coefficients.data()};
     kernels.experts<Table>().token_backward(pass, 0, tokens);
   }
 
@@ -235,9 +235,9 @@ TEST_CASE("every half-precision value is read and written as itself", "[token_pa
       const float one = 1;
       const int64_t index = 0;
       float out, hidden;
-      const TokenForward<Half> forward = {1,    1,    1,       1,          Activation::identity,
-                                          &one, &one, &index,  {&down, 1}, {&up, 1},
-                                          {},   &out, &hidden, nullptr};
+      const ExpertMlpForward<Half> forward = {1,    1,    1,       1,          Activation::identity,
+                                              &one, &one, &index,  {&down, 1}, {&up, 1},
+                                              {},   &out, &hidden, nullptr};
       capability.kernels->experts<Half>().token_forward(forward, 0, 1);
       const double expected = to_double(up);
       const bool is_read = std::isnan(expected) ? std::isnan(out) : double(out) == expected;
@@ -245,8 +245,8 @@ TEST_CASE("every half-precision value is read and written as itself", "[token_pa
       const Pair pair{0, 0};
       const Chunk chunk{0, 1, 0, false};
       Half written{0x1234};
-      const ExpertPass<Half> pass = {1,      1,       &pair,         &one, {&out, 1},
-                                     &chunk, nullptr, {&written, 1}, {},   false};
+      const TableGrad<Half> pass = {1,      1,       &pair,         &one, {&out, 1},
+                                    &chunk, nullptr, {&written, 1}, {},   false};
       capability.kernels->experts<Half>().sum_chunks(pass, 0, 1);
       const bool is_written =
           std::isnan(expected) ? std::isnan(to_double(written)) : to_double(written) == expected;
@@ -276,8 +276,8 @@ TEMPLATE_TEST_CASE("sums are rounded to the nearest 16-bit value, ties to even",
       const Pair pair{0, 0};
       const Chunk chunk{0, 1, 0, false};
       TestType written;
-      const ExpertPass<TestType> pass = {1,      1,       &pair,         &one, {&source, 1},
-                                         &chunk, nullptr, {&written, 1}, {},   false};
+      const TableGrad<TestType> pass = {1,      1,       &pair,         &one, {&source, 1},
+                                        &chunk, nullptr, {&written, 1}, {},   false};
       capability.kernels->experts<TestType>().sum_chunks(pass, 0, 1);
       INFO(capability.name << " " << value);
       CHECK(to_double(written) == expected);

@@ -18,10 +18,10 @@ struct Problem {
   std::vector<Real> query, row_keys, col_keys;
   std::vector<Real> scores = std::vector<Real>(tokens * heads * k, Real(-1));
   std::vector<int64_t> indices = std::vector<int64_t>(tokens * heads * k, -1);
-  int64_t tokens_per_block = kMostTokensPerBlock;
+  int64_t tokens_per_block = kMaxTokensPerBlock;
 
   void solve(const Kernels& kernels, int threads = 1) {
-    const RetrievalKernels<Real>& kernel = kernels.retrieval<Real>();
+    const ProductKeyTopkKernels<Real>& kernel = kernels.retrieval<Real>();
     const auto pack = [&](const std::vector<Real>& keys, int64_t count, std::vector<Real>& packed) {
       const int64_t panels = (count + kernel.keys_per_panel - 1) / kernel.keys_per_panel;
       const int64_t key_heads = shared ? 1 : heads;
@@ -34,16 +34,16 @@ struct Problem {
                               shared ? 0 : panels * kernel.keys_per_panel * half_width};
     };
     std::vector<Real> packed_rows, packed_columns;
-    Retrieval<Real> retrieval = {tokens,
-                                 heads,
-                                 half_width,
-                                 k,
-                                 tokens_per_block,
-                                 query.data(),
-                                 pack(row_keys, rows, packed_rows),
-                                 pack(col_keys, columns, packed_columns),
-                                 scores.data(),
-                                 indices.data()};
+    ProductKeyTopk<Real> retrieval = {tokens,
+                                      heads,
+                                      half_width,
+                                      k,
+                                      tokens_per_block,
+                                      query.data(),
+                                      pack(row_keys, rows, packed_rows),
+                                      pack(col_keys, columns, packed_columns),
+                                      scores.data(),
+                                      indices.data()};
     const int64_t items = (tokens + tokens_per_block - 1) / tokens_per_block * heads;
     on_threads(threads)(
         0, items, 1, [&](int64_t first, int64_t last) { kernel.retrieve(retrieval, first, last); });

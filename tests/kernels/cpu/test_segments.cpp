@@ -12,7 +12,7 @@ TEST_CASE("pairs come out by owner, and in their own order within an owner", "[s
   const int64_t count = GENERATE(0, 1, 2, 1000, 100'000);
   Random random(1);
   const std::vector<int64_t> owners = random.integers(count, owner_count);
-  const auto pairs = sort_pairs(owners.data(), count, owner_count, on_threads(2), plain_memory);
+  const auto pairs = make_segments(owners.data(), count, owner_count, on_threads(2), plain_memory);
 
   std::vector<int64_t> expected(count);
   std::iota(expected.begin(), expected.end(), 0);
@@ -41,14 +41,14 @@ TEST_CASE("the chunks of a plan cover every pair once, and none is longer than a
   const OutputRows rows = GENERATE(OutputRows::by_owner, OutputRows::compact);
   const int threads = GENERATE(1, 3);
   const std::vector<int64_t> owners = owners_with_a_hot_one(40'000, 20'000);
-  const auto pairs = sort_pairs(owners.data(), owners.size(), 300, on_threads(1), plain_memory);
-  const ExpertPassPlan plan = plan_expert_pass(pairs, rows, on_threads(threads), plain_memory);
+  const auto pairs = make_segments(owners.data(), owners.size(), 300, on_threads(1), plain_memory);
+  const SegmentPlan plan = plan_expert_pass(pairs, rows, on_threads(threads), plain_memory);
 
   std::map<int64_t, int64_t> chunks_of_owner;
   for (const int64_t owner : owners) {
     chunks_of_owner[owner] += 1;
   }
-  int64_t position = 0, row = -1, partial_row = 0, split_run = 0;
+  int64_t position = 0, row = -1, partial_row = 0, split_segment = 0;
   bool right = true;
   for (auto [owner, left] : chunks_of_owner) {
     ++row;
@@ -65,7 +65,7 @@ TEST_CASE("the chunks of a plan cover every pair once, and none is longer than a
               pairs[chunk.first].owner == owner && pairs[chunk.last - 1].owner == owner;
     }
     if (is_split) {
-      const SplitRun& run = plan.split_runs[split_run++];
+      const SplitSegment& run = plan.split_segments[split_segment++];
       right =
           right && run.first == first_partial && run.last == partial_row && run.row == output_row;
     }
@@ -73,16 +73,16 @@ TEST_CASE("the chunks of a plan cover every pair once, and none is longer than a
   CHECK(right);
   CHECK(plan.chunks.size() == position);
   CHECK(plan.chunks[position - 1].last == int64_t(owners.size()));
-  CHECK(plan.split_runs.size() == split_run);
+  CHECK(plan.split_segments.size() == split_segment);
   CHECK(plan.partial_rows == partial_row);
   CHECK(plan.owners.size() == (rows == OutputRows::compact ? row + 1 : 0));
 }
 
 TEST_CASE("a plan of no pairs is empty", "[sort]") {
-  const auto pairs = sort_pairs(nullptr, 0, 300, on_threads(2), plain_memory);
-  const ExpertPassPlan plan =
+  const auto pairs = make_segments(nullptr, 0, 300, on_threads(2), plain_memory);
+  const SegmentPlan plan =
       plan_expert_pass(pairs, OutputRows::compact, on_threads(2), plain_memory);
   CHECK(plan.chunks.size() == 0);
-  CHECK(plan.split_runs.size() == 0);
+  CHECK(plan.split_segments.size() == 0);
   CHECK(plan.owners.size() == 0);
 }

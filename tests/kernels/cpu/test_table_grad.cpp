@@ -33,29 +33,30 @@ struct Problem {
                              int64_t offset = 0) const {
     const ParallelFor parallel_for = on_threads(threads);
     const auto pairs =
-        sort_pairs(owners.data(), owners.size(), owner_count, parallel_for, plain_memory);
-    const ExpertPassPlan plan =
+        make_segments(owners.data(), owners.size(), owner_count, parallel_for, plain_memory);
+    const SegmentPlan plan =
         plan_expert_pass(pairs, OutputRows::by_owner, parallel_for, plain_memory);
     std::vector<Element> memory(owner_count * width + offset + 64, Element{});
     const int64_t misaligned = reinterpret_cast<uintptr_t>(memory.data()) % 64 / sizeof(Element);
     Element* out =
         memory.data() + (misaligned == 0 ? 0 : 64 / sizeof(Element) - misaligned) + offset;
     std::vector<Real> partial_sums(plan.partial_rows * width);
-    const ExpertPass<Element> pass = {width,
-                                      pairs_per_row,
-                                      pairs.data(),
-                                      coefficients.data(),
-                                      {source.data(), width},
-                                      plan.chunks.data(),
-                                      plan.split_runs.data(),
-                                      {out, width},
-                                      {partial_sums.data(), width},
-                                      exceeds_caches};
+    const TableGrad<Element> pass = {width,
+                                     pairs_per_row,
+                                     pairs.data(),
+                                     coefficients.data(),
+                                     {source.data(), width},
+                                     plan.chunks.data(),
+                                     plan.split_segments.data(),
+                                     {out, width},
+                                     {partial_sums.data(), width},
+                                     exceeds_caches};
     const ExpertKernels<Element>& kernel = kernels.experts<Element>();
     parallel_for(0, plan.chunks.size(), 1,
                  [&](int64_t first, int64_t last) { kernel.sum_chunks(pass, first, last); });
-    parallel_for(0, plan.split_runs.size(), 1,
-                 [&](int64_t first, int64_t last) { kernel.sum_split_runs(pass, first, last); });
+    parallel_for(0, plan.split_segments.size(), 1, [&](int64_t first, int64_t last) {
+      kernel.sum_split_segments(pass, first, last);
+    });
     return {out, out + owner_count * width};
   }
 

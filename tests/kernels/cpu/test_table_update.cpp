@@ -60,7 +60,7 @@ struct Problem {
                      bool stochastic_rounding = false) const {
     const ParallelFor parallel_for = on_threads(threads);
     State<Table> state = start;
-    RowUpdate<Table, Source> update = {};
+    TableUpdate<Table, Source> update = {};
     update.parts = parts;
     update.width = width;
     update.source = {source.data(), stride};
@@ -75,8 +75,9 @@ struct Problem {
                    [&](int64_t first, int64_t last) { kernel.update_rows(update, first, last); });
       return state;
     }
-    const auto pairs = sort_pairs(owners.data(), owners.size(), rows, parallel_for, plain_memory);
-    const ExpertPassPlan plan =
+    const auto pairs =
+        make_segments(owners.data(), owners.size(), rows, parallel_for, plain_memory);
+    const SegmentPlan plan =
         plan_expert_pass(pairs, OutputRows::by_owner, parallel_for, plain_memory);
     std::vector<Real> partial_sums(plan.partial_rows * parts * width);
     update.pairs_per_row = pairs_per_row;
@@ -84,12 +85,12 @@ struct Problem {
     update.pairs = pairs.data();
     update.coefficients = given == Given::pairs ? nullptr : coefficients.data();
     update.chunks = plan.chunks.data();
-    update.split_runs = plan.split_runs.data();
+    update.split_segments = plan.split_segments.data();
     update.partial_sums = {partial_sums.data(), parts * width};
     parallel_for(0, plan.chunks.size(), 1,
                  [&](int64_t first, int64_t last) { kernel.update_chunks(update, first, last); });
-    parallel_for(0, plan.split_runs.size(), 1, [&](int64_t first, int64_t last) {
-      kernel.update_split_runs(update, first, last);
+    parallel_for(0, plan.split_segments.size(), 1, [&](int64_t first, int64_t last) {
+      kernel.update_split_segments(update, first, last);
     });
     return state;
   }
@@ -226,13 +227,13 @@ std::vector<Table> round_stochastically(const Kernels& kernels,
                                         uint64_t key) {
   const int64_t width = values.size() / rows;
   std::vector<Table> table(values.size(), Table{});
-  RowUpdate<Table, float> update = {};
+  TableUpdate<Table, float> update = {};
   update.width = width;
   update.source = {values.data(), width};
   update.table = {table.data(), width};
   update.rule.rule = Rule::sgd;
   update.rule.lr = -1;
-  update.rule.kept = 1;
+  update.rule.decay_factor = 1;
   update.stochastic_rounding = true;
   update.key = key;
   kernels.experts<Table>().update_by_wide.update_rows(update, 0, rows);

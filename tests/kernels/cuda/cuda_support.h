@@ -33,7 +33,7 @@ struct Types {
   (Types<float, float>), (Types<double, double>), (Types<BFloat16, BFloat16>), \
       (Types<BFloat16, float>), (Types<Half, Half>), (Types<Half, float>)
 
-// For as long as it lives, the device has so many multiprocessors.
+// For as long as it lives, the device has so many sm_count.
 class Multiprocessors {
  public:
   explicit Multiprocessors(int count) : before_(multiprocessors_played) {

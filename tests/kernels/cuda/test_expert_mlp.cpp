@@ -1,5 +1,5 @@
 // The token pass of the CUDA backend, played on the CPU. The stand-in for a device has 3
-// multiprocessors: from 3 tokens on, each gets a block; of fewer, warps with whole or, if those are
+// sm_count: from 3 tokens on, each gets a block; of fewer, warps with whole or, if those are
 // fewer than 3, with the smallest shares are blocks of their own.
 #include <tuple>
 
@@ -95,26 +95,26 @@ struct Problem {
   // Of tokens [first, first + count), alone.
   void forward(int64_t first, int64_t count) {
     const int64_t pair = first * sizes.experts_per_token;
-    const TokenForward<Table, Input> pass = {count,
-                                             sizes.experts,
-                                             sizes.experts_per_token,
-                                             sizes.dim,
-                                             sizes.activation,
-                                             x.data() + first * sizes.dim,
-                                             weights.data() + pair,
-                                             indices.data() + pair,
-                                             w_down.rows(),
-                                             w_up.rows(),
-                                             gate_rows(),
-                                             out.data() + first * sizes.dim,
-                                             hidden.data() + pair,
-                                             sizes.has_gate ? gate.data() + pair : nullptr};
+    const ExpertMlpForward<Table, Input> pass = {count,
+                                                 sizes.experts,
+                                                 sizes.experts_per_token,
+                                                 sizes.dim,
+                                                 sizes.activation,
+                                                 x.data() + first * sizes.dim,
+                                                 weights.data() + pair,
+                                                 indices.data() + pair,
+                                                 w_down.rows(),
+                                                 w_up.rows(),
+                                                 gate_rows(),
+                                                 out.data() + first * sizes.dim,
+                                                 hidden.data() + pair,
+                                                 sizes.has_gate ? gate.data() + pair : nullptr};
     token_forward(pass, kContext);
   }
 
   void backward(int64_t first, int64_t count, bool wants_grad_x = true) {
     const int64_t pair = first * sizes.experts_per_token;
-    const TokenBackward<Table, Input> pass = {
+    const ExpertMlpBackward<Table, Input> pass = {
         count,
         sizes.experts,
         sizes.experts_per_token,

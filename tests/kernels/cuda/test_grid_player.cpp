@@ -15,7 +15,7 @@ namespace {
 __global__ void sum_blocks(const int* values, int count, int* sums) {
   int* warp_sums = reinterpret_cast<int*>(peer_shared_memory);
   const int i = int(blockIdx.x * blockDim.x + threadIdx.x);
-  const int sum = sum_of_warp(i < count ? values[i] : 0);
+  const int sum = warp_reduce_sum(i < count ? values[i] : 0);
   if (lane() == 0) {
     warp_sums[warp_in_block()] = sum;
   }

@@ -1,5 +1,5 @@
 // Retrieval by the CUDA backend, played on the CPU. The stand-in for a device has 3
-// multiprocessors: up to 3 blocks are large ones.
+// sm_count: up to 3 blocks are large ones.
 #include <limits>
 #include <set>
 
@@ -41,7 +41,7 @@ struct Problem {
     };
     const std::vector<Query> queries = displaced(query), row_array = displaced(row_keys),
                              col_array = displaced(col_keys);
-    const Retrieval<Query> retrieval = {
+    const ProductKeyTopk<Query> retrieval = {
         .tokens = tokens,
         .heads = heads,
         .half_width = half_width,
@@ -225,7 +225,7 @@ TEMPLATE_TEST_CASE("retrieval equals brute force for any number of tokens",
     check_against_brute_force(random_problem<TestType>(random, {tokens, 1, 3, 12, 9, 4}, 4),
                               std::to_string(tokens) + " tokens");
   }
-  for (const bool shared : {true, false}) {  // more blocks than there are multiprocessors
+  for (const bool shared : {true, false}) {  // more blocks than there are sm_count
     check_against_brute_force(random_problem<TestType>(random, {35, 3, 3, 12, 9, 4, shared}, 4),
                               "35 tokens of 3 heads");
   }
@@ -420,19 +420,19 @@ TEMPLATE_TEST_CASE("no access races with another", "[retrieval][races]", float, 
 }
 
 TEST_CASE("the pairs that are listed are those that can be chosen", "[retrieval]") {
-  for (int k = 1; k <= kMostRetrieved; ++k) {
+  for (int k = 1; k <= kMaxRetrieved; ++k) {
     for (const auto& [rows, columns] : {std::pair{1, 64}, {64, 1}, {5, 9}, {100, 100}}) {
       int chosen = 0;
       for (int i = 0; i < rows; ++i) {
-        CHECK(pairs_of(i, columns, k) == chosen);
+        CHECK(count_candidate_pairs(i, columns, k) == chosen);
         int beside = 0;
         for (int j = 0; j < columns; ++j) {
-          beside += can_be_chosen(i, j, k);
+          beside += is_candidate(i, j, k);
         }
-        CHECK(columns_beside(i, columns, k) == beside);
+        CHECK(count_candidate_columns(i, columns, k) == beside);
         chosen += beside;
       }
-      CHECK(pairs_of(rows, columns, k) == chosen);
+      CHECK(count_candidate_pairs(rows, columns, k) == chosen);
     }
   }
 }

@@ -14,7 +14,7 @@ namespace {
 // What the runs of owners add up to, one run at a time.
 struct WorkList {
   std::vector<int32_t> numbers, targets, distinct_owners;
-  std::vector<std::array<int32_t, 3>> split_runs;
+  std::vector<std::array<int32_t, 3>> split_segments;
   int32_t partial_rows = 0;
 
   WorkList(const std::vector<int64_t>& owners, OutputRows rows) {
@@ -30,40 +30,42 @@ struct WorkList {
       const int32_t first = partial_rows;
       for (size_t i = 1; i <= pairs.size(); ++i) {
         const bool ends = i == pairs.size() || i % kPairsPerChunk == 0;
-        targets.push_back(!ends ? kGoesOn : is_split ? to_partial_row(partial_rows++) : row);
+        targets.push_back(!ends      ? kContinueSegment
+                          : is_split ? to_partial_row(partial_rows++)
+                                     : row);
       }
       if (is_split) {
-        split_runs.push_back({first, partial_rows - first, row});
+        split_segments.push_back({first, partial_rows - first, row});
       }
     }
   }
 };
 
-bool agrees(const SortedPairs& pairs, const WorkList& expected, OutputRows rows) {
+bool agrees(const Segments& pairs, const WorkList& expected, OutputRows rows) {
   const auto equal = [](const auto* actual, const auto& list) {
     return std::equal(list.begin(), list.end(), actual);
   };
-  const ExpertPassCounts counts = *pairs.counts;
+  const SegmentCounts counts = *pairs.counts;
   bool right = pairs.count == int64_t(expected.numbers.size()) &&
                counts.owners == int32_t(expected.distinct_owners.size()) &&
-               counts.split_runs == int32_t(expected.split_runs.size()) &&
+               counts.split_segments == int32_t(expected.split_segments.size()) &&
                counts.partial_rows == expected.partial_rows &&
-               counts.split_runs <= pairs.most_split_runs &&
-               counts.partial_rows <= pairs.most_partial_rows;
+               counts.split_segments <= pairs.max_split_segments &&
+               counts.partial_rows <= pairs.max_partial_rows;
   right = right && equal(pairs.numbers.get(), expected.numbers) &&
           equal(pairs.targets.get(), expected.targets);
   if (rows == OutputRows::compact) {
     right = right && equal(pairs.distinct_owners.get(), expected.distinct_owners);
   }
-  for (int32_t r = 0; right && r < counts.split_runs; ++r) {
-    const SplitRun& run = pairs.split_runs.get()[r];
-    right = expected.split_runs[r] == std::array<int32_t, 3>{run.first, run.count, run.row};
+  for (int32_t r = 0; right && r < counts.split_segments; ++r) {
+    const SplitSegment& run = pairs.split_segments.get()[r];
+    right = expected.split_segments[r] == std::array<int32_t, 3>{run.first, run.count, run.row};
   }
   return right;
 }
 
 void check_sorting(const std::vector<int64_t>& owners, int64_t owner_count, OutputRows rows) {
-  const SortedPairs pairs = sort_pairs(owners.data(), owners.size(), owner_count, rows, kContext);
+  const Segments pairs = make_segments(owners.data(), owners.size(), owner_count, rows, kContext);
   const WorkList expected(owners, rows);
   INFO(owners.size() << " pairs of " << owner_count << " owners, compact "
                      << (rows == OutputRows::compact));
@@ -109,9 +111,9 @@ TEST_CASE("there may be more tiles than the block that adds them up has threads"
 }
 
 TEST_CASE("no pairs are no work", "[sorted_pairs]") {
-  const SortedPairs pairs = sort_pairs(nullptr, 0, 100, OutputRows::compact, kContext);
+  const Segments pairs = make_segments(nullptr, 0, 100, OutputRows::compact, kContext);
   CHECK(pairs.count == 0);
-  CHECK(pairs.most_partial_rows == 0);
+  CHECK(pairs.max_partial_rows == 0);
   CHECK(count_distinct_owners(pairs, kContext) == 0);
 }
 
@@ -119,11 +121,11 @@ TEST_CASE("an owner out of range ends the kernel", "[sorted_pairs]") {
   for (const int64_t bad : {int64_t(-1), int64_t(10), int64_t(1) << 32, INT64_MIN}) {
     std::vector<int64_t> owners(600, 3);
     owners[555] = bad;
-    CHECK_THROWS_AS(sort_pairs(owners.data(), owners.size(), 10, OutputRows::by_owner, kContext),
+    CHECK_THROWS_AS(make_segments(owners.data(), owners.size(), 10, OutputRows::by_owner, kContext),
                     std::runtime_error);
   }
   const int64_t zero = 0;
-  CHECK_THROWS_AS(sort_pairs(&zero, 1, 0, OutputRows::by_owner, kContext), std::runtime_error);
+  CHECK_THROWS_AS(make_segments(&zero, 1, 0, OutputRows::by_owner, kContext), std::runtime_error);
 }
 
 TEST_CASE("what ends at a position is found from its neighbours", "[sorted_pairs]") {
@@ -152,20 +154,21 @@ TEST_CASE("what ends at a position is found from its neighbours", "[sorted_pairs
   }
 }
 
-TEST_CASE("the bounds on split runs and partial rows are reached, and never passed",
+TEST_CASE("the bounds on split segments and partial rows are reached, and never passed",
           "[sorted_pairs]") {
   constexpr int64_t kChunk = kPairsPerChunk;
   for (int64_t owners = 1; owners <= 5; ++owners) {
     for (int64_t pairs = 0; pairs <= 8 * kChunk; ++pairs) {
-      // The best that s split runs can do, for every s: the shortest ones, one of them prolonged.
+      // The best that s split segments can do, for every s: the shortest ones, one of them
+      // prolonged.
       int64_t runs = 0, rows = 0;
       for (int64_t s = 1; s <= owners && s * (kChunk + 1) <= pairs; ++s) {
         runs = s;
         const int64_t longest = pairs - (s - 1) * (kChunk + 1);
         rows = std::max(rows, 2 * (s - 1) + (longest + kChunk - 1) / kChunk);
       }
-      REQUIRE(most_split_runs(pairs, owners) == runs);
-      REQUIRE(most_partial_rows(pairs, owners) == rows);
+      REQUIRE(max_split_segments(pairs, owners) == runs);
+      REQUIRE(max_partial_rows(pairs, owners) == rows);
     }
   }
 }

@@ -38,9 +38,9 @@ struct Problem {
   // Rows without pairs hold what they did, -1.
   Gradient solve(OutputRows rows, Layout layout = {}) const {
     const Element untouched = from_double<Element>(-1);
-    SortedPairs& pairs = sorted[int(rows)];
+    Segments& pairs = sorted[int(rows)];
     if (pairs.count == 0) {
-      pairs = sort_pairs(owners.data(), owners.size(), owner_count, rows, kContext);
+      pairs = make_segments(owners.data(), owners.size(), owner_count, rows, kContext);
     }
     Gradient gradient;
     gradient.owners.resize(rows == OutputRows::compact ? count_distinct_owners(pairs, kContext)
@@ -51,8 +51,8 @@ struct Problem {
     RowMemory<Source> source_memory(source_rows(), width, layout, from_double<Source>(NAN));
     source_memory.set(source);
     RowMemory<Element> out(gradient.owners.size(), width, layout, untouched);
-    const ExpertPass<Element, Source> pass = {width, pairs_per_row, coefficients.data(),
-                                              std::as_const(source_memory).rows(), out.rows()};
+    const TableGrad<Element, Source> pass = {width, pairs_per_row, coefficients.data(),
+                                             std::as_const(source_memory).rows(), out.rows()};
     sum_pairs(pass, pairs, kContext);
     gradient.values = out.values(gradient.owners.size());
     gradient.is_elsewhere_untouched = out.is_elsewhere(gradient.owners.size(), untouched);
@@ -91,7 +91,7 @@ struct Problem {
   std::vector<int64_t> owners;
   std::vector<Real> coefficients;
   std::vector<Source> source;
-  mutable SortedPairs sorted[2];  // by OutputRows: once for several solutions
+  mutable Segments sorted[2];  // by OutputRows: once for several solutions
 };
 
 }  // namespace
@@ -147,8 +147,8 @@ TEMPLATE_TEST_CASE("a hot expert is summed right, and the same on a device of an
       owners_of_runs({3, 1, 3000, 2, 0, 700, 1, 1, 1, 130}), 8, 12, 72);
   const auto gradient = problem.solve(OutputRows::by_owner);
   CHECK(problem.distance(gradient) <= 1);
-  for (const int multiprocessors : {1, 20, 132}) {
-    const Multiprocessors device(multiprocessors);
+  for (const int sm_count : {1, 20, 132}) {
+    const Multiprocessors device(sm_count);
     CHECK(have_same_bits(problem.solve(OutputRows::by_owner).values, gradient.values));
   }
 }

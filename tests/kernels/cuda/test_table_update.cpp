@@ -64,7 +64,7 @@ struct Problem {
     momentum.set(start.momentum);
     source_memory.set(source);
     State<Table> state = start;
-    RowUpdate<Table, Source> update = {
+    TableUpdate<Table, Source> update = {
         .parts = parts,
         .width = width,
         .table = table.rows(),
@@ -79,7 +79,7 @@ struct Problem {
       update_rows(update, rows, kContext);
     } else {
       if (sorted.count == 0) {
-        sorted = sort_pairs(owners.data(), owners.size(), rows, OutputRows::by_owner, kContext);
+        sorted = make_segments(owners.data(), owners.size(), rows, OutputRows::by_owner, kContext);
       }
       update_by_pairs(update, sorted, kContext);
     }
@@ -106,7 +106,7 @@ struct Problem {
   std::vector<Source> source;
   std::vector<Real> coefficients;
   State<Table> start;
-  mutable SortedPairs sorted;  // once for several solutions
+  mutable Segments sorted;  // once for several solutions
 };
 
 }  // namespace
@@ -185,19 +185,19 @@ TEMPLATE_TEST_CASE("an update by pairs has the bits of a gradient followed by an
   for (const int64_t width : {40, 700}) {
     const Problem<TestType, TestType> fused(Given::pairs_with_coefficients, 9, 1, width,
                                             {1, 2, 30, 129, 0, 300, 1, 1}, 7);
-    const SortedPairs pairs =
-        sort_pairs(fused.owners.data(), fused.owners.size(), 9, OutputRows::compact, kContext);
+    const Segments pairs =
+        make_segments(fused.owners.data(), fused.owners.size(), 9, OutputRows::compact, kContext);
     const int64_t distinct = count_distinct_owners(pairs, kContext);
     // The same table, and the gradient's rows as pairs.
     Problem<TestType, TestType> step(Given::pairs, 9, 1, width, {}, 7);
     step.start = fused.start;
     step.owners.assign(pairs.distinct_owners.get(), pairs.distinct_owners.get() + distinct);
     step.source.resize(distinct * width);
-    sum_pairs(ExpertPass<TestType, TestType>{width,
-                                             fused.pairs_per_row,
-                                             fused.coefficients.data(),
-                                             {fused.source.data(), width},
-                                             {step.source.data(), width}},
+    sum_pairs(TableGrad<TestType, TestType>{width,
+                                            fused.pairs_per_row,
+                                            fused.coefficients.data(),
+                                            {fused.source.data(), width},
+                                            {step.source.data(), width}},
               pairs, kContext);
     for (const Hyperparameters& rule : kRules) {
       INFO("width " << width << " rule " << int(rule.rule));
@@ -279,9 +279,9 @@ TEMPLATE_TEST_CASE("tables and momentum are rounded to the CPU's bits, row by ro
   auto expected_table = table, expected_momentum = momentum;
   const auto rule_with = [](std::vector<TestType>& rows) {
     return UpdateRule<TestType>{
-        .rule = Rule::sgd, .lr = -1, .kept = 1, .momentum = {rows.data(), kWidth}};
+        .rule = Rule::sgd, .lr = -1, .decay_factor = 1, .momentum = {rows.data(), kWidth}};
   };
-  cpu::RowUpdate<TestType, float> on_cpu = {};
+  cpu::TableUpdate<TestType, float> on_cpu = {};
   on_cpu.parts = 2;
   on_cpu.width = kWidth / 2;
   on_cpu.table = {expected_table.data(), kWidth};
@@ -291,13 +291,13 @@ TEMPLATE_TEST_CASE("tables and momentum are rounded to the CPU's bits, row by ro
   on_cpu.source = {values.data(), kWidth};
   peer::cpu::baseline::update_rows(on_cpu, 0, kRows);
 
-  update_rows(RowUpdate<TestType, float>{.parts = 2,
-                                         .width = kWidth / 2,
-                                         .table = {table.data(), kWidth},
-                                         .rule = rule_with(momentum),
-                                         .stochastic_rounding = true,
-                                         .key = on_cpu.key,
-                                         .source = on_cpu.source},
+  update_rows(TableUpdate<TestType, float>{.parts = 2,
+                                           .width = kWidth / 2,
+                                           .table = {table.data(), kWidth},
+                                           .rule = rule_with(momentum),
+                                           .stochastic_rounding = true,
+                                           .key = on_cpu.key,
+                                           .source = on_cpu.source},
               kRows, kContext);
   CHECK(have_same_bits(table, expected_table));
   CHECK(have_same_bits(momentum, expected_momentum));

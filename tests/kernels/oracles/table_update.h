@@ -41,7 +41,7 @@ template <class Table>
 UpdateRule<Table> rule_of(const Hyperparameters& h, Rows<Table> momentum, State<Table>& state) {
   return {.rule = h.rule,
           .lr = h.lr,
-          .kept = 1 - h.lr * h.weight_decay,
+          .decay_factor = 1 - h.lr * h.weight_decay,
           .eps = h.eps,
           .beta1 = h.beta1,
           .beta2 = h.beta2,

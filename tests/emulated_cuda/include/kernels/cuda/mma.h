@@ -7,8 +7,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "kernels/common.h"
 #include "kernels/cuda/elements.h"
-#include "kernels/types.h"
 
 namespace peer::cuda {
 
