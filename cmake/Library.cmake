@@ -10,7 +10,6 @@ endif()
 
 add_library(
   peer SHARED
-  csrc/library.cpp
   csrc/nn/experts.cpp
   csrc/nn/grid.cpp
   csrc/nn/norms.cpp

@@ -1,5 +1,6 @@
 #include "ops/build_info.h"
 
+#include <torch/library.h>
 #include <torch/version.h>
 
 #include <sstream>
@@ -20,3 +21,8 @@ std::string build_info() {
 std::string cpu_capability() { return cpu::capability(); }
 
 }  // namespace peer
+
+TORCH_LIBRARY_FRAGMENT(peer, m) {
+  m.def("build_info() -> str", &peer::build_info);
+  m.def("cpu_capability() -> str", &peer::cpu_capability);
+}

@@ -1,4 +1,5 @@
-// Argument checks that the operators share. Messages say: operator, argument, expected, got.
+// Argument checks that the operators share. A message names the operator (`op`, with its
+// namespace), the argument, what was expected and what was got.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -15,9 +16,8 @@ inline at::ScalarType accumulation_type(at::ScalarType type) {
 inline void check_floating(const char* op, const char* name, const at::Tensor& tensor) {
   const at::ScalarType type = tensor.scalar_type();
   TORCH_CHECK_TYPE(
-      type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf,
-      "peer::", op, ": expected ", name, " of dtype float32, float64, bfloat16 or float16, got ",
-      type);
+      type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf, op,
+      ": expected ", name, " of dtype float32, float64, bfloat16 or float16, got ", type);
 }
 
 inline void check_same_dtype(const char* op,
@@ -25,9 +25,8 @@ inline void check_same_dtype(const char* op,
                              const at::Tensor& tensor,
                              const char* other_name,
                              const at::Tensor& other) {
-  TORCH_CHECK_TYPE(tensor.scalar_type() == other.scalar_type(), "peer::", op, ": expected ", name,
-                   " of ", other_name, "'s dtype ", other.scalar_type(), ", got ",
-                   tensor.scalar_type());
+  TORCH_CHECK_TYPE(tensor.scalar_type() == other.scalar_type(), op, ": expected ", name, " of ",
+                   other_name, "'s dtype ", other.scalar_type(), ", got ", tensor.scalar_type());
 }
 
 inline void check_same_device(const char* op,
@@ -35,12 +34,12 @@ inline void check_same_device(const char* op,
                               const at::Tensor& tensor,
                               const char* other_name,
                               const at::Tensor& other) {
-  TORCH_CHECK(tensor.device() == other.device(), "peer::", op, ": expected ", name, " on ",
-              other_name, "'s device ", other.device(), ", got ", tensor.device());
+  TORCH_CHECK(tensor.device() == other.device(), op, ": expected ", name, " on ", other_name,
+              "'s device ", other.device(), ", got ", tensor.device());
 }
 
 inline void check_index_dtype(const char* op, const at::Tensor& indices) {
-  TORCH_CHECK_TYPE(indices.scalar_type() == at::kLong, "peer::", op,
+  TORCH_CHECK_TYPE(indices.scalar_type() == at::kLong, op,
                    ": expected indices of dtype int64, got ", indices.scalar_type());
 }
 
@@ -57,7 +56,7 @@ inline bool has_contiguous_rows(const at::Tensor& tensor) {
 }
 
 inline void check_strided(const char* op, const char* name, const at::Tensor& tensor) {
-  TORCH_CHECK_VALUE(tensor.layout() == at::kStrided, "peer::", op, ": expected ", name,
+  TORCH_CHECK_VALUE(tensor.layout() == at::kStrided, op, ": expected ", name,
                     " to be dense, got layout ", tensor.layout());
 }
 

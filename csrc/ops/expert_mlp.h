@@ -1,7 +1,6 @@
+// The operators of the experts: expert_mlp, expert_mlp_backward and
+// expert_mlp_backward_coefficients. Shapes are in peer/functional.h.
 #pragma once
-
-#include <ATen/core/Tensor.h>
-#include <c10/core/DispatchKeySet.h>
 
 #include <array>
 #include <optional>
@@ -9,56 +8,81 @@
 #include <tuple>
 
 #include "kernels/activation.h"
+#include "ops/operator.h"
 
 namespace peer::ops {
 
-using at::Tensor;
+using ThreeTensors = std::tuple<Tensor, Tensor, Tensor>;
 
-using ExpertMlp = std::tuple<Tensor, Tensor, Tensor>(const Tensor& x,
-                                                     const Tensor& weights,
-                                                     const Tensor& indices,
-                                                     const Tensor& table,
-                                                     std::string_view activation,
-                                                     bool sparse_grad);
-using ExpertMlpBackward = std::tuple<Tensor, Tensor, Tensor>(const Tensor& grad_out,
-                                                             const Tensor& x,
-                                                             const Tensor& weights,
-                                                             const Tensor& indices,
-                                                             const Tensor& table,
-                                                             const Tensor& hidden,
-                                                             const Tensor& gate,
-                                                             std::string_view activation,
-                                                             bool sparse_grad,
-                                                             std::array<bool, 3> output_mask);
+struct ExpertMlpArguments {
+  static constexpr const char* kName = "peer::expert_mlp";
+  const Tensor& x;
+  const Tensor& weights;
+  const Tensor& indices;
+  const Tensor& table;
+  std::string_view activation;
+  bool sparse_grad;
+};
 
-// Positions in the backward operator's results and its output_mask.
+// hidden and gate are results of expert_mlp.
+struct ExpertMlpBackwardArguments {
+  static constexpr const char* kName = "peer::expert_mlp_backward";
+  const Tensor& grad_out;
+  const Tensor& x;
+  const Tensor& weights;
+  const Tensor& indices;
+  const Tensor& table;
+  const Tensor& hidden;
+  const Tensor& gate;
+  std::string_view activation;
+  bool sparse_grad;
+  std::array<bool, 3> output_mask;
+};
+
+// Positions in the results of expert_mlp_backward and in its output_mask.
 enum ExpertMlpGradient { kGradX, kGradWeights, kGradTable };
 
-// Through the dispatcher, from the top.
-ExpertMlp expert_mlp;
-ExpertMlpBackward expert_mlp_backward;
+struct ExpertMlpBackwardCoefficientsArguments {
+  static constexpr const char* kName = "peer::expert_mlp_backward_coefficients";
+  const Tensor& grad_out;
+  const Tensor& x;
+  const Tensor& weights;
+  const Tensor& indices;
+  const Tensor& table;
+  const Tensor& hidden;
+  const Tensor& gate;
+  std::string_view activation;
+};
 
-// Through the dispatcher, from the keys in `below` on.
-std::tuple<Tensor, Tensor, Tensor> redispatch_expert_mlp(c10::DispatchKeySet below,
-                                                         const Tensor& x,
-                                                         const Tensor& weights,
-                                                         const Tensor& indices,
-                                                         const Tensor& table,
-                                                         std::string_view activation,
-                                                         bool sparse_grad);
-std::tuple<Tensor, Tensor, Tensor> redispatch_expert_mlp_backward(c10::DispatchKeySet below,
-                                                                  const Tensor& grad_out,
-                                                                  const Tensor& x,
-                                                                  const Tensor& weights,
-                                                                  const Tensor& indices,
-                                                                  const Tensor& table,
-                                                                  const Tensor& hidden,
-                                                                  const Tensor& gate,
-                                                                  std::string_view activation,
-                                                                  bool sparse_grad,
-                                                                  std::array<bool, 3> output_mask);
+using ExpertMlp = Operator<ExpertMlpArguments,
+                           ThreeTensors(const Tensor&,
+                                        const Tensor&,
+                                        const Tensor&,
+                                        const Tensor&,
+                                        std::string_view,
+                                        bool)>;
+using ExpertMlpBackward = Operator<ExpertMlpBackwardArguments,
+                                   ThreeTensors(const Tensor&,
+                                                const Tensor&,
+                                                const Tensor&,
+                                                const Tensor&,
+                                                const Tensor&,
+                                                const Tensor&,
+                                                const Tensor&,
+                                                std::string_view,
+                                                bool,
+                                                std::array<bool, 3>)>;
+using ExpertMlpBackwardCoefficients = Operator<ExpertMlpBackwardCoefficientsArguments,
+                                               ThreeTensors(const Tensor&,
+                                                            const Tensor&,
+                                                            const Tensor&,
+                                                            const Tensor&,
+                                                            const Tensor&,
+                                                            const Tensor&,
+                                                            const Tensor&,
+                                                            std::string_view)>;
 
-// None where no activation has the name.
+// Nothing if no activation has the name.
 std::optional<Activation> activation_named(std::string_view name);
 
 // The parts of experts (..., parts, D) as views (..., D): down, gate and up, or down and up.
@@ -72,24 +96,34 @@ struct ExpertParts {
 
 inline bool has_gate(const Tensor& experts) { return experts.sym_size(-2) == 3; }
 
-// What every kernel of the operator requires of its arguments, whatever the device. Reads no data.
-// Returns the parsed activation.
-Activation check_expert_mlp(const Tensor& x,
-                            const Tensor& weights,
-                            const Tensor& indices,
-                            const Tensor& table,
-                            std::string_view activation);
-Activation check_expert_mlp_backward(const char* op,
-                                     const Tensor& x,
-                                     const Tensor& weights,
-                                     const Tensor& indices,
-                                     const Tensor& table,
-                                     const Tensor& hidden,
-                                     const Tensor& gate,
-                                     std::string_view activation);
+// The inputs of expert_mlp, which its backward operators take too.
+struct ExpertMlpInputs {
+  template <class Arguments>
+  ExpertMlpInputs(const Arguments& args)
+      : op(Arguments::kName),
+        x(args.x),
+        weights(args.weights),
+        indices(args.indices),
+        table(args.table),
+        activation(args.activation) {}
 
-// For the kernels that compute only: while compiled autograd records a graph, the incoming gradient
-// is a stand-in of another shape.
+  const char* op;  // for messages
+  const Tensor& x;
+  const Tensor& weights;
+  const Tensor& indices;
+  const Tensor& table;
+  std::string_view activation;
+};
+
+// The checks are those that every device needs. They read no data. All return the parsed
+// activation.
+Activation check_expert_mlp(const ExpertMlpInputs& inputs);
+Activation check_expert_mlp_backward(const ExpertMlpInputs& inputs,
+                                     const Tensor& hidden,
+                                     const Tensor& gate);
+
+// Only for kernels that compute: while compiled autograd records a graph, the incoming gradient is
+// a stand-in of another shape.
 void check_expert_mlp_grad_out(const char* op, const Tensor& grad_out, const Tensor& x);
 
 }  // namespace peer::ops

@@ -1,56 +1,50 @@
+// The operators of retrieval: product_key_topk and product_key_topk_backward. Shapes are in
+// peer/functional.h.
 #pragma once
-
-#include <ATen/core/Tensor.h>
-#include <c10/core/DispatchKeySet.h>
 
 #include <array>
 #include <tuple>
 
+#include "ops/operator.h"
+
 namespace peer::ops {
 
-using ProductKeyTopkSignature = std::tuple<at::Tensor, at::Tensor>(const at::Tensor& query,
-                                                                   const at::Tensor& row_keys,
-                                                                   const at::Tensor& col_keys,
-                                                                   int64_t k);
-using ProductKeyTopkBackwardSignature =
-    std::tuple<at::Tensor, at::Tensor, at::Tensor>(const at::Tensor& grad_scores,
-                                                   const at::Tensor& query,
-                                                   const at::Tensor& row_keys,
-                                                   const at::Tensor& col_keys,
-                                                   const at::Tensor& indices,
-                                                   std::array<bool, 3> output_mask);
+struct ProductKeyTopkArguments {
+  static constexpr const char* kName = "peer::product_key_topk";
+  const Tensor& query;
+  const Tensor& row_keys;
+  const Tensor& col_keys;
+  int64_t k;
+};
 
-// Through the dispatcher, from the top.
-ProductKeyTopkSignature product_key_topk;
-ProductKeyTopkBackwardSignature product_key_topk_backward;
+// The gradients of query, row_keys and col_keys.
+struct ProductKeyTopkBackwardArguments {
+  static constexpr const char* kName = "peer::product_key_topk_backward";
+  const Tensor& grad_scores;
+  const Tensor& query;
+  const Tensor& row_keys;
+  const Tensor& col_keys;
+  const Tensor& indices;
+  std::array<bool, 3> output_mask;
+};
 
-// Through the dispatcher, from the keys in `below` on.
-std::tuple<at::Tensor, at::Tensor> redispatch_product_key_topk(c10::DispatchKeySet below,
-                                                               const at::Tensor& query,
-                                                               const at::Tensor& row_keys,
-                                                               const at::Tensor& col_keys,
-                                                               int64_t k);
-std::tuple<at::Tensor, at::Tensor, at::Tensor> redispatch_product_key_topk_backward(
-    c10::DispatchKeySet below,
-    const at::Tensor& grad_scores,
-    const at::Tensor& query,
-    const at::Tensor& row_keys,
-    const at::Tensor& col_keys,
-    const at::Tensor& indices,
-    std::array<bool, 3> output_mask);
+using ProductKeyTopk =
+    Operator<ProductKeyTopkArguments,
+             std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, int64_t)>;
+using ProductKeyTopkBackward = Operator<ProductKeyTopkBackwardArguments,
+                                        std::tuple<Tensor, Tensor, Tensor>(const Tensor&,
+                                                                           const Tensor&,
+                                                                           const Tensor&,
+                                                                           const Tensor&,
+                                                                           const Tensor&,
+                                                                           std::array<bool, 3>)>;
 
-// What every kernel of the operator requires of its arguments, whatever the device. Reads no data.
-void check_product_key_topk(const at::Tensor& query,
-                            const at::Tensor& row_keys,
-                            const at::Tensor& col_keys,
-                            int64_t k);
-void check_product_key_topk_backward(const at::Tensor& query,
-                                     const at::Tensor& row_keys,
-                                     const at::Tensor& col_keys,
-                                     const at::Tensor& indices);
+// The checks are those that every device needs. They read no data.
+void check_product_key_topk(const ProductKeyTopkArguments& args);
+void check_product_key_topk_backward(const ProductKeyTopkBackwardArguments& args);
 
-// For the kernels that compute only: while compiled autograd records a graph, the incoming gradient
-// is a stand-in of another shape.
-void check_product_key_topk_grad_scores(const at::Tensor& grad_scores, const at::Tensor& indices);
+// Only for kernels that compute: while compiled autograd records a graph, the incoming gradient is
+// a stand-in of another shape.
+void check_product_key_topk_grad_scores(const Tensor& grad_scores, const Tensor& indices);
 
 }  // namespace peer::ops

@@ -1,45 +1,127 @@
 // The operators that update the rows of a table in place: rowwise_adagrad_, sgd_ and rowwise_adam_.
+// kernels/table_update.h has their mathematics.
 #pragma once
-
-#include <ATen/core/Tensor.h>
 
 #include <optional>
 
+#include "ops/operator.h"
+
 namespace peer::ops {
 
-using at::Tensor;
-
-// The gradient that a table (N, parts, width) is updated by. Part j of its row r is the sum of
+// The gradient of a table (N, parts, width). Part j of its row r is the sum of
 // coefficients[j, pair]·source[pair / pairs_per_row, j] over the pairs with indices[pair] == r,
-// where pairs_per_row is indices.numel() / source.size(0). Without coefficients they are one;
-// without indices, row r is source[r]. A table (N, width) has one part, which is no dimension of
-// the source and the coefficients either.
+// where pairs_per_row is indices.numel() / source.size(0). Without coefficients, each is one.
+// Without indices, row r is source[r]. A table (N, width) has one part; then neither source nor
+// coefficients have a dimension for parts.
 struct RowGradient {
   const std::optional<Tensor>& indices;
   const Tensor& source;
   const std::optional<Tensor>& coefficients;
 };
 
-// How 16-bit tables are rounded: to nearest without a seed, else stochastically, with random bits
-// from the seed, the number of the step and a number for the table.
+// How 16-bit tables are rounded: to nearest without a seed, else stochastically. The random bits
+// depend on the seed, the step and the stream, a number for the table.
 struct Rounding {
   std::optional<int64_t> seed;
   int64_t step;
   int64_t stream;
 };
 
-// What every kernel of the operators requires of its arguments, whatever the device. Reads no data.
-void check_rowwise_adagrad(const Tensor& table,
-                           const Tensor& sum_of_squares,
-                           const RowGradient& gradient);
-void check_sgd(const Tensor& table,
-               const std::optional<Tensor>& momentum_buffer,
-               const RowGradient& gradient,
-               double momentum);
-void check_rowwise_adam(const Tensor& table,
-                        const Tensor& first_moment,
-                        const Tensor& second_moment,
-                        const Tensor& row_steps,
-                        const RowGradient& gradient);
+struct RowwiseAdagradArguments {
+  static constexpr const char* kName = "peer::rowwise_adagrad_";
+  const Tensor& table;
+  const Tensor& sum_of_squares;
+  const std::optional<Tensor>& indices;
+  const Tensor& source;
+  const std::optional<Tensor>& coefficients;
+  double lr, eps, weight_decay;
+  std::optional<int64_t> seed;
+  int64_t step, stream;
+};
+
+struct SgdArguments {
+  static constexpr const char* kName = "peer::sgd_";
+  const Tensor& table;
+  const std::optional<Tensor>& momentum_buffer;
+  const std::optional<Tensor>& indices;
+  const Tensor& source;
+  const std::optional<Tensor>& coefficients;
+  double lr, momentum;
+  bool nesterov;
+  double weight_decay;
+  std::optional<int64_t> seed;
+  int64_t step, stream;
+};
+
+struct RowwiseAdamArguments {
+  static constexpr const char* kName = "peer::rowwise_adam_";
+  const Tensor& table;
+  const Tensor& first_moment;
+  const Tensor& second_moment;
+  const Tensor& row_steps;
+  const std::optional<Tensor>& indices;
+  const Tensor& source;
+  const std::optional<Tensor>& coefficients;
+  double lr, beta1, beta2, eps, weight_decay;
+  std::optional<int64_t> seed;
+  int64_t step, stream;
+};
+
+using RowwiseAdagrad = Operator<RowwiseAdagradArguments,
+                                void(const Tensor&,
+                                     const Tensor&,
+                                     const std::optional<Tensor>&,
+                                     const Tensor&,
+                                     const std::optional<Tensor>&,
+                                     double,
+                                     double,
+                                     double,
+                                     std::optional<int64_t>,
+                                     int64_t,
+                                     int64_t)>;
+using Sgd = Operator<SgdArguments,
+                     void(const Tensor&,
+                          const std::optional<Tensor>&,
+                          const std::optional<Tensor>&,
+                          const Tensor&,
+                          const std::optional<Tensor>&,
+                          double,
+                          double,
+                          bool,
+                          double,
+                          std::optional<int64_t>,
+                          int64_t,
+                          int64_t)>;
+using RowwiseAdam = Operator<RowwiseAdamArguments,
+                             void(const Tensor&,
+                                  const Tensor&,
+                                  const Tensor&,
+                                  const Tensor&,
+                                  const std::optional<Tensor>&,
+                                  const Tensor&,
+                                  const std::optional<Tensor>&,
+                                  double,
+                                  double,
+                                  double,
+                                  double,
+                                  double,
+                                  std::optional<int64_t>,
+                                  int64_t,
+                                  int64_t)>;
+
+template <class Arguments>
+RowGradient gradient_of(const Arguments& args) {
+  return {args.indices, args.source, args.coefficients};
+}
+
+template <class Arguments>
+Rounding rounding_of(const Arguments& args) {
+  return {args.seed, args.step, args.stream};
+}
+
+// The checks are those that every device needs. They read no data.
+void check_rowwise_adagrad(const RowwiseAdagradArguments& args);
+void check_sgd(const SgdArguments& args);
+void check_rowwise_adam(const RowwiseAdamArguments& args);
 
 }  // namespace peer::ops

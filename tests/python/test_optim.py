@@ -743,12 +743,12 @@ BAD_ARGUMENTS = {
     "source without indices": (
         {"indices": None},
         ValueError,
-        r"source of table's shape \[13, 9\] where no indices are given, got \[4, 9\]",
+        r"source of table's shape \[13, 9\] without indices, got \[4, 9\]",
     ),
     "coefficients without indices": (
         {"indices": None, "source": torch.ones(ROWS, 9), "coefficients": torch.ones(ROWS)},
         ValueError,
-        "no coefficients where no indices",
+        "no coefficients without indices",
     ),
     "coefficients of another shape": (
         {"coefficients": torch.ones(4, 2)},

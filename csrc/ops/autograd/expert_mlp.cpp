@@ -70,42 +70,35 @@ struct ExpertMlpBackwardNode : SavingNode {
     if (!grads[0].defined()) {
       return variable_list(3);
     }
-    auto [grad_x, grad_weights, grad_table] = expert_mlp_backward(
+    auto [grad_x, grad_weights, grad_table] = ExpertMlpBackward::call(
         grads[0], x_.unpack(), weights_.unpack(), indices_.unpack(), table_.unpack(),
         hidden_.unpack(), gate_.unpack(), activation_, sparse_grad_, wanted_outputs<3>());
     return {grad_x, grad_weights, grad_table};
   }
 };
 
-// The pre-activations, hidden and gate, have neither a history nor a tangent: they are what the
-// backward operator needs beside the inputs, and all derivatives are taken by the inputs.
-std::tuple<Tensor, Tensor, Tensor> expert_mlp_autograd(c10::DispatchKeySet keys,
-                                                       const Tensor& x,
-                                                       const Tensor& weights,
-                                                       const Tensor& indices,
-                                                       const Tensor& table,
-                                                       std::string_view activation,
-                                                       bool sparse_grad) {
-  NodePtr<ExpertMlpBackwardNode> node;
-  if (torch::autograd::compute_requires_grad(x, weights, table)) {
-    node = make_node<ExpertMlpBackwardNode>();
-    node->set_next_edges(torch::autograd::collect_next_edges(x, weights, table));
-    node->x_ = SavedVariable(x, false);
-    node->weights_ = SavedVariable(weights, false);
-    node->indices_ = SavedVariable(indices, false);
-    node->table_ = SavedVariable(table, false);
+// hidden and gate, the pre-activations, have neither a history nor a tangent. The backward operator
+// needs them beside the inputs, and all derivatives are taken with respect to the inputs.
+ThreeTensors expert_mlp_autograd(c10::DispatchKeySet keys, const ExpertMlpArguments& args) {
+  const auto& [x, weights, indices, table, activation, sparse_grad] = args;
+  const auto node = make_node_if_required<ExpertMlpBackwardNode>(x, weights, table);
+  if (node) {
+    node->x_ = save(x);
+    node->weights_ = save(weights);
+    node->indices_ = save(indices);
+    node->table_ = save(table);
     node->activation_ = activation;
     node->sparse_grad_ = sparse_grad;
   }
   auto [out, hidden, gate] = [&] {
     const at::AutoDispatchBelowADInplaceOrView guard;
-    return redispatch_expert_mlp(keys & c10::after_autograd_keyset, x, weights, indices, table,
-                                 activation, sparse_grad);
+    return ExpertMlp::redispatch(keys & c10::after_autograd_keyset, args.x, args.weights,
+                                 args.indices, args.table, args.activation, args.sparse_grad);
   }();
   if (node) {
     torch::autograd::set_history(out, node);
-    node->hidden_ = SavedVariable(hidden, false);
-    node->gate_ = SavedVariable(gate, false);
+    node->hidden_ = save(hidden);
+    node->gate_ = save(gate);
   }
   if (any_has_tangent(x, weights, table)) {
     const auto derivative = differentiate_expert_mlp(
@@ -116,40 +109,31 @@ std::tuple<Tensor, Tensor, Tensor> expert_mlp_autograd(c10::DispatchKeySet keys,
   return {out, hidden, gate};
 }
 
-std::tuple<Tensor, Tensor, Tensor> expert_mlp_backward_autograd(c10::DispatchKeySet keys,
-                                                                const Tensor& grad_out,
-                                                                const Tensor& x,
-                                                                const Tensor& weights,
-                                                                const Tensor& indices,
-                                                                const Tensor& table,
-                                                                const Tensor& hidden,
-                                                                const Tensor& gate,
-                                                                std::string_view activation,
-                                                                bool sparse_grad,
-                                                                std::array<bool, 3> output_mask) {
+ThreeTensors expert_mlp_backward_autograd(c10::DispatchKeySet keys,
+                                          const ExpertMlpBackwardArguments& args) {
+  const Tensor &grad_out = args.grad_out, &x = args.x, &weights = args.weights, &table = args.table;
+  const auto& output_mask = args.output_mask;
   const bool is_dual = any_has_tangent(grad_out, x, weights, table);
-  const bool is_table_sparse = sparse_grad && output_mask[kGradTable];
+  const bool is_table_sparse = args.sparse_grad && output_mask[kGradTable];
   TORCH_CHECK_NOT_IMPLEMENTED(
       !is_dual || !is_table_sparse,
       "peer::expert_mlp: forward-mode AD of the backward pass is not implemented for sparse table "
       "gradients; use sparse_grad=False");
-  NodePtr<ExpertMlpDoubleBackward> node;
-  if (torch::autograd::compute_requires_grad(grad_out, x, weights, table)) {
-    node = make_node<ExpertMlpDoubleBackward>();
-    node->set_next_edges(torch::autograd::collect_next_edges(grad_out, x, weights, table));
-    node->grad_out_ = SavedVariable(grad_out, false);
-    node->x_ = SavedVariable(x, false);
-    node->weights_ = SavedVariable(weights, false);
-    node->indices_ = SavedVariable(indices, false);
-    node->table_ = SavedVariable(table, false);
-    node->activation_ = activation;
+  const auto node = make_node_if_required<ExpertMlpDoubleBackward>(grad_out, x, weights, table);
+  if (node) {
+    node->grad_out_ = save(grad_out);
+    node->x_ = save(x);
+    node->weights_ = save(weights);
+    node->indices_ = save(args.indices);
+    node->table_ = save(table);
+    node->activation_ = args.activation;
     node->is_table_sparse_ = is_table_sparse;
   }
   auto [grad_x, grad_weights, grad_table] = [&] {
     const at::AutoDispatchBelowADInplaceOrView guard;
-    return redispatch_expert_mlp_backward(keys & c10::after_autograd_keyset, grad_out, x, weights,
-                                          indices, table, hidden, gate, activation, sparse_grad,
-                                          output_mask);
+    return ExpertMlpBackward::redispatch(keys & c10::after_autograd_keyset, grad_out, x, weights,
+                                         args.indices, table, args.hidden, args.gate,
+                                         args.activation, args.sparse_grad, output_mask);
   }();
   if (node) {
     torch::autograd::set_history(variable_list{grad_x, grad_weights, grad_table}, node);
@@ -157,7 +141,7 @@ std::tuple<Tensor, Tensor, Tensor> expert_mlp_backward_autograd(c10::DispatchKey
   if (is_dual) {
     const auto derivative = differentiate_expert_mlp(
         primals_of<ExpertMlpVariables>(grad_out, x, weights, table),
-        tangents_of<ExpertMlpVariables>(grad_out, x, weights, table), indices, activation,
+        tangents_of<ExpertMlpVariables>(grad_out, x, weights, table), args.indices, args.activation,
         {false, output_mask[kGradX], output_mask[kGradWeights], output_mask[kGradTable]});
     set_tangent(grad_x, derivative[kOfX]);
     set_tangent(grad_weights, derivative[kOfWeights]);
@@ -169,8 +153,8 @@ std::tuple<Tensor, Tensor, Tensor> expert_mlp_backward_autograd(c10::DispatchKey
 }  // namespace
 
 TORCH_LIBRARY_IMPL(peer, Autograd, m) {
-  m.impl("expert_mlp", expert_mlp_autograd);
-  m.impl("expert_mlp_backward", expert_mlp_backward_autograd);
+  m.impl("expert_mlp", ExpertMlp::wrapper<expert_mlp_autograd>);
+  m.impl("expert_mlp_backward", ExpertMlpBackward::wrapper<expert_mlp_backward_autograd>);
 }
 
 }  // namespace peer::ops::autograd

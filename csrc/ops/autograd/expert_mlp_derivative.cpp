@@ -5,12 +5,13 @@
 //   s = <grad_out, up>                  ṡ = <grad_out', up> + <grad_out, up'>
 //
 // be the values and their derivatives in the direction of the primed variables. A pair contributes
-// w·a(z)·q·s to L, whose partial derivatives by w, z, q and s are the coefficients below: those by
-// z, q and s multiply rows of the table in the derivatives by vectors, and vectors in that by the
-// table. Dotted, they are the derivatives of the coefficients in the direction.
+// w·a(z)·q·s to L. The partial derivatives of this term by w, z, q and s are the coefficients
+// below. The derivatives by vectors are sums of coefficients times table rows; the derivative by
+// the table is sums of coefficients times vectors. A dotted coefficient is its derivative in the
+// direction.
 //
-// All of it is written in differentiable ATen operators, so that derivatives of any order follow,
-// and gathers the retrieved rows, (T, P, parts, D): the one place that does.
+// Everything is written in differentiable ATen operators, so derivatives of any order follow. This
+// is the only place that gathers the retrieved rows, (T, P, parts, D).
 #include "ops/autograd/expert_mlp_derivative.h"
 
 #include <ATen/ATen.h>
@@ -64,8 +65,8 @@ ActivationValues differentiate(Activation activation, const Tensor& z) {
   TORCH_INTERNAL_ASSERT(false);
 }
 
-// The pairs of tokens and experts, and the three ways in which vectors and table rows meet in them.
-// What an undefined tensor takes part in is undefined.
+// The pairs of tokens and experts, and the products of vectors and table rows over them. A product
+// with an undefined tensor is undefined.
 class Pairs {
  public:
   Pairs(const Tensor& indices, at::ScalarType type)
@@ -133,8 +134,8 @@ std::array<Tensor, 4> differentiate_expert_mlp(const ExpertMlpVariables& point,
                                                const Tensor& indices,
                                                std::string_view activation,
                                                std::array<bool, 4> wanted) {
-  const Activation parsed =
-      check_expert_mlp(point.x, point.weights, indices, point.table, activation);
+  const Activation parsed = check_expert_mlp(ExpertMlpArguments{
+      point.x, point.weights, indices, point.table, activation, /*sparse_grad=*/false});
   const at::ScalarType type = accumulation_type(point.table.scalar_type());
   const Pairs pairs(indices, type);
   const auto [down, up, gate] = pairs.rows(point.table);

@@ -1,10 +1,10 @@
 // The derivative of expert_mlp and of its backward operator, in a direction.
 //
-// Both are derivatives of one function. The backward operator gives the gradient of
-// L = <grad_out, out> with respect to x, the weights and the table; its gradient with respect to
-// grad_out is out itself. So the derivative in a direction of out and of these gradients is the
-// Hessian matrix of L times the direction. It is the tangent of either operator in forward mode,
-// and because the matrix is symmetric, also what the double backward is made of.
+// Both are derivatives of L = <grad_out, out>: the backward operator gives its gradient with
+// respect to x, weights and table, and its gradient with respect to grad_out is out itself. So the
+// derivative of out and of these gradients in a direction is the Hessian matrix of L times the
+// direction. That product is the tangent of either operator in forward mode. The matrix is
+// symmetric, so the double backward is made of the same product.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -22,9 +22,9 @@ struct ExpertMlpVariables {
 // The derivatives of L by its variables, in their order.
 enum ExpertMlpDerivative { kOut, kOfX, kOfWeights, kOfTable };
 
-// The derivatives of `wanted` members in the direction, each in the shape and dtype of its
-// variable; out has the dtype of grad_out, or of x where there is none. Undefined where not wanted,
-// or where zero is known.
+// The derivatives of the `wanted` members in the direction, each in the shape and dtype of its
+// variable. out has the dtype of grad_out, or of x if grad_out is undefined. A derivative is
+// undefined if it is not wanted or is known to be zero.
 std::array<at::Tensor, 4> differentiate_expert_mlp(const ExpertMlpVariables& point,
                                                    const ExpertMlpVariables& direction,
                                                    const at::Tensor& indices,

@@ -1,7 +1,7 @@
-// With q1, q2 the halves of a query, the score of expert (r, c) is <q1, row_keys[r]> + <q2,
-// col_keys[c]>: linear in the query and in the keys. So the backward operator is bilinear, and its
-// own derivative is made of the same operator and of dot products. Derivatives are those of the
-// scores of the experts that were retrieved; which ones these are has none.
+// With q1 and q2 the halves of a query, expert (r, c) scores <q1, row_keys[r]> + <q2, col_keys[c]>.
+// The score is linear in the query and in the keys, so the backward operator is bilinear, and its
+// derivative is made of the same operator and of dot products. The scores of the retrieved experts
+// are differentiated; the choice of these experts is not.
 #include "ops/product_key_topk.h"
 
 #include <ATen/ATen.h>
@@ -15,7 +15,7 @@ namespace peer::ops::autograd {
 
 namespace {
 
-// Positions of the keys that a retrieval used, in the table of all heads' keys, (T·H·k).
+// The positions of the retrieved keys in the table of all heads' keys: (T·H·k).
 Tensor key_positions(const Tensor& ids_in_half, const Tensor& keys) {
   if (keys.dim() == 2) {
     return ids_in_half.reshape(-1);
@@ -24,8 +24,8 @@ Tensor key_positions(const Tensor& ids_in_half, const Tensor& keys) {
   return (ids_in_half + heads * keys.sym_size(1)).reshape(-1);
 }
 
-// <query_half, key> for the retrieved keys: (T, H, half), (…, half) -> (T, H, k). Undefined for
-// undefined keys.
+// <query_half, key> for the retrieved keys: (T, H, half), (…, half) -> (T, H, k). Undefined if the
+// keys are.
 Tensor score_retrieved(const Tensor& query_half,
                        const Tensor& keys,
                        const Tensor& ids_in_half,
@@ -82,9 +82,9 @@ std::tuple<Tensor, Tensor, Tensor> differentiate_gradients(const Tensor& grad_sc
   const auto or_zeros = [](const Tensor& tensor, const Tensor& like) {
     return tensor.defined() ? tensor : at::zeros_like(like);
   };
-  return product_key_topk_backward(grad_scores, or_zeros(query, point.query),
-                                   or_zeros(row_keys, point.row_keys),
-                                   or_zeros(col_keys, point.col_keys), indices, wanted);
+  return ProductKeyTopkBackward::call(grad_scores, or_zeros(query, point.query),
+                                      or_zeros(row_keys, point.row_keys),
+                                      or_zeros(col_keys, point.col_keys), indices, wanted);
 }
 
 struct ProductKeyTopkDoubleBackward : SavingNode {
@@ -124,33 +124,29 @@ struct ProductKeyTopkBackwardNode : SavingNode {
       return variable_list(3);
     }
     auto [grad_query, grad_row_keys, grad_col_keys] =
-        product_key_topk_backward(grads[0], query_.unpack(), row_keys_.unpack(), col_keys_.unpack(),
-                                  indices_.unpack(), wanted_outputs<3>());
+        ProductKeyTopkBackward::call(grads[0], query_.unpack(), row_keys_.unpack(),
+                                     col_keys_.unpack(), indices_.unpack(), wanted_outputs<3>());
     return {grad_query, grad_row_keys, grad_col_keys};
   }
 };
 
 std::tuple<Tensor, Tensor> product_key_topk_autograd(c10::DispatchKeySet keys,
-                                                     const Tensor& query,
-                                                     const Tensor& row_keys,
-                                                     const Tensor& col_keys,
-                                                     int64_t k) {
-  NodePtr<ProductKeyTopkBackwardNode> node;
-  if (torch::autograd::compute_requires_grad(query, row_keys, col_keys)) {
-    node = make_node<ProductKeyTopkBackwardNode>();
-    node->set_next_edges(torch::autograd::collect_next_edges(query, row_keys, col_keys));
-    node->query_ = SavedVariable(query, false);
-    node->row_keys_ = SavedVariable(row_keys, false);
-    node->col_keys_ = SavedVariable(col_keys, false);
+                                                     const ProductKeyTopkArguments& args) {
+  const auto& [query, row_keys, col_keys, k] = args;
+  const auto node = make_node_if_required<ProductKeyTopkBackwardNode>(query, row_keys, col_keys);
+  if (node) {
+    node->query_ = save(query);
+    node->row_keys_ = save(row_keys);
+    node->col_keys_ = save(col_keys);
   }
   auto [scores, indices] = [&] {
     const at::AutoDispatchBelowADInplaceOrView guard;
-    return redispatch_product_key_topk(keys & c10::after_autograd_keyset, query, row_keys, col_keys,
-                                       k);
+    return ProductKeyTopk::redispatch(keys & c10::after_autograd_keyset, args.query, args.row_keys,
+                                      args.col_keys, args.k);
   }();
   if (node) {
     torch::autograd::set_history(scores, node);
-    node->indices_ = SavedVariable(indices, false);
+    node->indices_ = save(indices);
   }
   if (any_has_tangent(query, row_keys, col_keys)) {
     set_tangent(scores, differentiate_scores(primals_of<QueryAndKeys>(query, row_keys, col_keys),
@@ -162,27 +158,22 @@ std::tuple<Tensor, Tensor> product_key_topk_autograd(c10::DispatchKeySet keys,
 
 std::tuple<Tensor, Tensor, Tensor> product_key_topk_backward_autograd(
     c10::DispatchKeySet keys,
-    const Tensor& grad_scores,
-    const Tensor& query,
-    const Tensor& row_keys,
-    const Tensor& col_keys,
-    const Tensor& indices,
-    std::array<bool, 3> output_mask) {
-  NodePtr<ProductKeyTopkDoubleBackward> node;
-  if (torch::autograd::compute_requires_grad(grad_scores, query, row_keys, col_keys)) {
-    node = make_node<ProductKeyTopkDoubleBackward>();
-    node->set_next_edges(
-        torch::autograd::collect_next_edges(grad_scores, query, row_keys, col_keys));
-    node->grad_scores_ = SavedVariable(grad_scores, false);
-    node->query_ = SavedVariable(query, false);
-    node->row_keys_ = SavedVariable(row_keys, false);
-    node->col_keys_ = SavedVariable(col_keys, false);
-    node->indices_ = SavedVariable(indices, false);
+    const ProductKeyTopkBackwardArguments& args) {
+  const Tensor &grad_scores = args.grad_scores, &query = args.query, &row_keys = args.row_keys,
+               &col_keys = args.col_keys, &indices = args.indices;
+  const auto node =
+      make_node_if_required<ProductKeyTopkDoubleBackward>(grad_scores, query, row_keys, col_keys);
+  if (node) {
+    node->grad_scores_ = save(grad_scores);
+    node->query_ = save(query);
+    node->row_keys_ = save(row_keys);
+    node->col_keys_ = save(col_keys);
+    node->indices_ = save(indices);
   }
   auto [grad_query, grad_row_keys, grad_col_keys] = [&] {
     const at::AutoDispatchBelowADInplaceOrView guard;
-    return redispatch_product_key_topk_backward(keys & c10::after_autograd_keyset, grad_scores,
-                                                query, row_keys, col_keys, indices, output_mask);
+    return ProductKeyTopkBackward::redispatch(keys & c10::after_autograd_keyset, grad_scores, query,
+                                              row_keys, col_keys, indices, args.output_mask);
   }();
   if (node) {
     torch::autograd::set_history(variable_list{grad_query, grad_row_keys, grad_col_keys}, node);
@@ -191,11 +182,11 @@ std::tuple<Tensor, Tensor, Tensor> product_key_topk_backward_autograd(
     const auto point = primals_of<QueryAndKeys>(query, row_keys, col_keys);
     const auto [query_t, row_t, col_t] = differentiate_gradients(
         primal_of(grad_scores), point, tangents_of<QueryAndKeys>(query, row_keys, col_keys),
-        indices, output_mask);
+        indices, args.output_mask);
     std::tuple<Tensor, Tensor, Tensor> linear;
     if (const Tensor tangent = tangent_of(grad_scores); tangent.defined()) {
-      linear = product_key_topk_backward(tangent, point.query, point.row_keys, point.col_keys,
-                                         indices, output_mask);
+      linear = ProductKeyTopkBackward::call(tangent, point.query, point.row_keys, point.col_keys,
+                                            indices, args.output_mask);
     }
     set_tangent(grad_query, sum(query_t, std::get<0>(linear)));
     set_tangent(grad_row_keys, sum(row_t, std::get<1>(linear)));
@@ -207,8 +198,9 @@ std::tuple<Tensor, Tensor, Tensor> product_key_topk_backward_autograd(
 }  // namespace
 
 TORCH_LIBRARY_IMPL(peer, Autograd, m) {
-  m.impl("product_key_topk", product_key_topk_autograd);
-  m.impl("product_key_topk_backward", product_key_topk_backward_autograd);
+  m.impl("product_key_topk", ProductKeyTopk::wrapper<product_key_topk_autograd>);
+  m.impl("product_key_topk_backward",
+         ProductKeyTopkBackward::wrapper<product_key_topk_backward_autograd>);
 }
 
 }  // namespace peer::ops::autograd

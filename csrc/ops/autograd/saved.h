@@ -1,8 +1,8 @@
 // What the autograd nodes of the operators share.
 //
-// The nodes are written by hand, in the form that PyTorch's own generated code has, because it is
-// the one form that works everywhere: eager mode, torch.compile and compiled autograd, torch.func
-// transforms, TorchScript and C++ programs without Python.
+// The nodes are written by hand in the form of PyTorch's generated code. Only this form works
+// everywhere: eager mode, torch.compile and compiled autograd, torch.func transforms, TorchScript,
+// and C++ programs without Python.
 #pragma once
 
 #include <torch/csrc/autograd/VariableTypeUtils.h>
@@ -20,8 +20,8 @@ using torch::autograd::Node;
 using torch::autograd::SavedVariable;
 using torch::autograd::variable_list;
 
-// A node whose saved tensors are inputs of the operator or residuals without a history. Derived
-// classes list them once, in saved(), and their other arguments in collect_arguments().
+// A node that saves inputs of the operator and results without a history. A derived class lists
+// these tensors once, in saved(), and its other arguments in collect_arguments().
 class SavingNode : public Node {
  public:
   void release_variables() override {
@@ -62,5 +62,21 @@ class SavingNode : public Node {
     return wanted;
   }
 };
+
+// The node of an operator with these differentiable inputs; null if no gradient is required.
+template <class NodeType, class... Tensors>
+NodePtr<NodeType> make_node_if_required(const Tensors&... inputs) {
+  if (!torch::autograd::compute_requires_grad(inputs...)) {
+    return nullptr;
+  }
+  auto node = make_node<NodeType>();
+  node->set_next_edges(torch::autograd::collect_next_edges(inputs...));
+  return node;
+}
+
+// For inputs and for results without a history alike: neither is an output of its own node.
+inline SavedVariable save(const Tensor& tensor) {
+  return SavedVariable(tensor, /*is_output=*/false);
+}
 
 }  // namespace peer::ops::autograd

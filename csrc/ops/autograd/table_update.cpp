@@ -1,6 +1,6 @@
-// The operators that update tables have no derivative, nor has the one that prepares an update.
-// They write in place: autograd has to know that what it saved for a backward pass is no longer
-// what it saved.
+// The operators that update tables, and the operator that prepares an update, have no derivative.
+// Updates write in place, so they increment the versions of the tensors that they write: autograd
+// then notices that a tensor saved for a backward pass has changed.
 #include <torch/csrc/autograd/VariableTypeUtils.h>
 #include <torch/library.h>
 

@@ -110,7 +110,7 @@ void Device::check_index_range(const char* op,
       position.push_back(rest / contiguous_indices.stride(axis));
       rest %= contiguous_indices.stride(axis);
     }
-    TORCH_CHECK_INDEX(false, "peer::", op, ": index ", indices[bad], " at position ",
+    TORCH_CHECK_INDEX(false, op, ": index ", indices[bad], " at position ",
                       at::IntArrayRef(position), " of indices is out of range for ", count,
                       " experts");
   }

@@ -51,9 +51,10 @@ struct Cpu : Device {
 }  // namespace
 
 TORCH_LIBRARY_IMPL(peer, CPU, m) {
-  m.impl("expert_mlp", expert_mlp_on<Cpu>);
-  m.impl("expert_mlp_backward", expert_mlp_backward_on<Cpu>);
-  m.impl("expert_mlp_backward_coefficients", expert_mlp_backward_coefficients_on<Cpu>);
+  m.impl("expert_mlp", ExpertMlp::kernel<expert_mlp_on<Cpu>>);
+  m.impl("expert_mlp_backward", ExpertMlpBackward::kernel<expert_mlp_backward_on<Cpu>>);
+  m.impl("expert_mlp_backward_coefficients",
+         ExpertMlpBackwardCoefficients::kernel<expert_mlp_backward_coefficients_on<Cpu>>);
 }
 
 }  // namespace peer::ops::cpu

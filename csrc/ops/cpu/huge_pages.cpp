@@ -5,6 +5,7 @@
 #include <c10/core/CPUAllocator.h>
 #include <c10/util/accumulate.h>
 #include <sys/mman.h>
+#include <torch/library.h>
 
 #include <cerrno>
 #include <cstring>
@@ -166,3 +167,8 @@ at::Tensor zeros_huge(at::IntArrayRef size, at::ScalarType dtype) {
 }
 
 }  // namespace peer
+
+TORCH_LIBRARY_FRAGMENT(peer, m) {
+  m.def("empty_huge(int[] size, ScalarType dtype) -> Tensor", &peer::empty_huge);
+  m.def("zeros_huge(int[] size, ScalarType dtype) -> Tensor", &peer::zeros_huge);
+}

@@ -65,9 +65,9 @@ struct Cpu : Device {
 }  // namespace
 
 TORCH_LIBRARY_IMPL(peer, CPU, m) {
-  m.impl("rowwise_adagrad_", rowwise_adagrad_on<Cpu>);
-  m.impl("sgd_", sgd_on<Cpu>);
-  m.impl("rowwise_adam_", rowwise_adam_on<Cpu>);
+  m.impl("rowwise_adagrad_", RowwiseAdagrad::kernel<rowwise_adagrad_on<Cpu>>);
+  m.impl("sgd_", Sgd::kernel<sgd_on<Cpu>>);
+  m.impl("rowwise_adam_", RowwiseAdam::kernel<rowwise_adam_on<Cpu>>);
 }
 
 }  // namespace peer::ops::cpu

@@ -1,13 +1,15 @@
-// What the glue of the operators has alike on every device.
+// What the operators have in common on every device.
 //
-// In this folder an operator is a template over its device and reads in the order in which things
-// happen: check, allocate, launch, return. A device is a struct of static functions, which the
-// operators' files in its own folder complete. Every device has, from its common.h:
+// In this folder an operator is a template over its device. It reads in the order in which things
+// happen: check, allocate, launch, return. A device is a struct of static functions, completed by
+// each operator's file in the device's folder. From its common.h, every device has:
 //
 //   input_type(given, table)           the dtype in which the kernels take an input of the given
-//                                      one beside a table
-//   kMaxPairs                         how many retrievals or table rows they can sort
-//   check_index_range(op, ids, count)  whatever can be said of ids before a kernel reads them
+//                                      dtype beside a table
+//   kMaxPairs                          how many retrievals or table rows the device can sort
+//   check_index_range(op, ids, count)  raises IndexError for an id outside [0, count), if the
+//   device
+//                                      can tell before a kernel reads the ids
 //   TableGradient                      the gradient of a table from sorted retrievals
 #pragma once
 
@@ -43,8 +45,8 @@ auto with_table_type(at::ScalarType type, Body&& body) {
   }
 }
 
-// Calls body.template operator()<Table, Input>(), where the input has the table's dtype or that of
-// its accumulation.
+// Calls body.template operator()<Table, Input>(). The input has the table's dtype or its
+// accumulation dtype.
 template <class Body>
 auto with_table_and_input_type(at::ScalarType table, at::ScalarType input, Body&& body) {
   return with_table_type(table, [&]<class Table>() {
@@ -53,7 +55,7 @@ auto with_table_and_input_type(at::ScalarType table, at::ScalarType input, Body&
   });
 }
 
-// Calls body.template operator()<Real>() for a dtype of accumulation.
+// Calls body.template operator()<Real>() for an accumulation dtype.
 template <class Body>
 auto with_accumulation_type(at::ScalarType type, Body&& body) {
   return type == at::kDouble ? body.template operator()<double>()
@@ -70,7 +72,7 @@ const Element* const_data_of(const Tensor& tensor) {
   return static_cast<const Element*>(tensor.const_data_ptr());
 }
 
-// Null where the tensor is undefined.
+// Null if the tensor is undefined.
 template <class Element>
 Element* data_or_null(const Tensor& tensor) {
   return tensor.defined() ? data_of<Element>(tensor) : nullptr;
@@ -107,16 +109,16 @@ Rows<Element> mutable_rows_of(const Tensor& table) {
   return {data_of<Element>(table), table.stride(0)};
 }
 
-// So many indices of a table's rows must fit the list in which the device's kernels sort them.
+// Checks that the device's kernels can sort this many indices of this many rows.
 template <class Device>
 void check_sortable(const char* op, const Tensor& table, int64_t indices, int64_t rows) {
-  TORCH_CHECK_VALUE(indices <= Device::kMaxPairs && rows <= Device::kMaxPairs, "peer::", op,
+  TORCH_CHECK_VALUE(indices <= Device::kMaxPairs && rows <= Device::kMaxPairs, op,
                     ": expected at most ", Device::kMaxPairs, " indices and table rows on ",
                     table.device(), ", got ", indices, " indices of ", rows, " rows");
 }
 
-// A coalesced gradient of a table of so many rows: ids (1, distinct) ascending, values (distinct,
-// parts, width).
+// A coalesced sparse gradient of a table with this many rows: ids (1, distinct) ascending, values
+// (distinct, parts, width).
 inline Tensor sparse_gradient(int64_t rows, const Tensor& ids, const Tensor& values) {
   return at::_sparse_coo_tensor_with_dims_and_tensors(
       /*sparse_dim=*/1, /*dense_dim=*/2, {rows, values.size(1), values.size(2)}, ids, values,

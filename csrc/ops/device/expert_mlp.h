@@ -1,10 +1,10 @@
-// expert_mlp on a device, which adds to what common.h asks of it
+// expert_mlp on a device. Besides what common.h lists, a device has
 //
 //   forward(const Experts&, const TokenOutputs&)
 //   backward(const Experts&, const TokenGradients&)
 //
-// the token passes, which forward_pass and backward_pass make of these. The table's gradient is
-// sums over the retrievals, which one sort serves all.
+// which call the kernels with what forward_pass and backward_pass make of these arguments. The
+// table's gradient is a sum over retrievals for each part of a row; one sort serves all parts.
 #pragma once
 
 #include <ATen/ops/empty.h>
@@ -15,16 +15,13 @@
 
 namespace peer::ops {
 
-// What the token pass reads in both directions, as the kernels want it.
+// What the kernels read forward and backward, in the dtypes and layouts that they take.
 struct Experts {
-  Experts(Activation parsed,
-          const Tensor& given_indices,
-          const Tensor& given_weights,
-          const Tensor& given_table)
-      : activation(parsed),
-        indices(given_indices.contiguous()),
-        weights(contiguous_as(given_weights, accumulation_type(given_table.scalar_type()))),
-        table(with_contiguous_columns(given_table)),
+  Experts(Activation activation, const ExpertMlpInputs& inputs)
+      : activation(activation),
+        indices(inputs.indices.contiguous()),
+        weights(contiguous_as(inputs.weights, accumulation_type(inputs.table.scalar_type()))),
+        table(with_contiguous_columns(inputs.table)),
         parts(table) {}
 
   int64_t count() const { return table.size(0); }
@@ -43,20 +40,20 @@ struct Experts {
   ExpertParts parts;
 };
 
-// The token pass forward: x and out in the input dtype, the others in that of accumulation.
+// Forward: x and out in the input dtype, the others in the accumulation dtype.
 struct TokenOutputs {
   Tensor x;
   Tensor out, hidden;
   Tensor gate;  // empty without gates
 };
 
-// The gradients with respect to what belongs to tokens, and the coefficients that the table's
-// gradient is made of, (parts, T, P) in the order of its parts. grad_out and grad_x are in the
-// input dtype, the others in that of accumulation.
+// Backward: the gradients of x and weights, and the coefficients of the table's gradient, (parts,
+// T, P) in the order of the table's parts. grad_out and grad_x are in the input dtype, the others
+// in the accumulation dtype.
 struct TokenGradients {
   Tensor indices, grad_out, hidden;
   Tensor gate;    // undefined without gates
-  Tensor grad_x;  // undefined where not wanted
+  Tensor grad_x;  // undefined if not wanted
   Tensor grad_weights, coefficients;
 
   template <class Real>
@@ -113,107 +110,77 @@ ExpertMlpBackward<Table, Input> backward_pass(const Experts& experts,
 }
 
 template <class Device>
-std::tuple<Tensor, Tensor, Tensor> expert_mlp_on(const Tensor& x,
-                                                 const Tensor& weights,
-                                                 const Tensor& indices,
-                                                 const Tensor& table,
-                                                 std::string_view activation,
-                                                 bool /*sparse_grad*/) {
-  const Activation parsed = check_expert_mlp(x, weights, indices, table, activation);
-  const c10::DeviceGuard guard(x.device());
-  const Experts experts(parsed, indices, weights, table);
-  Device::check_index_range("expert_mlp", experts.indices, experts.count());
+ThreeTensors expert_mlp_on(const ExpertMlpArguments& args) {
+  const Activation activation = check_expert_mlp(args);
+  const c10::DeviceGuard guard(args.x.device());
+  const Experts experts(activation, args);
+  Device::check_index_range(args.kName, experts.indices, experts.count());
 
-  const Tensor inputs = as_input<Device>(x, experts.type());
+  const Tensor inputs = as_input<Device>(args.x, experts.type());
   const at::TensorOptions accumulated = experts.weights.options();
   const TokenOutputs tokens = {
       .x = inputs,
-      .out = at::empty(x.sizes(), inputs.options()),
-      .hidden = at::empty(indices.sizes(), accumulated),
-      .gate = experts.have_gates() ? at::empty(indices.sizes(), accumulated)
+      .out = at::empty(args.x.sizes(), inputs.options()),
+      .hidden = at::empty(args.indices.sizes(), accumulated),
+      .gate = experts.have_gates() ? at::empty(args.indices.sizes(), accumulated)
                                    : at::empty({0}, accumulated),
   };
   Device::forward(experts, tokens);
-  return {tokens.out.to(x.scalar_type()), tokens.hidden, tokens.gate};
+  return {tokens.out.to(args.x.scalar_type()), tokens.hidden, tokens.gate};
 }
 
-template <class Device>
-TokenGradients token_gradients_on(const char* op,
-                                  const Tensor& grad_out,
-                                  const Tensor& x,
-                                  const Tensor& weights,
-                                  const Tensor& indices,
-                                  const Tensor& table,
-                                  const Tensor& hidden,
-                                  const Tensor& gate,
-                                  std::string_view activation,
-                                  bool wants_grad_x) {
-  const Activation parsed =
-      check_expert_mlp_backward(op, x, weights, indices, table, hidden, gate, activation);
-  check_expert_mlp_grad_out(op, grad_out, x);
-  const Experts experts(parsed, indices, weights, table);
-  Device::check_index_range(op, experts.indices, experts.count());
+// The arguments of expert_mlp_backward or of expert_mlp_backward_coefficients.
+template <class Device, class Arguments>
+TokenGradients token_gradients_on(const Arguments& args, bool wants_grad_x) {
+  const Activation activation = check_expert_mlp_backward(args, args.hidden, args.gate);
+  check_expert_mlp_grad_out(args.kName, args.grad_out, args.x);
+  const Experts experts(activation, args);
+  Device::check_index_range(args.kName, experts.indices, experts.count());
 
+  const Tensor& indices = experts.indices;
   const at::TensorOptions accumulated = experts.weights.options();
-  const Tensor incoming = as_input<Device>(grad_out, experts.type());
+  const Tensor incoming = as_input<Device>(args.grad_out, experts.type());
   const at::ScalarType type = accumulation_type(experts.type());
   const TokenGradients gradients = {
-      .indices = experts.indices,
+      .indices = indices,
       .grad_out = incoming,
-      .hidden = contiguous_as(hidden, type),
-      .gate = experts.have_gates() ? contiguous_as(gate, type) : Tensor(),
-      .grad_x = wants_grad_x ? at::empty(x.sizes(), incoming.options()) : Tensor(),
+      .hidden = contiguous_as(args.hidden, type),
+      .gate = experts.have_gates() ? contiguous_as(args.gate, type) : Tensor(),
+      .grad_x = wants_grad_x ? at::empty(args.x.sizes(), incoming.options()) : Tensor(),
       .grad_weights = at::empty(indices.sizes(), accumulated),
-      .coefficients = at::empty({table.size(1), indices.size(0), indices.size(1)}, accumulated),
+      .coefficients =
+          at::empty({args.table.size(1), indices.size(0), indices.size(1)}, accumulated),
   };
   Device::backward(experts, gradients);
   return gradients;
 }
 
 template <class Device>
-std::tuple<Tensor, Tensor, Tensor> expert_mlp_backward_on(const Tensor& grad_out,
-                                                          const Tensor& x,
-                                                          const Tensor& weights,
-                                                          const Tensor& indices,
-                                                          const Tensor& table,
-                                                          const Tensor& hidden,
-                                                          const Tensor& gate,
-                                                          std::string_view activation,
-                                                          bool sparse_grad,
-                                                          std::array<bool, 3> output_mask) {
-  const char* op = "expert_mlp_backward";
-  const c10::DeviceGuard guard(x.device());
-  const TokenGradients tokens = token_gradients_on<Device>(
-      op, grad_out, x, weights, indices, table, hidden, gate, activation, output_mask[kGradX]);
+ThreeTensors expert_mlp_backward_on(const ExpertMlpBackwardArguments& args) {
+  const c10::DeviceGuard guard(args.x.device());
+  const Tensor& table = args.table;
+  const TokenGradients tokens = token_gradients_on<Device>(args, args.output_mask[kGradX]);
   Tensor grad_table;
-  if (output_mask[kGradTable]) {
-    check_sortable<Device>(op, table, tokens.indices.numel(), table.size(0));
-    const typename Device::TableGradient gradient(tokens.indices, table.size(0), sparse_grad);
-    std::vector<Tensor> sources(table.size(1), as_input<Device>(x, table.scalar_type()));
+  if (args.output_mask[kGradTable]) {
+    check_sortable<Device>(args.kName, table, tokens.indices.numel(), table.size(0));
+    const typename Device::TableGradient gradient(tokens.indices, table.size(0), args.sparse_grad);
+    std::vector<Tensor> sources(table.size(1), as_input<Device>(args.x, table.scalar_type()));
     sources.back() = tokens.grad_out;
     grad_table = gradient.sum(tokens.coefficients, sources, table.options());
   }
-  return {tokens.grad_x.defined() ? tokens.grad_x.to(x.scalar_type()) : Tensor(),
-          output_mask[kGradWeights] ? tokens.grad_weights.to(weights.scalar_type()) : Tensor(),
+  return {tokens.grad_x.defined() ? tokens.grad_x.to(args.x.scalar_type()) : Tensor(),
+          args.output_mask[kGradWeights] ? tokens.grad_weights.to(args.weights.scalar_type())
+                                         : Tensor(),
           grad_table};
 }
 
 template <class Device>
-std::tuple<Tensor, Tensor, Tensor> expert_mlp_backward_coefficients_on(
-    const Tensor& grad_out,
-    const Tensor& x,
-    const Tensor& weights,
-    const Tensor& indices,
-    const Tensor& table,
-    const Tensor& hidden,
-    const Tensor& gate,
-    std::string_view activation) {
-  const c10::DeviceGuard guard(x.device());
-  const TokenGradients tokens =
-      token_gradients_on<Device>("expert_mlp_backward_coefficients", grad_out, x, weights, indices,
-                                 table, hidden, gate, activation, /*wants_grad_x=*/true);
-  return {tokens.grad_x.to(x.scalar_type()), tokens.grad_weights.to(weights.scalar_type()),
-          tokens.coefficients};
+ThreeTensors expert_mlp_backward_coefficients_on(
+    const ExpertMlpBackwardCoefficientsArguments& args) {
+  const c10::DeviceGuard guard(args.x.device());
+  const TokenGradients tokens = token_gradients_on<Device>(args, /*wants_grad_x=*/true);
+  return {tokens.grad_x.to(args.x.scalar_type()),
+          tokens.grad_weights.to(args.weights.scalar_type()), tokens.coefficients};
 }
 
 }  // namespace peer::ops

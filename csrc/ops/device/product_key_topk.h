@@ -1,4 +1,4 @@
-// product_key_topk on a device, which adds to what common.h asks of it
+// product_key_topk on a device. Besides what common.h lists, a device has
 //
 //   retrieve(query, row_keys, col_keys, scores, indices)
 //   find_retrieved_keys(const RetrievedKeys&)
@@ -14,8 +14,8 @@
 
 namespace peer::ops {
 
-// Which row and which column of the keys every retrieval took. The keys of all heads are one table;
-// a retrieval owns row r (or c) of it, in its head's part where the heads have their own keys.
+// The row key and the column key of every retrieval, as positions in the table of all heads' keys.
+// If heads have their own keys, each head has its own part of that table.
 struct RetrievedKeys {
   RetrievedKeys(const Tensor& given_indices, const Tensor& row_keys, const Tensor& col_keys)
       : rows_per_head(row_keys.size(-2)),
@@ -33,15 +33,13 @@ struct RetrievedKeys {
   int64_t rows_per_head, columns_per_head;
   bool heads_share_rows, heads_share_columns;
   Tensor indices;        // (T, H, k)
-  Tensor rows, columns;  // (T, H, k), found by the device
+  Tensor rows, columns;  // (T, H, k), written by the device
 };
 
 template <class Device>
-std::tuple<Tensor, Tensor> product_key_topk_on(const Tensor& query,
-                                               const Tensor& row_keys,
-                                               const Tensor& col_keys,
-                                               int64_t k) {
-  check_product_key_topk(query, row_keys, col_keys, k);
+std::tuple<Tensor, Tensor> product_key_topk_on(const ProductKeyTopkArguments& args) {
+  check_product_key_topk(args);
+  const auto& [query, row_keys, col_keys, k] = args;
   const c10::DeviceGuard guard(query.device());
   const at::ScalarType type = query.scalar_type();
   const Tensor scores =
@@ -53,22 +51,19 @@ std::tuple<Tensor, Tensor> product_key_topk_on(const Tensor& query,
 }
 
 template <class Device>
-std::tuple<Tensor, Tensor, Tensor> product_key_topk_backward_on(const Tensor& grad_scores,
-                                                                const Tensor& query,
-                                                                const Tensor& row_keys,
-                                                                const Tensor& col_keys,
-                                                                const Tensor& indices,
-                                                                std::array<bool, 3> output_mask) {
-  const char* op = "product_key_topk_backward";
-  check_product_key_topk_backward(query, row_keys, col_keys, indices);
-  check_product_key_topk_grad_scores(grad_scores, indices);
+std::tuple<Tensor, Tensor, Tensor> product_key_topk_backward_on(
+    const ProductKeyTopkBackwardArguments& args) {
+  check_product_key_topk_backward(args);
+  check_product_key_topk_grad_scores(args.grad_scores, args.indices);
+  const Tensor &query = args.query, &row_keys = args.row_keys, &col_keys = args.col_keys;
+  const auto& output_mask = args.output_mask;
   const c10::DeviceGuard guard(query.device());
   const at::ScalarType type = query.scalar_type();
   const int64_t retrievals = query.size(0) * query.size(1);
   const int64_t half_width = query.size(2) / 2;
-  const Tensor grad = contiguous_as(grad_scores, accumulation_type(type));
-  const RetrievedKeys keys(indices, row_keys, col_keys);
-  Device::check_index_range(op, keys.indices, keys.experts());
+  const Tensor grad = contiguous_as(args.grad_scores, accumulation_type(type));
+  const RetrievedKeys keys(args.indices, row_keys, col_keys);
+  Device::check_index_range(args.kName, keys.indices, keys.experts());
   Device::find_retrieved_keys(keys);
 
   Tensor grad_query;
@@ -99,7 +94,7 @@ std::tuple<Tensor, Tensor, Tensor> product_key_topk_backward_on(const Tensor& gr
                              : Tensor();
   const auto grad_keys = [&](const Tensor& table, const Tensor& retrieved, int64_t column) {
     const int64_t count = table.numel() / half_width;
-    check_sortable<Device>(op, table, retrieved.numel(), count);
+    check_sortable<Device>(args.kName, table, retrieved.numel(), count);
     const typename Device::TableGradient gradient(retrieved, count, /*sparse=*/false);
     return gradient.sum(grad, {queries.narrow(1, column, half_width)}, table.options())
         .view(table.sizes());

@@ -1,9 +1,9 @@
-// The operators that update rows on a device, which adds to what common.h asks of it
+// The operators that update tables, on a device. Besides what common.h lists, a device has
 //
 //   TableUpdate<Table, Source>                  the kernels' struct
-//   update(TableUpdate, indices, source, rows)  by sums over the indices; row by row where there
-//   are
-//                                             none
+//   update(TableUpdate, indices, source, rows)  updates by sums over the indices; row by row
+//   without
+//                                               indices
 #pragma once
 
 #include "kernels/random_bits.h"
@@ -13,22 +13,21 @@
 
 namespace peer::ops {
 
-// What rows are multiplied by before they follow their gradients.
-inline double decay_factor_of(double lr, double weight_decay) { return 1 - lr * weight_decay; }
+// Rows are multiplied by this factor before they are updated.
+inline double decay_factor(double lr, double weight_decay) { return 1 - lr * weight_decay; }
 
 // Updates the table by the rule that make_rule.template operator()<Table>() returns.
-template <class Device, class MakeRule>
-void update_table_on(const char* op,
-                     const Tensor& table,
-                     const RowGradient& gradient,
-                     const Rounding& rounding,
-                     const MakeRule& make_rule) {
+template <class Device, class Arguments, class MakeRule>
+void update_table_on(const Arguments& args, const MakeRule& make_rule) {
+  const Tensor& table = args.table;
+  const RowGradient gradient = gradient_of(args);
+  const Rounding rounding = rounding_of(args);
   const c10::DeviceGuard guard(table.device());
   const Tensor indices = gradient.indices.has_value() ? gradient.indices->contiguous() : Tensor();
   if (indices.defined()) {
-    Device::check_index_range(op, indices, table.size(0));
+    Device::check_index_range(args.kName, indices, table.size(0));
   }
-  check_sortable<Device>(op, table, indices.defined() ? indices.numel() : 0, table.size(0));
+  check_sortable<Device>(args.kName, table, indices.defined() ? indices.numel() : 0, table.size(0));
   if (gradient.source.numel() == 0 || (indices.defined() && indices.numel() == 0)) {
     return;
   }
@@ -59,85 +58,50 @@ void update_table_on(const char* op,
 }
 
 template <class Device>
-void rowwise_adagrad_on(const Tensor& table,
-                        const Tensor& sum_of_squares,
-                        const std::optional<Tensor>& indices,
-                        const Tensor& source,
-                        const std::optional<Tensor>& coefficients,
-                        double lr,
-                        double eps,
-                        double weight_decay,
-                        std::optional<int64_t> seed,
-                        int64_t step,
-                        int64_t stream) {
-  const RowGradient gradient = {indices, source, coefficients};
-  check_rowwise_adagrad(table, sum_of_squares, gradient);
-  update_table_on<Device>(
-      "rowwise_adagrad_", table, gradient, {seed, step, stream}, [&]<class Table>() {
-        return UpdateRule<Table>{.rule = Rule::rowwise_adagrad,
-                                 .lr = lr,
-                                 .decay_factor = decay_factor_of(lr, weight_decay),
-                                 .eps = eps,
-                                 .second_moments = data_of<accumulation_t<Table>>(sum_of_squares)};
-      });
+void rowwise_adagrad_on(const RowwiseAdagradArguments& args) {
+  check_rowwise_adagrad(args);
+  update_table_on<Device>(args, [&]<class Table>() {
+    return UpdateRule<Table>{
+        .rule = Rule::rowwise_adagrad,
+        .lr = args.lr,
+        .decay_factor = decay_factor(args.lr, args.weight_decay),
+        .eps = args.eps,
+        .second_moments = data_of<accumulation_t<Table>>(args.sum_of_squares),
+    };
+  });
 }
 
 template <class Device>
-void sgd_on(const Tensor& table,
-            const std::optional<Tensor>& momentum_buffer,
-            const std::optional<Tensor>& indices,
-            const Tensor& source,
-            const std::optional<Tensor>& coefficients,
-            double lr,
-            double momentum,
-            bool nesterov,
-            double weight_decay,
-            std::optional<int64_t> seed,
-            int64_t step,
-            int64_t stream) {
-  const RowGradient gradient = {indices, source, coefficients};
-  check_sgd(table, momentum_buffer, gradient, momentum);
-  update_table_on<Device>("sgd_", table, gradient, {seed, step, stream}, [&]<class Table>() {
-    UpdateRule<Table> rule = {.rule = Rule::sgd, .lr = lr, .decay_factor = decay_factor_of(lr, weight_decay)};
-    if (momentum_buffer.has_value()) {
-      rule.beta1 = momentum;
-      rule.nesterov = nesterov;
-      rule.momentum = mutable_rows_of<Table>(*momentum_buffer);
+void sgd_on(const SgdArguments& args) {
+  check_sgd(args);
+  update_table_on<Device>(args, [&]<class Table>() {
+    UpdateRule<Table> rule = {
+        .rule = Rule::sgd, .lr = args.lr, .decay_factor = decay_factor(args.lr, args.weight_decay)};
+    if (args.momentum_buffer.has_value()) {
+      rule.beta1 = args.momentum;
+      rule.nesterov = args.nesterov;
+      rule.momentum = mutable_rows_of<Table>(*args.momentum_buffer);
     }
     return rule;
   });
 }
 
 template <class Device>
-void rowwise_adam_on(const Tensor& table,
-                     const Tensor& first_moment,
-                     const Tensor& second_moment,
-                     const Tensor& row_steps,
-                     const std::optional<Tensor>& indices,
-                     const Tensor& source,
-                     const std::optional<Tensor>& coefficients,
-                     double lr,
-                     double beta1,
-                     double beta2,
-                     double eps,
-                     double weight_decay,
-                     std::optional<int64_t> seed,
-                     int64_t step,
-                     int64_t stream) {
-  const RowGradient gradient = {indices, source, coefficients};
-  check_rowwise_adam(table, first_moment, second_moment, row_steps, gradient);
-  update_table_on<Device>(
-      "rowwise_adam_", table, gradient, {seed, step, stream}, [&]<class Table>() {
-        return UpdateRule<Table>{.rule = Rule::rowwise_adam,
-                                 .lr = lr,
-                                 .decay_factor = decay_factor_of(lr, weight_decay),
-                                 .eps = eps,
-                                 .beta1 = beta1,
-                                 .beta2 = beta2,
-                                 .momentum = mutable_rows_of<Table>(first_moment),
-                                 .second_moments = data_of<accumulation_t<Table>>(second_moment),
-                                 .row_steps = data_of<int32_t>(row_steps)};
-      });
+void rowwise_adam_on(const RowwiseAdamArguments& args) {
+  check_rowwise_adam(args);
+  update_table_on<Device>(args, [&]<class Table>() {
+    return UpdateRule<Table>{
+        .rule = Rule::rowwise_adam,
+        .lr = args.lr,
+        .decay_factor = decay_factor(args.lr, args.weight_decay),
+        .eps = args.eps,
+        .beta1 = args.beta1,
+        .beta2 = args.beta2,
+        .momentum = mutable_rows_of<Table>(args.first_moment),
+        .second_moments = data_of<accumulation_t<Table>>(args.second_moment),
+        .row_steps = data_of<int32_t>(args.row_steps),
+    };
+  });
 }
 
 }  // namespace peer::ops
