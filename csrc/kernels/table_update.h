@@ -8,8 +8,8 @@
 namespace peer {
 
 // How the gradient g of a row's part changes the part w and its state. Before anything else, w is
-// multiplied by `decay_factor`, 1 - (learning rate)·(weight decay). With s and v the part's own numbers, m
-// its momentum, and t the row's number:
+// multiplied by `decay_factor`, 1 - (learning rate)·(weight decay). With s and v the part's own
+// numbers, m its momentum, and t the row's number:
 //
 //   rowwise_adagrad   s += mean(g²)
 //                     w -= lr·g / (sqrt(s) + eps)

@@ -30,7 +30,7 @@ void check(const ExpertPoolOptions& options) {
       options.activation(), "'");
 }
 
-// On the CPU in large pages, because the rows are read at random.
+// CPU tables lie in huge pages, because their rows are read at random.
 Tensor make_table(const ExpertPoolOptions& options) {
   const auto made_with = factory(options);
   const std::vector<int64_t> sizes = {options.num_experts(), options.glu() ? 3 : 2, options.dim()};
@@ -39,8 +39,9 @@ Tensor make_table(const ExpertPoolOptions& options) {
              : torch::empty(sizes, made_with);
 }
 
-// By rows in memory of their own: torch draws other numbers, and slowly, where memory is not
-// contiguous or holds fewer than 16. By multiples of 16 they are those of the whole part.
+// Draws into contiguous memory, then copies. For memory that is not contiguous, or has fewer than
+// 16 elements, torch draws other numbers, and slowly. Blocks of a multiple of 16 elements get the
+// same numbers as the whole part at once.
 void draw_normal(const Tensor& part, double std) {
   std::vector<int64_t> sizes(std::max<int64_t>(part.size(0) / 4096, 1), 4096);
   sizes.back() += part.size(0) - 4096 * static_cast<int64_t>(sizes.size());

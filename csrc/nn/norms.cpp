@@ -96,7 +96,7 @@ Tensor QueryNormImpl::normalise_batch(const Tensor& query) {
     factor = options.momentum() ? *options.momentum()
                                 : 1.0 / static_cast<double>(num_batches_tracked.item<int64_t>());
   }
-  // Not torch::nn::BatchNorm1d, whose state is not open to a mask.
+  // Not torch::nn::BatchNorm1d: its statistics cannot leave out masked tokens.
   return torch::nn::functional::batch_norm(query, running_mean, running_var,
                                            torch::nn::functional::BatchNormFuncOptions()
                                                .weight(weight)
@@ -107,8 +107,8 @@ Tensor QueryNormImpl::normalise_batch(const Tensor& query) {
 }
 
 Tensor QueryNormImpl::normalise_unpadded(const Tensor& query, const Tensor& padding_mask) {
-  // Sums with padding filled by zeros: shapes do not depend on the mask, and what stands in the
-  // padding, NaN included, cannot reach the statistics.
+  // Padding is filled with zeros before the sums. So shapes do not depend on the mask, and the
+  // values in the padding, NaN included, do not enter the statistics.
   const Tensor values = query.to(ops::accumulation_type(query.scalar_type()));
   const Tensor padding = padding_mask.unsqueeze(-1);
   const Tensor count = padding_mask.logical_not().sum().to(values.scalar_type());

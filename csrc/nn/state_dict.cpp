@@ -17,7 +17,7 @@ namespace {
 using at::Tensor;
 using nn::StoredTensor;
 
-// Parameters and buffers in one, as Python's state_dict has them.
+// Parameters and buffers in one map, as in Python's state_dict.
 std::map<std::string, Tensor> state_of(const torch::nn::Module& module) {
   std::map<std::string, Tensor> state;
   for (const auto& parameter : module.named_parameters()) {
@@ -29,14 +29,14 @@ std::map<std::string, Tensor> state_of(const torch::nn::Module& module) {
   return state;
 }
 
-// A line for everything that keeps `saved` from being the state of a module with `here`.
+// One line for each difference between a saved state and the state of a module.
 std::string differences(const std::map<std::string, StoredTensor>& saved,
                         const std::map<std::string, Tensor>& here) {
   std::string text;
   for (const auto& [name, tensor] : here) {
     const auto found = saved.find(name);
     if (found == saved.end()) {
-      text += c10::str("\n  ", name, " is missing in the file");
+      text += c10::str("\n  ", name, " is missing from the file");
     } else if (found->second.sizes != tensor.sizes()) {
       text += c10::str("\n  ", name, ": expected shape ", tensor.sizes(), ", got ",
                        at::IntArrayRef(found->second.sizes));
@@ -44,7 +44,7 @@ std::string differences(const std::map<std::string, StoredTensor>& saved,
   }
   for (const auto& entry : saved) {
     if (here.find(entry.first) == here.end()) {
-      text += c10::str("\n  ", entry.first, " is not a name of the module");
+      text += c10::str("\n  ", entry.first, " does not belong to the module");
     }
   }
   return text;
@@ -58,7 +58,7 @@ void save_state_dict(const torch::nn::Module& module, const std::string& path) {
     state.insert(name, tensor);
   }
   std::vector<char> names;
-  // Without tags of types, which Python reads only where it trusts the file.
+  // No type tags: Python reads them only with weights_only=False.
   torch::jit::Pickler pickler(
       [&](const char* bytes, size_t count) { names.insert(names.end(), bytes, bytes + count); },
       /*tensor_table=*/nullptr, /*type_renamer=*/nullptr, /*memoized_class_types=*/nullptr,
@@ -66,7 +66,7 @@ void save_state_dict(const torch::nn::Module& module, const std::string& path) {
   pickler.protocol();
   pickler.pushIValue(state);
   pickler.stop();
-  // The values go to the file one by one: no second copy of the tables is made.
+  // The values go to the file one by one, so the tables are not copied.
   caffe2::serialize::PyTorchStreamWriter file(path);
   torch::jit::writeArchiveAndTensors("data", names.data(), names.size(), pickler.tensorData(),
                                      file);

@@ -16,10 +16,42 @@ namespace {
 
 struct Value;
 
-// What the machine computes with. Values are small, whatever they stand for, because a program of
-// two bytes copies one: text lies in the program, and all else is shared. `Other` stands for values
-// that are of no interest here, such as the entries of the metadata that Python appends; they are
-// dropped, so that nothing can nest.
+// The opcodes of pickle protocol 2 that make a dictionary of tensors, by their names in Python's
+// pickletools.
+enum Opcode : uint8_t {
+  kMark = '(',
+  kEmptyTuple = ')',
+  kStop = '.',
+  kBinInt = 'J',
+  kBinInt1 = 'K',
+  kBinInt2 = 'M',
+  kNone = 'N',
+  kBinPersId = 'Q',
+  kReduce = 'R',
+  kBinUnicode = 'X',
+  kBuild = 'b',
+  kGlobal = 'c',
+  kBinGet = 'h',
+  kLongBinGet = 'j',
+  kBinPut = 'q',
+  kLongBinPut = 'r',
+  kSetItem = 's',
+  kTuple = 't',
+  kSetItems = 'u',
+  kEmptyDict = '}',
+  kProto = 0x80,
+  kTuple1 = 0x85,
+  kTuple2 = 0x86,
+  kTuple3 = 0x87,
+  kNewTrue = 0x88,
+  kNewFalse = 0x89,
+  kLong1 = 0x8a,
+};
+
+// What the stack holds. An instruction of two bytes can copy a value, so values are small: text
+// points into the pickle, and everything else is shared. `Other` stands for values that do not
+// matter here, such as the metadata that Python appends. Their contents are dropped, so nothing can
+// nest.
 struct Other {};
 struct Mark {};
 struct Storage {
@@ -64,8 +96,8 @@ constexpr std::pair<std::string_view, Function> kFunctions[] = {
     {"torch._utils._rebuild_parameter", Function::rebuild_parameter},
 };
 
-// Whether the last element, and so every one, lies within the storage. No number is trusted: their
-// products may not fit an int64.
+// Whether the last element, and so every element, lies within the storage. No number in a file is
+// trusted: products of them may overflow int64.
 bool is_within_storage(const StoredTensor& tensor) {
   if (tensor.sizes.size() != tensor.strides.size() || tensor.offset < 0) {
     return false;
@@ -89,108 +121,112 @@ bool is_within_storage(const StoredTensor& tensor) {
   return is_empty ? tensor.offset <= tensor.storage_size : last < tensor.storage_size;
 }
 
-class Machine {
+class Unpickler {
  public:
-  explicit Machine(std::string_view program) : program_(program) {}
+  explicit Unpickler(std::string_view pickle) : pickle_(pickle) {}
 
   std::map<std::string, StoredTensor> run() {
-    while (step(take(1)[0])) {
+    while (step(static_cast<uint8_t>(take(1)[0]))) {
     }
-    TORCH_CHECK(stack_.size() == 1, "it does not end with one value");
+    TORCH_CHECK(stack_.size() == 1, "the pickle does not end with one value");
     std::map<std::string, StoredTensor> tensors;
     for (auto& [name, value] : pop<std::shared_ptr<Dict>>()->entries) {
       const auto* tensor = std::get_if<std::shared_ptr<const StoredTensor>>(&value.value);
       TORCH_CHECK(tensor != nullptr, "'", name, "' is not a tensor");
-      TORCH_CHECK(tensors.emplace(name, **tensor).second, "'", name, "' is there twice");
+      TORCH_CHECK(tensors.emplace(name, **tensor).second, "'", name, "' occurs twice");
     }
     return tensors;
   }
 
  private:
-  // One instruction; whether there is another.
-  bool step(char code) {
-    switch (code) {
-      case '\x80':  // PROTO
+  // Executes one instruction. Returns false at the end.
+  bool step(uint8_t opcode) {
+    switch (opcode) {
+      case kProto:
         take(1);
         return true;
-      case 'c':  // GLOBAL
+      case kGlobal:
         push_global();
         return true;
-      case 'q':  // BINPUT
+      case kBinPut:
         memo_[integer<uint8_t>()] = top();
         return true;
-      case 'r':  // LONG_BINPUT
+      case kLongBinPut:
         memo_[integer<uint32_t>()] = top();
         return true;
-      case 'h':  // BINGET
-        recall(integer<uint8_t>());
+      case kBinGet:
+        push_memo(integer<uint8_t>());
         return true;
-      case 'j':  // LONG_BINGET
-        recall(integer<uint32_t>());
+      case kLongBinGet:
+        push_memo(integer<uint32_t>());
         return true;
-      case '(':  // MARK
+      case kMark:
         push(Mark());
         return true;
-      case ')':  // EMPTY_TUPLE
+      case kEmptyTuple:
         push_tuple({});
         return true;
-      case '\x85':  // TUPLE1 to TUPLE3
-      case '\x86':
-      case '\x87':
-        push_tuple(pop_last(static_cast<size_t>(code - '\x84')));
+      case kTuple1:
+        push_tuple(pop_last(1));
         return true;
-      case 't':  // TUPLE
+      case kTuple2:
+        push_tuple(pop_last(2));
+        return true;
+      case kTuple3:
+        push_tuple(pop_last(3));
+        return true;
+      case kTuple:
         push_tuple(pop_to_mark());
         return true;
-      case '}':  // EMPTY_DICT
+      case kEmptyDict:
         push(std::make_shared<Dict>());
         return true;
-      case 's':  // SETITEM
+      case kSetItem:
         set_items(pop_last(2));
         return true;
-      case 'u':  // SETITEMS
+      case kSetItems:
         set_items(pop_to_mark());
         return true;
-      case 'X':  // BINUNICODE
+      case kBinUnicode:
         push(take(integer<uint32_t>()));
         return true;
-      case 'K':  // BININT1
+      case kBinInt1:
         push(int64_t{integer<uint8_t>()});
         return true;
-      case 'M':  // BININT2
+      case kBinInt2:
         push(int64_t{integer<uint16_t>()});
         return true;
-      case 'J':  // BININT
+      case kBinInt:
         push(int64_t{integer<int32_t>()});
         return true;
-      case '\x8a':  // LONG1
+      case kLong1:
         push(long_integer());
         return true;
-      case '\x88':  // NEWTRUE, NEWFALSE
-      case '\x89':
-      case 'N':  // NONE
+      case kNewTrue:
+      case kNewFalse:
+      case kNone:
         push(Other());
         return true;
-      case 'Q':  // BINPERSID
+      case kBinPersId:
         push_storage();
         return true;
-      case 'R':  // REDUCE
+      case kReduce:
         call();
         return true;
-      case 'b':  // BUILD: sets attributes, such as the metadata
+      case kBuild:  // sets attributes, such as the metadata
         pop();
         return true;
-      case '.':  // STOP
+      case kStop:
         return false;
       default:
-        TORCH_CHECK(false, "instruction ", static_cast<int>(static_cast<uint8_t>(code)),
+        TORCH_CHECK(false, "opcode ", static_cast<int>(opcode),
                     " does not belong to a dictionary of tensors as torch.save writes it");
     }
   }
 
   std::string_view take(size_t count) {
-    TORCH_CHECK(count <= program_.size() - position_, "it ends too early");
-    const auto taken = program_.substr(position_, count);
+    TORCH_CHECK(count <= pickle_.size() - position_, "the pickle ends too early");
+    const auto taken = pickle_.substr(position_, count);
     position_ += count;
     return taken;
   }
@@ -202,7 +238,7 @@ class Machine {
     return number;
   }
 
-  // Little-endian, of any length up to eight bytes, with a sign.
+  // A signed little-endian integer of at most eight bytes.
   int64_t long_integer() {
     const auto bytes = take(integer<uint8_t>());
     TORCH_CHECK(bytes.size() <= 8, "a number has ", bytes.size(), " bytes");
@@ -214,8 +250,8 @@ class Machine {
   }
 
   std::string_view line() {
-    const size_t end = program_.find('\n', position_);
-    TORCH_CHECK(end != std::string_view::npos, "it ends too early");
+    const size_t end = pickle_.find('\n', position_);
+    TORCH_CHECK(end != std::string_view::npos, "the pickle ends too early");
     const auto text = take(end - position_);
     take(1);
     return text;
@@ -227,7 +263,7 @@ class Machine {
   }
 
   const Value& top() const {
-    TORCH_CHECK(!stack_.empty(), "it takes a value where there is none");
+    TORCH_CHECK(!stack_.empty(), "the pickle pops from an empty stack");
     return stack_.back();
   }
 
@@ -245,12 +281,12 @@ class Machine {
   template <typename T>
   static T get(const Value& value) {
     const T* found = std::get_if<T>(&value.value);
-    TORCH_CHECK(found != nullptr, "it has a value of an unexpected kind");
+    TORCH_CHECK(found != nullptr, "the pickle has a value of an unexpected type");
     return *found;
   }
 
   std::vector<Value> pop_last(size_t count) {
-    TORCH_CHECK(count <= stack_.size(), "it takes a value where there is none");
+    TORCH_CHECK(count <= stack_.size(), "the pickle pops from an empty stack");
     const auto first = stack_.end() - static_cast<std::ptrdiff_t>(count);
     std::vector<Value> values(first, stack_.end());
     stack_.erase(first, stack_.end());
@@ -263,24 +299,24 @@ class Machine {
            !std::holds_alternative<Mark>(stack_[stack_.size() - 1 - count].value)) {
       ++count;
     }
-    TORCH_CHECK(count < stack_.size(), "it takes a value where there is none");
+    TORCH_CHECK(count < stack_.size(), "the pickle pops from an empty stack");
     auto values = pop_last(count);
     pop();
     return values;
   }
 
-  void recall(uint32_t place) {
+  void push_memo(uint32_t place) {
     const auto found = memo_.find(place);
-    TORCH_CHECK(found != memo_.end(), "it recalls what it has not kept");
+    TORCH_CHECK(found != memo_.end(), "the pickle reads a memo entry that it has not written");
     stack_.push_back(found->second);
   }
 
-  // The arguments of a function hold tuples of numbers, and no tuple is deeper than that.
+  // A function's arguments may hold tuples of numbers. Deeper nesting is an error.
   void push_tuple(std::vector<Value> items) {
     bool has_tuples = false;
     for (const Value& item : items) {
       if (const auto* inner = std::get_if<std::shared_ptr<Tuple>>(&item.value)) {
-        TORCH_CHECK(!(*inner)->has_tuples, "it nests tuples in tuples");
+        TORCH_CHECK(!(*inner)->has_tuples, "the pickle nests tuples too deeply");
         has_tuples = true;
       }
     }
@@ -289,7 +325,7 @@ class Machine {
 
   void set_items(const std::vector<Value>& items) {
     const auto dict = get<std::shared_ptr<Dict>>(top());
-    TORCH_CHECK(items.size() % 2 == 0, "it has a name without a value");
+    TORCH_CHECK(items.size() % 2 == 0, "the pickle has a key without a value");
     for (size_t i = 0; i < items.size(); i += 2) {
       const bool is_tensor =
           std::holds_alternative<std::shared_ptr<const StoredTensor>>(items[i + 1].value);
@@ -311,14 +347,15 @@ class Machine {
         return push(dtype);
       }
     }
-    TORCH_CHECK(false, "it needs ", name, ", which does not belong to a dictionary of tensors");
+    TORCH_CHECK(false, "the pickle imports ", name,
+                ", which does not belong to a dictionary of tensors");
   }
 
   // ("storage", its type, its name, its device, its size)
   void push_storage() {
     const auto id = pop<std::shared_ptr<Tuple>>();
     TORCH_CHECK(id->items.size() == 5 && get<std::string_view>(id->items[0]) == "storage",
-                "it refers to something that is not a storage");
+                "a persistent id is not that of a storage");
     push(Storage{get<std::string_view>(id->items[2]), get<at::ScalarType>(id->items[1]),
                  get<int64_t>(id->items[4])});
   }
@@ -332,7 +369,7 @@ class Machine {
     };
     switch (function) {
       case Function::ordered_dict:
-        TORCH_CHECK(arguments->items.empty(), "it makes a dictionary of something");
+        TORCH_CHECK(arguments->items.empty(), "the pickle makes a dictionary from arguments");
         return push(std::make_shared<Dict>());
       case Function::rebuild_parameter:
         return push(get<std::shared_ptr<const StoredTensor>>(argument(0)));
@@ -342,7 +379,7 @@ class Machine {
                             get<int64_t>(argument(1)), numbers(argument(2)), numbers(argument(3))};
         TORCH_CHECK(is_within_storage(tensor), "a tensor of sizes ", at::IntArrayRef(tensor.sizes),
                     ", strides ", at::IntArrayRef(tensor.strides), " and offset ", tensor.offset,
-                    " lies outside of its storage of ", tensor.storage_size, " elements");
+                    " lies outside its storage of ", tensor.storage_size, " elements");
         return push(std::make_shared<const StoredTensor>(std::move(tensor)));
       }
     }
@@ -358,7 +395,7 @@ class Machine {
     return result;
   }
 
-  std::string_view program_;
+  std::string_view pickle_;
   size_t position_ = 0;
   std::vector<Value> stack_;
   std::unordered_map<uint32_t, Value> memo_;
@@ -381,9 +418,9 @@ StateFile::StateFile(const std::string& path)
     TORCH_CHECK(record(archive_, "byteorder", size_) == "little", path,
                 " is not in little-endian order");
   }
-  const std::string program = record(archive_, "data.pkl", size_);
+  const std::string pickle = record(archive_, "data.pkl", size_);
   try {
-    tensors_ = Machine(program).run();
+    tensors_ = Unpickler(pickle).run();
   } catch (c10::Error& error) {
     error.add_context(path + " is not a state dictionary that torch.save wrote, or is damaged");
     throw;
@@ -397,8 +434,8 @@ at::Tensor StateFile::read(const StoredTensor& tensor) {
   return at::from_blob(first, tensor.sizes, tensor.strides, [bytes](void*) {}, tensor.dtype);
 }
 
-// Records are as they are in memory: torch.save does not compress. One that says it is larger than
-// the file, or than its tensors need, is refused before there is memory for it.
+// torch.save does not compress: a record has the bytes of its storage. The size is checked against
+// the file and the tensors before any memory is allocated.
 std::shared_ptr<at::DataPtr> StateFile::storage(const StoredTensor& tensor) {
   const std::string name = "data/" + tensor.storage;
   const size_t item = c10::elementSize(tensor.dtype);

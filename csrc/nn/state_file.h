@@ -1,9 +1,9 @@
-// Reads what Python's `torch.save(state_dict, path)` wrote: a zip archive of a pickle, which says
-// what there is, and the bytes of every storage.
+// Reads a file that Python's `torch.save(state_dict, path)` wrote: a zip archive of a pickle, which
+// describes the tensors, and of the bytes of every storage.
 //
-// A pickle is a program. The machine here knows the few instructions of one that makes a dictionary
-// of tensors, and refuses all others: nothing in a file can be run, and no tensor can point outside
-// of its storage.
+// A pickle is a program. The reader executes only the opcodes that make a dictionary of tensors,
+// and raises an error for all others. So a file cannot run code, and a tensor cannot reach outside
+// its storage.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -28,12 +28,12 @@ struct StoredTensor {
 
 class StateFile {
  public:
-  // Throws c10::Error where the file is not such an archive, or is damaged.
+  // Throws c10::Error if the file is not such an archive or is damaged.
   explicit StateFile(const std::string& path);
 
   const std::map<std::string, StoredTensor>& tensors() const { return tensors_; }
 
-  // The values of one, on the CPU. Tensors of one storage share its memory.
+  // The tensor, on the CPU. Tensors that share a storage in the file share memory.
   at::Tensor read(const StoredTensor& tensor);
 
  private:

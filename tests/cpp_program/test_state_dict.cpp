@@ -84,10 +84,10 @@ TEST_CASE("a state of other options is refused with every difference") {
   const torch::Tensor before = other->experts->weight.clone();
   CHECK_THROWS_AS(peer::load_state_dict(*other, directory / "state.pt"), c10::ValueError);
   CHECK_THROWS_WITH(peer::load_state_dict(*other, directory / "state.pt"),
-                    Catch::Contains("router.query.bias is missing in the file") &&
+                    Catch::Contains("router.query.bias is missing from the file") &&
                         Catch::Contains("experts.weight: expected shape [24, 3, 8], got "
                                         "[24, 2, 8]") &&
-                        Catch::Contains("router.norm.running_mean is not a name of the module"));
+                        Catch::Contains("router.norm.running_mean does not belong to the module"));
   CHECK(other->experts->weight.equal(before));
 }
 

@@ -461,10 +461,10 @@ def tensor(
 
 
 # What is wrong, the pickle, and what the reader says of it.
-OUTSIDE = "lies outside of its storage"
+OUTSIDE = "lies outside its storage"
 HOSTILE: list[tuple[str, bytes, str]] = [
-    ("runs a program", pickle.dumps({"a": os.getcwd}, protocol=2), "it needs posix.getcwd"),
-    ("makes an object", pickle.dumps({"a": Path("x")}, protocol=2), "it needs pathlib"),
+    ("runs a program", pickle.dumps({"a": os.getcwd}, protocol=2), "imports posix.getcwd"),
+    ("makes an object", pickle.dumps({"a": Path("x")}, protocol=2), "imports pathlib"),
     ("size beyond the storage", tensor(sizes=(9,)), OUTSIDE),
     ("offset beyond the storage", tensor(offset=1), OUTSIDE),
     ("offset before the storage", tensor(offset=-1), OUTSIDE),
@@ -479,25 +479,25 @@ HOSTILE: list[tuple[str, bytes, str]] = [
     ("too many dimensions", tensor(sizes=(1,) * 65, strides=(0,) * 65), "65 dimensions"),
     ("storage smaller than it says", tensor(elements=2**40), "bytes instead of"),
     ("negative storage", tensor(elements=-1, sizes=(0,)), OUTSIDE),
-    ("no end", PREFIX, "it ends too early"),
-    ("nothing", b"", "it ends too early"),
+    ("no end", PREFIX, "ends too early"),
+    ("nothing", b"", "ends too early"),
     ("only a stop", b".", "does not end with one value"),
     ("two values", b"\x80\x02}}.", "does not end with one value"),
-    ("not a dictionary", b"\x80\x02K\x01.", "of an unexpected kind"),
-    ("number as a name", b"\x80\x02}K\x01K\x02s.", "of an unexpected kind"),
-    ("name without a value", b"\x80\x02}(X\x01\x00\x00\x00au.", "a name without a value"),
-    ("text longer than the file", b"\x80\x02X\xff\xff\xff\xffa.", "it ends too early"),
-    ("recalls nothing", b"\x80\x02h\x05.", "recalls what it has not kept"),
-    ("takes from an empty stack", b"\x80\x02R.", "takes a value where there is none"),
-    ("keeps from an empty stack", b"\x80\x02q\x00.", "takes a value where there is none"),
-    ("no mark", b"\x80\x02}u.", "takes a value where there is none"),
-    ("tuples in tuples", b"\x80\x02" + b")" + b"\x85" * 10**6 + b".", "nests tuples in tuples"),
-    ("no line end", b"\x80\x02ctorch", "it ends too early"),
+    ("not a dictionary", b"\x80\x02K\x01.", "of an unexpected type"),
+    ("number as a name", b"\x80\x02}K\x01K\x02s.", "of an unexpected type"),
+    ("name without a value", b"\x80\x02}(X\x01\x00\x00\x00au.", "a key without a value"),
+    ("text longer than the file", b"\x80\x02X\xff\xff\xff\xffa.", "ends too early"),
+    ("recalls nothing", b"\x80\x02h\x05.", "a memo entry that it has not written"),
+    ("takes from an empty stack", b"\x80\x02R.", "pops from an empty stack"),
+    ("keeps from an empty stack", b"\x80\x02q\x00.", "pops from an empty stack"),
+    ("no mark", b"\x80\x02}u.", "pops from an empty stack"),
+    ("tuples in tuples", b"\x80\x02" + b")" + b"\x85" * 10**6 + b".", "nests tuples too deeply"),
+    ("no line end", b"\x80\x02ctorch", "ends too early"),
     ("persistent id of something else", b"\x80\x02(K\x01tQ.", "is not a storage"),
     ("arguments missing", PREFIX + FUNCTION + b")Ru.", "a tensor lacks an argument"),
-    ("an unknown instruction", b"\x80\x02\xff.", "does not belong to a dictionary"),
+    ("an unknown opcode", b"\x80\x02\xff.", "does not belong to a dictionary"),
     ("long number", b"\x80\x02\x8a\xff" + bytes(255) + b".", "a number has 255 bytes"),
-    ("a name twice", tensor()[:-2] + tensor()[len(b"\x80\x02}q\x00(") :], "is there twice"),
+    ("a name twice", tensor()[:-2] + tensor()[len(b"\x80\x02}q\x00(") :], "occurs twice"),
     # A terabyte, if each recall were a copy.
     (
         "recalls a long text often",

@@ -1,6 +1,5 @@
-// The operators of peer as C++ functions. Each checks its arguments and calls the dispatcher, like
-// torch.ops.peer.* in Python: autograd, autocast and every device for which the library was built
-// are behind it.
+// The operators of peer as C++ functions. Each calls the dispatcher, like torch.ops.peer.* in
+// Python, so autograd, autocast and every device of the build apply.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -12,7 +11,7 @@
 
 namespace peer {
 
-// The k best experts of every token and head by product keys.
+// Retrieves the k best experts of every token and head by product keys.
 //
 //   query     (T, H, dim_key)
 //   row_keys  (R, dim_key / 2) shared by the heads, or (H, R, dim_key / 2)
@@ -25,15 +24,15 @@ PEER_API std::tuple<at::Tensor, at::Tensor> product_key_topk(const at::Tensor& q
                                                              const at::Tensor& col_keys,
                                                              int64_t k);
 
-// From the scores of the retrieved experts (..., k) to their weights, of the same shape and dtype:
-// "softmax" over the k of a head, or "sigmoid" or "relu" of each.
+// The weights of retrieved experts from their scores (..., k), in the same shape and dtype:
+// "softmax" over the k experts of a head, or "sigmoid" or "relu" of each score.
 PEER_API at::Tensor router_weights(const at::Tensor& scores, std::string_view function = "softmax");
 
 // The weighted sum of the retrieved experts:  out[t] = Σ_p weights[t, p]·act(<x[t], down_e>)·up_e,
 // e = indices[t, p]; with gates, each term is multiplied by <x[t], gate_e>.
 //
 //   x (T, D)   weights, indices (T, P)
-//   table (N, 2, D), of which row e is [down_e, up_e], or (N, 3, D) with [down_e, gate_e, up_e]
+//   table (N, 2, D) with rows [down_e, up_e], or (N, 3, D) with rows [down_e, gate_e, up_e]
 //   activation: "gelu", "gelu_tanh", "relu", "silu", "identity" or "relu2"
 //   sparse_grad: the table's gradient is a coalesced sparse tensor that holds the retrieved rows
 //
@@ -45,11 +44,11 @@ PEER_API at::Tensor expert_mlp(const at::Tensor& x,
                                std::string_view activation = "gelu",
                                bool sparse_grad = false);
 
-// An uninitialised CPU tensor on pages of 2 MB where the system grants them: for tables whose rows
+// An uninitialised CPU tensor on pages of 2 MB, if the system grants them. For tables whose rows
 // are read at random.
 PEER_API at::Tensor empty_huge(at::IntArrayRef size, at::ScalarType dtype = at::kFloat);
 
-// The same, of zeros, which take no memory until they are written.
+// The same, filled with zeros. Pages take no memory until they are written.
 PEER_API at::Tensor zeros_huge(at::IntArrayRef size, at::ScalarType dtype = at::kFloat);
 
 }  // namespace peer

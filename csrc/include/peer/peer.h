@@ -1,6 +1,6 @@
 // All of peer for C++ programs: the operators as functions, the modules, and their files.
 //
-// Where only the operators are wanted, <peer/functional.h> compiles in a fraction of the time.
+// <peer/functional.h> has only the operators, and compiles in a fraction of the time.
 #pragma once
 
 #include <peer/functional.h>

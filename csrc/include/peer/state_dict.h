@@ -14,10 +14,10 @@ PEER_API void save_state_dict(const torch::nn::Module& module, const std::string
 
 // Reads a state into a module that was built with the options of the one it was saved from.
 //
-// Throws c10::Error, and leaves the module as it was, where the file is damaged or holds anything
-// but tensors by name, and where a name is missing or not the module's, or a shape differs; the
-// message names all of them. Values of another dtype are converted. While it loads, the file is in
-// memory beside the module.
+// Throws c10::Error, and leaves the module unchanged, if the file is damaged, if it holds anything
+// but tensors by name, if a name is missing or unknown, or if a shape differs. The message lists
+// every difference. Values of another dtype are converted. During loading, the file's contents are
+// in memory beside the module.
 PEER_API void load_state_dict(torch::nn::Module& module, const std::string& path);
 
 }  // namespace peer

@@ -115,13 +115,14 @@ void descend(Table* w,
              accumulation_t<Table> scale,
              const Rounding& rounding) {
   for_each_vector<accumulation_t<Table>>(width, [&](int64_t column, auto part) {
-    rounding.write(w, column, decay_factor * read(w + column, part) - scale * read(gradient + column, part),
+    rounding.write(w, column,
+                   decay_factor * read(w + column, part) - scale * read(gradient + column, part),
                    part);
   });
 }
 
-// m = decay·m + gain·g, then w = decay_factor·w - scale·m, with nesterov w = decay_factor·w - scale·(g + decay·m).
-// m enters w before it is rounded.
+// m = decay·m + gain·g, then w = decay_factor·w - scale·m, with nesterov w = decay_factor·w -
+// scale·(g + decay·m). m enters w before it is rounded.
 template <bool nesterov, class Table, class Gradient, class Rounding>
 void descend_with_momentum(Table* w,
                            Table* momentum,
@@ -191,7 +192,8 @@ void update_part(const UpdateRule<Table>& rule,
       const Real scale =
           Real(rule.lr / first_bias) / (std::sqrt(second / Real(second_bias)) + Real(rule.eps));
       descend_with_momentum<false>(w, momentum, gradient, width, Real(rule.beta1),
-                                   Real(1 - rule.beta1), decay_factor, scale, rounding, momentum_rounding);
+                                   Real(1 - rule.beta1), decay_factor, scale, rounding,
+                                   momentum_rounding);
       break;
     }
   }

@@ -159,8 +159,9 @@ class TableSlice {
         store_pack(update_.momentum.slice(row_, column_), p, round(m, momentum_key, p));
       }
       Pack w = widen_pack(w_.packs[p]);
-      for_each_element<pack>(
-          [&](int i) { w.values[i] = numbers.decay_factor * w.values[i] - scale * direction.values[i]; });
+      for_each_element<pack>([&](int i) {
+        w.values[i] = numbers.decay_factor * w.values[i] - scale * direction.values[i];
+      });
       store_pack(update_.table.slice(row_, column_), p, round(w, table_key, p));
     });
   }

@@ -1,5 +1,5 @@
-// Sums and products in which an undefined tensor stands for zero, as it does for a gradient or a
-// tangent: what is multiplied by it is never computed.
+// Sums and products in which an undefined tensor is zero, as undefined gradients and tangents are.
+// A product with an undefined factor is undefined and costs nothing.
 #pragma once
 
 #include <ATen/ATen.h>

@@ -13,8 +13,8 @@ namespace {
 // More than a processor's last cache lends to one program, roughly.
 constexpr int64_t kCaches = int64_t(16) << 20;
 
-std::shared_ptr<void> recycled_memory(int64_t bytes) {
-  const auto data = std::make_shared<c10::DataPtr>(recycled_huge_pages().allocate(bytes));
+std::shared_ptr<void> cached_memory(int64_t bytes) {
+  const auto data = std::make_shared<c10::DataPtr>(cached_huge_pages().allocate(bytes));
   return {data, data->get()};
 }
 
@@ -25,8 +25,8 @@ Segments::Segments(const at::Tensor& contiguous_owners, int64_t owner_count, Out
                           contiguous_owners.numel(),
                           owner_count,
                           torch_threads(),
-                          recycled_memory)),
-      plan(plan_expert_pass(pairs, rows, torch_threads(), recycled_memory)) {}
+                          cached_memory)),
+      plan(plan_expert_pass(pairs, rows, torch_threads(), cached_memory)) {}
 
 TableGradient::TableGradient(const at::Tensor& owners, int64_t owner_count, bool sparse)
     : owner_count_(owner_count),
@@ -42,9 +42,8 @@ at::Tensor TableGradient::sum(const at::Tensor& coefficients,
   const int64_t width = sources[0].size(1);
   const int64_t distinct = plan.owners.size();
   const at::ScalarType dtype = c10::typeMetaToScalarType(like.dtype());
-  const at::Tensor values = sparse_
-                                ? empty_in(recycled_huge_pages(), {distinct, parts, width}, dtype)
-                                : zeros_in_huge_pages({owner_count_, parts, width}, dtype);
+  const at::Tensor values = sparse_ ? empty_in(cached_huge_pages(), {distinct, parts, width}, dtype)
+                                    : zeros_in_huge_pages({owner_count_, parts, width}, dtype);
   with_table_type(values.scalar_type(), [&]<class Element>() {
     using Real = accumulation_t<Element>;
     const at::Tensor partial_sums = at::empty({plan.partial_rows, width}, sources[0].options());

@@ -1,4 +1,4 @@
-// What the CPU glue of the operators shares: threads, and the expert pass over any owners.
+// What the CPU operators share: threads, and the gradients of tables.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -51,7 +51,7 @@ class TableGradient {
   Segments sorted_;
 };
 
-// What the operators of ops/device ask of every device.
+// What ops/device requires of every device.
 struct Device {
   static at::ScalarType input_type(at::ScalarType /*given*/, at::ScalarType table) {
     return accumulation_type(table);

@@ -20,8 +20,8 @@ namespace {
 
 constexpr size_t kHugePage = size_t(2) << 20;
 
-// What a layer's backward needs: the table's gradient, and four lists of its retrievals.
-constexpr size_t kMaxKeptBlocks = 5;
+// A layer's backward needs five: the table's gradient, and four lists of its retrievals.
+constexpr size_t kMaxCachedBlocks = 5;
 
 struct Block {
   void* data;
@@ -32,7 +32,7 @@ size_t round_to_pages(size_t bytes) { return (bytes + kHugePage - 1) / kHugePage
 
 Block map(size_t bytes) {
   bytes = round_to_pages(bytes);
-  // One page more than needed, of which the ends before and after the aligned part go back.
+  // Maps one page more than needed, and unmaps what lies before and after the aligned part.
   void* mapped =
       mmap(nullptr, bytes + kHugePage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   TORCH_CHECK_WITH(OutOfMemoryError, mapped != MAP_FAILED, "peer: cannot allocate ", bytes,
@@ -47,18 +47,18 @@ Block map(size_t bytes) {
     munmap(aligned + bytes, start + kHugePage - aligned);
   }
 #if defined(MADV_HUGEPAGE)
-  madvise(aligned, bytes, MADV_HUGEPAGE);  // where it fails, pages stay small
+  madvise(aligned, bytes, MADV_HUGEPAGE);  // if this fails, pages stay small
 #endif
   return {aligned, bytes};
 }
 
 void unmap(const Block& block) { munmap(block.data, block.bytes); }
 
-// Blocks that were freed and may be used again, the one freed last at the back.
-class KeptBlocks {
+// Freed blocks for later requests, the last freed at the back.
+class BlockCache {
  public:
-  // The smallest block that fits and is not twice too large; a new one if there is none, with room
-  // to serve slightly larger requests later.
+  // The smallest block that fits and is less than twice too large. If there is none, a new block
+  // that is large enough for slightly larger requests later.
   Block take(size_t bytes) {
     {
       const std::lock_guard<std::mutex> lock(mutex_);
@@ -84,7 +84,7 @@ class KeptBlocks {
 #endif
     const std::lock_guard<std::mutex> lock(mutex_);
     blocks_.push_back(block);
-    if (blocks_.size() > kMaxKeptBlocks) {
+    if (blocks_.size() > kMaxCachedBlocks) {
       unmap(blocks_.front());
       blocks_.erase(blocks_.begin());
     }
@@ -97,16 +97,16 @@ class KeptBlocks {
 
 bool is_large(size_t bytes) { return bytes >= kHugePage; }
 
-// Maps every large block anew, or takes it from those that were kept.
+// Allocates large blocks from the cache, or by a new mapping if there is no cache.
 class PageAllocator final : public c10::Allocator {
  public:
-  explicit PageAllocator(KeptBlocks* kept) : kept_(kept) {}
+  explicit PageAllocator(BlockCache* cache) : cache_(kept) {}
 
   c10::DataPtr allocate(size_t bytes) override {
     if (!is_large(bytes)) {
       return c10::GetCPUAllocator()->allocate(bytes);
     }
-    auto* loan = new Loan{kept_ == nullptr ? map(bytes) : kept_->take(bytes), kept_};
+    auto* loan = new Loan{cache_ == nullptr ? map(bytes) : cache_->take(bytes), cache_};
     return {loan->block.data, loan, &give_back, c10::DeviceType::CPU};
   }
 
@@ -117,16 +117,16 @@ class PageAllocator final : public c10::Allocator {
  private:
   struct Loan {
     Block block;
-    KeptBlocks* kept;
+    BlockCache* cache;
   };
 
   static void give_back(void* context) {
     const auto* loan = static_cast<Loan*>(context);
-    loan->kept == nullptr ? unmap(loan->block) : loan->kept->put(loan->block);
+    loan->cache == nullptr ? unmap(loan->block) : loan->cache->put(loan->block);
     delete loan;
   }
 
-  KeptBlocks* kept_;
+  BlockCache* cache_;
 };
 
 }  // namespace
@@ -137,8 +137,8 @@ c10::Allocator& huge_pages() {
   return *allocator;
 }
 
-c10::Allocator& recycled_huge_pages() {
-  static auto* const allocator = new PageAllocator(new KeptBlocks);
+c10::Allocator& cached_huge_pages() {
+  static auto* const allocator = new PageAllocator(new BlockCache);
   return *allocator;
 }
 

@@ -1,9 +1,8 @@
-// Memory for tables and their gradients: large, written and read at random rows.
+// Memory for tables and their gradients: large, read and written at random rows.
 //
-// With pages of 4 KB nearly every row of a table misses the translation cache, and a gradient of
-// half a gigabyte costs a hundred thousand page faults before anything is computed. Both allocators
-// here ask for pages of 2 MB, which the system may or may not grant; small requests go to Torch's
-// own allocator.
+// With pages of 4 KB, nearly every row of a table misses the TLB, and a gradient of half a gigabyte
+// causes a hundred thousand page faults. Both allocators here request pages of 2 MB, which the
+// system may grant. Small requests go to Torch's allocator.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -11,19 +10,18 @@
 
 namespace peer::ops::cpu {
 
-// Fresh memory, which reads as zero where it has not been written: pages exist once they are
-// touched.
+// Fresh memory. It reads as zero until it is written, and a page takes memory once it is touched.
 c10::Allocator& huge_pages();
 
-// Memory whose freed blocks, a few of them, are kept for the next request of their size: what a
-// training step frees, the next one needs, and pages that are still there cost no fault. Kept
-// blocks are marked as free to the system, which takes their pages back when it runs short.
-c10::Allocator& recycled_huge_pages();
+// Memory from a cache of a few freed blocks. A training step allocates what the last one freed, and
+// pages of cached blocks cost no fault. Cached blocks are marked as free, so the system reclaims
+// their pages if it needs memory.
+c10::Allocator& cached_huge_pages();
 
 // A contiguous tensor in such memory, uninitialised.
 at::Tensor empty_in(c10::Allocator& allocator, at::IntArrayRef sizes, at::ScalarType dtype);
 
-// A contiguous tensor of zeros, whose pages are made when they are first touched.
+// A contiguous tensor of zeros. A page takes memory once it is touched.
 at::Tensor zeros_in_huge_pages(at::IntArrayRef sizes, at::ScalarType dtype);
 
 }  // namespace peer::ops::cpu

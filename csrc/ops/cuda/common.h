@@ -1,8 +1,8 @@
-// What the CUDA glue of the operators shares: the stream and memory that the kernels get, and the
-// expert pass over any owners.
+// What the CUDA operators share: the stream and the memory for kernels, and the gradients of
+// tables.
 //
-// Everything is queued on the current stream of the tensors' device, and nothing waits for it, so
-// that the operators can be captured in a CUDA graph; sparse gradients are the one exception.
+// All work is queued on the current stream of the tensors' device. Only sparse gradients wait for
+// the stream; every other operator can be captured in a CUDA graph.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -16,14 +16,14 @@ namespace peer::ops::cuda {
 
 using namespace peer::cuda;
 
-// The current stream of the current device, and memory from Torch's allocator. What is freed there
-// goes to later work on the same stream only, so it may be freed while kernels still use it.
+// The current stream of the current device, and memory from Torch's allocator. The allocator reuses
+// freed memory on the same stream only, so memory may be freed while kernels still use it.
 Context current_context();
 
 // A table's gradient from the pairs that retrieved its rows: part p of row `owner` is the sum of
 // coefficients[p, pair]·sources[p][pair / pairs_per_row]. Dense (owner_count, parts, width), or
-// sparse: coalesced COO with the owners that occur. How many do is known to the device alone: a
-// sparse gradient waits for the stream.
+// sparse: coalesced COO with the owners that occur. Only the device knows their number, so a sparse
+// gradient waits for the stream.
 class TableGradient {
  public:
   TableGradient(const Tensor& contiguous_owners, int64_t owner_count, bool sparse);
@@ -42,17 +42,17 @@ class TableGradient {
   int64_t distinct_owners_ = 0;  // of a sparse gradient
 };
 
-// What the operators of ops/device ask of every device.
+// What ops/device requires of every device.
 struct Device {
-  // Inputs in the table's own type are read as they are, which halves what 16-bit ones take.
+  // Kernels read inputs in the table's dtype, which halves the traffic of 16-bit inputs.
   static at::ScalarType input_type(at::ScalarType given, at::ScalarType table) {
     return given == table ? table : accumulation_type(table);
   }
 
   static constexpr int64_t kMaxPairs = std::numeric_limits<int32_t>::max();
 
-  // Nothing: reading ids would be waiting for them. The kernels that use an id trap where it is out
-  // of range.
+  // Checks nothing, because the host would have to wait for the ids. Kernels trap on an id that is
+  // out of range.
   static void check_index_range(const char*, const Tensor&, int64_t) {}
 
   using TableGradient = cuda::TableGradient;

@@ -83,7 +83,7 @@ const Element* const_data_or_null(const Tensor& tensor) {
   return tensor.defined() ? const_data_of<Element>(tensor) : nullptr;
 }
 
-// The tensor in one dtype and contiguous; itself where it already is.
+// The tensor, contiguous and in this dtype; itself if it already is.
 inline Tensor contiguous_as(const Tensor& tensor, at::ScalarType type) {
   return tensor.to(type).contiguous();
 }

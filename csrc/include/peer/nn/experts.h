@@ -22,9 +22,9 @@ struct PEER_API ExpertPoolOptions {
   TORCH_ARG(std::string, activation) = "gelu";
   // Whether the experts have a linear gate.
   TORCH_ARG(bool, glu) = false;
-  // P, for how many experts of a token the initialisation is scaled.
+  // P: the initialisation is scaled for this many experts per token.
   TORCH_ARG(int64_t, num_experts_per_token) = 128;
-  // Whether the table gets a coalesced sparse gradient, which holds the retrieved rows.
+  // Whether the table's gradient is a coalesced sparse tensor that holds the retrieved rows.
   TORCH_ARG(bool, sparse_grad) = false;
   // Whether w_up starts at zero.
   TORCH_ARG(bool, zero_init_out) = false;
@@ -34,7 +34,7 @@ struct PEER_API ExpertPoolOptions {
 
 // N experts, each an MLP with one hidden neuron: Python's peer.ExpertPool.
 //
-// State: weight (N, parts, dim). An expert is a row, whose parts are [down, up] or, with glu,
+// State: weight (N, parts, dim). An expert is a row with the parts [down, up] or, with glu,
 // [down, gate, up].
 class PEER_API ExpertPoolImpl : public torch::nn::Cloneable<ExpertPoolImpl> {
  public:
@@ -44,7 +44,7 @@ class PEER_API ExpertPoolImpl : public torch::nn::Cloneable<ExpertPoolImpl> {
   void reset_parameters();
   void pretty_print(std::ostream& stream) const override;
 
-  // The weighted sum (..., dim) of the experts that each token of x (..., dim) names, by
+  // The weighted sum (..., dim) of the retrieved experts of each token, for x (..., dim) and for
   // weights and indices (..., H, K) or (..., P).
   torch::Tensor forward(const torch::Tensor& x,
                         const torch::Tensor& weights,

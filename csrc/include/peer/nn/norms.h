@@ -23,18 +23,18 @@ struct PEER_API QueryNormOptions {
   TORCH_ARG(int64_t, dim_key);
   // Added to the variance, or to the mean square.
   TORCH_ARG(double, eps) = 1e-5;
-  // "batch": how far the running statistics move; none lets them be the average of all batches.
+  // "batch": the weight of a new batch in the running statistics; none averages all batches.
   TORCH_ARG(std::optional<double>, momentum) = 0.1;
   TORCH_ARG(std::optional<torch::Device>, device);
   TORCH_ARG(std::optional<torch::Dtype>, dtype);
 };
 
-// Normalisation of queries (T, H·dim_key): of each feature over the tokens ("batch"), or of each
-// head's query ("layer", "rms"). Has a weight for every feature, except of the identity.
+// Normalises queries (T, H·dim_key): each feature over the tokens ("batch"), or each head's query
+// ("layer", "rms"). Every kind but the identity has a weight per feature.
 //
-// "batch" leaves padding out of its statistics; in evaluation it uses the running ones.
+// "batch" leaves padding out of its statistics. In evaluation it uses the running statistics.
 //
-// State: weight, bias (not "rms"), and of "batch" running_mean, running_var, num_batches_tracked.
+// State: weight, bias (not "rms"), and for "batch" running_mean, running_var, num_batches_tracked.
 class PEER_API QueryNormImpl : public torch::nn::Cloneable<QueryNormImpl> {
  public:
   explicit QueryNormImpl(const QueryNormOptions& options);

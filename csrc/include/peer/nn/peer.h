@@ -14,7 +14,7 @@
 
 namespace peer::nn {
 
-// Options of PEER, those of its router and of its pool in one; the defaults are the paper's layer.
+// Options of PEER: those of its router and of its pool. The defaults are those of the paper.
 struct PEER_API PEEROptions {
   explicit PEEROptions(int64_t dim) : dim_(dim) {}
 
@@ -28,11 +28,12 @@ struct PEER_API PEEROptions {
   TORCH_ARG(int64_t, num_experts_per_head) = 16;
   // Query width per head, even.
   TORCH_ARG(int64_t, dim_key) = 256;
-  // Of the experts: "gelu" (by erf), "gelu_tanh", "relu", "silu", "identity" or "relu2".
+  // The activation of the experts: "gelu" (by erf), "gelu_tanh", "relu", "silu", "identity" or
+  // "relu2".
   TORCH_ARG(std::string, activation) = "gelu";
   // Whether the experts have a linear gate.
   TORCH_ARG(bool, glu) = false;
-  // From the K scores of a head to weights: "softmax", "sigmoid" or "relu".
+  // How the K scores of a head become weights: "softmax", "sigmoid" or "relu".
   TORCH_ARG(std::string, scores) = "softmax";
   // "batch", "layer", "rms", or none.
   TORCH_ARG(std::optional<std::string>, query_norm) = "batch";
@@ -40,17 +41,17 @@ struct PEER_API PEEROptions {
   TORCH_ARG(bool, query_bias) = false;
   // Whether all heads use the same keys.
   TORCH_ARG(bool, share_keys) = true;
-  // Probability with which, in training, a retrieved expert is left out for a token.
+  // The probability that, in training, a retrieved expert is dropped for a token.
   TORCH_ARG(double, dropout) = 0.0;
-  // Whether the table gets a coalesced sparse gradient.
+  // Whether the table's gradient is a coalesced sparse tensor.
   TORCH_ARG(bool, sparse_grad) = false;
-  // Whether w_up starts at zero, so that the layer's output does.
+  // Whether w_up, and with it the layer's output, starts at zero.
   TORCH_ARG(bool, zero_init_out) = false;
   TORCH_ARG(std::optional<torch::Device>, device);
   TORCH_ARG(std::optional<torch::Dtype>, dtype);
 
  public:
-  // The share of each part.
+  // The options of each part.
   ProductKeyRouterOptions router() const;
   ExpertPoolOptions experts() const;
 };
@@ -61,8 +62,8 @@ struct PEER_API PEEROptions {
 //
 //   y = Σ_h Σ_p g_hp(x)·act(<x, w_down[e_hp]>)·w_up[e_hp]
 //
-// With the same options and the same seed it starts with the same parameters as Python's, bit by
-// bit, and its state has the same names: those of router and experts, with these prefixes.
+// With the same options and the same seed, its initial parameters equal those of Python's module
+// bit for bit. Its state has the same names: those of router and experts, with these prefixes.
 //
 //   peer::nn::PEER layer(peer::nn::PEEROptions(512).num_experts(1024 * 1024));
 //   torch::Tensor y = layer(x);  // x (..., 512)
@@ -70,7 +71,7 @@ class PEER_API PEERImpl : public torch::nn::Cloneable<PEERImpl> {
  public:
   explicit PEERImpl(int64_t dim) : PEERImpl(PEEROptions(dim)) {}
   explicit PEERImpl(const PEEROptions& options);
-  // Of a given router and pool; several layers may share one pool.
+  // From a router and a pool. Several layers may share one pool.
   PEERImpl(ProductKeyRouter router, ExpertPool experts, double dropout = 0.0);
 
   void reset() override;
@@ -79,8 +80,8 @@ class PEER_API PEERImpl : public torch::nn::Cloneable<PEERImpl> {
 
   // (..., dim) in x's dtype, for x (..., dim).
   //
-  // padding_mask: (...) bool, true for tokens that are padding. They get outputs like the others,
-  // but do not enter the statistics of batch normalisation.
+  // padding_mask: (...) bool, true for padding. Padding gets outputs like other tokens, but does
+  // not enter the statistics of batch normalisation.
   torch::Tensor forward(const torch::Tensor& x, const torch::Tensor& padding_mask = {});
 
   int64_t num_experts() const { return experts->options.num_experts(); }

@@ -14,7 +14,7 @@
 
 namespace peer::nn {
 
-// Options of ProductKeyRouter; the defaults are the paper's.
+// Options of ProductKeyRouter. The defaults are those of the paper.
 struct PEER_API ProductKeyRouterOptions {
   explicit ProductKeyRouterOptions(int64_t dim) : dim_(dim) {}
 
@@ -28,7 +28,7 @@ struct PEER_API ProductKeyRouterOptions {
   TORCH_ARG(int64_t, num_experts_per_head) = 16;
   // Query width per head, even. One half scores the rows, the other the columns.
   TORCH_ARG(int64_t, dim_key) = 256;
-  // From the K scores of a head to weights: "softmax", "sigmoid" or "relu".
+  // How the K scores of a head become weights: "softmax", "sigmoid" or "relu".
   TORCH_ARG(std::string, scores) = "softmax";
   // "batch", "layer", "rms", or none.
   TORCH_ARG(std::optional<std::string>, query_norm) = "batch";
@@ -60,8 +60,8 @@ TORCH_MODULE(QueryNetwork);
 
 // Retrieves experts for tokens by product keys: Python's peer.ProductKeyRouter.
 //
-// State: query.weight, query.bias, norm.*, row_keys (R, dim_key/2), col_keys (C, dim_key/2); keys
-// that are not shared have a leading H.
+// State: query.weight, query.bias, norm.*, row_keys (R, dim_key/2), col_keys (C, dim_key/2). Keys
+// that are not shared have a leading dimension H.
 class PEER_API ProductKeyRouterImpl : public torch::nn::Cloneable<ProductKeyRouterImpl> {
  public:
   explicit ProductKeyRouterImpl(const ProductKeyRouterOptions& options);
@@ -72,8 +72,8 @@ class PEER_API ProductKeyRouterImpl : public torch::nn::Cloneable<ProductKeyRout
 
   // Weights (..., H, K) and the ids of the experts (..., H, K), int64, for x (..., dim).
   //
-  // padding_mask: (...) bool, true for tokens that are padding. They are routed like the others,
-  // but do not enter the statistics of batch normalisation.
+  // padding_mask: (...) bool, true for padding. Padding is routed like other tokens, but does not
+  // enter the statistics of batch normalisation.
   std::tuple<torch::Tensor, torch::Tensor> forward(const torch::Tensor& x,
                                                    const torch::Tensor& padding_mask = {});
 
