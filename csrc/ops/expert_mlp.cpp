@@ -13,7 +13,7 @@ at::Tensor expert_mlp(const at::Tensor& x,
                       const at::Tensor& table,
                       std::string_view activation,
                       bool sparse_grad) {
-  return std::get<0>(ops::ExpertMlp::call(x, weights, indices, table, activation, sparse_grad));
+  return std::get<0>(ops::ExpertMlpOp::call(x, weights, indices, table, activation, sparse_grad));
 }
 
 namespace ops {

@@ -54,33 +54,33 @@ struct ExpertMlpBackwardCoefficientsArguments {
   std::string_view activation;
 };
 
-using ExpertMlp = Operator<ExpertMlpArguments,
-                           ThreeTensors(const Tensor&,
-                                        const Tensor&,
-                                        const Tensor&,
-                                        const Tensor&,
-                                        std::string_view,
-                                        bool)>;
-using ExpertMlpBackward = Operator<ExpertMlpBackwardArguments,
-                                   ThreeTensors(const Tensor&,
-                                                const Tensor&,
-                                                const Tensor&,
-                                                const Tensor&,
-                                                const Tensor&,
-                                                const Tensor&,
-                                                const Tensor&,
-                                                std::string_view,
-                                                bool,
-                                                std::array<bool, 3>)>;
-using ExpertMlpBackwardCoefficients = Operator<ExpertMlpBackwardCoefficientsArguments,
-                                               ThreeTensors(const Tensor&,
-                                                            const Tensor&,
-                                                            const Tensor&,
-                                                            const Tensor&,
-                                                            const Tensor&,
-                                                            const Tensor&,
-                                                            const Tensor&,
-                                                            std::string_view)>;
+using ExpertMlpOp = Operator<ExpertMlpArguments,
+                             ThreeTensors(const Tensor&,
+                                          const Tensor&,
+                                          const Tensor&,
+                                          const Tensor&,
+                                          std::string_view,
+                                          bool)>;
+using ExpertMlpBackwardOp = Operator<ExpertMlpBackwardArguments,
+                                     ThreeTensors(const Tensor&,
+                                                  const Tensor&,
+                                                  const Tensor&,
+                                                  const Tensor&,
+                                                  const Tensor&,
+                                                  const Tensor&,
+                                                  const Tensor&,
+                                                  std::string_view,
+                                                  bool,
+                                                  std::array<bool, 3>)>;
+using ExpertMlpBackwardCoefficientsOp = Operator<ExpertMlpBackwardCoefficientsArguments,
+                                                 ThreeTensors(const Tensor&,
+                                                              const Tensor&,
+                                                              const Tensor&,
+                                                              const Tensor&,
+                                                              const Tensor&,
+                                                              const Tensor&,
+                                                              const Tensor&,
+                                                              std::string_view)>;
 
 // Nothing if no activation has the name.
 std::optional<Activation> activation_named(std::string_view name);

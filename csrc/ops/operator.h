@@ -9,12 +9,12 @@
 //     const Tensor& x;
 //     double factor;
 //   };
-//   using Scale = Operator<ScaleArguments, Tensor(const Tensor&, double)>;
+//   using ScaleOp = Operator<ScaleArguments, Tensor(const Tensor&, double)>;
 //
 //   Tensor scale_cpu(const ScaleArguments& args) { return args.x * args.factor; }
-//   TORCH_LIBRARY_IMPL(peer, CPU, m) { m.impl("scale", Scale::kernel<scale_cpu>); }
+//   TORCH_LIBRARY_IMPL(peer, CPU, m) { m.impl("scale", ScaleOp::kernel<scale_cpu>); }
 //
-//   Scale::call(x, 2.0);
+//   ScaleOp::call(x, 2.0);
 #pragma once
 
 #include <ATen/core/dispatch/Dispatcher.h>

@@ -11,7 +11,7 @@ std::tuple<at::Tensor, at::Tensor> product_key_topk(const at::Tensor& query,
                                                     const at::Tensor& row_keys,
                                                     const at::Tensor& col_keys,
                                                     int64_t k) {
-  return ops::ProductKeyTopk::call(query, row_keys, col_keys, k);
+  return ops::ProductKeyTopkOp::call(query, row_keys, col_keys, k);
 }
 
 at::Tensor router_weights(const at::Tensor& scores, std::string_view function) {

@@ -28,16 +28,16 @@ struct ProductKeyTopkBackwardArguments {
   std::array<bool, 3> output_mask;
 };
 
-using ProductKeyTopk =
+using ProductKeyTopkOp =
     Operator<ProductKeyTopkArguments,
              std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, int64_t)>;
-using ProductKeyTopkBackward = Operator<ProductKeyTopkBackwardArguments,
-                                        std::tuple<Tensor, Tensor, Tensor>(const Tensor&,
-                                                                           const Tensor&,
-                                                                           const Tensor&,
-                                                                           const Tensor&,
-                                                                           const Tensor&,
-                                                                           std::array<bool, 3>)>;
+using ProductKeyTopkBackwardOp = Operator<ProductKeyTopkBackwardArguments,
+                                          std::tuple<Tensor, Tensor, Tensor>(const Tensor&,
+                                                                             const Tensor&,
+                                                                             const Tensor&,
+                                                                             const Tensor&,
+                                                                             const Tensor&,
+                                                                             std::array<bool, 3>)>;
 
 // The checks are those that every device needs. They read no data.
 void check_product_key_topk(const ProductKeyTopkArguments& args);

@@ -14,21 +14,21 @@ template <c10::DispatchKey key, c10::DeviceType device>
 ThreeTensors expert_mlp_autocast(const ExpertMlpArguments& args) {
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::DispatchKeySet{key});
   const at::ScalarType dtype = at::autocast::get_autocast_dtype(device);
-  return ExpertMlp::call(at::autocast::cached_cast(dtype, args.x, device), args.weights,
-                         args.indices, args.table, args.activation, args.sparse_grad);
+  return ExpertMlpOp::call(at::autocast::cached_cast(dtype, args.x, device), args.weights,
+                           args.indices, args.table, args.activation, args.sparse_grad);
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(peer, AutocastCPU, m) {
-  m.impl(
-      "expert_mlp",
-      ExpertMlp::kernel<expert_mlp_autocast<c10::DispatchKey::AutocastCPU, c10::DeviceType::CPU>>);
+  m.impl("expert_mlp",
+         ExpertMlpOp::kernel<
+             expert_mlp_autocast<c10::DispatchKey::AutocastCPU, c10::DeviceType::CPU>>);
 }
 
 TORCH_LIBRARY_IMPL(peer, AutocastCUDA, m) {
   m.impl("expert_mlp",
-         ExpertMlp::kernel<
+         ExpertMlpOp::kernel<
              expert_mlp_autocast<c10::DispatchKey::AutocastCUDA, c10::DeviceType::CUDA>>);
 }
 

@@ -70,7 +70,7 @@ struct ExpertMlpBackwardNode : SavingNode {
     if (!grads[0].defined()) {
       return variable_list(3);
     }
-    auto [grad_x, grad_weights, grad_table] = ExpertMlpBackward::call(
+    auto [grad_x, grad_weights, grad_table] = ExpertMlpBackwardOp::call(
         grads[0], x_.unpack(), weights_.unpack(), indices_.unpack(), table_.unpack(),
         hidden_.unpack(), gate_.unpack(), activation_, sparse_grad_, wanted_outputs<3>());
     return {grad_x, grad_weights, grad_table};
@@ -92,8 +92,8 @@ ThreeTensors expert_mlp_autograd(c10::DispatchKeySet keys, const ExpertMlpArgume
   }
   auto [out, hidden, gate] = [&] {
     const at::AutoDispatchBelowADInplaceOrView guard;
-    return ExpertMlp::redispatch(keys & c10::after_autograd_keyset, args.x, args.weights,
-                                 args.indices, args.table, args.activation, args.sparse_grad);
+    return ExpertMlpOp::redispatch(keys & c10::after_autograd_keyset, args.x, args.weights,
+                                   args.indices, args.table, args.activation, args.sparse_grad);
   }();
   if (node) {
     torch::autograd::set_history(out, node);
@@ -131,9 +131,9 @@ ThreeTensors expert_mlp_backward_autograd(c10::DispatchKeySet keys,
   }
   auto [grad_x, grad_weights, grad_table] = [&] {
     const at::AutoDispatchBelowADInplaceOrView guard;
-    return ExpertMlpBackward::redispatch(keys & c10::after_autograd_keyset, grad_out, x, weights,
-                                         args.indices, table, args.hidden, args.gate,
-                                         args.activation, args.sparse_grad, output_mask);
+    return ExpertMlpBackwardOp::redispatch(keys & c10::after_autograd_keyset, grad_out, x, weights,
+                                           args.indices, table, args.hidden, args.gate,
+                                           args.activation, args.sparse_grad, output_mask);
   }();
   if (node) {
     torch::autograd::set_history(variable_list{grad_x, grad_weights, grad_table}, node);
@@ -153,8 +153,8 @@ ThreeTensors expert_mlp_backward_autograd(c10::DispatchKeySet keys,
 }  // namespace
 
 TORCH_LIBRARY_IMPL(peer, Autograd, m) {
-  m.impl("expert_mlp", ExpertMlp::wrapper<expert_mlp_autograd>);
-  m.impl("expert_mlp_backward", ExpertMlpBackward::wrapper<expert_mlp_backward_autograd>);
+  m.impl("expert_mlp", ExpertMlpOp::wrapper<expert_mlp_autograd>);
+  m.impl("expert_mlp_backward", ExpertMlpBackwardOp::wrapper<expert_mlp_backward_autograd>);
 }
 
 }  // namespace peer::ops::autograd

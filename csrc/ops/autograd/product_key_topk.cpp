@@ -82,9 +82,9 @@ std::tuple<Tensor, Tensor, Tensor> differentiate_gradients(const Tensor& grad_sc
   const auto or_zeros = [](const Tensor& tensor, const Tensor& like) {
     return tensor.defined() ? tensor : at::zeros_like(like);
   };
-  return ProductKeyTopkBackward::call(grad_scores, or_zeros(query, point.query),
-                                      or_zeros(row_keys, point.row_keys),
-                                      or_zeros(col_keys, point.col_keys), indices, wanted);
+  return ProductKeyTopkBackwardOp::call(grad_scores, or_zeros(query, point.query),
+                                        or_zeros(row_keys, point.row_keys),
+                                        or_zeros(col_keys, point.col_keys), indices, wanted);
 }
 
 struct ProductKeyTopkDoubleBackward : SavingNode {
@@ -124,8 +124,8 @@ struct ProductKeyTopkBackwardNode : SavingNode {
       return variable_list(3);
     }
     auto [grad_query, grad_row_keys, grad_col_keys] =
-        ProductKeyTopkBackward::call(grads[0], query_.unpack(), row_keys_.unpack(),
-                                     col_keys_.unpack(), indices_.unpack(), wanted_outputs<3>());
+        ProductKeyTopkBackwardOp::call(grads[0], query_.unpack(), row_keys_.unpack(),
+                                       col_keys_.unpack(), indices_.unpack(), wanted_outputs<3>());
     return {grad_query, grad_row_keys, grad_col_keys};
   }
 };
@@ -141,8 +141,8 @@ std::tuple<Tensor, Tensor> product_key_topk_autograd(c10::DispatchKeySet keys,
   }
   auto [scores, indices] = [&] {
     const at::AutoDispatchBelowADInplaceOrView guard;
-    return ProductKeyTopk::redispatch(keys & c10::after_autograd_keyset, args.query, args.row_keys,
-                                      args.col_keys, args.k);
+    return ProductKeyTopkOp::redispatch(keys & c10::after_autograd_keyset, args.query,
+                                        args.row_keys, args.col_keys, args.k);
   }();
   if (node) {
     torch::autograd::set_history(scores, node);
@@ -172,8 +172,9 @@ std::tuple<Tensor, Tensor, Tensor> product_key_topk_backward_autograd(
   }
   auto [grad_query, grad_row_keys, grad_col_keys] = [&] {
     const at::AutoDispatchBelowADInplaceOrView guard;
-    return ProductKeyTopkBackward::redispatch(keys & c10::after_autograd_keyset, grad_scores, query,
-                                              row_keys, col_keys, indices, args.output_mask);
+    return ProductKeyTopkBackwardOp::redispatch(keys & c10::after_autograd_keyset, grad_scores,
+                                                query, row_keys, col_keys, indices,
+                                                args.output_mask);
   }();
   if (node) {
     torch::autograd::set_history(variable_list{grad_query, grad_row_keys, grad_col_keys}, node);
@@ -185,8 +186,8 @@ std::tuple<Tensor, Tensor, Tensor> product_key_topk_backward_autograd(
         indices, args.output_mask);
     std::tuple<Tensor, Tensor, Tensor> linear;
     if (const Tensor tangent = tangent_of(grad_scores); tangent.defined()) {
-      linear = ProductKeyTopkBackward::call(tangent, point.query, point.row_keys, point.col_keys,
-                                            indices, args.output_mask);
+      linear = ProductKeyTopkBackwardOp::call(tangent, point.query, point.row_keys, point.col_keys,
+                                              indices, args.output_mask);
     }
     set_tangent(grad_query, sum(query_t, std::get<0>(linear)));
     set_tangent(grad_row_keys, sum(row_t, std::get<1>(linear)));
@@ -198,9 +199,9 @@ std::tuple<Tensor, Tensor, Tensor> product_key_topk_backward_autograd(
 }  // namespace
 
 TORCH_LIBRARY_IMPL(peer, Autograd, m) {
-  m.impl("product_key_topk", ProductKeyTopk::wrapper<product_key_topk_autograd>);
+  m.impl("product_key_topk", ProductKeyTopkOp::wrapper<product_key_topk_autograd>);
   m.impl("product_key_topk_backward",
-         ProductKeyTopkBackward::wrapper<product_key_topk_backward_autograd>);
+         ProductKeyTopkBackwardOp::wrapper<product_key_topk_backward_autograd>);
 }
 
 }  // namespace peer::ops::autograd

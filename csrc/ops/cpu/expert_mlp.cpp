@@ -51,10 +51,10 @@ struct Cpu : Device {
 }  // namespace
 
 TORCH_LIBRARY_IMPL(peer, CPU, m) {
-  m.impl("expert_mlp", ExpertMlp::kernel<expert_mlp_on<Cpu>>);
-  m.impl("expert_mlp_backward", ExpertMlpBackward::kernel<expert_mlp_backward_on<Cpu>>);
+  m.impl("expert_mlp", ExpertMlpOp::kernel<expert_mlp_on<Cpu>>);
+  m.impl("expert_mlp_backward", ExpertMlpBackwardOp::kernel<expert_mlp_backward_on<Cpu>>);
   m.impl("expert_mlp_backward_coefficients",
-         ExpertMlpBackwardCoefficients::kernel<expert_mlp_backward_coefficients_on<Cpu>>);
+         ExpertMlpBackwardCoefficientsOp::kernel<expert_mlp_backward_coefficients_on<Cpu>>);
 }
 
 }  // namespace peer::ops::cpu

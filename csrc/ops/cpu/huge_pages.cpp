@@ -100,7 +100,7 @@ bool is_large(size_t bytes) { return bytes >= kHugePage; }
 // Allocates large blocks from the cache, or by a new mapping if there is no cache.
 class PageAllocator final : public c10::Allocator {
  public:
-  explicit PageAllocator(BlockCache* cache) : cache_(kept) {}
+  explicit PageAllocator(BlockCache* cache) : cache_(cache) {}
 
   c10::DataPtr allocate(size_t bytes) override {
     if (!is_large(bytes)) {

@@ -52,7 +52,7 @@ struct Cpu : Device {
         return PackedKeys<Real>{const_data_of<Real>(packed), keys.size(-2),
                                 keys.dim() == 3 ? packed.stride(0) : 0};
       };
-      const peer::cpu::ProductKeyTopk<Real> retrieval = {
+      const ProductKeyTopk<Real> retrieval = {
           .tokens = tokens,
           .heads = heads,
           .half_width = query.size(2) / 2,
@@ -98,9 +98,9 @@ struct Cpu : Device {
 }  // namespace
 
 TORCH_LIBRARY_IMPL(peer, CPU, m) {
-  m.impl("product_key_topk", ProductKeyTopk::kernel<product_key_topk_on<Cpu>>);
+  m.impl("product_key_topk", ProductKeyTopkOp::kernel<product_key_topk_on<Cpu>>);
   m.impl("product_key_topk_backward",
-         ProductKeyTopkBackward::kernel<product_key_topk_backward_on<Cpu>>);
+         ProductKeyTopkBackwardOp::kernel<product_key_topk_backward_on<Cpu>>);
 }
 
 }  // namespace peer::ops::cpu

@@ -65,9 +65,9 @@ struct Cpu : Device {
 }  // namespace
 
 TORCH_LIBRARY_IMPL(peer, CPU, m) {
-  m.impl("rowwise_adagrad_", RowwiseAdagrad::kernel<rowwise_adagrad_on<Cpu>>);
-  m.impl("sgd_", Sgd::kernel<sgd_on<Cpu>>);
-  m.impl("rowwise_adam_", RowwiseAdam::kernel<rowwise_adam_on<Cpu>>);
+  m.impl("rowwise_adagrad_", RowwiseAdagradOp::kernel<rowwise_adagrad_on<Cpu>>);
+  m.impl("sgd_", SgdOp::kernel<sgd_on<Cpu>>);
+  m.impl("rowwise_adam_", RowwiseAdamOp::kernel<rowwise_adam_on<Cpu>>);
 }
 
 }  // namespace peer::ops::cpu

@@ -27,10 +27,10 @@ struct Cuda : Device {
 }  // namespace
 
 TORCH_LIBRARY_IMPL(peer, CUDA, m) {
-  m.impl("expert_mlp", ExpertMlp::kernel<expert_mlp_on<Cuda>>);
-  m.impl("expert_mlp_backward", ExpertMlpBackward::kernel<expert_mlp_backward_on<Cuda>>);
+  m.impl("expert_mlp", ExpertMlpOp::kernel<expert_mlp_on<Cuda>>);
+  m.impl("expert_mlp_backward", ExpertMlpBackwardOp::kernel<expert_mlp_backward_on<Cuda>>);
   m.impl("expert_mlp_backward_coefficients",
-         ExpertMlpBackwardCoefficients::kernel<expert_mlp_backward_coefficients_on<Cuda>>);
+         ExpertMlpBackwardCoefficientsOp::kernel<expert_mlp_backward_coefficients_on<Cuda>>);
 }
 
 }  // namespace peer::ops::cuda

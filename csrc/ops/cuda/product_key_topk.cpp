@@ -25,7 +25,7 @@ struct Cuda : Device {
                       query.device(), ", got ", scores.size(2));
     with_table_type(query.scalar_type(), [&]<class Query>() {
       using Real = accumulation_t<Query>;
-      const peer::cuda::ProductKeyTopk<Query> retrieval = {
+      const ProductKeyTopk<Query> retrieval = {
           .tokens = query.size(0),
           .heads = query.size(1),
           .half_width = query.size(2) / 2,
@@ -65,9 +65,9 @@ struct Cuda : Device {
 }  // namespace
 
 TORCH_LIBRARY_IMPL(peer, CUDA, m) {
-  m.impl("product_key_topk", ProductKeyTopk::kernel<product_key_topk_on<Cuda>>);
+  m.impl("product_key_topk", ProductKeyTopkOp::kernel<product_key_topk_on<Cuda>>);
   m.impl("product_key_topk_backward",
-         ProductKeyTopkBackward::kernel<product_key_topk_backward_on<Cuda>>);
+         ProductKeyTopkBackwardOp::kernel<product_key_topk_backward_on<Cuda>>);
 }
 
 }  // namespace peer::ops::cuda

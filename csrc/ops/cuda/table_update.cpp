@@ -35,9 +35,9 @@ struct Cuda : Device {
 }  // namespace
 
 TORCH_LIBRARY_IMPL(peer, CUDA, m) {
-  m.impl("rowwise_adagrad_", RowwiseAdagrad::kernel<rowwise_adagrad_on<Cuda>>);
-  m.impl("sgd_", Sgd::kernel<sgd_on<Cuda>>);
-  m.impl("rowwise_adam_", RowwiseAdam::kernel<rowwise_adam_on<Cuda>>);
+  m.impl("rowwise_adagrad_", RowwiseAdagradOp::kernel<rowwise_adagrad_on<Cuda>>);
+  m.impl("sgd_", SgdOp::kernel<sgd_on<Cuda>>);
+  m.impl("rowwise_adam_", RowwiseAdamOp::kernel<rowwise_adam_on<Cuda>>);
 }
 
 }  // namespace peer::ops::cuda

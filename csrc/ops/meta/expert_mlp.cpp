@@ -47,10 +47,10 @@ ThreeTensors expert_mlp_backward_coefficients_meta(
 }  // namespace
 
 TORCH_LIBRARY_IMPL(peer, Meta, m) {
-  m.impl("expert_mlp", ExpertMlp::kernel<expert_mlp_meta>);
-  m.impl("expert_mlp_backward", ExpertMlpBackward::kernel<expert_mlp_backward_meta>);
+  m.impl("expert_mlp", ExpertMlpOp::kernel<expert_mlp_meta>);
+  m.impl("expert_mlp_backward", ExpertMlpBackwardOp::kernel<expert_mlp_backward_meta>);
   m.impl("expert_mlp_backward_coefficients",
-         ExpertMlpBackwardCoefficients::kernel<expert_mlp_backward_coefficients_meta>);
+         ExpertMlpBackwardCoefficientsOp::kernel<expert_mlp_backward_coefficients_meta>);
 }
 
 }  // namespace peer::ops

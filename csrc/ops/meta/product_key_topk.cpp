@@ -27,9 +27,9 @@ std::tuple<Tensor, Tensor, Tensor> product_key_topk_backward_meta(
 }  // namespace
 
 TORCH_LIBRARY_IMPL(peer, Meta, m) {
-  m.impl("product_key_topk", ProductKeyTopk::kernel<product_key_topk_meta>);
+  m.impl("product_key_topk", ProductKeyTopkOp::kernel<product_key_topk_meta>);
   m.impl("product_key_topk_backward",
-         ProductKeyTopkBackward::kernel<product_key_topk_backward_meta>);
+         ProductKeyTopkBackwardOp::kernel<product_key_topk_backward_meta>);
 }
 
 }  // namespace peer::ops
