@@ -337,7 +337,7 @@ void run(const Direction<Table, Input, Rule>& direction, const Context& context)
 }  // namespace
 
 template <class Table, class Input>
-void token_forward(const ExpertMlpForward<Table, Input>& pass, const Context& context) {
+void expert_mlp_forward(const ExpertMlpForward<Table, Input>& pass, const Context& context) {
   using Real = accumulation_t<Table>;
   const int64_t pairs = pass.tokens * pass.experts_per_token;
   const std::shared_ptr<Real> coefficients = context.array<Real>(pairs);
@@ -353,7 +353,7 @@ void token_forward(const ExpertMlpForward<Table, Input>& pass, const Context& co
 }
 
 template <class Table, class Input>
-void token_backward(const ExpertMlpBackward<Table, Input>& pass, const Context& context) {
+void expert_mlp_backward(const ExpertMlpBackward<Table, Input>& pass, const Context& context) {
   using Real = accumulation_t<Table>;
   const Direction<Table, Input, BackwardRule<Real>> backward = {
       pass.tokens,
@@ -370,17 +370,17 @@ void token_backward(const ExpertMlpBackward<Table, Input>& pass, const Context& 
   run(backward, context);
 }
 
-template void token_forward(const ExpertMlpForward<float, float>&, const Context&);
-template void token_forward(const ExpertMlpForward<double, double>&, const Context&);
-template void token_forward(const ExpertMlpForward<BFloat16, BFloat16>&, const Context&);
-template void token_forward(const ExpertMlpForward<BFloat16, float>&, const Context&);
-template void token_forward(const ExpertMlpForward<Half, Half>&, const Context&);
-template void token_forward(const ExpertMlpForward<Half, float>&, const Context&);
-template void token_backward(const ExpertMlpBackward<float, float>&, const Context&);
-template void token_backward(const ExpertMlpBackward<double, double>&, const Context&);
-template void token_backward(const ExpertMlpBackward<BFloat16, BFloat16>&, const Context&);
-template void token_backward(const ExpertMlpBackward<BFloat16, float>&, const Context&);
-template void token_backward(const ExpertMlpBackward<Half, Half>&, const Context&);
-template void token_backward(const ExpertMlpBackward<Half, float>&, const Context&);
+template void expert_mlp_forward(const ExpertMlpForward<float, float>&, const Context&);
+template void expert_mlp_forward(const ExpertMlpForward<double, double>&, const Context&);
+template void expert_mlp_forward(const ExpertMlpForward<BFloat16, BFloat16>&, const Context&);
+template void expert_mlp_forward(const ExpertMlpForward<BFloat16, float>&, const Context&);
+template void expert_mlp_forward(const ExpertMlpForward<Half, Half>&, const Context&);
+template void expert_mlp_forward(const ExpertMlpForward<Half, float>&, const Context&);
+template void expert_mlp_backward(const ExpertMlpBackward<float, float>&, const Context&);
+template void expert_mlp_backward(const ExpertMlpBackward<double, double>&, const Context&);
+template void expert_mlp_backward(const ExpertMlpBackward<BFloat16, BFloat16>&, const Context&);
+template void expert_mlp_backward(const ExpertMlpBackward<BFloat16, float>&, const Context&);
+template void expert_mlp_backward(const ExpertMlpBackward<Half, Half>&, const Context&);
+template void expert_mlp_backward(const ExpertMlpBackward<Half, float>&, const Context&);
 
 }  // namespace peer::cuda

@@ -11,23 +11,21 @@
 #include "kernels/common.h"
 #include "kernels/cuda/launch.h"
 #include "kernels/expert_mlp.h"
+#include "kernels/product_key_topk.h"
+#include "kernels/segments.h"
+#include "kernels/table_grad.h"
 #include "kernels/table_update.h"
 
 namespace peer::cuda {
 
 // An index outside [0, experts) ends the kernel with a message and a trap.
 template <class Table, class Input>
-void token_forward(const ExpertMlpForward<Table, Input>& pass, const Context& context);
+void expert_mlp_forward(const ExpertMlpForward<Table, Input>& pass, const Context& context);
 template <class Table, class Input>
-void token_backward(const ExpertMlpBackward<Table, Input>& pass, const Context& context);
+void expert_mlp_backward(const ExpertMlpBackward<Table, Input>& pass, const Context& context);
 
-// A pair is one retrieval: token t's p-th expert has the pair number t·P + p. Pairs sorted by what
-// they contribute to, stably, and where the sums over them go: see chunks.h. All in device memory,
-// none of it known to the host.
-enum class OutputRows {
-  by_owner,  // row = owner: a dense gradient
-  compact,   // row = how many smaller owners occur: a sparse gradient's values
-};
+// Segments of sorted pairs (kernels/segments.h), and where the sums over them go
+// (kernels/cuda/segments.h). All of it is in device memory, and the host knows none of it.
 
 // The partial sums [first, first + count) that make up one row of the output.
 struct SplitSegment {
@@ -64,40 +62,14 @@ Segments make_segments(const int64_t* owners,
 // know its size, and the one wait there is.
 int64_t count_distinct_owners(const Segments& pairs, const Context& context);
 
-// Expert pass.
-//
-//   out[row] = Σ over the run's pairs of coefficients[pair]·source[pair / pairs_per_row]
-template <class Element, class Source>
-struct TableGrad {
-  using Real = accumulation_t<Element>;
-  int64_t width;
-  int64_t pairs_per_row;
-  const Real* coefficients;  // by pair number
-  Rows<const Source> source;
-  Rows<Element> out;
-};
-
+// The gradient of a table: see kernels/table_grad.h.
 template <class Element, class Source>
 void sum_pairs(const TableGrad<Element, Source>& pass,
                const Segments& pairs,
                const Context& context);
 
-// Updates the rows of a table by sums that are not stored. A row of the table, of its momentum and
-// of the source has so many parts of the same width, side by side.
-template <class Table, class Source>
-struct TableUpdate {
-  using Real = accumulation_t<Table>;
-  int64_t parts = 1;
-  int64_t width;  // of a part
-  Rows<Table> table;
-  UpdateRule<Table> rule;
-  bool stochastic_rounding;
-  uint64_t key;
-  Rows<const Source> source;
-  int64_t pairs_per_row = 1;
-  const Real* coefficients = nullptr;  // by part and pair number, or null: all one
-};
-
+// The update of a table: see kernels/table_update.h.
+//
 // By the sums over sorted pairs, by_owner.
 template <class Table, class Source>
 void update_by_pairs(const TableUpdate<Table, Source>& update,
@@ -107,32 +79,12 @@ void update_by_pairs(const TableUpdate<Table, Source>& update,
 template <class Table, class Source>
 void update_rows(const TableUpdate<Table, Source>& update, int64_t rows, const Context& context);
 
-// Retrieval by product keys: see kernels/cpu/product_key_topk.cpp. Query is float, double, BFloat16
-// or Half; scores are in its accumulation type.
-template <class Query>
-struct Keys {
-  const Query* data;
-  int64_t count;        // keys per head
-  int64_t head_stride;  // 0 where the heads share their keys
-};
-
-template <class Query>
-struct ProductKeyTopk {
-  using Real = accumulation_t<Query>;
-  int64_t tokens;
-  int64_t heads;
-  int64_t half_width;  // dim_key / 2
-  int64_t k;           // at most kMaxRetrieved
-  const Query* query;  // (T, H, dim_key)
-  Keys<Query> rows, columns;
-  Real* scores;      // (T, H, k)
-  int64_t* indices;  // (T, H, k)
-};
-
+// The largest k of product_key_topk.
 constexpr int64_t kMaxRetrieved = 64;
 
+// Query is float, double, BFloat16 or Half; scores are in its accumulation type.
 template <class Query>
-void retrieve(const ProductKeyTopk<Query>& retrieval, const Context& context);
+void product_key_topk(const ProductKeyTopk<Query>& retrieval, const Context& context);
 
 // Which row and which column of the keys every retrieval took; in a head's own part of them where
 // heads do not share keys.

@@ -10,12 +10,9 @@
 #include <cstdint>
 
 #include "kernels/common.h"
+#include "kernels/segments.h"
 
 namespace peer::cuda {
-
-// Long enough that partial sums stay small (at most one row for every 64 pairs), short enough that
-// a hot expert's pairs are shared among many warps: 128 of them are read in a few microseconds.
-constexpr int32_t kPairsPerChunk = 128;
 
 // What becomes of the sum after a pair: it goes on with the next pair, or goes to a row of the
 // output, the target itself, or to a row of partial sums, a number below kContinueSegment.
