@@ -62,16 +62,4 @@ struct ExpertMlpBackward {
   Real* up_coefficients;    // (T, P)
 };
 
-// Weighted sums of rows:  out[i] = Σ_p coefficients[i, p]·table[indices[i, p]]
-template <class Real>
-struct GatherSum {
-  int64_t items;
-  int64_t terms;
-  int64_t width;
-  const Real* coefficients;  // (items, terms)
-  const int64_t* indices;    // (items, terms)
-  Rows<const Real> table;
-  Rows<Real> out;  // (items, width)
-};
-
 }  // namespace peer

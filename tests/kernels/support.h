@@ -119,6 +119,16 @@ class Random {
   std::mt19937_64 engine_;
 };
 
+// The owners of segments of these many pairs, shuffled.
+inline std::vector<int64_t> owners_of_segments(const std::vector<int64_t>& segments) {
+  std::vector<int64_t> owners;
+  for (size_t owner = 0; owner < segments.size(); ++owner) {
+    owners.insert(owners.end(), segments[owner], owner);
+  }
+  std::shuffle(owners.begin(), owners.end(), std::mt19937_64(7));
+  return owners;
+}
+
 // Memory for the lists of sorted pairs.
 inline std::shared_ptr<void> plain_memory(int64_t bytes) {
   return {std::malloc(std::max<int64_t>(bytes, 1)), std::free};

@@ -6,7 +6,7 @@
 //   2. selection    the k best keys of each half of every query: of those kept so far and those of
 //                   the chunk (selection.h)
 //   3. pairs        of the sums row + column, only those that can be among the k best
-//                   (pair_pruning.h)
+//                   (kernels/product_key_topk.h)
 //
 // Shapes      query (T, H, dim_key)   keys (R or C, dim_key / 2), shared or for each head
 //             scores, indices (T, H, k)
@@ -31,7 +31,7 @@
 #include "kernels/cuda/kernels.h"
 #include "kernels/cuda/selection.h"
 #include "kernels/cuda/sub_scores.h"
-#include "kernels/pair_pruning.h"
+#include "kernels/product_key_topk.h"
 
 namespace peer::cuda {
 
@@ -416,7 +416,7 @@ Workspace<Query> plan_workspace(const ProductKeyTopk<Query>& retrieval) {
 }  // namespace
 
 template <class Query>
-void retrieve(const ProductKeyTopk<Query>& given, const Context& context) {
+void product_key_topk(const ProductKeyTopk<Query>& given, const Context& context) {
   ProductKeyTopk<Query> retrieval = given;
   // To shared keys all queries are alike, so that one token's heads make a block too.
   if (retrieval.rows.head_stride == 0 && retrieval.columns.head_stride == 0) {
@@ -438,9 +438,9 @@ void retrieve(const ProductKeyTopk<Query>& given, const Context& context) {
          workspace, packed);
 }
 
-template void retrieve(const ProductKeyTopk<float>&, const Context&);
-template void retrieve(const ProductKeyTopk<double>&, const Context&);
-template void retrieve(const ProductKeyTopk<BFloat16>&, const Context&);
-template void retrieve(const ProductKeyTopk<Half>&, const Context&);
+template void product_key_topk(const ProductKeyTopk<float>&, const Context&);
+template void product_key_topk(const ProductKeyTopk<double>&, const Context&);
+template void product_key_topk(const ProductKeyTopk<BFloat16>&, const Context&);
+template void product_key_topk(const ProductKeyTopk<Half>&, const Context&);
 
 }  // namespace peer::cuda

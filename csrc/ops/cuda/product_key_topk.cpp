@@ -36,7 +36,7 @@ struct Cuda : Device {
           .scores = data_of<Real>(scores),
           .indices = data_of<int64_t>(indices),
       };
-      peer::cuda::retrieve(retrieval, current_context());
+      peer::cuda::product_key_topk(retrieval, current_context());
     });
   }
 

@@ -9,9 +9,6 @@ namespace peer::ops::cuda {
 namespace {
 
 struct Cuda : Device {
-  template <class Table, class Source>
-  using TableUpdate = peer::cuda::TableUpdate<Table, Source>;
-
   // Indices are always sorted: to see whether they need to be, the host would have to wait for
   // them.
   template <class Table, class Source>

@@ -1,6 +1,5 @@
 // The operators that update rows on a device, which adds to what common.h asks of it
 //
-//   TableUpdate<Table, Source>                  the kernels' struct
 //   update(TableUpdate, indices, source, rows)  by sums over the indices; row by row where there
 //   are
 //                                             none
@@ -44,7 +43,7 @@ void update_table_on(const char* op,
       derive_key(derive_key(uint64_t(rounding.seed.value_or(0)), uint64_t(rounding.step)),
                  uint64_t(rounding.stream));
   with_table_and_input_type(type, source.scalar_type(), [&]<class Table, class Source>() {
-    typename Device::template TableUpdate<Table, Source> update = {
+    TableUpdate<Table, Source> update = {
         .parts = table.dim() == 3 ? table.size(1) : 1,
         .width = table.size(-1),
         .table = mutable_rows_of<Table>(table),
@@ -98,7 +97,8 @@ void sgd_on(const Tensor& table,
   const RowGradient gradient = {indices, source, coefficients};
   check_sgd(table, momentum_buffer, gradient, momentum);
   update_table_on<Device>("sgd_", table, gradient, {seed, step, stream}, [&]<class Table>() {
-    UpdateRule<Table> rule = {.rule = Rule::sgd, .lr = lr, .decay_factor = decay_factor_of(lr, weight_decay)};
+    UpdateRule<Table> rule = {
+        .rule = Rule::sgd, .lr = lr, .decay_factor = decay_factor_of(lr, weight_decay)};
     if (momentum_buffer.has_value()) {
       rule.beta1 = momentum;
       rule.nesterov = nesterov;

@@ -45,16 +45,6 @@ class Multiprocessors {
   int before_;
 };
 
-// Owners of runs of so many pairs, shuffled.
-inline std::vector<int64_t> owners_of_runs(const std::vector<int64_t>& runs) {
-  std::vector<int64_t> owners;
-  for (size_t owner = 0; owner < runs.size(); ++owner) {
-    owners.insert(owners.end(), runs[owner], owner);
-  }
-  std::shuffle(owners.begin(), owners.end(), std::mt19937_64(7));
-  return owners;
-}
-
 // Rows in memory of their own, `offset` elements behind an address aligned to 64 bytes and
 // `padding` elements apart.
 struct Layout {

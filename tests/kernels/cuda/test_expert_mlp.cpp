@@ -109,7 +109,7 @@ struct Problem {
                                                  out.data() + first * sizes.dim,
                                                  hidden.data() + pair,
                                                  sizes.has_gate ? gate.data() + pair : nullptr};
-    token_forward(pass, kContext);
+    expert_mlp_forward(pass, kContext);
   }
 
   void backward(int64_t first, int64_t count, bool wants_grad_x = true) {
@@ -133,7 +133,7 @@ struct Problem {
         down_coefficients.data() + pair,
         sizes.has_gate ? gate_coefficients.data() + pair : nullptr,
         up_coefficients.data() + pair};
-    token_backward(pass, kContext);
+    expert_mlp_backward(pass, kContext);
   }
 
   void run() {

@@ -6,7 +6,7 @@
 #include "cuda_support.h"
 #include "kernels/cuda/elements.h"
 #include "kernels/cuda/mma.h"
-#include "kernels/pair_pruning.h"
+#include "kernels/product_key_topk.h"
 #include "oracles/product_key_topk.h"
 
 using namespace peer;
@@ -52,7 +52,7 @@ struct Problem {
         .scores = scores.data(),
         .indices = indices.data(),
     };
-    retrieve(retrieval, kContext);
+    product_key_topk(retrieval, kContext);
   }
 
   template <class Sum>

@@ -91,15 +91,15 @@ TEST_CASE("pairs come out by owner, in their own order within an owner, and know
 }
 
 TEST_CASE("runs are cut into chunks from their own start, wherever that lies", "[sorted_pairs]") {
-  check_sorting(owners_of_runs({128, 127, 129, 1, 0, 255, 256, 257, 0, 0, 3, 512, 640, 2, 513}),
+  check_sorting(owners_of_segments({128, 127, 129, 1, 0, 255, 256, 257, 0, 0, 3, 512, 640, 2, 513}),
                 20);
-  check_sorting(owners_of_runs({1, 5000, 1}), 3);
-  check_sorting(owners_of_runs({5000}), 1);
-  check_sorting(owners_of_runs({200, 200, 200}), 1000);
+  check_sorting(owners_of_segments({1, 5000, 1}), 3);
+  check_sorting(owners_of_segments({5000}), 1);
+  check_sorting(owners_of_segments({200, 200, 200}), 1000);
 }
 
 TEST_CASE("a small work list is right, whoever comes first", "[sorted_pairs][races]") {
-  check_sorting(owners_of_runs({130, 2, 300, 1, 129}), 6);
+  check_sorting(owners_of_segments({130, 2, 300, 1, 129}), 6);
 }
 
 TEST_CASE("there may be more tiles than the block that adds them up has threads",

@@ -114,7 +114,7 @@ TEMPLATE_TEST_CASE("rows of more columns than a block takes at once are summed r
                    PEER_TABLE_AND_SOURCE_TYPES) {
   const int64_t width = 16 * 1024 / sizeof(typename TestType::Source) + 808;
   const Problem<typename TestType::Table, typename TestType::Source> problem(
-      owners_of_runs({1, 3, 0, 129}), 2, 5, width);
+      owners_of_segments({1, 3, 0, 129}), 2, 5, width);
   CHECK(problem.distance(problem.solve(OutputRows::by_owner)) <= 1);
 }
 
@@ -133,8 +133,8 @@ TEMPLATE_TEST_CASE("runs of every length around chunks and tiles are summed righ
                                          {127, 128, 129, 0, 255, 256, 257},
                                          {7, 190, 191, 192, 1, 1, 1, 1, 1, 500},
                                          {1, 0, 1100}}) {
-    const Problem<typename TestType::Table, typename TestType::Source> problem(owners_of_runs(runs),
-                                                                               1, runs.size(), 40);
+    const Problem<typename TestType::Table, typename TestType::Source> problem(
+        owners_of_segments(runs), 1, runs.size(), 40);
     INFO(runs.size() << " runs, the first of " << runs[0]);
     CHECK(problem.distance(problem.solve(OutputRows::compact)) <= 1);
   }
@@ -144,7 +144,7 @@ TEMPLATE_TEST_CASE("a hot expert is summed right, and the same on a device of an
                    "[expert_pass]",
                    PEER_TABLE_AND_SOURCE_TYPES) {
   const Problem<typename TestType::Table, typename TestType::Source> problem(
-      owners_of_runs({3, 1, 3000, 2, 0, 700, 1, 1, 1, 130}), 8, 12, 72);
+      owners_of_segments({3, 1, 3000, 2, 0, 700, 1, 1, 1, 130}), 8, 12, 72);
   const auto gradient = problem.solve(OutputRows::by_owner);
   CHECK(problem.distance(gradient) <= 1);
   for (const int sm_count : {1, 20, 132}) {
@@ -174,7 +174,7 @@ TEMPLATE_TEST_CASE("where rows lie in memory changes no bit and nothing between 
                    PEER_TABLE_AND_SOURCE_TYPES) {
   for (const int64_t width : {5, 64, 600}) {
     const Problem<typename TestType::Table, typename TestType::Source> problem(
-        owners_of_runs({1, 2, 3, 140, 0, 1, 4}), 3, 8, width);
+        owners_of_segments({1, 2, 3, 140, 0, 1, 4}), 3, 8, width);
     const auto aligned = problem.solve(OutputRows::by_owner);
     for (const Layout layout : {Layout{1, 0}, Layout{0, 1}, Layout{3, 5}, Layout{8, 8},
                                 Layout{0, 8}, Layout{4, 4}, Layout{2, 0}}) {
@@ -190,7 +190,7 @@ TEMPLATE_TEST_CASE("what is not a number reaches the rows of its pairs alone",
                    "[expert_pass]",
                    float,
                    BFloat16) {
-  Problem<TestType, TestType> problem(owners_of_runs({2, 1, 3, 150, 1, 5}), 1, 6, 100);
+  Problem<TestType, TestType> problem(owners_of_segments({2, 1, 3, 150, 1, 5}), 1, 6, 100);
   problem.source[40 * 100 + 7] = from_double<TestType>(INFINITY);
   problem.source[41 * 100 + 99] = from_double<TestType>(NAN);
   problem.source[42 * 100 + 50] = from_double<TestType>(INFINITY);
@@ -210,7 +210,7 @@ TEST_CASE("no pairs and no columns leave everything as it is", "[expert_pass]") 
   const Problem<float, float> no_pairs({}, 1, 3, 16);
   CHECK(no_pairs.distance(no_pairs.solve(OutputRows::by_owner)) == 0);
   CHECK(no_pairs.solve(OutputRows::compact).values.empty());
-  const Problem<float, float> no_columns(owners_of_runs({3, 200}), 1, 2, 0);
+  const Problem<float, float> no_columns(owners_of_segments({3, 200}), 1, 2, 0);
   CHECK(no_columns.distance(no_columns.solve(OutputRows::by_owner)) == 0);
 }
 
@@ -219,6 +219,6 @@ TEMPLATE_TEST_CASE("a small gradient is right, whichever thread comes first",
                    (Types<float, float>),
                    (Types<BFloat16, BFloat16>)) {
   const Problem<typename TestType::Table, typename TestType::Source> problem(
-      owners_of_runs({2, 130, 1}), 2, 3, 520);
+      owners_of_segments({2, 130, 1}), 2, 3, 520);
   CHECK(problem.distance(problem.solve(OutputRows::by_owner)) <= 1);
 }

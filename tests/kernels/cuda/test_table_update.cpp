@@ -1,9 +1,8 @@
 #include "cuda_support.h"
-#include "kernels/cpu/capability_kernels.h"
 #include "kernels/cpu/stochastic_rounding.h"
 #include "kernels/cuda/stochastic_rounding.h"
 #include "kernels/random_bits.h"
-#include "oracles/table_update.h"
+#include "problems/table_update.h"
 
 using namespace peer;
 using namespace peer::cuda;
@@ -11,46 +10,13 @@ using namespace peer::test;
 
 namespace {
 
-// Where the gradients of the rows come from.
-enum class Given { rows, pairs, pairs_with_coefficients };
+constexpr Given kGiven[] = {Given::dense, Given::pairs, Given::pairs_with_coefficients};
 
-constexpr Given kGiven[] = {Given::rows, Given::pairs, Given::pairs_with_coefficients};
-
-// One update of a table: what it is given, the kernels' result, and the obvious one in double.
 template <class Table, class Source>
-struct Problem {
-  using Real = accumulation_t<Table>;
-
-  // `runs`: how many pairs each of the first rows has, where the rows are not given as they are;
-  // the others have none.
-  Problem(Given given,
-          int64_t rows,
-          int64_t parts,
-          int64_t width,
-          const std::vector<int64_t>& runs,
-          uint64_t seed)
-      : given(given), rows(rows), parts(parts), width(width) {
-    Random random(seed);
-    if (given == Given::rows) {
-      for (int64_t row = 0; row < rows; ++row) {
-        owners.push_back(row);
-      }
-    } else {
-      pairs_per_row = given == Given::pairs ? 1 : 2;
-      owners = owners_of_runs(runs);
-      owners.resize((owners.size() + 1) / 2 * 2, rows - 1);
-    }
-    source = random.normal<Source>(owners.size() / pairs_per_row * parts * width);
-    coefficients = random.normal<Real>(parts * owners.size());
-    start.table = random.normal<Table>(rows * parts * width);
-    start.momentum = random.normal<Table>(rows * parts * width);
-    for (const double value : random.normal<double>(rows * parts)) {
-      start.second_moments.push_back(Real(std::abs(value)));
-    }
-    for (const int64_t value : random.integers(rows, 4)) {
-      start.row_steps.push_back(value);
-    }
-  }
+struct Problem : TableUpdateProblem<Table, Source> {
+  using Base = TableUpdateProblem<Table, Source>;
+  using Base::Base, Base::given, Base::rows, Base::parts, Base::width, Base::pairs_per_row;
+  using Base::owners, Base::source, Base::start;
 
   State<Table> solve(const Hyperparameters& h,
                      bool stochastic_rounding = false,
@@ -73,9 +39,9 @@ struct Problem {
         .key = 17,
         .source = std::as_const(source_memory).rows(),
         .pairs_per_row = pairs_per_row,
-        .coefficients = given == Given::pairs_with_coefficients ? coefficients.data() : nullptr,
+        .coefficients = this->given_coefficients(),
     };
-    if (given == Given::rows) {
+    if (!this->has_pairs()) {
       update_rows(update, rows, kContext);
     } else {
       if (sorted.count == 0) {
@@ -90,22 +56,10 @@ struct Problem {
     return state;
   }
 
-  Gradients gradients() const {
-    return sum_gradients(owners, rows, parts, width, source.data(), parts * width, pairs_per_row,
-                         given == Given::pairs_with_coefficients ? coefficients.data() : nullptr);
-  }
-
   double distance(const State<Table>& result, const Hyperparameters& h) const {
-    return distance_from_rule(h, gradients(), start, result, rows, parts, width, parts * width,
-                              64 * kEpsilon<Real>);
+    return Base::distance(result, h, 64 * kEpsilon<typename Base::Real>);
   }
 
-  Given given;
-  int64_t rows, parts, width, pairs_per_row = 1;
-  std::vector<int64_t> owners;
-  std::vector<Source> source;
-  std::vector<Real> coefficients;
-  State<Table> start;
   mutable Segments sorted;  // once for several solutions
 };
 
@@ -133,7 +87,7 @@ TEMPLATE_TEST_CASE("rows of more columns than a block takes at once follow their
                    "[row_update]",
                    PEER_TABLE_AND_SOURCE_TYPES) {
   const int64_t width = 16 * 1024 / sizeof(typename TestType::Source) + 333;
-  for (const Given given : {Given::rows, Given::pairs_with_coefficients}) {
+  for (const Given given : {Given::dense, Given::pairs_with_coefficients}) {
     const Problem<typename TestType::Table, typename TestType::Source> problem(given, 5, 2, width,
                                                                                {1, 3, 0, 129}, 4);
     for (const Hyperparameters& rule : {kRules[2], kRules[4]}) {
@@ -220,7 +174,7 @@ TEST_CASE("nothing to update by leaves everything as it is", "[row_update]") {
 TEST_CASE("a small update is right, whichever thread comes first", "[row_update][races]") {
   const Problem<float, float> by_pairs(Given::pairs_with_coefficients, 3, 2, 520, {2, 130, 1}, 9);
   CHECK(by_pairs.distance(by_pairs.solve(kRules[4]), kRules[4]) <= 1);
-  const Problem<float, float> of_wide_rows(Given::rows, 3, 2, 4400, {}, 9);
+  const Problem<float, float> of_wide_rows(Given::dense, 3, 2, 4400, {}, 9);
   CHECK(of_wide_rows.distance(of_wide_rows.solve(kRules[0]), kRules[0]) <= 1);
 }
 
@@ -281,24 +235,19 @@ TEMPLATE_TEST_CASE("tables and momentum are rounded to the CPU's bits, row by ro
     return UpdateRule<TestType>{
         .rule = Rule::sgd, .lr = -1, .decay_factor = 1, .momentum = {rows.data(), kWidth}};
   };
-  cpu::TableUpdate<TestType, float> on_cpu = {};
-  on_cpu.parts = 2;
-  on_cpu.width = kWidth / 2;
-  on_cpu.table = {expected_table.data(), kWidth};
-  on_cpu.rule = rule_with(expected_momentum);
-  on_cpu.stochastic_rounding = true;
-  on_cpu.key = 0x123456789abcdef0u;
-  on_cpu.source = {values.data(), kWidth};
-  peer::cpu::baseline::update_rows(on_cpu, 0, kRows);
-
-  update_rows(TableUpdate<TestType, float>{.parts = 2,
-                                           .width = kWidth / 2,
-                                           .table = {table.data(), kWidth},
-                                           .rule = rule_with(momentum),
-                                           .stochastic_rounding = true,
-                                           .key = on_cpu.key,
-                                           .source = on_cpu.source},
-              kRows, kContext);
+  TableUpdate<TestType, float> update = {.parts = 2,
+                                         .width = kWidth / 2,
+                                         .table = {expected_table.data(), kWidth},
+                                         .rule = rule_with(expected_momentum),
+                                         .stochastic_rounding = true,
+                                         .key = 0x123456789abcdef0u,
+                                         .source = {values.data(), kWidth}};
+  peer::cpu::kernels<peer::cpu::TableUpdateKernels>(peer::cpu::Capability::baseline)
+      .of<TestType, float>()
+      .update_rows(update, /*ids=*/nullptr, 0, kRows);
+  update.table = {table.data(), kWidth};
+  update.rule = rule_with(momentum);
+  update_rows(update, kRows, kContext);
   CHECK(have_same_bits(table, expected_table));
   CHECK(have_same_bits(momentum, expected_momentum));
   CHECK(!have_same_bits(table, momentum));
