@@ -9,13 +9,12 @@ set(PEER_CPU_KERNELS
     csrc/kernels/cpu/expert_mlp.cpp)
 
 set(PEER_CUDA_KERNELS
-    csrc/kernels/cuda/table_grad.cu
-    csrc/kernels/cuda/gather_sum.cu
-    csrc/kernels/cuda/key_owners.cu
+    csrc/kernels/cuda/expert_mlp.cu
     csrc/kernels/cuda/product_key_topk.cu
-    csrc/kernels/cuda/table_update.cu
+    csrc/kernels/cuda/product_key_topk_backward.cu
     csrc/kernels/cuda/segments.cu
-    csrc/kernels/cuda/expert_mlp.cu)
+    csrc/kernels/cuda/table_grad.cu
+    csrc/kernels/cuda/table_update.cu)
 
 # Compiled once per capability. The first is what runs on any processor of the architecture.
 set(PEER_CAPABILITIES baseline)

@@ -103,7 +103,7 @@ struct alignas(count * sizeof(Element) <= 16 ? count * sizeof(Element) : 16) Vec
   Element values[count];
 };
 
-// The same elements as 32-bit words. 16-bit elements are unpacked where they are used: unpacked
+// The same elements as 32-bit words. 16-bit elements are extracted where they are used: extracted
 // earlier, they would fill twice as many registers while loads are in flight.
 template <class Element, int size = kVecSize<Element>>
 struct alignas(Vec<Element, size>) [[gnu::may_alias]] RawVec {
