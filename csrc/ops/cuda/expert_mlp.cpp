@@ -2,6 +2,7 @@
 
 #include <torch/library.h>
 
+#include "kernels/cuda/expert_mlp.h"
 #include "ops/cuda/common.h"
 
 namespace peer::ops::cuda {

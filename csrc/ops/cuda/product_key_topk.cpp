@@ -2,6 +2,7 @@
 
 #include <torch/library.h>
 
+#include "kernels/cuda/product_key_topk.h"
 #include "ops/cuda/common.h"
 
 namespace peer::ops::cuda {
@@ -42,7 +43,7 @@ struct Cuda : Device {
 
   static void find_retrieved_keys(const RetrievedKeys& keys) {
     const KeyOwners pass = {
-        .retrievals = keys.indices.size(0) * keys.indices.size(1),
+        .queries = keys.indices.size(0) * keys.indices.size(1),
         .heads = keys.indices.size(1),
         .k = keys.indices.size(2),
         .columns = keys.columns_per_head,

@@ -2,6 +2,7 @@
 
 #include <torch/library.h>
 
+#include "kernels/cuda/table_update.h"
 #include "ops/cuda/common.h"
 
 namespace peer::ops::cuda {
@@ -22,10 +23,10 @@ struct Cuda : Device {
       return;
     }
     update.pairs_per_row = indices.numel() / source.size(0);
-    update_by_pairs(update,
-                    make_segments(indices.const_data_ptr<int64_t>(), indices.numel(), rows,
-                                  OutputRows::by_owner, context),
-                    context);
+    update_by_segments(update,
+                       make_segments(indices.const_data_ptr<int64_t>(), indices.numel(), rows,
+                                     OutputRows::by_owner, context),
+                       context);
   }
 };
 
