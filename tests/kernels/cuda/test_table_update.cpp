@@ -1,6 +1,8 @@
 #include "cuda_support.h"
 #include "kernels/cpu/stochastic_rounding.h"
 #include "kernels/cuda/stochastic_rounding.h"
+#include "kernels/cuda/table_grad.h"
+#include "kernels/cuda/table_update.h"
 #include "kernels/random_bits.h"
 #include "problems/table_update.h"
 
@@ -47,12 +49,12 @@ struct Problem : TableUpdateProblem<Table, Source> {
       if (sorted.count == 0) {
         sorted = make_segments(owners.data(), owners.size(), rows, OutputRows::by_owner, kContext);
       }
-      update_by_pairs(update, sorted, kContext);
+      update_by_segments(update, sorted, kContext);
     }
     state.table = table.values(rows);
     state.momentum = momentum.values(rows);
-    REQUIRE(table.is_elsewhere(rows, untouched));
-    REQUIRE(momentum.is_elsewhere(rows, untouched));
+    REQUIRE(table.holds_elsewhere(rows, untouched));
+    REQUIRE(momentum.holds_elsewhere(rows, untouched));
     return state;
   }
 
@@ -60,13 +62,13 @@ struct Problem : TableUpdateProblem<Table, Source> {
     return Base::distance(result, h, 64 * kEpsilon<typename Base::Real>);
   }
 
-  mutable Segments sorted;  // once for several solutions
+  mutable Segments sorted;  // made once for several solutions
 };
 
 }  // namespace
 
 TEMPLATE_TEST_CASE("every rule updates the rows that have pairs, and no others",
-                   "[row_update]",
+                   "[table_update]",
                    PEER_TABLE_AND_SOURCE_TYPES) {
   for (const int64_t width : {1, 7, 33, 256, 1030}) {
     for (const Given given : kGiven) {
@@ -83,8 +85,8 @@ TEMPLATE_TEST_CASE("every rule updates the rows that have pairs, and no others",
   }
 }
 
-TEMPLATE_TEST_CASE("rows of more columns than a block takes at once follow their whole mean",
-                   "[row_update]",
+TEMPLATE_TEST_CASE("rows with more columns than a block takes at once are updated by the mean of the whole row",
+                   "[table_update]",
                    PEER_TABLE_AND_SOURCE_TYPES) {
   const int64_t width = 16 * 1024 / sizeof(typename TestType::Source) + 333;
   for (const Given given : {Given::dense, Given::pairs_with_coefficients}) {
@@ -98,7 +100,7 @@ TEMPLATE_TEST_CASE("rows of more columns than a block takes at once follow their
 }
 
 TEMPLATE_TEST_CASE("rows with many pairs are updated once, and the same on a device of any size",
-                   "[row_update]",
+                   "[table_update]",
                    PEER_TABLE_AND_SOURCE_TYPES) {
   using Table = typename TestType::Table;
   const Problem<Table, typename TestType::Source> problem(
@@ -107,14 +109,14 @@ TEMPLATE_TEST_CASE("rows with many pairs are updated once, and the same on a dev
     const State<Table> state = problem.solve(rule);
     INFO("rule " << int(rule.rule) << " momentum " << rule.has_momentum);
     CHECK(problem.distance(state, rule) <= 1);
-    const Multiprocessors device(132);
+    const ScopedSmCount device(132);
     CHECK(problem.solve(rule) == state);
     CHECK((problem.solve(rule, true) == state) == std::is_same_v<Table, accumulation_t<Table>>);
   }
 }
 
-TEMPLATE_TEST_CASE("where rows lie in memory changes no bit of an update",
-                   "[row_update]",
+TEMPLATE_TEST_CASE("alignment and strides change no bit of an update",
+                   "[table_update]",
                    PEER_TABLE_AND_SOURCE_TYPES) {
   using Table = typename TestType::Table;
   for (const int64_t width : {7, 536}) {
@@ -131,28 +133,30 @@ TEMPLATE_TEST_CASE("where rows lie in memory changes no bit of an update",
   }
 }
 
-// What a fused optimizer relies on.
+// A fused optimizer relies on this.
 TEMPLATE_TEST_CASE("an update by pairs has the bits of a gradient followed by an update",
-                   "[row_update]",
+                   "[table_update]",
                    float,
                    double) {
   for (const int64_t width : {40, 700}) {
     const Problem<TestType, TestType> fused(Given::pairs_with_coefficients, 9, 1, width,
                                             {1, 2, 30, 129, 0, 300, 1, 1}, 7);
-    const Segments pairs =
+    const Segments segments =
         make_segments(fused.owners.data(), fused.owners.size(), 9, OutputRows::compact, kContext);
-    const int64_t distinct = count_distinct_owners(pairs, kContext);
-    // The same table, and the gradient's rows as pairs.
+    const int64_t distinct = count_distinct_owners(segments, kContext);
+    // The same table, with one pair for each row of the gradient.
     Problem<TestType, TestType> step(Given::pairs, 9, 1, width, {}, 7);
     step.start = fused.start;
-    step.owners.assign(pairs.distinct_owners.get(), pairs.distinct_owners.get() + distinct);
+    step.owners.assign(segments.distinct_owners.get(), segments.distinct_owners.get() + distinct);
     step.source.resize(distinct * width);
-    sum_pairs(TableGrad<TestType, TestType>{width,
-                                            fused.pairs_per_row,
-                                            fused.coefficients.data(),
-                                            {fused.source.data(), width},
-                                            {step.source.data(), width}},
-              pairs, kContext);
+    const TableGrad<TestType, TestType> gradient = {
+        .width = width,
+        .pairs_per_row = fused.pairs_per_row,
+        .coefficients = fused.coefficients.data(),
+        .source = {fused.source.data(), width},
+        .out = {step.source.data(), width},
+    };
+    sum_segments(gradient, segments, kContext);
     for (const Hyperparameters& rule : kRules) {
       INFO("width " << width << " rule " << int(rule.rule));
       CHECK(step.solve(rule) == fused.solve(rule));
@@ -160,7 +164,7 @@ TEMPLATE_TEST_CASE("an update by pairs has the bits of a gradient followed by an
   }
 }
 
-TEST_CASE("nothing to update by leaves everything as it is", "[row_update]") {
+TEST_CASE("without gradients nothing changes", "[table_update]") {
   for (const Given given : kGiven) {
     const Problem<float, float> no_rows(given, 0, 2, 16, {}, 8);
     CHECK(no_rows.solve(kRules[0]) == no_rows.start);
@@ -171,16 +175,16 @@ TEST_CASE("nothing to update by leaves everything as it is", "[row_update]") {
   CHECK(no_pairs.solve(kRules[4]) == no_pairs.start);
 }
 
-TEST_CASE("a small update is right, whichever thread comes first", "[row_update][races]") {
+TEST_CASE("a small update is right for every order of threads", "[table_update][races]") {
   const Problem<float, float> by_pairs(Given::pairs_with_coefficients, 3, 2, 520, {2, 130, 1}, 9);
   CHECK(by_pairs.distance(by_pairs.solve(kRules[4]), kRules[4]) <= 1);
-  const Problem<float, float> of_wide_rows(Given::dense, 3, 2, 4400, {}, 9);
-  CHECK(of_wide_rows.distance(of_wide_rows.solve(kRules[0]), kRules[0]) <= 1);
+  const Problem<float, float> wide_rows(Given::dense, 3, 2, 4400, {}, 9);
+  CHECK(wide_rows.distance(wide_rows.solve(kRules[0]), kRules[0]) <= 1);
 }
 
 namespace {
 
-// Values of every kind, and of any bits.
+// Special values, values around the range of half, and random bits.
 std::vector<float> values_to_round(int64_t count) {
   Random random(6);
   std::vector<float> values = {0.f,       -0.f,      INFINITY, -INFINITY, NAN,      3.4028235e38f,
@@ -188,7 +192,7 @@ std::vector<float> values_to_round(int64_t count) {
                                0x1p-149f, 0x1p-126f, 0x1p-14f, 0x1p-24f,  0x1p-25f, -0x1p-149f};
   values.push_back(std::bit_cast<float>(0x7fffffffu));
   values.push_back(std::bit_cast<float>(0xffffffffu));
-  while (int64_t(values.size()) < count / 2) {  // what half distinguishes
+  while (int64_t(values.size()) < count / 2) {  // the range of half
     values.push_back(std::ldexp(float(random.normal<double>(1)[0]), int(random.integer(48)) - 32));
   }
   while (int64_t(values.size()) < count) {
@@ -199,8 +203,8 @@ std::vector<float> values_to_round(int64_t count) {
 
 }  // namespace
 
-TEMPLATE_TEST_CASE("stochastic rounding has the CPU's bits for any value and any random word",
-                   "[row_update]",
+TEMPLATE_TEST_CASE("stochastic rounding has the CPU's bits for every value and every random word",
+                   "[table_update]",
                    BFloat16,
                    Half) {
   namespace cpu = peer::cpu::baseline;
@@ -221,10 +225,10 @@ TEMPLATE_TEST_CASE("stochastic rounding has the CPU's bits for any value and any
   }
 }
 
-// Rows of two parts that become what is subtracted from them, momentum that becomes the gradient:
-// exact before they are rounded.
+// With tables of zeros, these hyperparameters make the table and the momentum equal to the gradient.
+// So rounding is the only inexact step.
 TEMPLATE_TEST_CASE("tables and momentum are rounded to the CPU's bits, row by row",
-                   "[row_update]",
+                   "[table_update]",
                    BFloat16,
                    Half) {
   constexpr int64_t kRows = 40, kWidth = 500;
