@@ -1,20 +1,25 @@
-// expert_mlp and its backward. For every token: z = rows(A)·v, c = f(z), y = Σ c·rows(B), over the P
-// experts that the token retrieved.
+// expert_mlp and its backward. For every token: z = rows(A)·v, c = f(z), y = Σ c·rows(B), over the
+// P experts that the token retrieved.
 //
 // Forward     A = w_down, w_gate    v = x          f = weights·act(z)·gate    B = w_up
 // Backward    A = w_up              v = grad_out   f = the chain rule         B = w_down, w_gate
 //
 // Shapes      v (T, ·)   A, B (N, ·)   indices, weights, z, c (T, P)   y (T, ·)
-// One block   one token. Up to 8 warps share its pairs, at least 16 consecutive pairs per warp. With
+// One block   one token. Up to 8 warps share its pairs, at least 16 consecutive pairs per warp.
+// With
 //             fewer tokens than SMs, one warp and one share of the pairs (see `run`)
-// One warp    dot products of its pairs' rows with v, 4 or 8 rows at once; c, one pair per lane; the
+// One warp    dot products of its pairs' rows with v, 4 or 8 rows at once; c, one pair per lane;
+// the
 //             weighted sum of its pairs' rows. z and c pass between lanes through memory. Up to 16
 //             loads of 16 bytes are in flight per lane
-// Traffic     P·(A's width + B's width) table elements per token, each read once. v is read from the
+// Traffic     P·(A's width + B's width) table elements per token, each read once. v is read from
+// the
 //             L1 cache once per tile of rows. Nothing of size P·width is written
-// Exactness   accumulation in float (double for double), in an order fixed by p and the widths; y is
+// Exactness   accumulation in float (double for double), in an order fixed by p and the widths; y
+// is
 //             rounded once. A token's bits do not depend on the number of tokens
-// Requires    widths and P below 2^30; any strides and alignments, but rows are read in vectors only
+// Requires    widths and P below 2^30; any strides and alignments, but rows are read in vectors
+// only
 //             if all arrays are aligned to 16 bytes
 #include <algorithm>
 #include <cstdio>
@@ -166,7 +171,8 @@ __device__ void dot_pairs(const DotProducts<Table, Input>& dots, int64_t token, 
   }
 }
 
-// Block reduce: y = the sums of the block's warps, added in warp order, for the columns of one tile.
+// Block reduce: y = the sums of the block's warps, added in warp order, for the columns of one
+// tile.
 template <class Tile, class Table, class Input>
 __device__ void block_reduce_columns(const ColumnSums<Tile, Table>& sums,
                                      int first_column,
@@ -239,8 +245,8 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksPerSm)
   }
 }
 
-// Adds the sums of a token's shares in the order of a token's block: first the shares within each of
-// its warps, then the warps.
+// Adds the sums of a token's shares in the order of a token's block: first the shares within each
+// of its warps, then the warps.
 //
 // One thread    one column of a token; blocks_per_token blocks per token
 // Traffic       shares_per_token elements of partial_y per column, read once

@@ -1,8 +1,8 @@
 // How kernels are launched.
 //
-// Every function that takes a Context takes device pointers, queues work on the context's stream and
-// returns. Only functions that say so wait for the stream. No kernel adds floats atomically, and the
-// order of every sum depends on shapes alone.
+// Every function that takes a Context takes device pointers, queues work on the context's stream
+// and returns. Only functions that say so wait for the stream. No kernel adds floats atomically,
+// and the order of every sum depends on shapes alone.
 #pragma once
 
 #include <cuda_runtime.h>

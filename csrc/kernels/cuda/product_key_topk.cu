@@ -1,9 +1,11 @@
 // product_key_topk: the k best of R·C experts for every token and head, exactly, without computing
 // R·C scores.
 //
-//   1. sub-scores   <q1, row_keys[r]>, then <q2, col_keys[c]>, of a block's queries, a batch of keys
+//   1. sub-scores   <q1, row_keys[r]>, then <q2, col_keys[c]>, of a block's queries, a batch of
+//   keys
 //                   at a time, in shared memory (sub_scores.h)
-//   2. best keys    the k best keys of each half of every query: the best of those so far and of the
+//   2. best keys    the k best keys of each half of every query: the best of those so far and of
+//   the
 //                   batch (query_topk.h, warp_select.h)
 //   3. best pairs   the k best sums row + column, among the candidate pairs (query_topk.h)
 //
@@ -16,11 +18,13 @@
 //             the block
 // Exactness   every sub-score is summed in an order that depends only on dim_key; a pair's score is
 //             one addition
-// Order       higher score first; among equal scores the smaller (row rank, column rank), where equal
-//             ranks go to the smaller key id. Scores are compared as ordered integers (ordered.h), so
-//             NaN ranks highest and -0 equals 0. An infinite sub-score counts as the largest finite
-//             number of its sign
-// Requires    k up to kMaxRetrieved and R·C; R, C and dim_key below 2^31; any alignments, but elements
+// Order       higher score first; among equal scores the smaller (row rank, column rank), where
+// equal
+//             ranks go to the smaller key id. Scores are compared as ordered integers (ordered.h),
+//             so NaN ranks highest and -0 equals 0. An infinite sub-score counts as the largest
+//             finite number of its sign
+// Requires    k up to kMaxRetrieved and R·C; R, C and dim_key below 2^31; any alignments, but
+// elements
 //             that are not vectorizable are read one by one
 #include <cuda_runtime.h>
 
@@ -73,8 +77,8 @@ class SharedLayout {
   }
 
   static constexpr int kScores = Stage<Query>::kBytes;
-  // The padding avoids bank conflicts: four lanes store eight scores of a query, and the lanes beside
-  // them eight scores of the next query.
+  // The padding avoids bank conflicts: four lanes store eight scores of a query, and the lanes
+  // beside them eight scores of the next query.
   PEER_HOST_DEVICE int score_stride() const { return keys_per_batch_ + 8; }
   static_assert(kMaxCandidates * sizeof(Candidate<Order>) <= kMinKeysPerBatch * sizeof(Order));
 
@@ -166,8 +170,8 @@ SharedLayout<Query> choose_shared_layout(const ProductKeyTopk<Query>& retrieval)
     return SharedLayout<Query>(int(retrieval.k), int(keys));
   };
   const int64_t keys = std::max(retrieval.rows.count, retrieval.columns.count);
-  int64_t batch = std::clamp<int64_t>((keys + kStep - 1) / kStep * kStep, kMinKeysPerBatch,
-                                      kMaxKeysPerBatch);
+  int64_t batch =
+      std::clamp<int64_t>((keys + kStep - 1) / kStep * kStep, kMinKeysPerBatch, kMaxKeysPerBatch);
   while (batch > kMinKeysPerBatch && layout_for(batch).bytes() > bytes_per_block) {
     batch -= kStep;
   }

@@ -35,8 +35,9 @@ __global__ void key_owners_kernel(KeyOwners pass) {
 // Weighted sums of rows:  out[i] = Σ_p coefficients[i, p]·table[indices[i, p]]
 //
 // Shapes      coefficients, indices (items, terms)   table (·, width)   out (items, width)
-// One warp    one item, all columns; up to 16 rows at once, with 16 bytes of each in flight per lane
-// Traffic     terms·width table elements per item. The table is expected to be small: keys stay in
+// One warp    one item, all columns; up to 16 rows at once, with 16 bytes of each in flight per
+// lane Traffic     terms·width table elements per item. The table is expected to be small: keys
+// stay in
 //             the L2 cache, which serves all but the first reads
 // Exactness   accumulation in the table's own type, in an order fixed by p
 // Requires    indices in range; width and terms below 2^30; any strides and alignments
@@ -46,8 +47,7 @@ constexpr int kGatherWarps = 8;
 using KeyTile = RowTile<16, 1, true>;
 
 template <class Tile, class Table>
-__global__ void __launch_bounds__(kGatherWarps* kWarp, 2)
-    gather_sum_kernel(GatherSum<Table> pass) {
+__global__ void __launch_bounds__(kGatherWarps* kWarp, 2) gather_sum_kernel(GatherSum<Table> pass) {
   const int64_t item = int64_t(blockIdx.x) * kGatherWarps + warp_in_block();
   if (item >= pass.items) {
     return;
@@ -76,12 +76,12 @@ void find_key_owners(const KeyOwners& pass, const Context& context) {
 
 template <class Table>
 void gather_sum(const GatherSum<Table>& pass, const Context& context) {
-  const bool are_vectorizable =
-      is_vectorizable(pass.table.data, pass.table.stride, pass.width) &&
-      is_vectorizable(pass.out.data, pass.out.stride, pass.width);
+  const bool are_vectorizable = is_vectorizable(pass.table.data, pass.table.stride, pass.width) &&
+                                is_vectorizable(pass.out.data, pass.out.stride, pass.width);
   const int64_t blocks = (pass.items + kGatherWarps - 1) / kGatherWarps;
-  launch(are_vectorizable ? gather_sum_kernel<KeyTile, Table> : gather_sum_kernel<ScalarTile, Table>,
-         {blocks, kGatherWarps * kWarp}, context.stream, pass);
+  launch(
+      are_vectorizable ? gather_sum_kernel<KeyTile, Table> : gather_sum_kernel<ScalarTile, Table>,
+      {blocks, kGatherWarps * kWarp}, context.stream, pass);
 }
 
 template void gather_sum(const GatherSum<float>&, const Context&);

@@ -68,7 +68,8 @@ struct alignas(2) RankPair {
   uint8_t row, column;
 };
 
-// Lists the candidate pairs in order of (row rank, column rank). Called by all threads of the block.
+// Lists the candidate pairs in order of (row rank, column rank). Called by all threads of the
+// block.
 __device__ inline void list_candidate_pairs(int row_count,
                                             int column_count,
                                             int k,

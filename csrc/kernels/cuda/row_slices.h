@@ -51,9 +51,7 @@ struct Slice {
   __device__ Element* vec_address(int k) const { return data + vec_offset<vec_size>(k); }
   // For vectorizable rows: a vector lies either in the row or beyond its end.
   __device__ bool has_vec(int k) const { return vec_offset<vec_size>(k) < columns; }
-  __device__ bool has_element(int k, int i) const {
-    return vec_offset<vec_size>(k) + i < columns;
-  }
+  __device__ bool has_element(int k, int i) const { return vec_offset<vec_size>(k) + i < columns; }
 };
 
 template <class Element, int vec_size>
@@ -161,8 +159,8 @@ __device__ void write(Element* target, const RawVec<Element, vec_size>& values) 
 
 template <CacheHint hint = CacheHint::none, class Element, int vec_size>
 __device__ void store_vec(const Slice<Element, vec_size>& slice,
-                           int k,
-                           const RawVec<Element, vec_size>& values) {
+                          int k,
+                          const RawVec<Element, vec_size>& values) {
   if (!slice.is_vectorizable) {
     const Vec<Element, vec_size> elements = from_raw(values);
     for_each_element<vec_size>([&](int i) {
@@ -176,12 +174,14 @@ __device__ void store_vec(const Slice<Element, vec_size>& slice,
 }
 
 template <class Element, int vec_size>
-__device__ void store(const Slice<Element, vec_size>& slice, const RawSliceValues<Element, vec_size>& values) {
+__device__ void store(const Slice<Element, vec_size>& slice,
+                      const RawSliceValues<Element, vec_size>& values) {
   for_each_vec([&](int k) { store_vec(slice, k, values.vecs[k]); });
 }
 
 template <class Real, int vec_size>
-__device__ void store(const Slice<Real, vec_size>& slice, const SliceValues<Real, vec_size>& values) {
+__device__ void store(const Slice<Real, vec_size>& slice,
+                      const SliceValues<Real, vec_size>& values) {
   for_each_vec([&](int k) { store_vec(slice, k, to_raw(values.vecs[k])); });
 }
 
@@ -203,7 +203,8 @@ __device__ uint32_t narrow_two(float first, float second) {
 }
 
 template <class Element, int vec_size>
-__device__ RawVec<Element, vec_size> narrow_vec(const Vec<accumulation_t<Element>, vec_size>& wide) {
+__device__ RawVec<Element, vec_size> narrow_vec(
+    const Vec<accumulation_t<Element>, vec_size>& wide) {
   if constexpr (sizeof(Element) == 2) {
     RawVec<Element, vec_size> result;
 #pragma unroll

@@ -1,5 +1,5 @@
-// The product of queries and keys, for one warp: all of the block's queries times kKeysPerTile keys.
-// The lanes hold the sums in registers.
+// The product of queries and keys, for one warp: all of the block's queries times kKeysPerTile
+// keys. The lanes hold the sums in registers.
 //
 // Keys       read from global memory, 64 (16-bit) or 32 bytes of a row at a time. The L2 cache has
 //            room for the keys of all heads
@@ -48,8 +48,8 @@ constexpr int kColumnsPerStep = (kUsesTensorCores<Query> ? 64 : 32) / int(sizeof
 
 // A vector of a row, as the product reads it.
 template <class Query>
-using OperandVec = std::
-    conditional_t<kUsesTensorCores<Query>, RawVec<Query>, Vec<Query, kVecSize<Query>>>;
+using OperandVec =
+    std::conditional_t<kUsesTensorCores<Query>, RawVec<Query>, Vec<Query, kVecSize<Query>>>;
 
 // One half of some queries, or the keys of one half.
 template <class Query>
@@ -105,10 +105,10 @@ struct ScoreRows {
 };
 
 // Lane 4g + q reads elements 8q to 8q + 7 of a step's columns, of the keys 8n + g. Two tensor-core
-// instructions, j = 0 and 1, take them: elements 8q + 4j and 8q + 4j + 1 as the instruction's columns
-// 2q and 2q + 1, and the next two elements as its columns 2q + 8 and 2q + 9. Queries are staged in
-// the same order: for every 16 queries and every instruction, the four words of lane 0, then those
-// of lane 1, and so on.
+// instructions, j = 0 and 1, take them: elements 8q + 4j and 8q + 4j + 1 as the instruction's
+// columns 2q and 2q + 1, and the next two elements as its columns 2q + 8 and 2q + 9. Queries are
+// staged in the same order: for every 16 queries and every instruction, the four words of lane 0,
+// then those of lane 1, and so on.
 template <class Query>
 struct TensorCoreTile {
   static constexpr int kQueryTiles = kQueriesPerBlock<Query> / 16;
@@ -124,7 +124,10 @@ struct TensorCoreTile {
     }
   }
 
-  __device__ static void put(const Stage<Query>& stage, int query, int column, const RawVec<Query>& vec) {
+  __device__ static void put(const Stage<Query>& stage,
+                             int query,
+                             int column,
+                             const RawVec<Query>& vec) {
     const int owner = query % 8 * 4 + column / 8 % 4;
     const int is_lower = query / 8 % 2;
 #pragma unroll
@@ -238,7 +241,8 @@ struct MultiplyAddTile {
       for (int v = 0; v < kVecs; ++v) {
 #pragma unroll
         for (int query = 0; query < kQueries; ++query) {
-          const OperandVec<Query> factors = stage.vecs[place_of(query, column + v * kVecSize<Query>)];
+          const OperandVec<Query> factors =
+              stage.vecs[place_of(query, column + v * kVecSize<Query>)];
 #pragma unroll
           for (int i = 0; i < kVecSize<Query>; ++i) {
 #pragma unroll

@@ -1,7 +1,7 @@
 // Where the sums over sorted pairs end, and where they are stored.
 //
-// The sum over a segment of one chunk is stored in a row of the output. The sums over the chunks of a
-// split segment are stored in rows of partial sums (kernels/segments.h).
+// The sum over a segment of one chunk is stored in a row of the output. The sums over the chunks of
+// a split segment are stored in rows of partial sums (kernels/segments.h).
 #pragma once
 
 #include <cstdint>
@@ -65,8 +65,8 @@ PEER_HOST_DEVICE inline PairEnds ends_at(const int32_t* sorted_owners,
 }
 
 // Upper bounds, for any assignment of this many pairs to this many owners. The shortest split
-// segment has one pair more than a chunk and takes two partial rows; every further row takes a whole
-// chunk of pairs.
+// segment has one pair more than a chunk and takes two partial rows; every further row takes a
+// whole chunk of pairs.
 inline int64_t max_split_segments(int64_t pairs, int64_t owners) {
   const int64_t by_pairs = pairs / (kPairsPerChunk + 1);
   return by_pairs < owners ? by_pairs : owners;
@@ -74,9 +74,8 @@ inline int64_t max_split_segments(int64_t pairs, int64_t owners) {
 
 inline int64_t max_partial_rows(int64_t pairs, int64_t owners) {
   const int64_t segments = max_split_segments(pairs, owners);
-  return segments == 0
-             ? 0
-             : 2 * segments + (pairs - segments * (kPairsPerChunk + 1)) / kPairsPerChunk;
+  return segments == 0 ? 0
+                       : 2 * segments + (pairs - segments * (kPairsPerChunk + 1)) / kPairsPerChunk;
 }
 
 }  // namespace peer::cuda

@@ -1,8 +1,9 @@
-// Segments: pairs sorted by owner (which expert did each pair retrieve?), and the target of every sum
-// over them.
+// Segments: pairs sorted by owner (which expert did each pair retrieve?), and the target of every
+// sum over them.
 //
 // Sorting     a stable radix sort of pair ids by owner, over as many bits as owners have
-// Targets     one per sorted position (segment_chunks.h). A scan over tiles of positions: tiles count
+// Targets     one per sorted position (segment_chunks.h). A scan over tiles of positions: tiles
+// count
 //             what ends in them, one block scans the counts, tiles write the targets
 // One thread  one position. Its neighbours tell what ends there; only in segments of at least a
 //             chunk does it search for the segment's start
@@ -186,8 +187,8 @@ Pairs sort_stably(const Pairs& given, int32_t count, int64_t owner_count, const 
   const Pairs sorted = {context.array<int32_t>(count), context.array<int32_t>(count)};
   const auto sort = [&](void* workspace, size_t& workspace_bytes) {
     check(cub::DeviceRadixSort::SortPairs(workspace, workspace_bytes, given.owners.get(),
-                                          sorted.owners.get(), given.ids.get(),
-                                          sorted.ids.get(), count, 0, bits, context.stream),
+                                          sorted.owners.get(), given.ids.get(), sorted.ids.get(),
+                                          count, 0, bits, context.stream),
           "pairs were not sorted");
   };
   size_t workspace_bytes = 0;

@@ -1,5 +1,5 @@
-// Pairs sorted by owner, and the rows that the sums over their segments are stored in. The terms are
-// defined in kernels/segments.h.
+// Pairs sorted by owner, and the rows that the sums over their segments are stored in. The terms
+// are defined in kernels/segments.h.
 #pragma once
 
 #include <cstdint>
@@ -22,10 +22,11 @@ struct SegmentCounts {
 
 // All arrays are in device memory, and the host knows nothing of their contents.
 struct Segments {
-  int64_t count = 0;  // of pairs
+  int64_t count = 0;                  // of pairs
   std::shared_ptr<int32_t> pair_ids;  // (count), by ascending owner, then by id
   std::shared_ptr<int32_t> targets;   // (count), of the sum up to each pair: see segment_chunks.h
-  std::shared_ptr<int32_t> distinct_owners;  // (count), of which counts->owners are set; compact only
+  std::shared_ptr<int32_t>
+      distinct_owners;  // (count), of which counts->owners are set; compact only
   std::shared_ptr<SplitSegment> split_segments;  // (max_split_segments)
   std::shared_ptr<SegmentCounts> counts;         // (1)
   // Bounds that the host knows, for the sizes of grids and of memory.
@@ -33,8 +34,8 @@ struct Segments {
   int64_t max_partial_rows = 0;
 };
 
-// count and owner_count must be below 2^31. An owner outside [0, owner_count) ends the kernel with a
-// message and a trap.
+// count and owner_count must be below 2^31. An owner outside [0, owner_count) ends the kernel with
+// a message and a trap.
 Segments make_segments(const int64_t* owners,
                        int64_t count,
                        int64_t owner_count,

@@ -3,7 +3,8 @@
 //
 // Staging    the queries' half, in shared memory, as many columns at once as fit
 // Tiles      the warps divide the batch's keys (score_tiles.h); each key is read once per block
-// Result     ordered integers (ordered.h). An infinite sub-score counts as the largest finite number
+// Result     ordered integers (ordered.h). An infinite sub-score counts as the largest finite
+// number
 //            of its sign, so that sums of sub-scores are NaN only if one of the two is
 #pragma once
 
@@ -26,8 +27,8 @@ __device__ Real clamp_to_finite(Real score) {
   return score > largest ? largest : score < -largest ? -largest : score;  // NaN stays
 }
 
-// Called by all threads of the block, with a barrier before the stage is read. The last query stands
-// in for queries beyond it.
+// Called by all threads of the block, with a barrier before the stage is read. The last query
+// stands in for queries beyond it.
 template <class Query>
 __device__ void fill_stage(const Stage<Query>& stage, const HalfRows<Query>& queries) {
   const int vecs = stage.columns / kVecSize<Query>;
@@ -42,9 +43,9 @@ __device__ void fill_stage(const Stage<Query>& stage, const HalfRows<Query>& que
   }
 }
 
-// Adds the products of the staged columns to the scores of a tile's keys. The last key stands in for
-// keys beyond it. Scores are ordered integers between stages, too: a sum loses only the sign of a
-// zero, which makes no difference.
+// Adds the products of the staged columns to the scores of a tile's keys. The last key stands in
+// for keys beyond it. Scores are ordered integers between stages, too: a sum loses only the sign of
+// a zero, which makes no difference.
 template <bool is_vectorized, class Query, class Real = accumulation_t<Query>>
 __device__ void score_tile(const HalfRows<Query>& keys,
                            int64_t first_key,
@@ -67,8 +68,9 @@ __device__ void score_tile(const HalfRows<Query>& keys,
   });
 }
 
-// Computes scores[query, key] of `count` keys from first_key on. Called by all threads of the block,
-// with a barrier before the scores are read. Writes whole tiles, so also places beyond `count`.
+// Computes scores[query, key] of `count` keys from first_key on. Called by all threads of the
+// block, with a barrier before the scores are read. Writes whole tiles, so also places beyond
+// `count`.
 template <class Query, class Real = accumulation_t<Query>>
 __device__ void score_batch(const HalfRows<Query>& queries,
                             const HalfRows<Query>& keys,

@@ -7,7 +7,8 @@
 // One block   the chunks that start at up to 64 sorted positions, at most 191 pairs; one warp per
 //             KiB of a row of the source (segment_sum.h). A second kernel adds the partial sums of
 //             split segments (partial_sums.h)
-// Traffic     per pair, one row of the source, from the L2 cache, and 12 bytes that describe it. Per
+// Traffic     per pair, one row of the source, from the L2 cache, and 12 bytes that describe it.
+// Per
 //             owner, one row written, which the L2 cache evicts first. 3 KiB of the source are in
 //             flight per warp
 // Exactness   sums in the order of the pairs within a chunk, then in an order of the chunks that
@@ -32,8 +33,7 @@ __global__ void sum_segments_kernel(TermList<Real> list,
   const auto prefetch_nothing = [](int32_t) {};
   const int columns_per_round = int(blockDim.x) * kVecsPerLane * vec_size;
   for (int64_t first = 0; first < source.width; first += columns_per_round) {
-    const int64_t column =
-        lane_column<vec_size>(first + warp_in_block() * kSliceColumns<vec_size>);
+    const int64_t column = lane_column<vec_size>(first + warp_in_block() * kSliceColumns<vec_size>);
     const auto write_row = [&](int, int32_t target, const SliceValues<Real, vec_size>& sum) {
       if (is_row_of_output(target)) {
         const auto row = out.slice(target, column);

@@ -10,13 +10,15 @@
 // One block   as in table_grad: sums over up to 191 pairs, one warp per KiB of a row of the source.
 //             If the rule needs the mean of g², the block synchronises once per row. Split segments
 //             are summed to partial sums first; a second launch treats those sums as gradient rows
-// Traffic     per pair, as in table_grad; per row, the table's row, its momentum and state, read and
+// Traffic     per pair, as in table_grad; per row, the table's row, its momentum and state, read
+// and
 //             written once. Rows lie anywhere in a table far larger than any cache. They are
 //             prefetched as early as the source's rows, so that a warp reads them from the L2 cache
-// Exactness   g as in table_grad, without its rounding; the mean of g² in an order that depends only
-//             on the width and the types; all arithmetic in the accumulation type, with one rounding
-//             at the store. If a row has more columns than a block takes at once, its sums are
-//             computed twice: for the mean, then for the update
+// Exactness   g as in table_grad, without its rounding; the mean of g² in an order that depends
+// only
+//             on the width and the types; all arithmetic in the accumulation type, with one
+//             rounding at the store. If a row has more columns than a block takes at once, its sums
+//             are computed twice: for the mean, then for the update
 // Requires    as table_grad; rows of the table distinct and below 2^31
 #include <cmath>
 
@@ -35,7 +37,8 @@ namespace {
 //   v = second_moment_decay·v + second_moment_gain·mean(g²)     if there are second moments
 //   scale = lr / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps)
 //   m = momentum_decay·m + momentum_gain·g                      m = g without momentum
-//   w = decay_factor·w - scale·m                                nesterov: g + momentum_decay·m for m
+//   w = decay_factor·w - scale·m                                nesterov: g + momentum_decay·m for
+//   m
 template <class Real>
 struct Hyperparameters {
   Real lr, decay_factor, eps = 0;
@@ -156,8 +159,8 @@ class TableSlice {
         WideVec m = widen_vec(m_.vecs[k]);
         for_each_element<vec_size>([&](int i) {
           const Real g = direction.values[i];
-          m.values[i] = hyperparameters.momentum_decay * m.values[i] +
-                        hyperparameters.momentum_gain * g;
+          m.values[i] =
+              hyperparameters.momentum_decay * m.values[i] + hyperparameters.momentum_gain * g;
           direction.values[i] = hyperparameters.nesterov
                                     ? g + hyperparameters.momentum_decay * m.values[i]
                                     : m.values[i];
@@ -269,8 +272,7 @@ __global__ void update_kernel(TermList<Real> list,
   const int rounds = mean_rounds + rounds_per_row;
   for (int round = 0; round < rounds; ++round) {
     const int64_t first = int64_t(round % rounds_per_row) * columns_per_round;
-    const int64_t column =
-        lane_column<vec_size>(first + warp_in_block() * kSliceColumns<vec_size>);
+    const int64_t column = lane_column<vec_size>(first + warp_in_block() * kSliceColumns<vec_size>);
     const bool is_mean_round = round < mean_rounds;
     const auto prefetch_row = [&](int32_t target) {
       if (!is_mean_round && is_row_of_output(target)) {
@@ -322,8 +324,7 @@ void update_by_terms(const TermList<Real>& list,
 }
 
 template <int vec_size, class Table, class Source>
-PartUpdate<Table, vec_size> update_of_part(const TableUpdate<Table, Source>& update,
-                                           int64_t part) {
+PartUpdate<Table, vec_size> update_of_part(const TableUpdate<Table, Source>& update, int64_t part) {
   const UpdateRule<Table>& rule = update.rule;
   const bool has_momentum = rule.rule != Rule::rowwise_adagrad;
   const int64_t column = part * update.width;
@@ -369,10 +370,9 @@ void update_by_segments(const TableUpdate<Table, Source>& update,
                     partial_sums.template rows<vec_size>(), context);
     add_partial_sums(segments, partial_sums, partial_sums.template rows<sum_vec_size>(),
                      /*is_in_place=*/true, context);
-    update_by_terms(terms_of_split_segments<Real>(segments),
-                    partial_sums.template as_source<sum_vec_size>(),
-                    update_of_part<sum_vec_size>(update, part), SlicedRows<Real, sum_vec_size>{},
-                    context);
+    update_by_terms(
+        terms_of_split_segments<Real>(segments), partial_sums.template as_source<sum_vec_size>(),
+        update_of_part<sum_vec_size>(update, part), SlicedRows<Real, sum_vec_size>{}, context);
   }
 }
 
@@ -390,11 +390,15 @@ void update_rows(const TableUpdate<Table, Source>& update, int64_t rows, const C
 }
 
 template void update_by_segments(const TableUpdate<float, float>&, const Segments&, const Context&);
-template void update_by_segments(const TableUpdate<double, double>&, const Segments&, const Context&);
+template void update_by_segments(const TableUpdate<double, double>&,
+                                 const Segments&,
+                                 const Context&);
 template void update_by_segments(const TableUpdate<BFloat16, BFloat16>&,
-                              const Segments&,
-                              const Context&);
-template void update_by_segments(const TableUpdate<BFloat16, float>&, const Segments&, const Context&);
+                                 const Segments&,
+                                 const Context&);
+template void update_by_segments(const TableUpdate<BFloat16, float>&,
+                                 const Segments&,
+                                 const Context&);
 template void update_by_segments(const TableUpdate<Half, Half>&, const Segments&, const Context&);
 template void update_by_segments(const TableUpdate<Half, float>&, const Segments&, const Context&);
 template void update_rows(const TableUpdate<float, float>&, int64_t, const Context&);

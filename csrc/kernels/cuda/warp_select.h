@@ -73,8 +73,9 @@ __device__ inline int warp_exclusive_sum(int value) {
   return sum - value;
 }
 
-// A bound that at least k of the warp's scores reach, by bisection between the least and the greatest
-// score: the k-th best score, or a bound that at most `enough` scores reach. Requires k scores.
+// A bound that at least k of the warp's scores reach, by bisection between the least and the
+// greatest score: the k-th best score, or a bound that at most `enough` scores reach. Requires k
+// scores.
 template <int count, class Order>
 __device__ Order bound_of_kth(const Order (&scores)[count], int k, int enough) {
   const auto lesser = [](Order a, Order b) { return a < b ? a : b; };
@@ -97,8 +98,8 @@ __device__ Order bound_of_kth(const Order (&scores)[count], int k, int enough) {
 }
 
 // The floor from the maxima of 128 groups of scores, four groups per lane. A floor that k maxima
-// exceed is one that k scores exceed. About k + k²/256 of 512 random scores exceed it, and an eighth
-// more if the bisection stops early.
+// exceed is one that k scores exceed. About k + k²/256 of 512 random scores exceed it, and an
+// eighth more if the bisection stops early.
 template <int count, class Order>
 __device__ Order floor_by_groups(const Order (&scores)[count], int k) {
   constexpr int groups = 4;

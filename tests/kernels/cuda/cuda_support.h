@@ -1,4 +1,5 @@
-// Set-up that the tests of the CUDA kernels share. They run on a device that is emulated on the CPU.
+// Set-up that the tests of the CUDA kernels share. They run on a device that is emulated on the
+// CPU.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -43,8 +44,8 @@ class ScopedSmCount {
   int before_;
 };
 
-// Rows in separate memory. The first row is `offset` elements behind an address aligned to 64 bytes,
-// and `padding` elements separate the rows.
+// Rows in separate memory. The first row is `offset` elements behind an address aligned to 64
+// bytes, and `padding` elements separate the rows.
 struct Layout {
   int64_t offset = 0, padding = 0;
 };

@@ -19,10 +19,7 @@ TEMPLATE_TEST_CASE("widening is exact for every bit pattern", "[elements]", BFlo
   }
 }
 
-TEMPLATE_TEST_CASE("narrowing rounds to nearest, ties to even",
-                   "[elements]",
-                   BFloat16,
-                   Half) {
+TEMPLATE_TEST_CASE("narrowing rounds to nearest, ties to even", "[elements]", BFloat16, Half) {
   // Between every two neighbours: the middle, and the values next to it.
   for (int bits = 0; bits < 0x7fff; ++bits) {
     const TestType low{uint16_t(bits)}, high{uint16_t(bits + 1)};

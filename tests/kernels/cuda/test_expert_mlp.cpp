@@ -282,10 +282,9 @@ void check_same_bits(Problem<Types>& a, Problem<Types>& b) {
 
 }  // namespace
 
-TEMPLATE_LIST_TEST_CASE(
-    "expert_mlp agrees with the oracle at every width around vectors and tiles",
-    "[expert_mlp]",
-    AllTypes) {
+TEMPLATE_LIST_TEST_CASE("expert_mlp agrees with the oracle at every width around vectors and tiles",
+                        "[expert_mlp]",
+                        AllTypes) {
   // Vectors have 2, 4 and 8 elements; tiles have 128, 256, 512 and 1024 columns.
   for (const int64_t dim :
        {1, 7, 8, 16, 100, 128, 136, 248, 256, 264, 512, 520, 1024, 1032, 2056}) {
@@ -295,9 +294,7 @@ TEMPLATE_LIST_TEST_CASE(
   }
 }
 
-TEMPLATE_LIST_TEST_CASE("rows may be unaligned and strided",
-                        "[expert_mlp]",
-                        AllTypes) {
+TEMPLATE_LIST_TEST_CASE("rows may be unaligned and strided", "[expert_mlp]", AllTypes) {
   for (const Layout& layout : {kUnaligned, Layout{0, 3}, Layout{8, 0}, Layout{3, 8}}) {
     check_against_oracle<TestType>({3, 20, 40, false}, layout);
     check_against_oracle<TestType>({1, 20, 72, true}, layout);

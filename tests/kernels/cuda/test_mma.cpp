@@ -1,6 +1,5 @@
-#include "kernels/cuda/mma.h"
-
 #include "cuda_support.h"
+#include "kernels/cuda/mma.h"
 
 using namespace peer;
 using namespace peer::cuda;

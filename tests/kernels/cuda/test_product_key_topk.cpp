@@ -1,5 +1,5 @@
-// product_key_topk on the emulated device, which has 3 SMs. So up to 3 blocks have the larger number of
-// threads.
+// product_key_topk on the emulated device, which has 3 SMs. So up to 3 blocks have the larger
+// number of threads.
 #include <limits>
 #include <set>
 
@@ -340,8 +340,7 @@ TEMPLATE_TEST_CASE("retrieval equals brute force for NaNs and infinities in one 
 
 TEMPLATE_TEST_CASE("a sum that is infinite only between stages of columns is not clamped",
                    "[product_key_topk]",
-                   float,
-                   double) {
+                   PEER_QUERY_TYPES) {
   // A sub-score is NaN: infinite in the first stage, of 128 columns, and opposite in the second.
   const int64_t half_width = 130, rows = 3, columns = 3;
   std::vector<double> row_keys(rows * half_width, 0), col_keys(columns * half_width, 0);
@@ -349,16 +348,9 @@ TEMPLATE_TEST_CASE("a sum that is infinite only between stages of columns is not
   row_keys[2 * half_width - 1] = -kInf;
   row_keys[2 * half_width] = kInf;
   check_against_brute_force(
-      Problem<TestType>{1,
-                        1,
-                        half_width,
-                        rows,
-                        columns,
-                        9,
-                        true,
+      Problem<TestType>{1, 1, half_width, rows, columns, 9, true,
                         elements<TestType>(std::vector<double>(2 * half_width, 1)),
-                        elements<TestType>(row_keys),
-                        elements<TestType>(col_keys)},
+                        elements<TestType>(row_keys), elements<TestType>(col_keys)},
       "NaN, infinity and zero");
 }
 

@@ -127,7 +127,8 @@ TEMPLATE_TEST_CASE("alignment does not change the bits of weighted sums",
   CHECK(aligned.sums() == unaligned.sums());
 }
 
-TEST_CASE("infinite coefficients give infinite weighted sums, not NaN", "[product_key_topk_backward]") {
+TEST_CASE("infinite coefficients give infinite weighted sums, not NaN",
+          "[product_key_topk_backward]") {
   Problem<float> problem(2, 5, 8);
   std::fill(problem.coefficients.begin(), problem.coefficients.end(), INFINITY);
   std::fill(problem.table.begin(), problem.table.end(), 1.0f);
@@ -139,7 +140,8 @@ TEST_CASE("the warps of weighted sums do not race", "[product_key_topk_backward]
   check_against_oracle<float>(9, 17, 140, kAligned);
 }
 
-TEST_CASE("key owners are the rows and columns of a head's part of the keys", "[product_key_topk_backward]") {
+TEST_CASE("key owners are the rows and columns of a head's part of the keys",
+          "[product_key_topk_backward]") {
   const int64_t rows = 7, columns = 11, heads = 3, k = 5, tokens = 40;
   Random random(16);
   const std::vector<int64_t> indices = random.integers(tokens * heads * k, rows * columns);

@@ -82,8 +82,7 @@ void check_segments(const std::vector<int64_t>& owners, int64_t owner_count) {
 
 }  // namespace
 
-TEST_CASE("pairs are sorted by owner, stably, and every sum has its target",
-          "[segments]") {
+TEST_CASE("pairs are sorted by owner, stably, and every sum has its target", "[segments]") {
   Random random(1);
   for (const int64_t owner_count : {1, 2, 1025, 1 << 20, INT32_MAX}) {
     for (const int64_t count : {1, 33, 512, 513, 2000}) {
@@ -93,8 +92,8 @@ TEST_CASE("pairs are sorted by owner, stably, and every sum has its target",
 }
 
 TEST_CASE("segments are cut into chunks from their own start, wherever that lies", "[segments]") {
-  check_segments(owners_of_segments({128, 127, 129, 1, 0, 255, 256, 257, 0, 0, 3, 512, 640, 2, 513}),
-                20);
+  check_segments(
+      owners_of_segments({128, 127, 129, 1, 0, 255, 256, 257, 0, 0, 3, 512, 640, 2, 513}), 20);
   check_segments(owners_of_segments({1, 5000, 1}), 3);
   check_segments(owners_of_segments({5000}), 1);
   check_segments(owners_of_segments({200, 200, 200}), 1000);
@@ -104,8 +103,7 @@ TEST_CASE("a few small segments are right for every order of threads", "[segment
   check_segments(owners_of_segments({130, 2, 300, 1, 129}), 6);
 }
 
-TEST_CASE("there may be more tiles than the block that scans them has threads",
-          "[segments]") {
+TEST_CASE("there may be more tiles than the block that scans them has threads", "[segments]") {
   Random random(2);
   std::vector<int64_t> owners = random.integers(132'000, 100'000);
   std::fill(owners.begin() + 1000, owners.begin() + 21'000, 77'777);
@@ -156,8 +154,7 @@ TEST_CASE("what ends at a position is found from its neighbours", "[segments]") 
   }
 }
 
-TEST_CASE("the bounds on split segments and partial rows are tight",
-          "[segments]") {
+TEST_CASE("the bounds on split segments and partial rows are tight", "[segments]") {
   constexpr int64_t kChunk = kPairsPerChunk;
   for (int64_t owners = 1; owners <= 5; ++owners) {
     for (int64_t pairs = 0; pairs <= 8 * kChunk; ++pairs) {

@@ -47,7 +47,8 @@ struct Problem {
     gradient.owners.resize(rows == OutputRows::compact ? count_distinct_owners(segments, kContext)
                                                        : owner_count);
     for (size_t row = 0; row < gradient.owners.size(); ++row) {
-      gradient.owners[row] = rows == OutputRows::compact ? segments.distinct_owners.get()[row] : row;
+      gradient.owners[row] =
+          rows == OutputRows::compact ? segments.distinct_owners.get()[row] : row;
     }
     RowMemory<Source> source_memory(source_rows(), width, layout, from_double<Source>(NAN));
     source_memory.set(source);

@@ -85,9 +85,10 @@ TEMPLATE_TEST_CASE("every rule updates the rows that have pairs, and no others",
   }
 }
 
-TEMPLATE_TEST_CASE("rows with more columns than a block takes at once are updated by the mean of the whole row",
-                   "[table_update]",
-                   PEER_TABLE_AND_SOURCE_TYPES) {
+TEMPLATE_TEST_CASE(
+    "rows with more columns than a block takes at once are updated by the mean of the whole row",
+    "[table_update]",
+    PEER_TABLE_AND_SOURCE_TYPES) {
   const int64_t width = 16 * 1024 / sizeof(typename TestType::Source) + 333;
   for (const Given given : {Given::dense, Given::pairs_with_coefficients}) {
     const Problem<typename TestType::Table, typename TestType::Source> problem(given, 5, 2, width,
@@ -225,8 +226,8 @@ TEMPLATE_TEST_CASE("stochastic rounding has the CPU's bits for every value and e
   }
 }
 
-// With tables of zeros, these hyperparameters make the table and the momentum equal to the gradient.
-// So rounding is the only inexact step.
+// With tables of zeros, these hyperparameters make the table and the momentum equal to the
+// gradient. So rounding is the only inexact step.
 TEMPLATE_TEST_CASE("tables and momentum are rounded to the CPU's bits, row by row",
                    "[table_update]",
                    BFloat16,
