@@ -1,7 +1,7 @@
 """A CUDA device for Python on a machine without a GPU, so that code for a GPU can be tested there.
 
-A `libpeer.so` built with PEER_EMULATE_CUDA runs its CUDA operators and kernels on CPU memory that is
-marked as device memory (`emulated_device.cpp`). `install()` adapts torch to it:
+A `libpeer.so` built with PEER_EMULATE_CUDA runs its CUDA operators and kernels on CPU memory that
+is marked as device memory (`emulated_device.cpp`). `install()` adapts torch to it:
 
 - The device "cuda" makes marked tensors. Results of marked tensors are marked. `device` and
   `is_cuda` report the mark. Marked and unmarked tensors do not mix.
@@ -13,7 +13,10 @@ All other torch functions compute on the CPU.
 
     PYTHONPATH=tests/emulated_cuda pytest -p emulated_cuda tests/cuda
     PYTHONPATH=tests/emulated_cuda PEER_EMULATE_EVERYTHING=1 pytest -p emulated_cuda tests/python
-    cd benchmarks; PYTHONPATH=../tests/emulated_cuda python -m emulated_cuda -m peer_bench --device cuda
+
+The benchmark runs from `benchmarks/`:
+
+    PYTHONPATH=.:../tests/emulated_cuda python -m emulated_cuda -m peer_bench --device cuda
 
 With PEER_EMULATE_EVERYTHING=1, CPU tensors run the CUDA operators, too, and torch is not changed.
 """
