@@ -6,21 +6,16 @@
 //
 // Shapes      v (T, ·)   A, B (N, ·)   indices, weights, z, c (T, P)   y (T, ·)
 // One block   one token. Up to 8 warps share its pairs, at least 16 consecutive pairs per warp.
-// With
-//             fewer tokens than SMs, one warp and one share of the pairs (see `run`)
+//             With fewer tokens than SMs, one warp and one share of the pairs (see `run`)
 // One warp    dot products of its pairs' rows with v, 4 or 8 rows at once; c, one pair per lane;
-// the
-//             weighted sum of its pairs' rows. z and c pass between lanes through memory. Up to 16
-//             loads of 16 bytes are in flight per lane
+//             the weighted sum of its pairs' rows. z and c pass between lanes through memory. Up to
+//             16 loads of 16 bytes are in flight per lane
 // Traffic     P·(A's width + B's width) table elements per token, each read once. v is read from
-// the
-//             L1 cache once per tile of rows. Nothing of size P·width is written
+//             the L1 cache once per tile of rows. Nothing of size P·width is written
 // Exactness   accumulation in float (double for double), in an order fixed by p and the widths; y
-// is
-//             rounded once. A token's bits do not depend on the number of tokens
+//             is rounded once. A token's bits do not depend on the number of tokens
 // Requires    widths and P below 2^30; any strides and alignments, but rows are read in vectors
-// only
-//             if all arrays are aligned to 16 bytes
+//             only if all arrays are aligned to 16 bytes
 #include <algorithm>
 #include <cstdio>
 

@@ -2,11 +2,9 @@
 // R·C scores.
 //
 //   1. sub-scores   <q1, row_keys[r]>, then <q2, col_keys[c]>, of a block's queries, a batch of
-//   keys
-//                   at a time, in shared memory (sub_scores.h)
+//                   keys at a time, in shared memory (sub_scores.h)
 //   2. best keys    the k best keys of each half of every query: the best of those so far and of
-//   the
-//                   batch (query_topk.h, warp_select.h)
+//                   the batch (query_topk.h, warp_select.h)
 //   3. best pairs   the k best sums row + column, among the candidate pairs (query_topk.h)
 //
 // Shapes      query (T, H, dim_key)   keys (R or C, dim_key / 2), shared or for each head
@@ -18,14 +16,12 @@
 //             the block
 // Exactness   every sub-score is summed in an order that depends only on dim_key; a pair's score is
 //             one addition
-// Order       higher score first; among equal scores the smaller (row rank, column rank), where
-// equal
-//             ranks go to the smaller key id. Scores are compared as ordered integers (ordered.h),
-//             so NaN ranks highest and -0 equals 0. An infinite sub-score counts as the largest
-//             finite number of its sign
+// Order       higher score first; among equal scores the smaller (row rank, column rank). Keys with
+//             equal sub-scores rank by id. Scores are compared as ordered integers (ordered.h), so
+//             NaN ranks highest and -0 equals 0. An infinite sub-score counts as the largest finite
+//             number of its sign
 // Requires    k up to kMaxRetrieved and R·C; R, C and dim_key below 2^31; any alignments, but
-// elements
-//             that are not vectorizable are read one by one
+//             elements that are not vectorizable are read one by one
 #include <cuda_runtime.h>
 
 #include <algorithm>

@@ -3,8 +3,7 @@
 //
 // Sorting     a stable radix sort of pair ids by owner, over as many bits as owners have
 // Targets     one per sorted position (segment_chunks.h). A scan over tiles of positions: tiles
-// count
-//             what ends in them, one block scans the counts, tiles write the targets
+//             count what ends in them, one block scans the counts, tiles write the targets
 // One thread  one position. Its neighbours tell what ends there; only in segments of at least a
 //             chunk does it search for the segment's start
 // Traffic     12 bytes per pair in addition to the sort's: 4 read twice, 4 written

@@ -4,8 +4,7 @@
 // Staging    the queries' half, in shared memory, as many columns at once as fit
 // Tiles      the warps divide the batch's keys (score_tiles.h); each key is read once per block
 // Result     ordered integers (ordered.h). An infinite sub-score counts as the largest finite
-// number
-//            of its sign, so that sums of sub-scores are NaN only if one of the two is
+//            number of its sign, so that sums of sub-scores are NaN only if one of the two is
 #pragma once
 
 #include <cuda_runtime.h>

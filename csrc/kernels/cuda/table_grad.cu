@@ -8,9 +8,8 @@
 //             KiB of a row of the source (segment_sum.h). A second kernel adds the partial sums of
 //             split segments (partial_sums.h)
 // Traffic     per pair, one row of the source, from the L2 cache, and 12 bytes that describe it.
-// Per
-//             owner, one row written, which the L2 cache evicts first. 3 KiB of the source are in
-//             flight per warp
+//             Per owner, one row written, which the L2 cache evicts first. 3 KiB of the source are
+//             in flight per warp
 // Exactness   sums in the order of the pairs within a chunk, then in an order of the chunks that
 //             depends only on their number; accumulation in float (double for double); each row is
 //             rounded once

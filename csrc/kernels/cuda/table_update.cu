@@ -11,12 +11,10 @@
 //             If the rule needs the mean of g², the block synchronises once per row. Split segments
 //             are summed to partial sums first; a second launch treats those sums as gradient rows
 // Traffic     per pair, as in table_grad; per row, the table's row, its momentum and state, read
-// and
-//             written once. Rows lie anywhere in a table far larger than any cache. They are
+//             and written once. Rows lie anywhere in a table far larger than any cache. They are
 //             prefetched as early as the source's rows, so that a warp reads them from the L2 cache
 // Exactness   g as in table_grad, without its rounding; the mean of g² in an order that depends
-// only
-//             on the width and the types; all arithmetic in the accumulation type, with one
+//             only on the width and the types; all arithmetic in the accumulation type, with one
 //             rounding at the store. If a row has more columns than a block takes at once, its sums
 //             are computed twice: for the mean, then for the update
 // Requires    as table_grad; rows of the table distinct and below 2^31
