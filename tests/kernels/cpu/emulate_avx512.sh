@@ -5,7 +5,7 @@
 #   tests/kernels/cpu/emulate_avx512.sh SOURCE [ARGUMENT...]
 #
 # SOURCE is a directory with the sources, a git tree-ish of the repository around the current directory, or a test binary that an
-# earlier run built (tests/tests/kernels/cpu/peer_tests in $BUILD). The arguments go to the test binary; such as '[token_pass]', or
+# earlier run built (tests/tests/kernels/cpu/peer_tests in $BUILD). The arguments go to the test binary; such as '[expert_mlp]', or
 # 'sums are*,every half*' for tests whose names begin so. As the tests end, their names are printed, each with the seconds since
 # Bochs was started.
 #
