@@ -59,7 +59,7 @@ static inline OrderedVector<Real> to_ordered_vector(Vector<Real> scores) {
 
 // An infinity counts as the largest finite number of its sign; NaN stays NaN.
 template <class Real>
-static inline Vector<Real> clamp_infinities(Vector<Real> scores) {
+static inline Vector<Real> clamp_to_finite(Vector<Real> scores) {
   const Vector<Real> largest = Vector<Real>{} + std::numeric_limits<Real>::max();
   scores = scores > largest ? largest : scores;
   return scores < -largest ? -largest : scores;
@@ -135,7 +135,7 @@ static inline void multiply_panels(const Real* query,
   for (int t = 0; t < queries; ++t) {
     for (int v = 0; v < vectors; ++v) {
       store_ordered<Real>(scores + t * scores_stride + v * lanes,
-                          to_ordered_vector<Real>(clamp_infinities<Real>(sum[t][v])));
+                          to_ordered_vector<Real>(clamp_to_finite<Real>(sum[t][v])));
     }
   }
 }
