@@ -1,5 +1,6 @@
 #include "cuda_support.h"
 #include "kernels/cpu/stochastic_rounding.h"
+#include "kernels/cpu/table_update.h"
 #include "kernels/cuda/stochastic_rounding.h"
 #include "kernels/cuda/table_grad.h"
 #include "kernels/cuda/table_update.h"
