@@ -1,8 +1,7 @@
 // One tensor-core instruction, executed by all lanes of a warp:  sums += A·B.
 //
 // A (16, 16) and B (16, 8) hold BFloat16 or Half, two elements per word, the element of the smaller
-// index in the lower half. sums (16, 8) holds float. With g = lane / 4 and q = lane % 4, a lane
-// holds
+// index in the lower half. sums (16, 8) holds float. A lane holds, with g = lane / 4, q = lane % 4,
 //
 //   a[0]  A[g    ][2q, 2q + 1]      a[2]  A[g    ][2q + 8, 2q + 9]
 //   a[1]  A[g + 8][2q, 2q + 1]      a[3]  A[g + 8][2q + 8, 2q + 9]
