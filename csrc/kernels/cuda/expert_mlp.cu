@@ -6,7 +6,7 @@
 //
 // Shapes      v (T, ·)   A, B (N, ·)   indices, weights, z, c (T, P)   y (T, ·)
 // One block   one token. Up to 8 warps share its pairs, at least 16 consecutive pairs per warp.
-//             With fewer tokens than SMs, one warp and one share of the pairs (see `run`)
+//             With fewer tokens than SMs, one warp and one share of the pairs (see launch_with)
 // One warp    dot products of its pairs' rows with v, 4 or 8 rows at once; c, one pair per lane;
 //             the weighted sum of its pairs' rows. z and c pass between lanes through memory. Up to
 //             16 loads of 16 bytes are in flight per lane
@@ -288,7 +288,7 @@ Shares make_block_shares(int pairs_per_token) {
 //   fewer                      one-warp blocks with shares of one row group; add_shares adds their
 //                              sums
 template <class Tile, class Table, class Input, class Coefficients>
-void run(const Direction<Table, Input, Coefficients>& direction, const Context& context) {
+void launch_with(const Direction<Table, Input, Coefficients>& direction, const Context& context) {
   using Real = accumulation_t<Table>;
   const auto kernel = expert_mlp_kernel<Tile, Table, Input, Coefficients>;
   const int64_t tokens = direction.tokens;
@@ -322,7 +322,8 @@ void run(const Direction<Table, Input, Coefficients>& direction, const Context& 
 
 // Chooses the tile by the alignment and the width of the rows.
 template <class Table, class Input, class Coefficients>
-void run(const Direction<Table, Input, Coefficients>& direction, const Context& context) {
+void launch_direction(const Direction<Table, Input, Coefficients>& direction,
+                      const Context& context) {
   const auto& [v, dot_width, dot_rows] = direction.dots;
   const auto& [y, sum_width, sum_rows] = direction.sums;
   const bool are_dots_vectorizable =
@@ -330,11 +331,11 @@ void run(const Direction<Table, Input, Coefficients>& direction, const Context& 
   const bool are_sums_vectorizable =
       !y || (is_vectorizable(y, sum_width, sum_width) && are_vectorizable(sum_rows, sum_width));
   if (!are_dots_vectorizable || !are_sums_vectorizable) {
-    run<ScalarTile>(direction, context);
+    launch_with<ScalarTile>(direction, context);
   } else if (std::max(dot_width, sum_width) <= kTileColumns<NarrowTile, Table>) {
-    run<NarrowTile>(direction, context);
+    launch_with<NarrowTile>(direction, context);
   } else {
-    run<WideTile>(direction, context);
+    launch_with<WideTile>(direction, context);
   }
 }
 
@@ -367,7 +368,7 @@ void expert_mlp_forward(const ExpertMlpForward<Table, Input>& pass, const Contex
                        .coefficients = coefficients.get()},
       .sums = {.y = pass.out, .width = int(pass.dim), .rows = sum_rows},
   };
-  run(forward, context);
+  launch_direction(forward, context);
 }
 
 template <class Table, class Input>
@@ -397,7 +398,7 @@ void expert_mlp_backward(const ExpertMlpBackward<Table, Input>& pass, const Cont
                        .up_coefficients = pass.up_coefficients},
       .sums = {.y = pass.grad_x, .width = int(pass.dim), .rows = sum_rows},
   };
-  run(backward, context);
+  launch_direction(backward, context);
 }
 
 template void expert_mlp_forward(const ExpertMlpForward<float, float>&, const Context&);

@@ -1,4 +1,4 @@
-// Where the sums over sorted pairs end, and where they are stored.
+// The targets of sums over sorted pairs.
 //
 // The sum over a segment of one chunk is stored in a row of the output. The sums over the chunks of
 // a split segment are stored in rows of partial sums (kernels/segments.h).

@@ -271,8 +271,9 @@ TileShape choose_tile_shape(int64_t terms, int64_t width) {
   const int64_t slices = count_slices(width, kSliceColumns<vec_size>);
   const int64_t rounds = (slices + kMaxWarps - 1) / kMaxWarps;
   const int64_t warps = (slices + rounds - 1) / rounds;
-  const int64_t two_waves = sm_count() * kWarpsPerSm / warps;
-  const int64_t positions = std::clamp<int64_t>(terms / two_waves, kMinPositions, kMaxPositions);
+  const int64_t two_waves_of_tiles = sm_count() * kWarpsPerSm / warps;
+  const int64_t positions =
+      std::clamp<int64_t>(terms / two_waves_of_tiles, kMinPositions, kMaxPositions);
   return {.positions = int(positions), .warps = int(warps)};
 }
 

@@ -20,13 +20,13 @@ struct SegmentCounts {
   int32_t owners, split_segments, partial_rows;
 };
 
-// All arrays are in device memory, and the host knows nothing of their contents.
+// All arrays are in device memory, and the host knows nothing of their contents. segment_chunks.h
+// defines targets.
 struct Segments {
-  int64_t count = 0;                  // of pairs
-  std::shared_ptr<int32_t> pair_ids;  // (count), by ascending owner, then by id
-  std::shared_ptr<int32_t> targets;   // (count), of the sum up to each pair: see segment_chunks.h
-  std::shared_ptr<int32_t>
-      distinct_owners;  // (count), of which counts->owners are set; compact only
+  int64_t count = 0;                         // of pairs
+  std::shared_ptr<int32_t> pair_ids;         // (count), by ascending owner, then by id
+  std::shared_ptr<int32_t> targets;          // (count), of the sum up to each pair
+  std::shared_ptr<int32_t> distinct_owners;  // (count), counts->owners of them; compact rows only
   std::shared_ptr<SplitSegment> split_segments;  // (max_split_segments)
   std::shared_ptr<SegmentCounts> counts;         // (1)
   // Bounds that the host knows, for the sizes of grids and of memory.
