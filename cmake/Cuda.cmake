@@ -1,9 +1,8 @@
-# The CUDA kernels as the target peer_cuda_kernels, and what the library needs besides them as peer_torch_cuda. Only where PEER_CUDA is on,
-# after TorchWithoutCuda.cmake.
+# The CUDA kernels and what the library needs besides them. Included if PEER_CUDA is on, after TorchWithoutCuda.cmake.
 #
 # In:   CMAKE_CUDA_ARCHITECTURES   the GPUs to compile for, required
-# Out:  peer_cuda_kernels          objects
-#       peer_torch_cuda            imported target: Torch's streams and memory, and the runtime that the kernels are started with
+# Out:  peer_cuda_kernels          object library
+#       peer_torch_cuda            imported target: Torch's streams and memory, and the CUDA runtime that launches the kernels
 #       PEER_CUDA_INFO             how the kernels are built, as JSON
 
 if(CMAKE_VERSION VERSION_LESS 3.26)
@@ -16,7 +15,7 @@ if(NOT PEER_TORCH_CUDA OR NOT EXISTS "${TORCH_DIR}/lib/libc10_cuda.so")
   message(FATAL_ERROR "peer: PEER_CUDA is on, but torch ${PEER_TORCH_VERSION} in ${TORCH_DIR} has no CUDA")
 endif()
 
-# nvcc need not be on PATH: FindCUDAToolkit knows more places than the language does.
+# FindCUDAToolkit finds nvcc in more places than enable_language(CUDA) does, so nvcc need not be on PATH.
 find_package(CUDAToolkit REQUIRED)
 if(NOT CMAKE_CUDA_COMPILER)
   set(CMAKE_CUDA_COMPILER "${CUDAToolkit_NVCC_EXECUTABLE}")
@@ -41,17 +40,17 @@ set_target_properties(
              CUDA_STANDARD_REQUIRED ON
              CUDA_EXTENSIONS OFF
              CUDA_VISIBILITY_PRESET hidden)
-# Functions that are constexpr for the host, such as those of <limits>, may be called in kernels.
+# Lets kernels call host functions that are constexpr, such as those of <limits>.
 target_compile_options(peer_cuda_kernels PRIVATE --expt-relaxed-constexpr -Xcompiler=-Wall)
 
-# The runtime is linked statically and kept to the library: Torch's own, whichever version it is, need not be found by the loader, and
-# neither stands in for the other. Both work on the same contexts and streams. libcuda.so, the driver, is opened when it is first needed.
+# The CUDA runtime is linked statically and its symbols are hidden. So the loader need not find Torch's runtime, whichever version it is, and
+# neither runtime replaces the other. Both use the same contexts and streams. The driver, libcuda.so, is opened on first use.
 add_library(peer_torch_cuda INTERFACE IMPORTED)
 target_link_libraries(peer_torch_cuda INTERFACE "${TORCH_DIR}/lib/libc10_cuda.so" CUDA::cudart_static)
 target_include_directories(peer_torch_cuda SYSTEM INTERFACE ${CUDAToolkit_INCLUDE_DIRS})
 target_link_options(peer_torch_cuda INTERFACE LINKER:--exclude-libs,libcudart_static.a)
 
-# "80-real;90" are the names sm_80, sm_90 and compute_90 in NVIDIA's own words: machine code, machine code, and PTX.
+# CMake's "80-real;90" means sm_80, sm_90 and compute_90 in NVIDIA's terms: machine code, machine code, and PTX.
 set(architectures "")
 foreach(architecture IN LISTS CMAKE_CUDA_ARCHITECTURES)
   if(architecture MATCHES "^([0-9]+[af]?)(-real|-virtual)?$")

@@ -60,8 +60,8 @@ def product_key_topk(
     dtype = torch.promote_types(query.dtype, torch.float32)
     query, row_keys, col_keys = query.to(dtype), row_keys.to(dtype), col_keys.to(dtype)
     row_query, col_query = query.chunk(2, dim=-1)
-    row_scores = (row_query.unsqueeze(-2) @ row_keys.mT).squeeze(-2)
-    col_scores = (col_query.unsqueeze(-2) @ col_keys.mT).squeeze(-2)
+    row_scores = _clamp_to_finite((row_query.unsqueeze(-2) @ row_keys.mT).squeeze(-2))
+    col_scores = _clamp_to_finite((col_query.unsqueeze(-2) @ col_keys.mT).squeeze(-2))
 
     # A stable sort puts NaN highest and, of equal scores, the smaller id first. With the keys in
     # that order, the flat position of a pair is its place among pairs of equal score.
@@ -71,6 +71,12 @@ def product_key_topk(
     pair_ids = (row_ids.unsqueeze(-1) * col_keys.shape[-2] + col_ids.unsqueeze(-2)).flatten(-2)
     scores, order = pair_scores.sort(dim=-1, descending=True, stable=True)
     return scores[..., :k], pair_ids.gather(-1, order[..., :k])
+
+
+def _clamp_to_finite(sub_scores: Tensor) -> Tensor:
+    """Replaces an infinity by the largest finite number of its sign; NaN stays NaN."""
+    limits = torch.finfo(sub_scores.dtype)
+    return sub_scores.clamp(limits.min, limits.max)
 
 
 def expert_mlp(

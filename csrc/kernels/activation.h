@@ -1,7 +1,7 @@
 // The activations of an expert and their derivatives.
 //
-// Everything is static: the header is compiled once per CPU capability, and an inline function
-// shared between those objects could put instructions of one capability into the path of another.
+// Everything is static, because the header is compiled once per CPU capability: an inline function
+// shared between those objects could bring instructions of one capability into another.
 #pragma once
 
 #include <cmath>

@@ -1,10 +1,10 @@
-// What all kernels share, whatever runs them: element types without Torch, rows of tables, and the
-// mark of functions that CPU and CUDA kernels both call.
+// What the kernels of all devices share: element types without Torch, rows of tables, and the mark
+// of functions that both CPU and CUDA kernels call.
 #pragma once
 
 #include <cstdint>
 
-// nvcc compiles what is marked for the host and for the device.
+// nvcc compiles marked functions for the host and for the device.
 #ifdef __CUDACC__
 #define PEER_HOST_DEVICE __host__ __device__
 #else
@@ -35,8 +35,8 @@ struct Accumulation<double> {
 template <class Element>
 using accumulation_t = typename Accumulation<Element>::type;
 
-// A table of expert rows, or a part of one. Rows are contiguous, but may lie further apart than
-// they are long.
+// A table of rows, or a range of its columns. Each row is contiguous; rows are `stride` elements
+// apart.
 template <class Element>
 struct Rows {
   Element* data = nullptr;
@@ -44,7 +44,7 @@ struct Rows {
 
   PEER_HOST_DEVICE explicit operator bool() const { return data != nullptr; }
 
-  // The rows from a column on. Of a null table, a null table.
+  // The rows from a column on. A null table stays null.
   Rows from_column(int64_t column) const { return {data ? data + column : nullptr, stride}; }
 };
 

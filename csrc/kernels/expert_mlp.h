@@ -1,7 +1,7 @@
-// The passes over tokens as the kernels of every device take them.
+// expert_mlp and its backward as the kernels of every device take them.
 //
-// Table is the element type of expert tables, Input that of activations: of the table's
-// accumulation, or, on devices whose kernels say so, the table's own.
+// Table is the element type of expert tables, Input the element type of x, out and their gradients:
+// the accumulation type of the table or, on CUDA, the table's own type.
 #pragma once
 
 #include <cstdint>
@@ -26,10 +26,10 @@ struct ExpertMlpForward {
   const Input* x;                          // (T, D)
   const Real* weights;                     // (T, P)
   const int64_t* indices;                  // (T, P)
-  Rows<const Table> w_down, w_up, w_gate;  // (N, D); w_gate or none
+  Rows<const Table> w_down, w_up, w_gate;  // (N, D); w_gate may be null
   Input* out;                              // (T, D)
   Real* hidden;                            // (T, P)
-  Real* gate;                              // (T, P) where w_gate is given
+  Real* gate;                              // (T, P) with w_gate
 };
 
 // Backward. With s = <grad_out, w_up[e]>:
@@ -40,7 +40,7 @@ struct ExpertMlpForward {
 //   up_coefficients   = weights·act(hidden)·gate
 //   grad_x            = Σ_p down_coefficients·w_down[e] + gate_coefficients·w_gate[e]
 //
-// The coefficients are what the expert pass multiplies x and grad_out by.
+// The gradients of the tables are sums of x and grad_out times these coefficients.
 template <class Table, class Input = accumulation_t<Table>>
 struct ExpertMlpBackward {
   using Real = accumulation_t<Table>;
@@ -54,24 +54,12 @@ struct ExpertMlpBackward {
   const int64_t* indices;  // (T, P)
   Rows<const Table> w_down, w_up, w_gate;
   const Real* hidden;       // (T, P)
-  const Real* gate;         // (T, P) where w_gate is given
+  const Real* gate;         // (T, P) with w_gate
   Input* grad_x;            // (T, D), or null
   Real* grad_weights;       // (T, P)
   Real* down_coefficients;  // (T, P)
-  Real* gate_coefficients;  // (T, P) where w_gate is given
+  Real* gate_coefficients;  // (T, P) with w_gate
   Real* up_coefficients;    // (T, P)
-};
-
-// Weighted sums of rows:  out[i] = Σ_p coefficients[i, p]·table[indices[i, p]]
-template <class Real>
-struct GatherSum {
-  int64_t items;
-  int64_t terms;
-  int64_t width;
-  const Real* coefficients;  // (items, terms)
-  const int64_t* indices;    // (items, terms)
-  Rows<const Real> table;
-  Rows<Real> out;  // (items, width)
 };
 
 }  // namespace peer

@@ -1,10 +1,10 @@
-// Order-preserving integers: a total order on floating-point scores in which selection can neither
-// lose a NaN nor be confused by -0.
+// Order-preserving integers: a total order on floating-point scores, so that selection can neither
+// lose a NaN nor distinguish -0 from 0.
 //
 //   NaN (any)  >  +inf  >  finite values  >  -inf,      -0 == +0
 //
-// A comparison of floats is false for NaN, so a filter written on floats may keep fewer than k
-// candidates and leave slots unwritten; on these integers every row yields exactly k.
+// A comparison of floats is false for NaN, so a filter on floats may keep fewer than k candidates
+// and leave slots unwritten. On these integers every row yields exactly k.
 #pragma once
 
 #include <cstdint>
@@ -43,7 +43,7 @@ PEER_HOST_DEVICE static inline ordered_t<Real> to_ordered(Real score) {
   return bits ^ ((bits >> (8 * sizeof(Integer) - 1)) & std::numeric_limits<Integer>::max());
 }
 
-// The score of which an integer is the order; of a NaN, some NaN, and of -0, 0.
+// The inverse of to_ordered, except that NaN payloads and the sign of zero are lost.
 template <class Real>
 PEER_HOST_DEVICE static inline Real from_ordered(ordered_t<Real> order) {
   using Integer = ordered_t<Real>;
@@ -54,9 +54,9 @@ PEER_HOST_DEVICE static inline Real from_ordered(ordered_t<Real> order) {
   return score;
 }
 
-// Bisection between low, which at least k scores reach, and high, which no score is above: count
-// the scores that reach the middle, then narrow, while low < high. In the end low is the k-th best
-// score, or a bound that at least k scores reach and no more than `enough`.
+// Bisection for the k-th best score. At least k scores reach `low`, and no score is above `high`.
+// While low < high, count the scores that reach the middle, then narrow. At the end, `low` is the
+// k-th best score, or a bound that at least k and at most `enough` scores reach.
 template <class Order>
 PEER_HOST_DEVICE static inline Order middle_of(Order low, Order high) {
   using Unsigned = std::make_unsigned_t<Order>;

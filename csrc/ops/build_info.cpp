@@ -5,7 +5,7 @@
 
 #include <sstream>
 
-#include "kernels/cpu/kernels.h"
+#include "kernels/cpu/dispatch.h"
 #include "peer/version.h"
 
 namespace peer {
@@ -18,7 +18,7 @@ std::string build_info() {
   return json.str();
 }
 
-std::string cpu_capability() { return cpu::capability(); }
+std::string cpu_capability() { return cpu::name_of(cpu::chosen_capability()); }
 
 }  // namespace peer
 

@@ -1,7 +1,7 @@
-"""What the GPU tests share. `make test-cuda` runs them, on a machine with a GPU.
+"""Fixtures of the GPU tests. `make test-cuda` runs the tests on a machine with a GPU.
 
-`make rehearse` runs them without one, on a device that `tests/emulated_cuda/emulated_cuda.py`
-emulates. Sizes are small there, and what cannot hold there is marked `needs_gpu(reason)`.
+`make rehearse` runs them without a GPU, on the device that `tests/emulated_cuda/emulated_cuda.py`
+emulates. There, sizes are small, and tests marked `needs_gpu(reason)` are skipped.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def is_emulated() -> bool:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "needs_gpu(reason): cannot hold on an emulated device")
+    config.addinivalue_line("markers", "needs_gpu(reason): does not hold on an emulated device")
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
@@ -42,7 +42,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def on_gpu() -> Callable[[Any], Any]:
-    """Moves the tensors of a named tuple to the GPU."""
+    """A function that moves the tensors of a named tuple to the GPU."""
 
     def move(inputs: Any) -> Any:
         return type(inputs)(*(t if t is None else t.detach().cuda() for t in inputs))
@@ -52,13 +52,13 @@ def on_gpu() -> Callable[[Any], Any]:
 
 @pytest.fixture(scope="session")
 def sized() -> Callable[[Size, Size], Size]:
-    """Chooses a size: the first one on a GPU, the second where the device is emulated."""
+    """A function that returns its first argument on a GPU, its second on an emulated device."""
     return lambda on_gpu, emulated: emulated if is_emulated() else on_gpu
 
 
 @pytest.fixture(scope="session")
 def run_python(run_python: Callable[..., Any]) -> Callable[..., Any]:
-    """As in the other tests; where the device is emulated, in the new interpreter too."""
+    """As in the other tests, but the new interpreter emulates the device if this one does."""
     if not is_emulated():
         return run_python
 
@@ -70,6 +70,6 @@ def run_python(run_python: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def free_memory() -> int:
-    """Bytes that can be allocated on the GPU."""
+    """The number of bytes that can be allocated on the GPU."""
     torch.cuda.empty_cache()
     return torch.cuda.mem_get_info()[0]

@@ -1,4 +1,4 @@
-"""The operators on a GPU against the same on a CPU."""
+"""The operators on a GPU against the operators on the CPU."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_few_and_many_tokens_and_experts(make_expert_inputs, on_gpu, sized, toke
         assert_close(a, b, torch.float32)
 
 
-def test_a_table_whose_parts_and_rows_lie_apart(make_expert_inputs, on_gpu):
+def test_a_table_with_strided_parts_and_rows(make_expert_inputs, on_gpu):
     inputs = make_expert_inputs(tokens=40, experts=90, dim=72)
     expected = run_experts(inputs, "gelu", False)
     around = torch.zeros(90, 5, 80, device="cuda")
@@ -168,7 +168,7 @@ OPTIMIZERS = {
 @pytest.mark.parametrize("shape", [(9,), (1024,), (2, 64), (3, 9), (2, 3000)], ids=str)
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_optimizers(kind, dtype, shape):
-    """The same sparse gradients: equal up to the last bits of the arithmetic."""
+    """With the same sparse gradients, results are equal up to rounding."""
     optimizer_class, options = OPTIMIZERS[kind]
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(50, *shape, generator=generator).to(dtype)
@@ -190,7 +190,7 @@ def test_optimizers(kind, dtype, shape):
 @pytest.mark.parametrize("shape", [(500, 40), (500, 3, 24)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_stochastic_rounding_draws_the_same_bits(dtype, shape):
-    """With SGD and a power of two as learning rate all arithmetic is exact but the rounding."""
+    """With SGD and a power of two as learning rate, rounding is the only inexact step."""
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(shape, generator=generator).to(dtype)
     rows = torch.randn(shape, generator=generator).to(dtype)

@@ -1,4 +1,4 @@
-"""Sizes at which 32-bit offsets, long runs of pairs and temporary memory would show."""
+"""Sizes at which errors in 32-bit offsets, long segments and temporary memory would show."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_tables_of_more_than_two_to_the_31_elements(sized):
     assert (table[rows - 1] != before).any(1).all()
 
 
-@pytest.mark.needs_gpu("4 GiB, to be refused")
+@pytest.mark.needs_gpu("allocates a table of 4 GiB")
 def test_more_rows_than_can_be_numbered_are_refused():
     if free_memory() < 5 * GIB:
         pytest.skip("needs 5 GiB")
@@ -65,7 +65,7 @@ def test_eight_million_pairs_with_hot_experts(sized):
 
 
 def test_forward_needs_no_gathered_rows(sized):
-    """T·P·D elements would be 2 GiB; what is allocated is outputs and a few numbers per pair."""
+    """T·P·D elements would take 2 GiB. Only outputs and a few scalars per pair are allocated."""
     tokens, per_token, width = sized(4096, 4), 128, 1024
     x = torch.randn(tokens, width, device="cuda", dtype=torch.bfloat16)
     weights = torch.rand(tokens, per_token, device="cuda")
@@ -92,7 +92,7 @@ def test_a_fused_update_makes_no_gradient_of_the_table(sized):
     )
     peer.optim.RowwiseAdagrad(pool.parameters(), lr=0.1).fuse_into_backward(pool)
     peaks = []
-    for _ in range(2):  # the first makes the optimizer's state
+    for _ in range(2):  # the first round allocates the optimizer's state
         x = torch.randn(tokens, width, device="cuda", dtype=torch.bfloat16, requires_grad=True)
         weights = torch.rand(tokens, per_token, device="cuda")
         indices = torch.randint(experts, (tokens, per_token), device="cuda")
@@ -102,6 +102,6 @@ def test_a_fused_update_makes_no_gradient_of_the_table(sized):
         pool(x, weights, indices).float().square().sum().backward()
         torch.cuda.synchronize()
         peaks.append(torch.cuda.max_memory_allocated() - before)
-    # On a GPU, the rows that occur would take 600 MiB: at most a fifth of that.
+    # At most a fifth of the retrieved rows, which take 600 MiB on a GPU.
     rows = len(indices.unique())
     assert peaks[1] <= 2 * rows * width * 2 // 5

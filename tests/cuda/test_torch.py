@@ -35,7 +35,7 @@ def train(layer, x):
     return [y, x.grad, *(p.grad for p in layer.parameters())]
 
 
-def test_gradients_are_those_of_finite_differences(
+def test_gradients_agree_with_finite_differences(
     make_expert_inputs, make_retrieval_inputs, sized, glu
 ):
     tokens, per_token, experts, dim = sized((5, 6, 11, 9), (2, 3, 4, 3))
@@ -44,7 +44,7 @@ def test_gradients_are_those_of_finite_differences(
     )
     leaves = [t.cuda().requires_grad_(t.is_floating_point()) for t in inputs]
     assert torch.autograd.gradcheck(peer.functional.expert_mlp, leaves, nondet_tol=0.0)
-    # The double backward gathers rows with torch's index_add, which adds atomically on a GPU.
+    # The double backward uses torch's index_add, which adds atomically on a GPU.
     assert torch.autograd.gradgradcheck(peer.functional.expert_mlp, leaves, nondet_tol=1e-10)
     retrieval = [
         t.cuda().requires_grad_()
@@ -105,7 +105,7 @@ def test_on_a_stream_of_its_own(sized):
     torch.cuda.synchronize()
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
-        torch.cuda._sleep(20_000_000)  # so that work on another stream would come too early
+        torch.cuda._sleep(20_000_000)  # so that work on another stream would run too early
         late = x * 1
         found = train(layer, late)
     stream.synchronize()
@@ -151,7 +151,7 @@ def test_a_graph_replays_forward_and_backward(sized):
 
 
 def test_a_graph_replays_fused_updates(make_expert_inputs, on_gpu, sized):
-    """The coefficients of the backward pass and the update by them, without a gradient between."""
+    """The backward's coefficients and the update by them, without a gradient in between."""
     inputs = on_gpu(make_expert_inputs(tokens=sized(200, 20), per_token=16, experts=300, dim=64))
     x, weights, indices, table = inputs
     state = torch.zeros(300, 2, device="cuda")
@@ -250,7 +250,7 @@ def test_an_update_fused_into_backward_equals_a_gradient_and_a_step(sized, kind,
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 def test_an_index_out_of_range_ends_in_an_error_that_names_it(run_python, backward):
-    """In a process of its own: the device is of no use afterwards."""
+    """In a separate process, because the device is unusable afterwards."""
     snippet = """
 import json, sys, torch, peer
 inputs = [torch.randn(3, 8), torch.rand(3, 4), torch.zeros(3, 4, dtype=torch.long)]
@@ -279,7 +279,7 @@ def test_more_than_64_per_head_is_refused(make_retrieval_inputs, on_gpu):
         torch.ops.peer.product_key_topk(*inputs, 65)
 
 
-@pytest.mark.needs_gpu("to the operators, both devices are the CPU")
+@pytest.mark.needs_gpu("operators see both devices as the CPU")
 def test_tensors_on_different_devices_are_refused(make_expert_inputs, on_gpu):
     inputs = on_gpu(make_expert_inputs())
     for name in ("x", "indices", "table"):

@@ -1,5 +1,5 @@
-# The CUDA operators of libpeer.so on a machine without a GPU: the same glue and the same kernels, compiled as C++ against the stand-ins in
-# include/ and played on the CPU. It takes the place of cmake/Cuda.cmake where PEER_EMULATE_CUDA is on, after TorchWithoutCuda.cmake.
+# The CUDA operators of libpeer.so on a machine without a GPU. The same operators and kernels are compiled as C++ against the stand-ins in
+# include/ and run on the CPU. If PEER_EMULATE_CUDA is on, this file replaces cmake/Cuda.cmake, after TorchWithoutCuda.cmake.
 #
 # Out:  peer_cuda_kernels          objects
 #       peer_torch_cuda            target: stand-ins for Torch's streams and memory
@@ -11,7 +11,7 @@ add_library(peer_cuda_kernels OBJECT ${PEER_CUDA_KERNELS} "${emulation}/grid_pla
 target_include_directories(peer_cuda_kernels PRIVATE "${emulation}/include" csrc)
 target_compile_options(peer_cuda_kernels PRIVATE -O2 -Wno-unknown-pragmas)
 
-# Not imported, so that its headers are found before Torch's own, which are a system's to the compiler.
+# Not an imported target, whose headers would be system headers: these must be found before Torch's own.
 add_library(peer_torch_cuda INTERFACE)
 target_include_directories(peer_torch_cuda INTERFACE "${emulation}/include")
 target_sources(peer_torch_cuda INTERFACE "${emulation}/emulated_device.cpp")

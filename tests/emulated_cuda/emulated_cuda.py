@@ -1,22 +1,24 @@
-"""A CUDA device for Python on a machine without a GPU, so that what is meant for a GPU can run.
+"""A CUDA device for Python on a machine without a GPU, so that code for a GPU can be tested there.
 
-A `libpeer.so` built with PEER_EMULATE_CUDA runs its CUDA operators, glue and kernels, on memory of
-the CPU that is marked as the device's (`emulated_device.cpp`). `install()` makes torch take part:
+A `libpeer.so` built with PEER_EMULATE_CUDA runs its CUDA operators and kernels on CPU memory that
+is marked as device memory (`emulated_device.cpp`). `install()` adapts torch to it:
 
-- "cuda" as a device makes marked tensors. Results of marked tensors are marked; `device` and
-  `is_cuda` say so; marked and unmarked tensors do not mix.
-- `torch.cuda` answers. New memory holds NaN, and its peak is counted. Events keep wall time.
-- A graph records operators and replays them. It cannot record what has to wait for the device.
-- `torch.compile` returns what it is given.
+- The device "cuda" makes marked tensors. Results of marked tensors are marked. `device` and
+  `is_cuda` report the mark. Marked and unmarked tensors do not mix.
+- `torch.cuda` works. New memory holds NaN, and its peak is counted. Events measure wall time.
+- A graph records operators and replays them. It cannot record operators that wait for the device.
+- `torch.compile` returns its argument.
 
-Everything else in torch computes on the CPU.
+All other torch functions compute on the CPU.
 
     PYTHONPATH=tests/emulated_cuda pytest -p emulated_cuda tests/cuda
-    PYTHONPATH=tests/emulated_cuda python -m emulated_cuda -m peer.bench --device cuda
     PYTHONPATH=tests/emulated_cuda PEER_EMULATE_EVERYTHING=1 pytest -p emulated_cuda tests/python
 
-With PEER_EMULATE_EVERYTHING=1, tensors on the CPU run the CUDA operators, too, and torch stays as
-it is.
+The benchmark runs from `benchmarks/`:
+
+    PYTHONPATH=.:../tests/emulated_cuda python -m emulated_cuda -m peer_bench --device cuda
+
+With PEER_EMULATE_EVERYTHING=1, CPU tensors run the CUDA operators, too, and torch is not changed.
 """
 
 from __future__ import annotations
@@ -38,9 +40,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 EVERYTHING = "PEER_EMULATE_EVERYTHING"
 GIB = 2**30
-MEMORY = 80 * GIB  # what the device says it has
+MEMORY = 80 * GIB  # the memory that the device reports
 DEVICE = torch.device("cuda", 0)
-# May read from one device and write to the other, or look at one while given the other.
+# Functions that may take tensors of both devices.
 BETWEEN_DEVICES = {
     *("to", "cpu", "cuda", "copy_", "__set__", "__getitem__", "backward", "grad"),
     "_has_compatible_shallow_copy_type",
@@ -48,10 +50,10 @@ BETWEEN_DEVICES = {
 
 
 def install() -> None:
-    """Emulates a device from here on, in this thread.
+    """Starts the emulation, in this thread.
 
     Raises:
-        RuntimeError: `libpeer.so` is not built with PEER_EMULATE_CUDA.
+        RuntimeError: If `libpeer.so` is not built with PEER_EMULATE_CUDA.
     """
     import peer
 
@@ -67,11 +69,11 @@ def install() -> None:
 
 
 def pytest_configure() -> None:
-    """As a plugin of pytest: `-p emulated_cuda`."""
+    """The hook of the pytest plugin: `-p emulated_cuda`."""
     install()
 
 
-# Tests of the CPU's operators that do not hold for the CUDA operators, by a part of their names.
+# Tests of the CPU operators that do not hold for the CUDA operators, by a part of their names.
 DIFFERENT = {
     "[index negative": "a bad index ends a CUDA kernel",
     "[index too large": "a bad index ends a CUDA kernel",
@@ -80,12 +82,12 @@ DIFFERENT = {
     "::test_equals_brute_force_on_every_grid_for_every_k": "k is at most 64 on CUDA",
     "::test_adding_rows_of_keys_keeps_the_ids_of_existing_experts": "k is at most 64 on CUDA",
     "::test_every_cpu_capability": "new interpreters run the CPU's operators",
-    "::test_tables_beyond_two_to_the_31_elements": "takes minutes; tests/cuda has it, too",
+    "::test_tables_beyond_two_to_the_31_elements": "takes minutes, and tests/cuda has it, too",
 }
 
 
 def pytest_collection_modifyitems(items: list[Any]) -> None:
-    """Skips what differs on purpose where tensors on the CPU run the CUDA operators."""
+    """Skips the tests in DIFFERENT if CPU tensors run the CUDA operators."""
     if os.environ.get(EVERYTHING) != "1":
         return
     for item in items:
@@ -95,7 +97,7 @@ def pytest_collection_modifyitems(items: list[Any]) -> None:
 
 
 def _is_plain(value: object) -> bool:
-    """Whether a value is a tensor with memory, and no wrapper around tensors."""
+    """Whether a value is a tensor with memory and not a wrapper around tensors."""
     return (
         type(value) in (torch.Tensor, torch.nn.Parameter)
         and value.device.type == "cpu"
@@ -120,7 +122,7 @@ def _names_device(value: object) -> bool:
 
 
 class _Device(TorchFunctionMode):
-    """Sees every function of torch, every property of a tensor and every operator in Python."""
+    """Intercepts every torch function, tensor property and operator that Python calls."""
 
     def __torch_function__(
         self,
@@ -133,7 +135,7 @@ class _Device(TorchFunctionMode):
         name = getattr(function, "__name__", "")
         if name == "__get__":
             return self._get_property(function, *args)
-        if name == "_parse_to" or function is torch.device:  # they read names of devices
+        if name == "_parse_to" or function is torch.device:  # they parse device names
             return function(*args, **kwargs)
         given = tree_leaves((args, kwargs))
         wants_device = name == "cuda" or any(_names_device(value) for value in given)
@@ -170,7 +172,7 @@ class _Device(TorchFunctionMode):
     def _check_same_device(
         function: Any, tensors: list[torch.Tensor], on_device: list[bool]
     ) -> None:
-        if torch._C._current_graph_task_id() != -1:  # gradients that autograd made are not marked
+        if torch._C._current_graph_task_id() != -1:  # autograd makes unmarked gradients
             for tensor in tensors:
                 _put_on_device(tensor)
             return
@@ -191,18 +193,18 @@ def _names_cpu(values: Iterable[object]) -> bool:
 
 
 class Event:
-    """As `torch.cuda.Event`, by the wall: all work has been done when it is recorded."""
+    """`torch.cuda.Event` by wall time: all work is done when the event is recorded."""
 
     def __init__(self, enable_timing: bool = False) -> None:
         self.enable_timing = enable_timing
         self.time: float | None = None
 
     def record(self, stream: object = None) -> None:
-        """Now."""
+        """Stores the current time."""
         self.time = time.perf_counter()
 
     def elapsed_time(self, end_event: Event) -> float:
-        """Milliseconds."""
+        """The time between the events in milliseconds."""
         if not (self.enable_timing and end_event.enable_timing):
             raise RuntimeError("both events must be made with enable_timing=True")
         if self.time is None or end_event.time is None:
@@ -210,35 +212,35 @@ class Event:
         return 1e3 * (end_event.time - self.time)
 
     def synchronize(self) -> None:
-        """Nothing is under way."""
+        """Does nothing, because no work is pending."""
 
 
 class Stream:
-    """As `torch.cuda.Stream`. Everything happens at once, in the order of the program."""
+    """`torch.cuda.Stream`: work is executed at once, in program order."""
 
     cuda_stream = 0
     capturing = False
 
     def is_capturing(self) -> bool:
-        """Whether a graph is being recorded."""
+        """Whether a graph capture is in progress."""
         return Stream.capturing
 
     def wait_stream(self, stream: Stream) -> None:
-        """Nothing is under way."""
+        """Does nothing, because no work is pending."""
 
     def synchronize(self) -> None:
-        """Nothing is under way."""
+        """Does nothing, because no work is pending."""
 
 
 class CUDAGraph:
-    """As `torch.cuda.CUDAGraph`: operators, their arguments, and the memory of their results."""
+    """`torch.cuda.CUDAGraph`: operators, their arguments, and the memory of their results."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[Any, tuple[Any, ...], dict[str, Any], Any]] = []
 
     @torch.no_grad()
     def replay(self) -> None:
-        """Runs the operators again; results go where those of the capture are."""
+        """Runs the operators again and writes the results to the memory of the capture."""
         if not self.calls:
             raise RuntimeError("nothing was captured")
         with torch._C.DisableTorchFunction():
@@ -250,7 +252,7 @@ class CUDAGraph:
 
 
 class _Recorder(TorchDispatchMode):
-    """Records operators into a graph. What they write to is as before when the capture ends."""
+    """Records operators into a graph. The end of the capture undoes what they wrote."""
 
     def __init__(self, graph: CUDAGraph) -> None:
         super().__init__()
@@ -285,7 +287,7 @@ class _Recorder(TorchDispatchMode):
 
 @contextlib.contextmanager
 def _capture(graph: CUDAGraph, **_: object) -> Iterator[None]:
-    """As `torch.cuda.graph`: nothing has happened when it ends."""
+    """`torch.cuda.graph`: after the capture, no tensor has changed."""
     recorder = _Recorder(graph)
     _set_capturing(True)
     try:

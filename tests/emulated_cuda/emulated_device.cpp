@@ -1,6 +1,6 @@
-// The device of libpeer.so where its CUDA kernels are emulated: memory of the CPU that is marked as
-// the device's. An operator with an argument in such memory runs the kernel that is registered for
-// CUDA, all others that for the CPU. emulated_cuda.py makes a CUDA device for Python of it.
+// The emulated device of libpeer.so: CPU memory that is marked as device memory. An operator with
+// an argument in such memory runs the kernel registered for CUDA; all other calls run the kernel
+// for the CPU. emulated_cuda.py presents it to Python as a CUDA device.
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/core/CPUAllocator.h>
 #include <c10/cuda/CUDAGraphsC10Utils.h>
@@ -16,7 +16,7 @@ namespace {
 bool is_capturing = false;
 bool is_everything_on_device = false;
 
-// Marked memory has this deleter; its context is what held the memory before.
+// The deleter marks device memory. Its context is the DataPtr that held the memory before.
 void free_device_memory(void* before) { delete static_cast<c10::DataPtr*>(before); }
 
 bool is_marked(const at::Tensor& tensor) {
@@ -61,8 +61,8 @@ void choose_device(const c10::OperatorHandle& op,
                      stack);
 }
 
-// Memory as a device's allocator gives it, with what was there before, here NaN; and counted.
-// Before it stands its size.
+// Counts memory. Like the memory of a device's allocator, new memory holds what was there before;
+// here that is NaN. The size is stored in front of each block.
 class CountingAllocator final : public c10::Allocator {
  public:
   c10::DataPtr allocate(size_t bytes) override {
@@ -87,7 +87,7 @@ class CountingAllocator final : public c10::Allocator {
   static inline std::atomic<int64_t> peak = 0;
 
  private:
-  static constexpr size_t kBefore = 64;  // as much as Torch aligns memory to
+  static constexpr size_t kBefore = 64;  // Torch's alignment of memory
 
   static c10::Allocator* parent() {
     static c10::Allocator* const allocator = c10::GetDefaultCPUAllocator();
@@ -106,8 +106,8 @@ class CountingAllocator final : public c10::Allocator {
   }
 };
 
-// For every operator of peer that has a kernel for CUDA: none can be forgotten, and then run the
-// CPU's unnoticed.
+// Registers choose_device for every operator of peer that has a CUDA kernel. The dispatcher lists
+// them, so that none can be forgotten and silently run the CPU's kernel.
 void choose_device_of_all_operators() {
   static torch::Library library(torch::Library::IMPL, "peer", c10::DispatchKey::BackendSelect,
                                 __FILE__, __LINE__);
@@ -119,7 +119,7 @@ void choose_device_of_all_operators() {
   }
 }
 
-// Once.
+// Must be called once.
 void install() {
   static CountingAllocator allocator;
   c10::SetCPUAllocator(&allocator, /*priority=*/255);

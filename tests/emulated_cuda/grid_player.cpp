@@ -31,23 +31,23 @@ namespace peer::test {
 namespace {
 
 constexpr unsigned kWarp = 32;
-constexpr int kGarbage = 0xff;  // what memory holds before anything is written to it: NaN
+constexpr int kGarbage = 0xff;  // the bytes of memory before the first write: NaN
 
-// Threads that wait for each other, again and again. Lanes of a warp leave what they exchange here,
-// in turns, so that a lane's next contribution does not meet those that are still being read.
-struct Meeting {
+// A reusable barrier. The lanes of a warp exchange values through two alternating buffers, so that
+// a lane's next contribution does not overwrite values that others still read.
+struct Barrier {
   unsigned members = 0;
   unsigned arrived = 0;
   unsigned round = 0;
-  // Where players are threads of the system. Each meeting has its own lock: one for all would order
-  // what only a barrier may, and hide races.
+  // For system threads. Each barrier has a lock of its own: a shared lock would order accesses of
+  // different barriers and hide races.
   std::mutex mutex;
-  std::condition_variable over;
+  std::condition_variable completed;
   alignas(16) unsigned char contributions[2][kWarp][16];
 
-  void end_for_all() {
-    const std::lock_guard lock(mutex);  // nobody is between looking and waiting
-    over.notify_all();
+  void wake_all() {
+    const std::lock_guard lock(mutex);  // no thread is between its check and its wait
+    completed.notify_all();
   }
 };
 
@@ -55,15 +55,16 @@ struct Copy {
   void* target;
   const void* source;
   size_t size;
-  size_t batch;
+  size_t group;
 };
 
+// An emulated thread.
 struct Player {
-  Place place;
-  Meeting* warp = nullptr;
+  ThreadPlace place;
+  Barrier* warp = nullptr;
   unsigned exchanges = 0;
-  std::vector<Copy> copies;  // still to be made
-  size_t batches = 0;        // of copies, that have ended
+  std::vector<Copy> copies;  // pending
+  size_t groups = 0;         // of copies, committed
 };
 
 thread_local Player* current = nullptr;
@@ -73,7 +74,7 @@ size_t shared_limit = kSharedBytes;
 void prepare_shared_memory(size_t bytes) {
   if (bytes > shared_limit) {
     throw std::logic_error("a block asks for " + std::to_string(bytes) +
-                           " bytes of shared memory, more than there are");
+                           " bytes of shared memory, more than the device has");
   }
 #ifdef __SANITIZE_ADDRESS__
   ASAN_UNPOISON_MEMORY_REGION(peer_shared_memory, kSharedBytes);
@@ -84,15 +85,15 @@ void prepare_shared_memory(size_t bytes) {
 #endif
 }
 
-// What both ways of playing have alike: the players of one block, and where they meet.
+// The threads of one block and their barriers, for fibers and for system threads.
 struct Block {
   explicit Block(const GridShape& shape) : players(shape.threads), warps(shape.threads / kWarp) {
     if (shape.threads % kWarp != 0) {
       throw std::logic_error("a block of " + std::to_string(shape.threads) +
-                             " threads is not made of whole warps");
+                             " threads is no multiple of the warp size");
     }
     whole.members = shape.threads;
-    for (Meeting& warp : warps) {
+    for (Barrier& warp : warps) {
       warp.members = kWarp;
     }
     for (unsigned t = 0; t < shape.threads; ++t) {
@@ -110,12 +111,12 @@ struct Block {
   }
 
   std::vector<Player> players;
-  Meeting whole;
-  std::vector<Meeting> warps;
+  Barrier whole;
+  std::vector<Barrier> warps;
   std::exception_ptr failure;
 };
 
-Block* block_played = nullptr;
+Block* current_block = nullptr;
 
 }  // namespace
 
@@ -124,29 +125,29 @@ Block* block_played = nullptr;
 namespace {
 
 std::mutex failure_mutex;
-std::atomic<bool> is_over = false;  // some thread failed: nobody waits any more
+std::atomic<bool> has_failed = false;  // then no thread waits any longer
 
 struct Abandoned {};
 
-void meet(Meeting& meeting) {
-  std::unique_lock lock(meeting.mutex);
-  if (is_over) {
+void arrive_and_wait(Barrier& barrier) {
+  std::unique_lock lock(barrier.mutex);
+  if (has_failed) {
     throw Abandoned();
   }
-  const unsigned round = meeting.round;
-  if (++meeting.arrived == meeting.members) {
-    meeting.arrived = 0;
-    ++meeting.round;
-    meeting.over.notify_all();
+  const unsigned round = barrier.round;
+  if (++barrier.arrived == barrier.members) {
+    barrier.arrived = 0;
+    ++barrier.round;
+    barrier.completed.notify_all();
     return;
   }
-  // Long enough for the slowest sanitizer, short enough to tell a deadlock.
-  const bool met = meeting.over.wait_for(lock, std::chrono::seconds(60),
-                                         [&] { return meeting.round != round || is_over; });
-  if (!met) {
-    throw std::logic_error("threads wait for others that do not come");
+  // Long enough for the slowest sanitizer. A longer wait is a deadlock.
+  const bool is_complete = barrier.completed.wait_for(
+      lock, std::chrono::seconds(60), [&] { return barrier.round != round || has_failed; });
+  if (!is_complete) {
+    throw std::logic_error("threads wait for others that do not arrive");
   }
-  if (meeting.round == round) {
+  if (barrier.round == round) {
     throw Abandoned();
   }
 }
@@ -155,8 +156,8 @@ void meet(Meeting& meeting) {
 
 void play_grid(const GridShape& shape, const std::function<void()>& body) {
   Block block(shape);
-  block_played = &block;
-  is_over = false;
+  current_block = &block;
+  has_failed = false;
   for (unsigned b = 0; b < shape.blocks && !block.failure; ++b) {
     block.begin(b, shape.shared_bytes);
     std::vector<std::thread> threads;
@@ -173,10 +174,10 @@ void play_grid(const GridShape& shape, const std::function<void()>& body) {
               block.failure = std::current_exception();
             }
           }
-          is_over = true;
-          block.whole.end_for_all();
+          has_failed = true;
+          block.whole.wake_all();
           std::for_each(block.warps.begin(), block.warps.end(),
-                        [](Meeting& warp) { warp.end_for_all(); });
+                        [](Barrier& warp) { warp.wake_all(); });
         }
       });
     }
@@ -193,9 +194,9 @@ void play_grid(const GridShape& shape, const std::function<void()>& body) {
 
 namespace {
 
-// Where a fiber or the scheduler goes on. The stack of a fiber is made by ucontext; from then on
-// _setjmp and _longjmp switch, which make no system call and so take a tenth of the time.
-// AddressSanitizer follows swapcontext alone.
+// The point at which a fiber or the scheduler continues. ucontext makes the stack of a fiber. Later
+// switches use _setjmp and _longjmp, which make no system call and take a tenth of the time.
+// AddressSanitizer supports only swapcontext.
 #ifdef __SANITIZE_ADDRESS__
 struct Continuation {
   ucontext_t context;
@@ -223,30 +224,31 @@ void switch_context(Continuation& from, Continuation& to) {
 }
 #endif
 
-// A thread of a block, with a stack of its own. It plays one block after the other.
+// A thread of a block, with a stack of its own. It runs the same thread of one block after the
+// other.
 struct Fiber {
   static constexpr size_t kStackBytes = 256 << 10;
   std::unique_ptr<unsigned char[]> stack{new unsigned char[kStackBytes]};
   Continuation continuation;
   bool has_returned = false;
-  const Meeting* meeting = nullptr;  // that it waits for, until the round is over
+  const Barrier* barrier = nullptr;  // at which it waits until the round is complete
   unsigned round = 0;
 
-  bool is_waiting() const { return meeting != nullptr && meeting->round == round; }
+  bool is_waiting() const { return barrier != nullptr && barrier->round == round; }
 };
 
 struct Scheduler {
   Continuation continuation;
   Fiber* running = nullptr;
   const std::function<void()>* body = nullptr;
-  unsigned moves = 0;  // of any player: without one in a whole turn, there is a deadlock
+  unsigned steps = 0;  // of all fibers; a pass over them without a step is a deadlock
   const void* stack = nullptr;
   size_t stack_bytes = 0;
 };
 
 Scheduler scheduler;
 
-// AddressSanitizer must be told that the stack changes.
+// AddressSanitizer must know that the stack changes.
 void before_switch([[maybe_unused]] void** fake_stack,
                    [[maybe_unused]] const void* stack,
                    [[maybe_unused]] size_t bytes) {
@@ -271,7 +273,7 @@ void run_until_waiting(Fiber& fiber) {
   after_switch(fake_stack, false);
 }
 
-void wait_for_turn() {
+void yield_to_scheduler() {
   Fiber& fiber = *scheduler.running;
   void* fake_stack = nullptr;
   before_switch(&fake_stack, scheduler.stack, scheduler.stack_bytes);
@@ -285,13 +287,13 @@ void run_fiber() {
     try {
       (*scheduler.body)();
     } catch (...) {
-      if (!block_played->failure) {
-        block_played->failure = std::current_exception();
+      if (!current_block->failure) {
+        current_block->failure = std::current_exception();
       }
     }
     scheduler.running->has_returned = true;
-    ++scheduler.moves;
-    wait_for_turn();
+    ++scheduler.steps;
+    yield_to_scheduler();
   }
 }
 
@@ -305,27 +307,27 @@ void make_fiber(Fiber& fiber) {
   makecontext(&context, run_fiber, 0);
 }
 
-void meet(Meeting& meeting) {
-  ++scheduler.moves;
-  const unsigned round = meeting.round;
-  if (++meeting.arrived == meeting.members) {
-    meeting.arrived = 0;
-    ++meeting.round;
+void arrive_and_wait(Barrier& barrier) {
+  ++scheduler.steps;
+  const unsigned round = barrier.round;
+  if (++barrier.arrived == barrier.members) {
+    barrier.arrived = 0;
+    ++barrier.round;
     return;
   }
-  scheduler.running->meeting = &meeting;
+  scheduler.running->barrier = &barrier;
   scheduler.running->round = round;
-  wait_for_turn();
+  yield_to_scheduler();
 }
 
 }  // namespace
 
 void play_grid(const GridShape& shape, const std::function<void()>& body) {
   Block block(shape);
-  block_played = &block;
+  current_block = &block;
   scheduler.body = &body;
-  // Fibers outlive the grid: making them takes longer than playing a small one. After a failure
-  // they are somewhere in the middle of it, and new ones are made.
+  // Fibers are kept for the next grid, because making them takes longer than running a small grid.
+  // After a failure they are in the middle of the body, so they are replaced.
   static std::vector<std::unique_ptr<Fiber> > fibers;
   const auto fail = [&](std::exception_ptr failure) {
     fibers.clear();
@@ -339,10 +341,10 @@ void play_grid(const GridShape& shape, const std::function<void()>& body) {
     block.begin(b, shape.shared_bytes);
     for (unsigned t = 0; t < shape.threads; ++t) {
       fibers[t]->has_returned = false;
-      fibers[t]->meeting = nullptr;
+      fibers[t]->barrier = nullptr;
     }
     for (unsigned remaining = shape.threads; remaining > 0;) {
-      const unsigned moves = scheduler.moves;
+      const unsigned steps = scheduler.steps;
       remaining = 0;
       for (unsigned t = 0; t < shape.threads; ++t) {
         Fiber& fiber = *fibers[t];
@@ -355,9 +357,9 @@ void play_grid(const GridShape& shape, const std::function<void()>& body) {
         }
         remaining += !fiber.has_returned;
       }
-      if (remaining > 0 && scheduler.moves == moves) {
+      if (remaining > 0 && scheduler.steps == steps) {
         fail(std::make_exception_ptr(std::logic_error(
-            std::to_string(remaining) + " threads wait for others that do not come")));
+            std::to_string(remaining) + " threads wait for others that do not arrive")));
       }
     }
   }
@@ -369,31 +371,31 @@ size_t shared_bytes_limit() { return shared_limit; }
 
 void limit_shared_bytes(size_t bytes) { shared_limit = std::min(bytes, kSharedBytes); }
 
-const Place& place() { return current->place; }
+const ThreadPlace& thread_place() { return current->place; }
 
-void wait_for_block() { meet(block_played->whole); }
+void block_barrier() { arrive_and_wait(current_block->whole); }
 
-void wait_for_warp() { meet(*current->warp); }
+void warp_barrier() { arrive_and_wait(*current->warp); }
 
 const unsigned char* exchange_in_warp(const void* contribution, size_t size) {
   Player& player = *current;
   unsigned char (*slots)[16] = player.warp->contributions[player.exchanges++ % 2];
   std::memcpy(slots[player.place.thread % kWarp], contribution, size);
-  wait_for_warp();
+  warp_barrier();
   return slots[0];
 }
 
 void cp_async(void* target, const void* source, size_t size) {
   std::memset(target, kGarbage, size);
-  current->copies.push_back({target, source, size, current->batches});
+  current->copies.push_back({target, source, size, current->groups});
 }
 
-void end_batch_of_copies() { ++current->batches; }
+void cp_async_commit() { ++current->groups; }
 
-void wait_for_copies(size_t batches_left) {
+void cp_async_wait(size_t groups_in_flight) {
   std::vector<Copy>& copies = current->copies;
   const auto end = std::find_if(copies.begin(), copies.end(), [&](const Copy& copy) {
-    return copy.batch + batches_left >= current->batches;
+    return copy.group + groups_in_flight >= current->groups;
   });
   std::for_each(copies.begin(), end,
                 [](const Copy& copy) { std::memcpy(copy.target, copy.source, copy.size); });

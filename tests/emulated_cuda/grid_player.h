@@ -1,13 +1,12 @@
-// Plays a CUDA grid on the CPU, so that the bodies of the kernels run, under sanitizers too, where
-// there is no GPU.
+// Runs a CUDA grid on the CPU, so that kernels can be tested without a GPU and under sanitizers.
 //
-// Blocks run one after the other. The threads of a block are fibers on one thread of the system,
-// each running until it waits for others; with PEER_PLAY_WITH_THREADS they are threads of the
-// system, so that ThreadSanitizer sees every access that no barrier orders.
+// Blocks run one after the other. The threads of a block are fibers on one system thread; each runs
+// until it waits for others. With PEER_PLAY_WITH_THREADS they are system threads, so that
+// ThreadSanitizer sees every access that no barrier orders.
 //
-// Stricter than a GPU: warps take part in a collective as a whole, and a thread that returns while
-// others wait for it is an error, as is any other deadlock. Dynamic shared memory holds garbage
-// when a block starts; under AddressSanitizer nothing beyond the requested bytes may be touched.
+// Stricter than a GPU: every collective takes the whole warp. A thread that returns while others
+// wait for it is an error, like any other deadlock. Dynamic shared memory holds garbage when a
+// block starts. Under AddressSanitizer, any access beyond the requested bytes is an error.
 #pragma once
 
 #include <cstddef>
@@ -21,37 +20,37 @@ struct GridShape {
   size_t shared_bytes;
 };
 
-// Where a thread stands, and how many there are of each. Grids and blocks have one dimension.
-struct Place {
+// The indices of a thread, and the sizes of its block and grid. Both have one dimension.
+struct ThreadPlace {
   unsigned thread, block;
   unsigned threads, blocks;
 };
 
-// Runs body() for every thread of every block. Rethrows the first exception that a thread ends
-// with; throws std::logic_error where threads wait in vain.
+// Runs body() for every thread of every block. Rethrows the first exception of a thread. Throws
+// std::logic_error on a deadlock.
 void play_grid(const GridShape& shape, const std::function<void()>& body);
 
-// What a block may have of dynamic shared memory: as much as on sm_90, or less where a test says
-// so.
+// The most dynamic shared memory of a block: that of sm_90, unless a test sets a lower limit.
 constexpr size_t kSharedBytes = 227 << 10;
 size_t shared_bytes_limit();
 void limit_shared_bytes(size_t bytes);
 
-// For a thread that is played: where it stands.
-const Place& place();
+// The functions below are called by emulated threads.
 
-void wait_for_block();
-void wait_for_warp();
+const ThreadPlace& thread_place();
 
-// Every lane of the warp contributes `size` bytes, at most 16, and gets those of all of them: lane
-// l's at 16·l. They hold until the lane's next exchange.
+void block_barrier();
+void warp_barrier();
+
+// Every lane of the warp contributes `size` bytes, at most 16, and gets the bytes of all lanes,
+// those of lane l at 16·l. They are valid until the lane's next exchange.
 const unsigned char* exchange_in_warp(const void* contribution, size_t size);
 
-// Copies that go on while the thread does. They are made as late as they may be, when it waits for
-// them, and until then there is garbage where they go.
+// Asynchronous copies. They are made as late as possible, when the thread waits for them. Until
+// then the target holds garbage.
 void cp_async(void* target, const void* source, size_t size);
-void end_batch_of_copies();
-// For all batches but the last ones.
-void wait_for_copies(size_t batches_left);
+void cp_async_commit();
+// Waits for all groups but the last ones.
+void cp_async_wait(size_t groups_in_flight);
 
 }  // namespace peer::test

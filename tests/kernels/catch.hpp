@@ -1,4 +1,4 @@
-// Catch2 version 3 where it is installed, version 2 otherwise.
+// Catch2 version 3 if it is installed, otherwise version 2.
 #pragma once
 
 #if __has_include(<catch2/catch_all.hpp>)

@@ -1,4 +1,4 @@
-// Catch2 version 3 brings its own main in a library; version 2 wants one to be asked for.
+// Catch2 version 3 has its main in a library; version 2 defines it here.
 #if !__has_include(<catch2/catch_all.hpp>)
 #define CATCH_CONFIG_MAIN
 #endif

@@ -1,5 +1,5 @@
-// What the kernel tests share: every capability of this processor, element types, seeded data, and
-// loops over threads.
+// What the kernel tests share: the capabilities of this processor, conversions of element types,
+// seeded data, and loops over threads.
 #pragma once
 
 #include <algorithm>
@@ -13,28 +13,25 @@
 #include <vector>
 
 #include "catch.hpp"
-#include "kernels/cpu/kernels.h"
+#include "kernels/cpu/dispatch.h"
 #include "kernels/cpu/parallel.h"
 #include "kernels/cpu/segments.h"
 
 namespace peer::test {
 
-struct NamedKernels {
-  std::string name;
-  const cpu::Kernels* kernels;
-};
-
-inline std::vector<NamedKernels> capabilities() {
-  std::vector<NamedKernels> result;
-  for (const char* name : {"default", "avx2", "avx512"}) {
-    if (const cpu::Kernels* kernels = cpu::kernels_for(name)) {
-      result.push_back({name, kernels});
+// The capabilities that this processor can run.
+inline std::vector<cpu::Capability> capabilities() {
+  std::vector<cpu::Capability> result;
+  for (const auto capability :
+       {cpu::Capability::baseline, cpu::Capability::avx2, cpu::Capability::avx512}) {
+    if (cpu::is_available(capability)) {
+      result.push_back(capability);
     }
   }
   return result;
 }
 
-// The oracle's own conversions, one value at a time.
+// The oracles' own conversions, one value at a time.
 
 template <class Element>
 double to_double(Element value) {
@@ -58,8 +55,7 @@ inline double to_double(Half value) {
          (exponent == 0 ? std::ldexp(mantissa, -24) : std::ldexp(1024 + mantissa, exponent - 25));
 }
 
-// Rounds to a value that the type holds exactly, by truncating the float's mantissa; good for
-// making inputs.
+// A value that the type holds exactly, by truncation of the float's mantissa; for inputs.
 template <class Element>
 Element from_double(double value) {
   return Element(value);
@@ -119,12 +115,22 @@ class Random {
   std::mt19937_64 engine_;
 };
 
-// Memory for the lists of sorted pairs.
+// The owners of segments of these many pairs, shuffled.
+inline std::vector<int64_t> owners_of_segments(const std::vector<int64_t>& segments) {
+  std::vector<int64_t> owners;
+  for (size_t owner = 0; owner < segments.size(); ++owner) {
+    owners.insert(owners.end(), segments[owner], owner);
+  }
+  std::shuffle(owners.begin(), owners.end(), std::mt19937_64(7));
+  return owners;
+}
+
+// Memory for the lists of segments.
 inline std::shared_ptr<void> plain_memory(int64_t bytes) {
   return {std::malloc(std::max<int64_t>(bytes, 1)), std::free};
 }
 
-// Contiguous ranges on that many threads of their own.
+// Contiguous ranges on new threads, as many as given.
 inline ParallelFor on_threads(int threads) {
   return [threads](int64_t begin, int64_t end, int64_t /*grain*/, const RangeBody& body) {
     std::vector<std::thread> workers;

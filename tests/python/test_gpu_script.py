@@ -18,9 +18,9 @@ step,peer,8192,1048576,1024,bfloat16,uniform,0.0095
 step,peer-fused,8192,1048576,1024,bfloat16,uniform,
 """
 KERNELS = """step,kernel,calls,total_ms
-sparse,void peer::cuda::(anonymous namespace)::number_pairs(long const*),3,0.03
+sparse,void peer::cuda::(anonymous namespace)::make_pair_ids(long const*),3,0.03
 sparse,"void cub::DeviceRadixSortOnesweepKernel<...>",9,0.30
-sparse,"void peer::cuda::(anonymous namespace)::sum_tiles<c10::BFloat16>(...)",2,1.0
+sparse,"void peer::cuda::(anonymous namespace)::sum_segments_kernel<c10::BFloat16>(...)",2,1.0
 """
 
 

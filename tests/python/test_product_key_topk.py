@@ -65,11 +65,16 @@ def accumulated(tensor: Tensor) -> Tensor:
 
 
 def sub_scores(query: Tensor, row_keys: Tensor, col_keys: Tensor) -> tuple[Tensor, Tensor]:
-    """Sub-scores (T, H, R) and (T, H, C), in the accumulation dtype."""
+    """Sub-scores (T, H, R) and (T, H, C), in the accumulation dtype.
+
+    An infinite one counts as the largest finite number of its sign.
+    """
     row_query, col_query = accumulated(query).chunk(2, dim=-1)
 
     def score(half: Tensor, keys: Tensor) -> Tensor:
-        return torch.einsum("thd,rd->thr" if keys.dim() == 2 else "thd,hrd->thr", half, keys)
+        scores = torch.einsum("thd,rd->thr" if keys.dim() == 2 else "thd,hrd->thr", half, keys)
+        limits = torch.finfo(scores.dtype)
+        return scores.clamp(limits.min, limits.max)
 
     return score(row_query, accumulated(row_keys)), score(col_query, accumulated(col_keys))
 
@@ -301,18 +306,19 @@ def test_every_kind_of_row_is_ordered_in_double(kind):
     assert_equals_brute_force(*query_for_sub_scores(rows, columns), 16)
 
 
-def test_infinities_of_opposite_sign_make_the_highest_pair():
-    # Row 2 is the worst row by itself, and with column 1 it is the only NaN.
-    rows = torch.tensor([5.0, 4.0, -INFINITY, 3.0])
-    columns = torch.tensor([9.0, INFINITY, 8.0])
-    scores, indices = retrieve(*query_for_sub_scores(rows, columns), 2)
-    assert indices.flatten().tolist() == [2 * 3 + 1, 0 * 3 + 1]
-    assert scores[..., 0].isnan().all()
-    assert scores[0, 0, 1] == INFINITY
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_an_infinite_sub_score_counts_as_the_largest_finite_number_of_its_sign(dtype):
+    largest = torch.finfo(dtype).max
+    rows = torch.tensor([5.0, -INFINITY, INFINITY, largest], dtype=dtype)
+    columns = torch.tensor([0.0, -INFINITY], dtype=dtype)
+    scores, indices = retrieve(*query_for_sub_scores(rows, columns), 8)
+    expected = [largest, largest, 5.0, 0.0, 0.0, -largest, -largest, -INFINITY]
+    assert scores.flatten().tolist() == expected
+    assert indices.flatten().tolist() == [4, 6, 0, 5, 7, 1, 2, 3]
 
 
-def test_opposite_infinities_beyond_k_in_both_halves_are_found():
-    # The k best of either half hold none of the infinities that make NaN with the other's.
+def test_infinities_beyond_k_in_both_halves_are_ordered():
+    # The k best of either half hold none of the infinities that are opposite to the other's.
     rows = torch.cat([torch.full((20,), NAN), torch.full((20,), -INFINITY)])
     columns = torch.cat([torch.full((20,), INFINITY), torch.full((20,), 1.0)])
     assert_equals_brute_force(*query_for_sub_scores(rows, columns), 16)

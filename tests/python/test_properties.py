@@ -247,7 +247,11 @@ def test_retrieval_of_reals_is_within_rounding_of_brute_force(make_retrieval_inp
     assert (ordered[..., :-1] < ordered[..., 1:]).all()
 
 
-SPECIAL = (math.nan, math.inf, -math.inf, 0.0, -0.0, 1.0, -1.0, 3e38, -3e38, 1e-45, -1e-45)
+LARGEST = torch.finfo(torch.float32).max
+SPECIAL = (
+    *(math.nan, math.inf, -math.inf, LARGEST, -LARGEST),
+    *(0.0, -0.0, 1.0, -1.0, 3e38, -3e38, 1e-45, -1e-45),
+)
 sub_scores = st.lists(st.sampled_from(SPECIAL), min_size=1, max_size=24)
 
 

@@ -11,6 +11,7 @@ import peer
 from peer import reference
 
 NAN, INFINITY = math.nan, math.inf
+LARGEST = torch.finfo(torch.float32).max
 
 
 def test_retrieval_equals_a_loop_over_all_experts(make_retrieval_inputs):
@@ -58,18 +59,25 @@ def test_negative_zero_equals_zero():
     assert indices == [0, 1, 2, 3]
 
 
-def test_nan_ranks_highest_and_infinities_in_their_place():
+def test_nan_ranks_highest_and_infinities_are_the_largest_finite_numbers():
     scores, indices = retrieve_with_scores([-INFINITY, 1.0, NAN, INFINITY], [0.0], 4)
     assert indices == [2, 3, 1, 0]
     assert math.isnan(scores[0])
-    assert scores[1:] == [INFINITY, 1.0, -INFINITY]
+    assert scores[1:] == [LARGEST, 1.0, -LARGEST]
 
 
-def test_opposite_infinities_make_a_nan_that_ranks_highest():
-    scores, indices = retrieve_with_scores([INFINITY, 5.0], [-INFINITY, 0.0], 2)
-    assert indices == [0, 1]
-    assert math.isnan(scores[0])
-    assert scores[1] == INFINITY
+def test_opposite_infinities_add_up_to_zero():
+    scores, indices = retrieve_with_scores([INFINITY, 5.0], [-INFINITY, 0.0], 4)
+    assert scores == [LARGEST, 5.0, 0.0, -LARGEST]
+    assert indices == [1, 3, 0, 2]
+
+
+def test_an_infinity_ties_with_the_largest_finite_number():
+    scores, indices = retrieve_with_scores(
+        [LARGEST, INFINITY, -INFINITY, -LARGEST], [0.0, INFINITY], 8
+    )
+    assert scores == [INFINITY, INFINITY, LARGEST, LARGEST, 0.0, 0.0, -LARGEST, -LARGEST]
+    assert indices == [1, 3, 0, 2, 5, 7, 4, 6]
 
 
 def test_scores_that_round_to_the_same_number_are_equal():

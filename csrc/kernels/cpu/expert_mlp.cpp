@@ -1,35 +1,28 @@
-// Token pass: for every token, z = rows(A)·v, c = f(z), y = Σ c·rows(B), over the P experts that
-// the token retrieved.
+// For every token: z = rows(A)·v, c = f(z), y = Σ c·rows(B), over the P experts that the token
+// retrieved.
 //
 // Forward     A = w_down, w_gate    v = x          f = weights·act(z)·gate    B = w_up
 // Backward    A = w_up              v = grad_out   f = the chain rule         B = w_down, w_gate
 //
-// Work item   one token, start to end, by one thread; where there are few, a part of one
-// Traffic     2·P·D table elements a token, or 3 with gates, each read once; nothing of size P·D is
-//             written
+// Shapes      v (T, D)   A, B (N, D)   indices, weights, z, c (T, P)   y (T, D)
+// Work item   one token, from start to end, by one thread; with few tokens, one split of a token
+// Traffic     2·P·D table elements a token, or 3·P·D with gates, each read once; nothing of size
+//             P·D is written
 // Exactness   accumulation in float (double for double), in an order fixed by p and by the vector
 //             width of the capability
+// Requires    indices in range; nothing of widths, strides and alignments
 #include "kernels/cpu/expert_mlp.h"
 
 #include <algorithm>
 
-#include "kernels/cpu/capability_kernels.h"
+#include "kernels/cpu/gathered_rows.h"
+#include "kernels/cpu/scratch.h"
 
-namespace peer::cpu::PEER_CAPABILITY {
+namespace peer::cpu {
+
+namespace PEER_CAPABILITY {
 
 namespace {
-
-// y = Σ_p c[p]·table[indices[p]]
-template <class Table, class Real>
-void sum_weighted_rows(const Real* c,
-                       Rows<const Table> table,
-                       const int64_t* indices,
-                       int64_t count,
-                       int64_t width,
-                       Real* y) {
-  std::memset(y, 0, width * sizeof(Real));
-  add_weighted_rows(c, table, indices, count, width, y);
-}
 
 // Experts [first, last) of a token's list.
 struct ExpertRange {
@@ -39,9 +32,9 @@ struct ExpertRange {
 };
 
 template <class Table>
-ExpertRange part_of_token(const ExpertMlpForward<Table>& pass, int64_t part) {
-  const int64_t first = part * kExpertsPerPart;
-  return {first, std::min(first + kExpertsPerPart, pass.experts_per_token)};
+ExpertRange experts_of_split(const ExpertMlpForward<Table>& pass, int64_t split) {
+  const int64_t first = split * kExpertsPerSplit;
+  return {first, std::min(first + kExpertsPerSplit, pass.experts_per_token)};
 }
 
 // hidden, gate and coefficients = weights·act(hidden)·gate of some of a token's experts.
@@ -71,11 +64,11 @@ void compute_coefficients(const ExpertMlpForward<Table>& pass,
 }
 
 template <class Table, class Real>
-void sum_part(const ExpertMlpForward<Table>& pass,
-              int64_t t,
-              ExpertRange experts,
-              const Real* coefficients,
-              Real* out) {
+void sum_split(const ExpertMlpForward<Table>& pass,
+               int64_t t,
+               ExpertRange experts,
+               const Real* coefficients,
+               Real* out) {
   sum_weighted_rows(coefficients, pass.w_up,
                     pass.indices + t * pass.experts_per_token + experts.first, experts.count(),
                     pass.dim, out);
@@ -88,58 +81,56 @@ void add(const Real* source, int64_t count, Real* target) {
   }
 }
 
-}  // namespace
-
 template <class Table>
-void token_forward(const ExpertMlpForward<Table>& pass, int64_t first, int64_t last) {
+void expert_mlp_forward(const ExpertMlpForward<Table>& pass, int64_t first, int64_t last) {
   using Real = accumulation_t<Table>;
   const ExpertRange all = {0, pass.experts_per_token};
   Scratch<Real> coefficients(all.count());
-  Scratch<Real> part_out(pass.dim);
+  Scratch<Real> partial_sum(pass.dim);
   for (int64_t t = first; t < last; ++t) {
     Real* out = pass.out + t * pass.dim;
     compute_coefficients(pass, t, all, coefficients.data());
-    sum_part(pass, t, part_of_token(pass, 0), coefficients.data(), out);
-    for (int64_t part = 1; part < parts_per_token(all.count()); ++part) {
-      const ExpertRange experts = part_of_token(pass, part);
-      sum_part(pass, t, experts, coefficients.data() + experts.first, part_out.data());
-      add(part_out.data(), pass.dim, out);
+    sum_split(pass, t, experts_of_split(pass, 0), coefficients.data(), out);
+    for (int64_t split = 1; split < splits_per_token(all.count()); ++split) {
+      const ExpertRange experts = experts_of_split(pass, split);
+      sum_split(pass, t, experts, coefficients.data() + experts.first, partial_sum.data());
+      add(partial_sum.data(), pass.dim, out);
     }
   }
 }
 
 template <class Table>
-void token_parts_forward(const ExpertMlpForward<Table>& pass,
-                         accumulation_t<Table>* parts_out,
-                         int64_t first,
-                         int64_t last) {
-  const int64_t parts = parts_per_token(pass.experts_per_token);
-  Scratch<accumulation_t<Table>> coefficients(kExpertsPerPart);
+void expert_mlp_forward_splits(const ExpertMlpForward<Table>& pass,
+                               accumulation_t<Table>* partial_sums,
+                               int64_t first,
+                               int64_t last) {
+  const int64_t splits = splits_per_token(pass.experts_per_token);
+  Scratch<accumulation_t<Table>> coefficients(kExpertsPerSplit);
   for (int64_t i = first; i < last; ++i) {
-    const ExpertRange experts = part_of_token(pass, i % parts);
-    compute_coefficients(pass, i / parts, experts, coefficients.data());
-    sum_part(pass, i / parts, experts, coefficients.data(), parts_out + i * pass.dim);
+    const ExpertRange experts = experts_of_split(pass, i % splits);
+    compute_coefficients(pass, i / splits, experts, coefficients.data());
+    sum_split(pass, i / splits, experts, coefficients.data(), partial_sums + i * pass.dim);
   }
 }
 
 template <class Table>
-void add_token_parts(const ExpertMlpForward<Table>& pass,
-                     const accumulation_t<Table>* parts_out,
-                     int64_t first,
-                     int64_t last) {
-  const int64_t parts = parts_per_token(pass.experts_per_token);
+void add_splits(const ExpertMlpForward<Table>& pass,
+                const accumulation_t<Table>* partial_sums,
+                int64_t first,
+                int64_t last) {
+  const int64_t splits = splits_per_token(pass.experts_per_token);
   for (int64_t t = first; t < last; ++t) {
-    const auto* part_out = parts_out + t * parts * pass.dim;
+    const auto* partial_sum = partial_sums + t * splits * pass.dim;
     auto* out = pass.out + t * pass.dim;
-    std::memcpy(out, part_out, pass.dim * sizeof(*out));
-    for (int64_t part = 1; part < parts; ++part) {
-      add(part_out + part * pass.dim, pass.dim, out);
+    std::memcpy(out, partial_sum, pass.dim * sizeof(*out));
+    for (int64_t split = 1; split < splits; ++split) {
+      add(partial_sum + split * pass.dim, pass.dim, out);
     }
   }
 }
 
 template <class Table>
-void token_backward(const ExpertMlpBackward<Table>& pass, int64_t first, int64_t last) {
+void expert_mlp_backward(const ExpertMlpBackward<Table>& pass, int64_t first, int64_t last) {
   using Real = accumulation_t<Table>;
   const int64_t experts = pass.experts_per_token;
   Scratch<Real> upstream(experts);
@@ -182,30 +173,23 @@ void token_backward(const ExpertMlpBackward<Table>& pass, int64_t first, int64_t
   }
 }
 
-template <class Real>
-void gather_sum(const GatherSum<Real>& pass, int64_t first, int64_t last) {
-  for (int64_t i = first; i < last; ++i) {
-    sum_weighted_rows(pass.coefficients + i * pass.terms, pass.table, pass.indices + i * pass.terms,
-                      pass.terms, pass.width, pass.out.data + i * pass.out.stride);
-  }
-}
+template <class Table>
+constexpr ExpertMlpFunctions<Table> kFunctions = {
+    .forward = expert_mlp_forward<Table>,
+    .forward_splits = expert_mlp_forward_splits<Table>,
+    .add_splits = add_splits<Table>,
+    .backward = expert_mlp_backward<Table>,
+};
 
-#define PEER_INSTANTIATE(Table)                                                               \
-  template void token_forward(const ExpertMlpForward<Table>&, int64_t, int64_t);              \
-  template void token_parts_forward(const ExpertMlpForward<Table>&, accumulation_t<Table>*,   \
-                                    int64_t, int64_t);                                        \
-  template void add_token_parts(const ExpertMlpForward<Table>&, const accumulation_t<Table>*, \
-                                int64_t, int64_t);                                            \
-  template void token_backward(const ExpertMlpBackward<Table>&, int64_t, int64_t);
+}  // namespace
 
-PEER_INSTANTIATE(float)
-PEER_INSTANTIATE(double)
-PEER_INSTANTIATE(BFloat16)
-PEER_INSTANTIATE(Half)
+}  // namespace PEER_CAPABILITY
 
-#undef PEER_INSTANTIATE
+constinit const ExpertMlpKernels ExpertMlpKernels::PEER_CAPABILITY = {
+    PEER_CAPABILITY::kFunctions<float>,
+    PEER_CAPABILITY::kFunctions<double>,
+    PEER_CAPABILITY::kFunctions<BFloat16>,
+    PEER_CAPABILITY::kFunctions<Half>,
+};
 
-template void gather_sum(const GatherSum<float>&, int64_t, int64_t);
-template void gather_sum(const GatherSum<double>&, int64_t, int64_t);
-
-}  // namespace peer::cpu::PEER_CAPABILITY
+}  // namespace peer::cpu

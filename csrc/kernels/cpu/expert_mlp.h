@@ -1,124 +1,53 @@
-// The two loops over an expert table that every pass over tokens is made of.
-//
-//   dot_with_rows        z[p] = <v, table[indices[p]]>
-//   add_weighted_rows    y += Σ_p c[p]·table[indices[p]]
-//
-// Rows lie anywhere in a table far larger than any cache, so the cost is the latency of DRAM.
-// kRowsInFlight rows are read side by side, each with an accumulator of its own, while the first
-// lines of the next group are requested; the hardware's prefetcher follows from there. The order of
-// every sum is fixed by p and by the lane, whatever the group.
+// The CPU kernels of expert_mlp.
 #pragma once
 
-#include "kernels/cpu/kernels.h"
-#include "kernels/cpu/vector.h"
+#include <cstdint>
 
-namespace peer::cpu::PEER_CAPABILITY {
+#include "kernels/common.h"
+#include "kernels/expert_mlp.h"
 
-constexpr int kRowsInFlight = 8;
-constexpr int64_t kPrefetchedBytes = 256;
+namespace peer::cpu {
 
+// A token's experts are cut into splits of this many. The token's output is the sum of the splits'
+// partial sums, in their order, whether one thread computes the token or several share its splits.
+// The size is fixed, so a token's result does not depend on the number of tokens.
+constexpr int64_t kExpertsPerSplit = 32;
+
+constexpr int64_t splits_per_token(int64_t experts_per_token) {
+  return (experts_per_token + kExpertsPerSplit - 1) / kExpertsPerSplit;
+}
+
+// Indices are all in range.
 template <class Table>
-static inline void prefetch_heads(Rows<const Table> table, const int64_t* indices, int64_t count) {
-  const int64_t rows = count < kRowsInFlight ? count : kRowsInFlight;
-  for (int64_t p = 0; p < rows; ++p) {
-    const char* head = reinterpret_cast<const char*>(table.data + indices[p] * table.stride);
-    for (int64_t byte = 0; byte < kPrefetchedBytes; byte += 64) {
-      __builtin_prefetch(head + byte);
-    }
-  }
-}
+struct ExpertMlpFunctions {
+  using Real = accumulation_t<Table>;
+  // A work item is a token.
+  void (*forward)(const ExpertMlpForward<Table>& pass, int64_t first, int64_t last);
+  // A work item is a split, token·splits + split. Writes partial_sums (T, splits, D).
+  void (*forward_splits)(const ExpertMlpForward<Table>& pass,
+                         Real* partial_sums,
+                         int64_t first,
+                         int64_t last);
+  // Adds the partial sums of each token, of which there must be at least one. A work item is a
+  // token.
+  void (*add_splits)(const ExpertMlpForward<Table>& pass,
+                     const Real* partial_sums,
+                     int64_t first,
+                     int64_t last);
+  // A work item is a token.
+  void (*backward)(const ExpertMlpBackward<Table>& pass, int64_t first, int64_t last);
+};
 
-template <int rows, class Table, class Real>
-static inline void dot_group(const Real* v,
-                             int64_t width,
-                             Rows<const Table> table,
-                             const int64_t* indices,
-                             Real* z) {
-  constexpr int lanes = kLanes<Real>;
-  const Table* row[rows];
-  Vector<Real> sum[rows];
-  for (int r = 0; r < rows; ++r) {
-    row[r] = table.data + indices[r] * table.stride;
-    sum[r] = Vector<Real>{};
-  }
-  int64_t i = 0;
-  for (; i + lanes <= width; i += lanes) {
-    const Vector<Real> part = load(v + i);
-    for (int r = 0; r < rows; ++r) {
-      sum[r] += part * load(row[r] + i);
-    }
-  }
-  if (i < width) {
-    const Vector<Real> part = load_first(v + i, width - i);
-    for (int r = 0; r < rows; ++r) {
-      sum[r] += part * load_first(row[r] + i, width - i);
-    }
-  }
-  for (int r = 0; r < rows; ++r) {
-    z[r] = sum_of_lanes<Real>(sum[r]);
-  }
-}
+struct ExpertMlpKernels : ExpertMlpFunctions<float>,
+                          ExpertMlpFunctions<double>,
+                          ExpertMlpFunctions<BFloat16>,
+                          ExpertMlpFunctions<Half> {
+  static const ExpertMlpKernels baseline, avx2, avx512;
 
-template <class Table, class Real>
-static inline void dot_with_rows(const Real* v,
-                                 int64_t width,
-                                 Rows<const Table> table,
-                                 const int64_t* indices,
-                                 int64_t count,
-                                 Real* z) {
-  int64_t p = 0;
-  for (; p + kRowsInFlight <= count; p += kRowsInFlight) {
-    prefetch_heads(table, indices + p + kRowsInFlight, count - p - kRowsInFlight);
-    dot_group<kRowsInFlight>(v, width, table, indices + p, z + p);
+  template <class Table>
+  const ExpertMlpFunctions<Table>& of() const {
+    return *this;
   }
-  for (; p < count; ++p) {
-    dot_group<1>(v, width, table, indices + p, z + p);
-  }
-}
+};
 
-template <int rows, class Table, class Real>
-static inline void add_group(const Real* c,
-                             Rows<const Table> table,
-                             const int64_t* indices,
-                             int64_t width,
-                             Real* y) {
-  constexpr int lanes = kLanes<Real>;
-  const Table* row[rows];
-  for (int r = 0; r < rows; ++r) {
-    row[r] = table.data + indices[r] * table.stride;
-  }
-  int64_t i = 0;
-  for (; i + lanes <= width; i += lanes) {
-    Vector<Real> sum = load(y + i);
-    for (int r = 0; r < rows; ++r) {
-      sum += c[r] * load(row[r] + i);
-    }
-    store(y + i, sum);
-  }
-  if (i < width) {
-    Vector<Real> sum = load_first(y + i, width - i);
-    for (int r = 0; r < rows; ++r) {
-      sum += c[r] * load_first(row[r] + i, width - i);
-    }
-    store_first(y + i, sum, width - i);
-  }
-}
-
-template <class Table, class Real>
-static inline void add_weighted_rows(const Real* c,
-                                     Rows<const Table> table,
-                                     const int64_t* indices,
-                                     int64_t count,
-                                     int64_t width,
-                                     Real* y) {
-  int64_t p = 0;
-  for (; p + kRowsInFlight <= count; p += kRowsInFlight) {
-    prefetch_heads(table, indices + p + kRowsInFlight, count - p - kRowsInFlight);
-    add_group<kRowsInFlight>(c + p, table, indices + p, width, y);
-  }
-  for (; p < count; ++p) {
-    add_group<1>(c + p, table, indices + p, width, y);
-  }
-}
-
-}  // namespace peer::cpu::PEER_CAPABILITY
+}  // namespace peer::cpu

@@ -1,7 +1,6 @@
-// How kernels that need several passes ask for threads: the caller hands in a loop. Under Torch
-// that is at::parallel_for; a test may pass a serial loop or its own threads. A body is called with
-// disjoint ranges that cover [begin, end), in any order; no result may depend on how the range was
-// cut.
+// The parallel loop that the caller passes to functions of several passes: at::parallel_for with
+// Torch, threads of their own in tests. A body is called with disjoint ranges that cover [begin,
+// end), in any order. No result may depend on how the range is cut.
 #pragma once
 
 #include <cstdint>

@@ -1,34 +1,44 @@
-// The sum over the pairs of one table row, for the pass that stores it (expert_pass.cpp) and for
-// the pass that updates the row by it (row_update.cpp).
-//
-// Both passes name what they sum alike: width, pairs, pairs_per_row, coefficients and source. Not
-// weighted means that every coefficient is one; streamed, that rows are written past the caches,
-// which needs aligned ones.
+// The sum over one chunk or one split segment, for the kernels that store it (table_grad.cpp) and
+// for those that update a row by it (table_update.cpp).
 #pragma once
 
-#include "kernels/cpu/kernels.h"
+#include <cstdint>
+
+#include "kernels/common.h"
+#include "kernels/cpu/segment_work.h"
 #include "kernels/cpu/vector.h"
 
 namespace peer::cpu::PEER_CAPABILITY {
 
-// A strip of a row that stays in registers while the pairs of a chunk pass by.
+// What is summed over pairs: coefficients[pair]·source[pair / pairs_per_row].
+template <class Source, class Real>
+struct Terms {
+  const Pair* pairs;
+  int64_t width;
+  int64_t pairs_per_row;
+  const Real* coefficients;  // by pair id; not read if the sum is not weighted
+  Rows<const Source> source;
+
+  const Source* row_of(int64_t pair_id) const {
+    return source.data + (pair_id / pairs_per_row) * source.stride;
+  }
+};
+
+// A strip is the columns of a row that stay in registers while the pairs of a chunk pass by.
 constexpr int kVectorsPerStrip = 4;
 
-template <class Pass>
-static inline auto* source_of_pair(const Pass& pass, int64_t number) {
-  return pass.source.data + (number / pass.pairs_per_row) * pass.source.stride;
-}
-
-template <int vectors, bool weighted, bool streamed, class Pass, class Target>
-static inline void sum_strip(const Pass& pass, const Chunk& chunk, int64_t column, Target* out) {
-  using Real = typename Pass::Real;
+template <int vectors, bool weighted, bool nontemporal, class Source, class Real, class Target>
+static inline void sum_strip(const Terms<Source, Real>& terms,
+                             const Chunk& chunk,
+                             int64_t column,
+                             Target* out) {
   constexpr int lanes = kLanes<Real>;
   Vector<Real> sum[vectors] = {};
   for (int64_t i = chunk.first; i < chunk.last; ++i) {
-    const int64_t number = pass.pairs[i].number;
-    const auto* source = source_of_pair(pass, number) + column;
+    const int64_t id = terms.pairs[i].id;
+    const auto* source = terms.row_of(id) + column;
     if constexpr (weighted) {
-      const Real coefficient = pass.coefficients[number];
+      const Real coefficient = terms.coefficients[id];
       for (int v = 0; v < vectors; ++v) {
         sum[v] += coefficient * load(source + v * lanes);
       }
@@ -39,24 +49,26 @@ static inline void sum_strip(const Pass& pass, const Chunk& chunk, int64_t colum
     }
   }
   for (int v = 0; v < vectors; ++v) {
-    if constexpr (streamed) {
-      stream(out + column + v * lanes, sum[v]);
+    if constexpr (nontemporal) {
+      store_nontemporal(out + column + v * lanes, sum[v]);
     } else {
       store(out + column + v * lanes, sum[v]);
     }
   }
 }
 
-template <bool weighted, class Pass, class Target>
-static inline void sum_tail(const Pass& pass, const Chunk& chunk, int64_t column, Target* out) {
-  using Real = typename Pass::Real;
-  const int64_t count = pass.width - column;
+template <bool weighted, class Source, class Real, class Target>
+static inline void sum_tail(const Terms<Source, Real>& terms,
+                            const Chunk& chunk,
+                            int64_t column,
+                            Target* out) {
+  const int64_t count = terms.width - column;
   Vector<Real> sum = {};
   for (int64_t i = chunk.first; i < chunk.last; ++i) {
-    const int64_t number = pass.pairs[i].number;
-    const Vector<Real> term = load_first(source_of_pair(pass, number) + column, count);
+    const int64_t id = terms.pairs[i].id;
+    const Vector<Real> term = load_first(terms.row_of(id) + column, count);
     if constexpr (weighted) {
-      sum += pass.coefficients[number] * term;
+      sum += terms.coefficients[id] * term;
     } else {
       sum += term;
     }
@@ -64,33 +76,35 @@ static inline void sum_tail(const Pass& pass, const Chunk& chunk, int64_t column
   store_first(out + column, sum, count);
 }
 
-template <bool weighted, bool streamed = false, class Pass, class Target>
-static inline void sum_chunk(const Pass& pass, const Chunk& chunk, Target* out) {
-  constexpr int lanes = kLanes<typename Pass::Real>;
+// weighted: false if every coefficient is one. nontemporal: whole vectors are written past the
+// caches; `out` must be aligned to vectors.
+template <bool weighted, bool nontemporal = false, class Source, class Real, class Target>
+static inline void sum_chunk(const Terms<Source, Real>& terms, const Chunk& chunk, Target* out) {
+  constexpr int lanes = kLanes<Real>;
   int64_t column = 0;
-  for (; column + kVectorsPerStrip * lanes <= pass.width; column += kVectorsPerStrip * lanes) {
-    sum_strip<kVectorsPerStrip, weighted, streamed>(pass, chunk, column, out);
+  for (; column + kVectorsPerStrip * lanes <= terms.width; column += kVectorsPerStrip * lanes) {
+    sum_strip<kVectorsPerStrip, weighted, nontemporal>(terms, chunk, column, out);
   }
-  for (; column + lanes <= pass.width; column += lanes) {
-    sum_strip<1, weighted, streamed>(pass, chunk, column, out);
+  for (; column + lanes <= terms.width; column += lanes) {
+    sum_strip<1, weighted, nontemporal>(terms, chunk, column, out);
   }
-  if (column < pass.width) {
-    sum_tail<weighted>(pass, chunk, column, out);
+  if (column < terms.width) {
+    sum_tail<weighted>(terms, chunk, column, out);
   }
 }
 
-// The partial sums of a run that was cut, in the order of its chunks.
+// Adds the partial sums of a split segment in the order of its chunks.
 template <class Real, class Target>
 static inline void sum_split_segment(Rows<Real> partial_sums,
                                      int64_t width,
-                                     const SplitSegment& run,
+                                     const SplitSegment& segment,
                                      Target* out) {
   constexpr int lanes = kLanes<Real>;
-  const Real* partial = partial_sums.data + run.first * partial_sums.stride;
+  const Real* partial = partial_sums.data + segment.first * partial_sums.stride;
   for (int64_t column = 0; column < width; column += lanes) {
     const int64_t count = width - column < lanes ? width - column : lanes;
     Vector<Real> sum = {};
-    for (int64_t i = 0; i < run.last - run.first; ++i) {
+    for (int64_t i = 0; i < segment.last - segment.first; ++i) {
       sum += load_first(partial + i * partial_sums.stride + column, count);
     }
     store_first(out + column, sum, count);

@@ -1,3 +1,11 @@
+// Pairs are sorted by a radix sort, then cut into chunks.
+//
+// Work item   a block of kPairsPerBlock pairs, in each of two phases. The first phase counts, a
+// scan
+//             gives every block its positions, the second phase writes
+// Traffic     per digit of the owners, each pair is read twice and written once; then each pair is
+//             read twice
+// Exactness   the result depends on the owners only, not on the threads
 #include "kernels/cpu/segments.h"
 
 #include <algorithm>
@@ -9,13 +17,13 @@ namespace peer::cpu {
 
 namespace {
 
-constexpr int kMaxDigitBits =
-    11;  // 2048 counters: a block's histogram stays in the first-level cache
-constexpr int64_t kPairsPerBlock =
-    1 << 13;  // fixed, so that the result's construction does not depend on the threads
+constexpr int kMaxDigitBits = 11;  // 2048 counters: a block's histogram stays in the L1 cache
+constexpr int64_t kPairsPerBlock = 1 << 13;
 
-// One pass of a stable least-significant-digit radix sort: blocks count their digits, a scan over
-// (digit, block) gives every block its own targets, blocks move their pairs there.
+int64_t ceil_div(int64_t count, int64_t unit) { return (count + unit - 1) / unit; }
+
+// One pass of a stable least-significant-digit radix sort. Each block counts its digits, a scan
+// over (digit, block) gives every block its targets, then each block moves its pairs there.
 void sort_by_digit(const Pair* source,
                    Pair* target,
                    int64_t count,
@@ -23,7 +31,7 @@ void sort_by_digit(const Pair* source,
                    int digit_bits,
                    const ParallelFor& parallel_for) {
   const int64_t digits = int64_t(1) << digit_bits;
-  const int64_t blocks = (count + kPairsPerBlock - 1) / kPairsPerBlock;
+  const int64_t blocks = ceil_div(count, kPairsPerBlock);
   const auto digit_of = [&](const Pair& pair) { return (pair.owner >> shift) & (digits - 1); };
   std::vector<int64_t> positions(blocks * digits);
 
@@ -53,42 +61,15 @@ void sort_by_digit(const Pair* source,
   });
 }
 
-// What the runs of some sorted pairs add to the work list.
-struct Counts {
-  int64_t runs = 0;
-  int64_t chunks = 0;
-  int64_t split_segments = 0;
-  int64_t partial_rows = 0;
-};
-
-// visit(first, last) for every run of equal owners that begins in [begin, end).
-template <class Visit>
-void for_each_run(const List<Pair>& pairs, int64_t begin, int64_t end, const Visit& visit) {
-  int64_t first = begin;
-  while (first > 0 && first < end && pairs[first].owner == pairs[first - 1].owner) {
-    ++first;
-  }
-  while (first < end) {
-    int64_t last = first + 1;
-    while (last < pairs.size() && pairs[last].owner == pairs[first].owner) {
-      ++last;
-    }
-    visit(first, last);
-    first = last;
-  }
-}
-
-}  // namespace
-
-List<Pair> make_segments(const int64_t* owners,
-                         int64_t count,
-                         int64_t owner_count,
-                         const ParallelFor& parallel_for,
-                         const Allocate& allocate) {
+List<Pair> sort_pairs(const int64_t* owners,
+                      int64_t count,
+                      int64_t owner_count,
+                      const ParallelFor& parallel_for,
+                      const Allocate& allocate) {
   List<Pair> pairs(allocate, count);
   parallel_for(0, count, kPairsPerBlock, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
-      pairs[i] = {owners[i], i};
+      pairs[i] = {.owner = owners[i], .id = i};
     }
   });
   const int bits = std::bit_width(uint64_t(std::max<int64_t>(owner_count - 1, 0)));
@@ -105,27 +86,53 @@ List<Pair> make_segments(const int64_t* owners,
   return pairs;
 }
 
-// Blocks of pairs count what their runs need, a scan gives every block its places, blocks write.
-SegmentPlan plan_expert_pass(const List<Pair>& pairs,
-                             OutputRows rows,
-                             const ParallelFor& parallel_for,
-                             const Allocate& allocate) {
-  const int64_t blocks = (pairs.size() + kPairsPerBlock - 1) / kPairsPerBlock;
+// The number of work items that some segments need; after the scan, the number before a block.
+struct Counts {
+  int64_t segments = 0;
+  int64_t chunks = 0;
+  int64_t split_segments = 0;
+  int64_t partial_rows = 0;
+};
+
+// visit(first, last) for every segment that begins in [begin, end).
+template <class Visit>
+void for_each_segment(const List<Pair>& pairs, int64_t begin, int64_t end, const Visit& visit) {
+  int64_t first = begin;
+  while (first > 0 && first < end && pairs[first].owner == pairs[first - 1].owner) {
+    ++first;
+  }
+  while (first < end) {
+    int64_t last = first + 1;
+    while (last < pairs.size() && pairs[last].owner == pairs[first].owner) {
+      ++last;
+    }
+    visit(first, last);
+    first = last;
+  }
+}
+
+}  // namespace
+
+Segments make_segments(const int64_t* owners,
+                       int64_t count,
+                       int64_t owner_count,
+                       OutputRows rows,
+                       const ParallelFor& parallel_for,
+                       const Allocate& allocate) {
+  const List<Pair> pairs = sort_pairs(owners, count, owner_count, parallel_for, allocate);
+  const int64_t blocks = ceil_div(count, kPairsPerBlock);
   std::vector<Counts> places(blocks);
-  const auto for_each_run_of_block = [&](int64_t block, const auto& visit) {
-    for_each_run(pairs, block * kPairsPerBlock,
-                 std::min(pairs.size(), (block + 1) * kPairsPerBlock), visit);
-  };
-  const auto chunks_of = [](int64_t pairs_in_run) {
-    return (pairs_in_run + kPairsPerChunk - 1) / kPairsPerChunk;
+  const auto for_each_segment_of_block = [&](int64_t block, const auto& visit) {
+    for_each_segment(pairs, block * kPairsPerBlock, std::min(count, (block + 1) * kPairsPerBlock),
+                     visit);
   };
 
   parallel_for(0, blocks, 1, [&](int64_t first_block, int64_t last_block) {
     for (int64_t block = first_block; block < last_block; ++block) {
       Counts counts;
-      for_each_run_of_block(block, [&](int64_t first, int64_t last) {
-        const int64_t chunks = chunks_of(last - first);
-        ++counts.runs;
+      for_each_segment_of_block(block, [&](int64_t first, int64_t last) {
+        const int64_t chunks = ceil_div(last - first, kPairsPerChunk);
+        ++counts.segments;
         counts.chunks += chunks;
         counts.split_segments += chunks > 1;
         counts.partial_rows += chunks > 1 ? chunks : 0;
@@ -135,43 +142,48 @@ SegmentPlan plan_expert_pass(const List<Pair>& pairs,
   });
   Counts total;
   for (Counts& place : places) {
-    total.runs += std::exchange(place.runs, total.runs);
+    total.segments += std::exchange(place.segments, total.segments);
     total.chunks += std::exchange(place.chunks, total.chunks);
     total.split_segments += std::exchange(place.split_segments, total.split_segments);
     total.partial_rows += std::exchange(place.partial_rows, total.partial_rows);
   }
 
   const bool is_compact = rows == OutputRows::compact;
-  const SegmentPlan plan = {
+  const Segments segments = {
+      .pairs = pairs,
       .chunks = List<Chunk>(allocate, total.chunks),
       .split_segments = List<SplitSegment>(allocate, total.split_segments),
-      .owners = List<int64_t>(allocate, is_compact ? total.runs : 0),
+      .distinct_owners = List<int64_t>(allocate, is_compact ? total.segments : 0),
       .partial_rows = total.partial_rows,
   };
   parallel_for(0, blocks, 1, [&](int64_t first_block, int64_t last_block) {
     for (int64_t block = first_block; block < last_block; ++block) {
       Counts next = places[block];
-      for_each_run_of_block(block, [&](int64_t first, int64_t last) {
+      for_each_segment_of_block(block, [&](int64_t first, int64_t last) {
         const int64_t owner = pairs[first].owner;
-        const int64_t row = is_compact ? next.runs : owner;
+        const int64_t row = is_compact ? next.segments : owner;
         if (is_compact) {
-          plan.owners[next.runs] = owner;
+          segments.distinct_owners[next.segments] = owner;
         }
-        ++next.runs;
-        if (chunks_of(last - first) == 1) {
-          plan.chunks[next.chunks++] = {first, last, row, false};
+        ++next.segments;
+        if (last - first <= kPairsPerChunk) {
+          segments.chunks[next.chunks++] = {
+              .first = first, .last = last, .row = row, .is_partial = false};
           return;
         }
         const int64_t first_partial = next.partial_rows;
         for (int64_t begin = first; begin < last; begin += kPairsPerChunk) {
-          plan.chunks[next.chunks++] = {begin, std::min(begin + kPairsPerChunk, last),
-                                        next.partial_rows++, true};
+          segments.chunks[next.chunks++] = {.first = begin,
+                                            .last = std::min(begin + kPairsPerChunk, last),
+                                            .row = next.partial_rows++,
+                                            .is_partial = true};
         }
-        plan.split_segments[next.split_segments++] = {first_partial, next.partial_rows, row};
+        segments.split_segments[next.split_segments++] = {
+            .first = first_partial, .last = next.partial_rows, .row = row};
       });
     }
   });
-  return plan;
+  return segments;
 }
 
 }  // namespace peer::cpu

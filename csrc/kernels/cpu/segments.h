@@ -1,21 +1,19 @@
-// From a list of owners (which expert did each pair retrieve?) to the work list of the expert pass.
+// From a list of owners to segments of sorted pairs and the work list over them: see
+// kernels/segments.h.
 #pragma once
 
 #include <cstdint>
 #include <functional>
 #include <memory>
 
-#include "kernels/cpu/kernels.h"
 #include "kernels/cpu/parallel.h"
+#include "kernels/cpu/segment_work.h"
+#include "kernels/segments.h"
 
 namespace peer::cpu {
 
-// Long enough that partial sums stay small beside x (at 128 experts per token they never exceed
-// it), short enough to share a hot expert's pairs among many threads.
-constexpr int64_t kPairsPerChunk = 128;
-
-// Uninitialised memory, aligned to a cache line. Handed in by the caller, who may know memory whose
-// pages are there already: the lists here are a few megabytes, made anew in every step.
+// Uninitialised memory, aligned to a cache line. The lists here are a few megabytes and are made
+// anew in every step, so the caller may pass memory whose pages are already mapped.
 using Allocate = std::function<std::shared_ptr<void>(int64_t bytes)>;
 
 template <class Item>
@@ -36,29 +34,31 @@ class List {
   int64_t size_ = 0;
 };
 
-// The pairs 0 .. count-1 sorted by owners[pair], pairs of equal owners in their own order. Owners
-// lie in [0, owner_count).
-List<Pair> make_segments(const int64_t* owners,
-                         int64_t count,
-                         int64_t owner_count,
-                         const ParallelFor& parallel_for,
-                         const Allocate& allocate);
-
-enum class OutputRows {
-  by_owner,  // row = owner: a dense gradient
-  compact,   // row = how many smaller owners occur: a sparse gradient's values
-};
-
-struct SegmentPlan {
+struct Segments {
+  List<Pair> pairs;  // by owner; pairs of equal owners by id
   List<Chunk> chunks;
   List<SplitSegment> split_segments;
-  List<int64_t> owners;  // distinct, ascending; only for compact rows
+  List<int64_t> distinct_owners;  // ascending; only for compact rows
   int64_t partial_rows = 0;
+
+  template <class Real>
+  SegmentWork<Real> work(Rows<Real> partial_sums) const {
+    return {
+        .pair_count = pairs.size(),
+        .pairs = pairs.data(),
+        .chunks = chunks.data(),
+        .split_segments = split_segments.data(),
+        .partial_sums = partial_sums,
+    };
+  }
 };
 
-SegmentPlan plan_expert_pass(const List<Pair>& pairs,
-                             OutputRows rows,
-                             const ParallelFor& parallel_for,
-                             const Allocate& allocate);
+// Owners are in [0, owner_count).
+Segments make_segments(const int64_t* owners,
+                       int64_t count,
+                       int64_t owner_count,
+                       OutputRows rows,
+                       const ParallelFor& parallel_for,
+                       const Allocate& allocate);
 
 }  // namespace peer::cpu

@@ -1,16 +1,16 @@
 // Selection: the k best of many scores, sorted, on ordered integers (ordered.h).
 //
-//   1. bound    a value that at least k of the scores reach, and few more
-//   2. filter   the positions of those that reach it, from bit masks of 64 comparisons
-//   3. rank     of each survivor: how many are better. No branch depends on the scores
+//   1. bound    a value that at least k of the scores reach, and few more than k
+//   2. filter   the positions of the scores that reach it, from bit masks of 64 comparisons
+//   3. rank     the number of better survivors, for each survivor. No branch depends on the scores
 //
 // Order       higher score first, equal scores by position
-// Padding     scores are padded with kBelowAll to a multiple of 64 and never selected from there
+// Padding     scores are padded with kBelowAll to a multiple of 64. Padding is never selected
 #pragma once
 
 #include <algorithm>
 
-#include "kernels/cpu/capability_kernels.h"
+#include "kernels/cpu/scratch.h"
 #include "kernels/cpu/sub_scores.h"
 
 namespace peer::cpu::PEER_CAPABILITY {
@@ -46,7 +46,7 @@ static inline uint64_t lane_bits(OrderedVector<Real> mask) {
 #endif
 }
 
-// Which of 64 scores are above a value.
+// A bit mask: which of 64 scores are above a value.
 template <class Real>
 static inline uint64_t bits_above(const ordered_t<Real>* scores, ordered_t<Real> value) {
   constexpr int lanes = kLanes<Real>;
@@ -57,19 +57,19 @@ static inline uint64_t bits_above(const ordered_t<Real>* scores, ordered_t<Real>
   return bits;
 }
 
-// Folds all lanes into one by an operation on two vectors.
+// Reduces all lanes to one by an operation on two vectors.
 template <class Real, int width = kLanes<Real> / 2, class Operation>
-static inline ordered_t<Real> fold(OrderedVector<Real> v, const Operation& operation) {
+static inline ordered_t<Real> reduce(OrderedVector<Real> v, const Operation& operation) {
   v = operation(v, rotate<width>(v, std::make_index_sequence<kLanes<Real>>{}));
   if constexpr (width > 1) {
-    return fold<Real, width / 2>(v, operation);
+    return reduce<Real, width / 2>(v, operation);
   } else {
     return v[0];
   }
 }
 
-// A bound that at least k of `padded` scores reach, found by bisecting the integers between the
-// least and the greatest of them. Stops early when few more than k reach it.
+// A bound that at least k of `padded` scores reach, by bisection of the integers between the
+// smallest and the largest score. Stops early when few more than k scores reach it.
 template <class Real>
 static inline ordered_t<Real> bound_of_kth(const ordered_t<Real>* scores,
                                            int64_t padded,
@@ -77,17 +77,17 @@ static inline ordered_t<Real> bound_of_kth(const ordered_t<Real>* scores,
   using Integer = ordered_t<Real>;
   using Integers = OrderedVector<Real>;
   constexpr int lanes = kLanes<Real>;
-  const auto smaller = [](Integers a, Integers b) { return a < b ? a : b; };
-  const auto greater = [](Integers a, Integers b) { return a > b ? a : b; };
-  Integers least = load_ordered<Real>(scores);
-  Integers greatest = least;
+  const auto minimum = [](Integers a, Integers b) { return a < b ? a : b; };
+  const auto maximum = [](Integers a, Integers b) { return a > b ? a : b; };
+  Integers smallest = load_ordered<Real>(scores);
+  Integers largest = smallest;
   for (int64_t i = lanes; i < padded; i += lanes) {
     const Integers v = load_ordered<Real>(scores + i);
-    least = smaller(least, v);
-    greatest = greater(greatest, v);
+    smallest = minimum(smallest, v);
+    largest = maximum(largest, v);
   }
-  Integer low = std::max(fold<Real>(least, smaller), Integer(kBelowAll<Real> + 1));
-  Integer high = fold<Real>(greatest, greater);
+  Integer low = std::max(reduce<Real>(smallest, minimum), Integer(kBelowAll<Real> + 1));
+  Integer high = reduce<Real>(largest, maximum);
   const int64_t enough = k + k / 8 + 1;
   while (low < high) {
     const Integer middle = middle_of(low, high);
@@ -95,15 +95,15 @@ static inline ordered_t<Real> bound_of_kth(const ordered_t<Real>* scores,
     for (int64_t i = 0; i < padded; i += lanes) {
       reaching += load_ordered<Real>(scores + i) > middle - 1;
     }
-    const int64_t count = -fold<Real>(reaching, [](Integers a, Integers b) { return a + b; });
+    const int64_t count = -reduce<Real>(reaching, [](Integers a, Integers b) { return a + b; });
     narrow_to_kth(low, high, middle, count, k, enough);
   }
   return low;
 }
 
-// The group-maximum filter. Scores i with equal i mod `groups` form a group. Each maximum is a
-// score, so a bound that k maxima reach is a bound that k scores reach: of 1024 random scores about
-// k + 3 do. Needs a score in every group.
+// A bound from the maxima of groups. Scores i with equal i mod `groups` form a group. Every maximum
+// is a score, so a bound that k maxima reach is a bound that k scores reach. About k + 3 of 1024
+// random scores reach it. Every group must have a score.
 template <class Real>
 static inline ordered_t<Real> bound_by_groups(const ordered_t<Real>* scores,
                                               int64_t padded,
@@ -130,10 +130,10 @@ static inline ordered_t<Real> bound_by_groups(const ordered_t<Real>* scores,
   return bound_of_kth<Real>(maxima, groups, k);
 }
 
-// More survivors than this are sorted; fewer are ranked by comparing each with each.
+// Up to this many survivors are ranked by comparing each with each; more are sorted.
 constexpr int64_t kMaxRanked = 192;
 
-// Selects from rows of up to `scores` scores, any number of times.
+// Selects from up to max_scores scores, any number of times.
 template <class Real>
 class Selection {
  public:
@@ -170,8 +170,8 @@ class Selection {
   }
 
  private:
-  // Lanes are survivors, and count those that come before them: the better ones and, of equal ones,
-  // those at smaller positions.
+  // A lane is a survivor. It counts the survivors that come before it: the better ones, and the
+  // equal ones at smaller positions.
   void rank(int64_t survivors, int64_t k, int32_t* best_positions, ordered_t<Real>* best_orders) {
     using Integers = OrderedVector<Real>;
     constexpr int lanes = kLanes<Real>;

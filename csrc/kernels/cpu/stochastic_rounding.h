@@ -1,19 +1,19 @@
 // Stochastic rounding to 16-bit floats.
 //
 // A value v between the neighbours a < v < b of the narrow type becomes b with probability
-// (v - a) / (b - a) and a otherwise: its expectation is v. An update far below half a unit in the
-// last place, which rounding to nearest would drop every time, so takes effect on average.
+// (v - a) / (b - a), otherwise a. Its expectation is v. So an update far below half a unit in the
+// last place, which rounding to nearest always drops, takes effect on average.
 //
-// bfloat16   A float's upper half. With u uniform in [0, 2^16), adding u to the 16 bits that are
-//            dropped carries into the upper half in exactly as many cases of 2^16 as they say.
-// half       As bfloat16 with 13 bits, where the result is normal, |v| >= 2^-14. Below, the grid is
+// bfloat16   The upper half of a float. Adding u, uniform in [0, 2^16), to the 16 bits that are
+//            dropped, d, carries into the upper half in d of 2^16 cases.
+// half       If the result is normal, |v| >= 2^-14, as bfloat16 with 13 bits. Below, the grid is
 //            fixed: t = |v|·2^24 is rounded to an integer, up if u < t - floor(t) for u uniform
-//            among the multiples of 2^-24 in [0, 1). (All steps are exact. Only fractions below
-//            2^-24 units come out larger than they are, as 2^-24.)
+//            among the multiples of 2^-24 in [0, 1). All steps are exact, except that fractions
+//            below 2^-24 count as 2^-24.
 //
-// Values that the type holds stay as they are, infinities and NaN too. A value beyond the largest
-// finite number has infinity as its upper neighbour, as in rounding to nearest. The arithmetic is
-// exact or on integers: the same bits on every capability.
+// Values that the type holds are not changed, including infinities and NaN. A value beyond the
+// largest finite number has infinity as its upper neighbour, as in rounding to nearest. The
+// arithmetic is exact or on integers, so every capability has the same bits.
 #pragma once
 
 #include "kernels/cpu/vector.h"
@@ -21,8 +21,9 @@
 
 namespace peer::cpu::PEER_CAPABILITY {
 
-// The random words of the columns that start at `column`: those of the columns 0, 1, ... of a key
-// whose place in the Weyl sequence is that much further, so that the lanes' numbers are constants.
+// The random words of the columns from `column` on. They are the words of columns 0, 1, ... of a
+// key that is `column` places further in the Weyl sequence, so that the columns of lanes are
+// constants.
 static inline Bits32 random_words(uint64_t row_key, int64_t column) {
   Bits32 lanes;
   for (int i = 0; i < kLanes<float>; ++i) {
@@ -70,7 +71,7 @@ static inline void store_stochastic(Half* target, Vector<float> v, Bits32 random
   std::memcpy(target, &narrow, sizeof(narrow));
 }
 
-// What is no narrower than the accumulation type is not rounded.
+// Types as wide as the accumulation type are not rounded.
 static inline void store_stochastic(float* target, Vector<float> v, Bits32) { store(target, v); }
 static inline void store_stochastic(double* target, Vector<double> v, Bits32) { store(target, v); }
 

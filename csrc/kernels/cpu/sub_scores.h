@@ -1,19 +1,20 @@
 // Sub-scores: the products of queries with one half of the keys, for a block of queries at a time,
 // so that they are selected from while they are in cache.
 //
-// Packing   panels of kPanel keys, each (half_width, kPanel): a step of the product reads
-//           consecutive vectors. Panels are padded with zeros
-// Product   kQueriesInRegisters queries times one panel (two where there are 32 registers): as many
-//           independent sums as hide the latency of multiply-add
-// Exactness every sub-score is summed in the order of the key's elements, whatever the block, so a
-//           query's result does not depend on its neighbours
-// Result    ordered integers (ordered.h), which is what selection compares
+// Packing     panels of kKeysPerPanel keys, each (half_width, kKeysPerPanel), so that a step of the
+//             product reads consecutive vectors. Panels are padded with zeros
+// Product     kQueriesInRegisters queries times one panel, or two panels with 32 registers: enough
+//             independent sums to hide the latency of multiply-add
+// Exactness   every sub-score is summed in the order of the key's elements, whatever the block, so
+//             a query's result does not depend on its neighbours
+// Infinities  an infinite sub-score becomes the largest finite number of its sign
+// Result      ordered integers (ordered.h), which selection compares
 #pragma once
 
 #include <algorithm>
 #include <limits>
 
-#include "kernels/cpu/kernels.h"
+#include "kernels/cpu/product_key_topk.h"
 #include "kernels/cpu/vector.h"
 #include "kernels/ordered.h"
 
@@ -24,7 +25,7 @@ constexpr int kQueriesInRegisters = 4;
 constexpr int kPanelsInRegisters = kVectorBytes == 64 ? 2 : 1;
 
 template <class Real>
-constexpr int64_t kPanel = kVectorsPerPanel * kLanes<Real>;
+constexpr int64_t kKeysPerPanel = kVectorsPerPanel * kLanes<Real>;
 
 static inline int64_t round_up(int64_t count, int64_t unit) {
   return (count + unit - 1) / unit * unit;
@@ -56,7 +57,15 @@ static inline OrderedVector<Real> to_ordered_vector(Vector<Real> scores) {
   return scores != scores ? OrderedVector<Real>{} + std::numeric_limits<Integer>::max() : order;
 }
 
-// Less than the order of any score, -inf included: what padding holds.
+// An infinity counts as the largest finite number of its sign; NaN stays NaN.
+template <class Real>
+static inline Vector<Real> clamp_to_finite(Vector<Real> scores) {
+  const Vector<Real> largest = Vector<Real>{} + std::numeric_limits<Real>::max();
+  scores = scores > largest ? largest : scores;
+  return scores < -largest ? -largest : scores;
+}
+
+// The value of padding: less than the order of any score, -inf included.
 template <class Real>
 constexpr ordered_t<Real> kBelowAll = std::numeric_limits<ordered_t<Real>>::min();
 
@@ -65,18 +74,18 @@ constexpr int64_t kScoresPerWord = 64;
 
 template <class Real>
 static inline int64_t padded_scores(int64_t keys) {
-  return round_up(round_up(keys, kPanel<Real>), kScoresPerWord);
+  return round_up(round_up(keys, kKeysPerPanel<Real>), kScoresPerWord);
 }
 
 template <class Real>
 static inline void pack_panel(const PackKeys<Real>& pack, int64_t head, int64_t panel) {
   constexpr int lanes = kLanes<Real>;
   const int64_t width = pack.half_width;
-  const int64_t padded = round_up(pack.count, kPanel<Real>);
+  const int64_t padded = round_up(pack.count, kKeysPerPanel<Real>);
   const Real* keys = pack.keys + head * pack.count * width;
-  Real* packed = pack.packed + (head * padded + panel * kPanel<Real>)*width;
-  for (int64_t part = 0; part < kPanel<Real>; part += lanes) {
-    const int64_t key = panel * kPanel<Real> + part;
+  Real* packed = pack.packed + (head * padded + panel * kKeysPerPanel<Real>)*width;
+  for (int64_t part = 0; part < kKeysPerPanel<Real>; part += lanes) {
+    const int64_t key = panel * kKeysPerPanel<Real> + part;
     int64_t j = 0;
     if (key + lanes <= pack.count) {
       for (; j + lanes <= width; j += lanes) {
@@ -86,13 +95,13 @@ static inline void pack_panel(const PackKeys<Real>& pack, int64_t head, int64_t 
         }
         transpose<Real>(square);
         for (int r = 0; r < lanes; ++r) {
-          store(packed + (j + r) * kPanel<Real> + part, square[r]);
+          store(packed + (j + r) * kKeysPerPanel<Real> + part, square[r]);
         }
       }
     }
     for (; j < width; ++j) {
       for (int64_t r = 0; r < lanes; ++r) {
-        packed[j * kPanel<Real> + part + r] =
+        packed[j * kKeysPerPanel<Real> + part + r] =
             key + r < pack.count ? keys[(key + r) * width + j] : Real(0);
       }
     }
@@ -108,12 +117,12 @@ static inline void multiply_panels(const Real* query,
                                    int64_t scores_stride) {
   constexpr int lanes = kLanes<Real>;
   constexpr int vectors = panels * kVectorsPerPanel;
-  const int64_t panel_size = half_width * kPanel<Real>;
+  const int64_t panel_size = half_width * kKeysPerPanel<Real>;
   Vector<Real> sum[queries][vectors] = {};
   for (int64_t j = 0; j < half_width; ++j) {
     Vector<Real> keys[vectors];
     for (int v = 0; v < vectors; ++v) {
-      keys[v] = load(panel + (v / kVectorsPerPanel) * panel_size + j * kPanel<Real> +
+      keys[v] = load(panel + (v / kVectorsPerPanel) * panel_size + j * kKeysPerPanel<Real> +
                      (v % kVectorsPerPanel) * lanes);
     }
     for (int t = 0; t < queries; ++t) {
@@ -126,12 +135,13 @@ static inline void multiply_panels(const Real* query,
   for (int t = 0; t < queries; ++t) {
     for (int v = 0; v < vectors; ++v) {
       store_ordered<Real>(scores + t * scores_stride + v * lanes,
-                          to_ordered_vector<Real>(sum[t][v]));
+                          to_ordered_vector<Real>(clamp_to_finite<Real>(sum[t][v])));
     }
   }
 }
 
-// The panels of a step with every query of the block, so that they are read from the cache nearest.
+// The panels of a step times every query of the block, so that the panels stay in the first-level
+// cache.
 template <int panels, class Real>
 static inline void score_panels(const Real* query,
                                 int64_t query_stride,
@@ -162,16 +172,16 @@ static inline void score_keys(const Real* query,
                               int64_t half_width,
                               ordered_t<Real>* scores) {
   const int64_t stride = padded_scores<Real>(keys);
-  const int64_t panels = (keys + kPanel<Real> - 1) / kPanel<Real>;
-  const int64_t panel_size = half_width * kPanel<Real>;
+  const int64_t panels = (keys + kKeysPerPanel<Real> - 1) / kKeysPerPanel<Real>;
+  const int64_t panel_size = half_width * kKeysPerPanel<Real>;
   int64_t p = 0;
   for (; p + kPanelsInRegisters <= panels; p += kPanelsInRegisters) {
     score_panels<kPanelsInRegisters>(query, query_stride, queries, packed + p * panel_size,
-                                     half_width, scores + p * kPanel<Real>, stride);
+                                     half_width, scores + p * kKeysPerPanel<Real>, stride);
   }
   for (; p < panels; ++p) {
     score_panels<1>(query, query_stride, queries, packed + p * panel_size, half_width,
-                    scores + p * kPanel<Real>, stride);
+                    scores + p * kKeysPerPanel<Real>, stride);
   }
   for (int64_t t = 0; t < queries; ++t) {
     std::fill(scores + t * stride + keys, scores + (t + 1) * stride, kBelowAll<Real>);

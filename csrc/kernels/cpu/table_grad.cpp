@@ -1,20 +1,25 @@
-// Expert pass: the gradient of every table row is the sum, over the pairs that retrieved it, of a
-// coefficient times a row of x or grad_out.
+// The gradient of every table row is the sum, over the pairs that retrieved it, of a coefficient
+// times a row of x or grad_out.
 //
-// Pairs come sorted by owner, cut into chunks of at most kPairsPerChunk, each summed by one thread.
-// An owner with more pairs than that is the ordered sum of its chunks' partial sums: one hot expert
-// neither serialises the pass nor makes a result depend on the threads.
+// A segment of more than kPairsPerChunk pairs is the ordered sum of its chunks' partial sums. So a
+// hot expert does not serialise the pass, and no result depends on the threads.
 //
+// Shapes      source (pairs / pairs_per_row, width)   coefficients (pairs)   out (·, width)
 // Work item   one chunk; then one split segment
-// Traffic     per pair, one row of x or grad_out, which stay in cache; per owner, one row written,
-//             past the caches where all rows are larger than these: reading a row from memory
-//             before overwriting it would double the traffic
+// Traffic     per pair, one row of x or grad_out, which stay in cache. Per owner, one row written.
+//             If these rows exceed the caches, they are written past them, because reading a row
+//             from memory before overwriting it would double the traffic
 // Exactness   sums in the order of the pairs within a chunk, then in the order of the chunks; each
 //             row is rounded once
-#include "kernels/cpu/capability_kernels.h"
+// Requires    pairs sorted by owner, stably; nothing of widths, strides and alignments, but rows
+//             that are not aligned to vectors are written through the caches
+#include "kernels/cpu/table_grad.h"
+
 #include "kernels/cpu/segment_sum.h"
 
-namespace peer::cpu::PEER_CAPABILITY {
+namespace peer::cpu {
+
+namespace PEER_CAPABILITY {
 
 namespace {
 
@@ -24,42 +29,64 @@ bool rows_are_aligned(Rows<Element> rows) {
          rows.stride * sizeof(Element) % kVectorBytes == 0;
 }
 
-}  // namespace
-
 template <class Element>
-void sum_chunks(const TableGrad<Element>& pass, int64_t first, int64_t last) {
-  const bool streamed = pass.exceeds_caches && rows_are_aligned(pass.out);
+void sum_chunks(const TableGrad<Element>& pass,
+                const SegmentWork<accumulation_t<Element>>& segments,
+                bool nontemporal,
+                int64_t first,
+                int64_t last) {
+  using Real = accumulation_t<Element>;
+  const Terms<Real, Real> terms = {
+      .pairs = segments.pairs,
+      .width = pass.width,
+      .pairs_per_row = pass.pairs_per_row,
+      .coefficients = pass.coefficients,
+      .source = pass.source,
+  };
+  nontemporal = nontemporal && rows_are_aligned(pass.out);
   for (int64_t c = first; c < last; ++c) {
-    const Chunk& chunk = pass.chunks[c];
+    const Chunk& chunk = segments.chunks[c];
     if (chunk.is_partial) {
-      sum_chunk<true>(pass, chunk, pass.partial_sums.data + chunk.row * pass.partial_sums.stride);
-    } else if (streamed) {
-      sum_chunk<true, true>(pass, chunk, pass.out.data + chunk.row * pass.out.stride);
+      sum_chunk<true>(terms, chunk,
+                      segments.partial_sums.data + chunk.row * segments.partial_sums.stride);
+    } else if (nontemporal) {
+      sum_chunk<true, true>(terms, chunk, pass.out.data + chunk.row * pass.out.stride);
     } else {
-      sum_chunk<true>(pass, chunk, pass.out.data + chunk.row * pass.out.stride);
+      sum_chunk<true>(terms, chunk, pass.out.data + chunk.row * pass.out.stride);
     }
   }
-  if (streamed) {
-    finish_streaming();
+  if (nontemporal) {
+    fence_nontemporal_stores();
   }
 }
 
 template <class Element>
-void sum_split_segments(const TableGrad<Element>& pass, int64_t first, int64_t last) {
-  for (int64_t r = first; r < last; ++r) {
-    const SplitSegment& run = pass.split_segments[r];
-    sum_split_segment(pass.partial_sums, pass.width, run,
-                      pass.out.data + run.row * pass.out.stride);
+void sum_split_segments(const TableGrad<Element>& pass,
+                        const SegmentWork<accumulation_t<Element>>& segments,
+                        int64_t first,
+                        int64_t last) {
+  for (int64_t i = first; i < last; ++i) {
+    const SplitSegment& segment = segments.split_segments[i];
+    sum_split_segment(segments.partial_sums, pass.width, segment,
+                      pass.out.data + segment.row * pass.out.stride);
   }
 }
 
-template void sum_chunks(const TableGrad<float>&, int64_t, int64_t);
-template void sum_chunks(const TableGrad<double>&, int64_t, int64_t);
-template void sum_chunks(const TableGrad<BFloat16>&, int64_t, int64_t);
-template void sum_chunks(const TableGrad<Half>&, int64_t, int64_t);
-template void sum_split_segments(const TableGrad<float>&, int64_t, int64_t);
-template void sum_split_segments(const TableGrad<double>&, int64_t, int64_t);
-template void sum_split_segments(const TableGrad<BFloat16>&, int64_t, int64_t);
-template void sum_split_segments(const TableGrad<Half>&, int64_t, int64_t);
+template <class Element>
+constexpr TableGradFunctions<Element> kFunctions = {
+    .sum_chunks = sum_chunks<Element>,
+    .sum_split_segments = sum_split_segments<Element>,
+};
 
-}  // namespace peer::cpu::PEER_CAPABILITY
+}  // namespace
+
+}  // namespace PEER_CAPABILITY
+
+constinit const TableGradKernels TableGradKernels::PEER_CAPABILITY = {
+    PEER_CAPABILITY::kFunctions<float>,
+    PEER_CAPABILITY::kFunctions<double>,
+    PEER_CAPABILITY::kFunctions<BFloat16>,
+    PEER_CAPABILITY::kFunctions<Half>,
+};
+
+}  // namespace peer::cpu

@@ -1,88 +1,102 @@
-// Row update: a table row is changed by its gradient as soon as that is summed, so that no gradient
-// is stored.
+// A table row is updated by its gradient as soon as the gradient is summed, so that no gradient is
+// stored.
 //
-//   g[row, part] = Σ over the run's pairs of coefficients[part, pair]·source[pair / pairs_per_row,
-//                  part]
+//   g[row, part] = Σ over the segment's pairs of
+//                  coefficients[part, pair]·source[pair / pairs_per_row, part]
 //   w[row, part], state[row, part] = rule(w[row, part], state[row, part], g[row, part])
 //
-// Work item   a row of source, where these are the gradients; else as in the expert pass, one
-//             chunk, then one split segment
+// Shapes      source (·, parts·width)   table, momentum (N, parts·width)   second_moments (N,
+// parts) Work item   a row of the source, if its rows are the gradients; otherwise one chunk, then
+// one
+//             split segment
 // Traffic     per row, the table's row and its state, read and written once; g stays in the
 //             first-level cache. Rows lie anywhere in a table far larger than any cache, so the
-//             first lines of the rows to come are requested ahead
-// Exactness   g as in the expert pass, without its rounding; the mean of squares in a fixed order;
+//             first lines of later rows are prefetched
+// Exactness   g as in table_grad.cpp, without its rounding; the mean of squares in a fixed order;
 //             everything in the accumulation type, and one rounding at the store
+// Requires    pairs sorted by owner, stably, or distinct rows; nothing of widths, strides and
+//             alignments
+#include "kernels/cpu/table_update.h"
+
 #include <cmath>
 
-#include "kernels/cpu/capability_kernels.h"
+#include "kernels/cpu/scratch.h"
 #include "kernels/cpu/segment_sum.h"
 #include "kernels/cpu/stochastic_rounding.h"
 
-namespace peer::cpu::PEER_CAPABILITY {
+namespace peer::cpu {
+
+namespace PEER_CAPABILITY {
 
 namespace {
 
 constexpr int64_t kRowsAhead = 4;
 constexpr int64_t kBytesAhead = 256;
 
-// What step of a row: a whole vector, or the first lanes of the last one.
-struct Whole {};
-struct First {
+// A step through a row: a whole vector, or the first lanes of the last one.
+struct WholeVector {};
+struct FirstLanes {
   int64_t count;
 };
 
 template <class Element>
-Vector<accumulation_t<Element>> read(const Element* source, Whole) {
+Vector<accumulation_t<Element>> read(const Element* source, WholeVector) {
   return load(source);
 }
 
 template <class Element>
-Vector<accumulation_t<Element>> read(const Element* source, First part) {
-  return load_first(source, part.count);
+Vector<accumulation_t<Element>> read(const Element* source, FirstLanes lanes) {
+  return load_first(source, lanes.count);
 }
 
-// step(column, part) for all of a row.
+// step(column, lanes) for all of a row.
 template <class Real, class Step>
 void for_each_vector(int64_t width, const Step& step) {
   int64_t column = 0;
   for (; column + kLanes<Real> <= width; column += kLanes<Real>) {
-    step(column, Whole{});
+    step(column, WholeVector{});
   }
   if (column < width) {
-    step(column, First{width - column});
+    step(column, FirstLanes{.count = width - column});
   }
 }
 
 // How a row is rounded when it is written.
-struct ToNearest {
+struct RoundToNearest {
   template <class Element>
-  void write(Element* row, int64_t column, Vector<accumulation_t<Element>> value, Whole) const {
+  void write(Element* row,
+             int64_t column,
+             Vector<accumulation_t<Element>> value,
+             WholeVector) const {
     store(row + column, value);
   }
   template <class Element>
   void write(Element* row,
              int64_t column,
              Vector<accumulation_t<Element>> value,
-             First part) const {
-    store_first(row + column, value, part.count);
+             FirstLanes lanes) const {
+    store_first(row + column, value, lanes.count);
   }
 };
 
-struct Stochastically {
+struct RoundStochastically {
   uint64_t row_key;
   int64_t first_column;  // of the part in the row
 
   template <class Element>
-  void write(Element* row, int64_t column, Vector<accumulation_t<Element>> value, Whole) const {
+  void write(Element* row,
+             int64_t column,
+             Vector<accumulation_t<Element>> value,
+             WholeVector) const {
     store_stochastic(row + column, value, random_words(row_key, first_column + column));
   }
   template <class Element>
   void write(Element* row,
              int64_t column,
              Vector<accumulation_t<Element>> value,
-             First part) const {
+             FirstLanes lanes) const {
     store_first_stochastic(row + column, value, random_words(row_key, first_column + column),
-                           part.count);
+                           lanes.count);
   }
 };
 
@@ -99,11 +113,11 @@ Real mean_of_squares(const Gradient* gradient, int64_t width) {
       sums[c] += g * g;
     }
   }
-  for_each_vector<Real>(width - column, [&](int64_t rest, auto part) {
-    const Vector<Real> g = read(gradient + column + rest, part);
+  for_each_vector<Real>(width - column, [&](int64_t rest, auto lanes_of_step) {
+    const Vector<Real> g = read(gradient + column + rest, lanes_of_step);
     sums[0] += g * g;
   });
-  return sum_of_lanes<Real>((sums[0] + sums[1]) + (sums[2] + sums[3])) / Real(width);
+  return reduce_add<Real>((sums[0] + sums[1]) + (sums[2] + sums[3])) / Real(width);
 }
 
 // w = decay_factor·w - scale·g
@@ -114,37 +128,42 @@ void descend(Table* w,
              accumulation_t<Table> decay_factor,
              accumulation_t<Table> scale,
              const Rounding& rounding) {
-  for_each_vector<accumulation_t<Table>>(width, [&](int64_t column, auto part) {
+  for_each_vector<accumulation_t<Table>>(width, [&](int64_t column, auto lanes) {
     rounding.write(w, column,
-                   decay_factor * read(w + column, part) - scale * read(gradient + column, part),
-                   part);
+                   decay_factor * read(w + column, lanes) - scale * read(gradient + column, lanes),
+                   lanes);
   });
 }
 
-// m = decay·m + gain·g, then w = decay_factor·w - scale·m, with nesterov w = decay_factor·w -
-// scale·(g + decay·m). m enters w before it is rounded.
+// m = beta·m + gain·g, then w = decay_factor·w - scale·m, with nesterov
+// w = decay_factor·w - scale·(g + beta·m). m enters w before it is rounded.
+template <class Real>
+struct MomentumStep {
+  Real beta, gain;
+  Real decay_factor, scale;
+};
+
 template <bool nesterov, class Table, class Gradient, class Rounding>
 void descend_with_momentum(Table* w,
                            Table* momentum,
                            const Gradient* gradient,
                            int64_t width,
-                           accumulation_t<Table> decay,
-                           accumulation_t<Table> gain,
-                           accumulation_t<Table> decay_factor,
-                           accumulation_t<Table> scale,
+                           const MomentumStep<accumulation_t<Table>>& step,
                            const Rounding& rounding,
                            const Rounding& momentum_rounding) {
   using Real = accumulation_t<Table>;
-  for_each_vector<Real>(width, [&](int64_t column, auto part) {
-    const Vector<Real> g = read(gradient + column, part);
-    const Vector<Real> m = decay * read(momentum + column, part) + gain * g;
-    momentum_rounding.write(momentum, column, m, part);
-    const Vector<Real> direction = nesterov ? g + decay * m : m;
-    rounding.write(w, column, decay_factor * read(w + column, part) - scale * direction, part);
+  const Real beta = step.beta, gain = step.gain;
+  const Real decay_factor = step.decay_factor, scale = step.scale;
+  for_each_vector<Real>(width, [&](int64_t column, auto lanes) {
+    const Vector<Real> g = read(gradient + column, lanes);
+    const Vector<Real> m = beta * read(momentum + column, lanes) + gain * g;
+    momentum_rounding.write(momentum, column, m, lanes);
+    const Vector<Real> direction = nesterov ? g + beta * m : m;
+    rounding.write(w, column, decay_factor * read(w + column, lanes) - scale * direction, lanes);
   });
 }
 
-// A part of a row, and its state where the rule has any.
+// A part of a row, and its state if the rule has any.
 template <class Table>
 struct Part {
   Table* w;
@@ -171,15 +190,17 @@ void update_part(const UpdateRule<Table>& rule,
       break;
     }
     case Rule::sgd: {
-      const Real lr = Real(rule.lr), decay = Real(rule.beta1);
+      const Real lr = Real(rule.lr);
+      const MomentumStep<Real> momentum_step = {
+          .beta = Real(rule.beta1), .gain = Real(1), .decay_factor = decay_factor, .scale = lr};
       if (momentum == nullptr) {
         descend(w, gradient, width, decay_factor, lr, rounding);
       } else if (rule.nesterov) {
-        descend_with_momentum<true>(w, momentum, gradient, width, decay, Real(1), decay_factor, lr,
-                                    rounding, momentum_rounding);
+        descend_with_momentum<true>(w, momentum, gradient, width, momentum_step, rounding,
+                                    momentum_rounding);
       } else {
-        descend_with_momentum<false>(w, momentum, gradient, width, decay, Real(1), decay_factor, lr,
-                                     rounding, momentum_rounding);
+        descend_with_momentum<false>(w, momentum, gradient, width, momentum_step, rounding,
+                                     momentum_rounding);
       }
       break;
     }
@@ -191,8 +212,11 @@ void update_part(const UpdateRule<Table>& rule,
           Real(rule.beta2) * second + Real(1 - rule.beta2) * mean_of_squares<Real>(gradient, width);
       const Real scale =
           Real(rule.lr / first_bias) / (std::sqrt(second / Real(second_bias)) + Real(rule.eps));
-      descend_with_momentum<false>(w, momentum, gradient, width, Real(rule.beta1),
-                                   Real(1 - rule.beta1), decay_factor, scale, rounding,
+      const MomentumStep<Real> momentum_step = {.beta = Real(rule.beta1),
+                                                .gain = Real(1 - rule.beta1),
+                                                .decay_factor = decay_factor,
+                                                .scale = scale};
+      descend_with_momentum<false>(w, momentum, gradient, width, momentum_step, rounding,
                                    momentum_rounding);
       break;
     }
@@ -208,17 +232,20 @@ void update_row(const TableUpdate<Table, Source>& update, int64_t row, const Gra
   for (int64_t p = 0; p < update.parts; ++p) {
     const int64_t column = p * update.width;
     const Part<Table> part = {
-        w + column,
-        momentum ? momentum + column : nullptr,
-        rule.second_moments ? rule.second_moments + row * update.parts + p : nullptr,
-        step,
+        .w = w + column,
+        .momentum = momentum ? momentum + column : nullptr,
+        .second_moment =
+            rule.second_moments ? rule.second_moments + row * update.parts + p : nullptr,
+        .step = step,
     };
     if (update.stochastic_rounding) {
-      const Stochastically rounding{derive_key(update.key, 2 * uint64_t(row)), column};
-      const Stochastically momentum_rounding{derive_key(update.key, 2 * uint64_t(row) + 1), column};
+      const RoundStochastically rounding = {.row_key = derive_key(update.key, 2 * uint64_t(row)),
+                                            .first_column = column};
+      const RoundStochastically momentum_rounding = {
+          .row_key = derive_key(update.key, 2 * uint64_t(row) + 1), .first_column = column};
       update_part(rule, update.width, part, gradient + column, rounding, momentum_rounding);
     } else {
-      update_part(rule, update.width, part, gradient + column, ToNearest{}, ToNearest{});
+      update_part(rule, update.width, part, gradient + column, RoundToNearest{}, RoundToNearest{});
     }
   }
 }
@@ -245,75 +272,93 @@ void prefetch_row(const TableUpdate<Table, Source>& update, int64_t row) {
   }
 }
 
-// Of all parts, side by side.
+// The sums of all parts, side by side.
 template <class Table, class Source, class Real>
-void sum_chunk_of_parts(const TableUpdate<Table, Source>& update, const Chunk& chunk, Real* out) {
-  TableUpdate<Table, Source> part = update;
+void sum_chunk_of_parts(const TableUpdate<Table, Source>& update,
+                        const SegmentWork<Real>& segments,
+                        const Chunk& chunk,
+                        Real* out) {
   for (int64_t p = 0; p < update.parts; ++p) {
-    part.source = update.source.from_column(p * update.width);
-    if (update.coefficients != nullptr) {
-      part.coefficients = update.coefficients + p * update.pair_count;
-      sum_chunk<true>(part, chunk, out + p * update.width);
+    const int64_t column = p * update.width;
+    const bool weighted = update.coefficients != nullptr;
+    const Terms<Source, Real> terms = {
+        .pairs = segments.pairs,
+        .width = update.width,
+        .pairs_per_row = update.pairs_per_row,
+        .coefficients = weighted ? update.coefficients + p * segments.pair_count : nullptr,
+        .source = update.source.from_column(column),
+    };
+    if (weighted) {
+      sum_chunk<true>(terms, chunk, out + column);
     } else {
-      sum_chunk<false>(part, chunk, out + p * update.width);
+      sum_chunk<false>(terms, chunk, out + column);
     }
   }
 }
 
-}  // namespace
-
 template <class Table, class Source>
-void update_rows(const TableUpdate<Table, Source>& update, int64_t first, int64_t last) {
+void update_rows(const TableUpdate<Table, Source>& update,
+                 const int64_t* ids,
+                 int64_t first,
+                 int64_t last) {
   for (int64_t i = first; i < last; ++i) {
     if (i + kRowsAhead < last) {
-      prefetch_row(update, update.ids ? update.ids[i + kRowsAhead] : i + kRowsAhead);
+      prefetch_row(update, ids ? ids[i + kRowsAhead] : i + kRowsAhead);
     }
-    update_row(update, update.ids ? update.ids[i] : i,
-               update.source.data + i * update.source.stride);
+    update_row(update, ids ? ids[i] : i, update.source.data + i * update.source.stride);
   }
 }
 
 template <class Table, class Source>
-void update_chunks(const TableUpdate<Table, Source>& update, int64_t first, int64_t last) {
+void update_chunks(const TableUpdate<Table, Source>& update,
+                   const SegmentWork<accumulation_t<Table>>& segments,
+                   int64_t first,
+                   int64_t last) {
   Scratch<accumulation_t<Table>> gradient(update.parts * update.width);
   for (int64_t c = first; c < last; ++c) {
-    if (c + kRowsAhead < last && !update.chunks[c + kRowsAhead].is_partial) {
-      prefetch_row(update, update.chunks[c + kRowsAhead].row);
+    if (c + kRowsAhead < last && !segments.chunks[c + kRowsAhead].is_partial) {
+      prefetch_row(update, segments.chunks[c + kRowsAhead].row);
     }
-    const Chunk& chunk = update.chunks[c];
+    const Chunk& chunk = segments.chunks[c];
     if (chunk.is_partial) {
-      sum_chunk_of_parts(update, chunk,
-                         update.partial_sums.data + chunk.row * update.partial_sums.stride);
+      sum_chunk_of_parts(update, segments, chunk,
+                         segments.partial_sums.data + chunk.row * segments.partial_sums.stride);
     } else {
-      sum_chunk_of_parts(update, chunk, gradient.data());
+      sum_chunk_of_parts(update, segments, chunk, gradient.data());
       update_row(update, chunk.row, gradient.data());
     }
   }
 }
 
 template <class Table, class Source>
-void update_split_segments(const TableUpdate<Table, Source>& update, int64_t first, int64_t last) {
+void update_split_segments(const TableUpdate<Table, Source>& update,
+                           const SegmentWork<accumulation_t<Table>>& segments,
+                           int64_t first,
+                           int64_t last) {
   const int64_t width = update.parts * update.width;
   Scratch<accumulation_t<Table>> gradient(width);
-  for (int64_t r = first; r < last; ++r) {
-    const SplitSegment& run = update.split_segments[r];
-    sum_split_segment(update.partial_sums, width, run, gradient.data());
-    update_row(update, run.row, gradient.data());
+  for (int64_t i = first; i < last; ++i) {
+    const SplitSegment& segment = segments.split_segments[i];
+    sum_split_segment(segments.partial_sums, width, segment, gradient.data());
+    update_row(update, segment.row, gradient.data());
   }
 }
 
-#define PEER_INSTANTIATE(Table, Source)                                             \
-  template void update_rows(const TableUpdate<Table, Source>&, int64_t, int64_t);   \
-  template void update_chunks(const TableUpdate<Table, Source>&, int64_t, int64_t); \
-  template void update_split_segments(const TableUpdate<Table, Source>&, int64_t, int64_t);
+template <class Table, class Source>
+constexpr TableUpdateFunctions<Table, Source> kFunctions = {
+    .update_rows = update_rows<Table, Source>,
+    .update_chunks = update_chunks<Table, Source>,
+    .update_split_segments = update_split_segments<Table, Source>,
+};
 
-PEER_INSTANTIATE(float, float)
-PEER_INSTANTIATE(double, double)
-PEER_INSTANTIATE(BFloat16, BFloat16)
-PEER_INSTANTIATE(BFloat16, float)
-PEER_INSTANTIATE(Half, Half)
-PEER_INSTANTIATE(Half, float)
+}  // namespace
 
-#undef PEER_INSTANTIATE
+}  // namespace PEER_CAPABILITY
 
-}  // namespace peer::cpu::PEER_CAPABILITY
+constinit const TableUpdateKernels TableUpdateKernels::PEER_CAPABILITY = {
+    PEER_CAPABILITY::kFunctions<float, float>,       PEER_CAPABILITY::kFunctions<double, double>,
+    PEER_CAPABILITY::kFunctions<BFloat16, BFloat16>, PEER_CAPABILITY::kFunctions<BFloat16, float>,
+    PEER_CAPABILITY::kFunctions<Half, Half>,         PEER_CAPABILITY::kFunctions<Half, float>,
+};
+
+}  // namespace peer::cpu

@@ -1,8 +1,8 @@
-// A vector of accumulators, as wide as the capability that this file is compiled for, in the
-// compiler's own vector extension: kernels are written once over it, and arithmetic, comparison and
-// ?: work lane by lane.
+// A vector of accumulators, as wide as the capability that this file is compiled for. It uses the
+// compiler's vector extension: arithmetic, comparison and ?: work lane by lane. So kernels are
+// written once for all capabilities.
 //
-// Only for the sources that are compiled once per capability. All of it is static, for the reason
+// Only for the sources that are compiled once per capability. Everything is static, for the reason
 // given in capability.h.
 #pragma once
 
@@ -113,9 +113,9 @@ static inline void store(Half* target, Vector<float> v) {
   const __m128i narrow = _mm256_cvtps_ph(bit_cast<__m256>(v), _MM_FROUND_TO_NEAREST_INT);
   std::memcpy(target, &narrow, sizeof(narrow));
 #else
-  // Two roundings must not happen, so the float's own addition does the only one: adding a power of
-  // two whose last mantissa bit has the weight of the result's last bit rounds to nearest even in
-  // the right place, for normal and subnormal results alike.
+  // The result must be rounded once. A normal result is rounded on integers. A subnormal result is
+  // rounded by an addition of floats: 0.5 has a last mantissa bit of the weight of the result's
+  // last bit, so adding it rounds to nearest even in the right place.
   const Bits32 bits = bit_cast<Bits32>(v);
   const Bits32 sign = (bits >> 16) & 0x8000u;
   const Bits32 magnitude = bits & 0x7fffffffu;
@@ -133,10 +133,10 @@ static inline void store(Half* target, Vector<float> v) {
 #endif
 }
 
-// store past the caches, to an address aligned to the vector as it is stored. What is written this
-// way is in order with other stores only after finish_streaming().
+// store past the caches. The address must be aligned to the size of the stored vector. These stores
+// are ordered with others only after fence_nontemporal_stores().
 template <class Element>
-static inline void stream(Element* target, Vector<accumulation_t<Element>> v) {
+static inline void store_nontemporal(Element* target, Vector<accumulation_t<Element>> v) {
   Element stored[kLanes<accumulation_t<Element>>];
   store(stored, v);
 #if defined(__AVX512F__)
@@ -160,13 +160,13 @@ static inline void stream(Element* target, Vector<accumulation_t<Element>> v) {
   std::memcpy(target, stored, sizeof(stored));
 }
 
-static inline void finish_streaming() {
+static inline void fence_nontemporal_stores() {
 #if defined(__SSE2__)
   _mm_sfence();
 #endif
 }
 
-// The last, incomplete step of a row: missing lanes are read as zero and not written.
+// The last, incomplete vector of a row: missing lanes are read as zero and not written.
 
 template <class Element>
 static inline Vector<accumulation_t<Element>> load_first(const Element* source, int64_t count) {
@@ -183,7 +183,7 @@ static inline void store_first(Element* target, Vector<accumulation_t<Element>> 
 }
 
 template <class Real>
-static inline Real sum_of_lanes(Vector<Real> v) {
+static inline Real reduce_add(Vector<Real> v) {
   Real lanes[kLanes<Real>];
   std::memcpy(lanes, &v, sizeof(v));
   for (int width = kLanes<Real> / 2; width > 0; width /= 2) {
@@ -194,7 +194,7 @@ static inline Real sum_of_lanes(Vector<Real> v) {
   return lanes[0];
 }
 
-// Lane i of the result is lane i + width of v, around the end.
+// Lane i of the result is lane i + width of v, modulo the number of lanes.
 template <size_t width, class V, size_t... i>
 static inline V rotate(V v, std::index_sequence<i...>) {
   constexpr size_t lanes = sizeof...(i);
@@ -218,8 +218,8 @@ static inline void interleave(V a, V b, V& low, V& high, std::index_sequence<i..
 #endif
 }
 
-// Transposes a square of kLanes rows: every round of interleaving row i with row i + kLanes / 2
-// moves one bit of the column number into the row number.
+// Transposes kLanes rows of kLanes columns. Each round interleaves row i with row i + kLanes / 2,
+// which moves one bit of the column's index into the row's index.
 template <class Real>
 static inline void transpose(Vector<Real> (&rows)[kLanes<Real>]) {
   constexpr int lanes = kLanes<Real>;

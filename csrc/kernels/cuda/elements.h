@@ -1,5 +1,5 @@
-// Elements of tables and inputs: reading them as what is accumulated, writing sums as what is
-// stored, 16 bytes at a time where addresses allow.
+// Elements of tables and inputs: widening them to the accumulation type, narrowing sums to the
+// stored type, and vectors of them. A vector is 16 bytes, the widest memory access of a lane.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -12,7 +12,7 @@
 
 namespace peer::cuda {
 
-// How many elements of a type one lane reads at once: 16 bytes, the widest access there is.
+// The number of elements in a vector.
 template <class Element>
 constexpr int kVecSize = 16 / int(sizeof(Element));
 
@@ -44,7 +44,7 @@ __device__ inline float widen(Half element) {
     std::memcpy(&value, &bits, sizeof(value));
     return value;
   }
-  // Shifted into place, the exponent is 112 too small, for subnormals too.
+  // The exponent of the shifted bits is 112 too small, also for subnormals.
   const uint32_t bits = magnitude << 13;
   std::memcpy(&value, &bits, sizeof(value));
   value *= 0x1p112f;
@@ -52,7 +52,7 @@ __device__ inline float widen(Half element) {
 #endif
 }
 
-// To nearest, ties to even.
+// Rounds to nearest, ties to even.
 template <class Element>
 __device__ Element narrow(accumulation_t<Element> value) {
   return value;
@@ -80,7 +80,7 @@ __device__ inline Half narrow(float value) {
   if (value != value) {
     return {uint16_t(0x7e00u)};
   }
-  if (magnitude >= 0x47800000u) {  // 65536 and more
+  if (magnitude >= 0x47800000u) {  // at least 65536
     return {uint16_t(sign | 0x7c00u)};
   }
   if (magnitude < 0x38800000u) {  // below 2^-14: adding 1/2 leaves a multiple of 2^-24
@@ -96,23 +96,45 @@ __device__ inline Half narrow(float value) {
 #endif
 }
 
-// Consecutive elements, moved by one instruction where they fill a power of two of bytes up to 16.
+// Consecutive elements. One instruction moves them if their size is a power of two of at most 16
+// bytes.
 template <class Element, int count>
-struct alignas(count * sizeof(Element) <= 16 ? count * sizeof(Element) : 16) Elements {
+struct alignas(count * sizeof(Element) <= 16 ? count * sizeof(Element) : 16) Vec {
   Element values[count];
 };
 
-// Whether rows can be read and written in whole packs of so many elements: aligned, and all of the
-// same number of them.
-template <int pack, class Element>
-bool is_packed(const Element* data, int64_t stride, int64_t width) {
-  return reinterpret_cast<uintptr_t>(data) % alignof(Elements<Element, pack>) == 0 &&
-         stride % pack == 0 && width % pack == 0;
+// The same elements as 32-bit words. 16-bit elements are extracted where they are used: extracted
+// earlier, they would fill twice as many registers while loads are in flight.
+template <class Element, int size = kVecSize<Element>>
+struct alignas(Vec<Element, size>) [[gnu::may_alias]] RawVec {
+  uint32_t words[size * sizeof(Element) / sizeof(uint32_t)];
+};
+
+template <class Element, int size>
+__device__ RawVec<Element, size> to_raw(const Vec<Element, size>& vec) {
+  RawVec<Element, size> raw;
+  std::memcpy(&raw, &vec, sizeof(raw));
+  return raw;
+}
+
+template <class Element, int size>
+__device__ Vec<Element, size> from_raw(const RawVec<Element, size>& raw) {
+  Vec<Element, size> vec;
+  std::memcpy(&vec, &raw, sizeof(vec));
+  return vec;
+}
+
+// Whether rows can be read and written in whole vectors: every row starts at a multiple of the
+// vector's size and holds a whole number of vectors.
+template <int vec_size, class Element>
+bool is_vectorizable(const Element* data, int64_t stride, int64_t width) {
+  return reinterpret_cast<uintptr_t>(data) % alignof(Vec<Element, vec_size>) == 0 &&
+         stride % vec_size == 0 && width % vec_size == 0;
 }
 
 template <class Element>
-bool is_packed(const Element* data, int64_t stride, int64_t width) {
-  return is_packed<kVecSize<Element>>(data, stride, width);
+bool is_vectorizable(const Element* data, int64_t stride, int64_t width) {
+  return is_vectorizable<kVecSize<Element>>(data, stride, width);
 }
 
 }  // namespace peer::cuda

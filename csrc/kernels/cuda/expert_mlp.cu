@@ -1,27 +1,26 @@
-// Token pass: for every token, z = rows(A)·v, c = f(z), y = Σ c·rows(B), over the P experts that
-// the token retrieved.
+// expert_mlp and its backward. For every token: z = rows(A)·v, c = f(z), y = Σ c·rows(B), over the
+// P experts that the token retrieved.
 //
 // Forward     A = w_down, w_gate    v = x          f = weights·act(z)·gate    B = w_up
 // Backward    A = w_up              v = grad_out   f = the chain rule         B = w_down, w_gate
 //
 // Shapes      v (T, ·)   A, B (N, ·)   indices, weights, z, c (T, P)   y (T, ·)
-// One block   one token. Its pairs are dealt to up to 8 warps, 16 or more in a row to each. Where
-//             there are fewer tokens than sm_count, a block is one warp, which takes some of
-//             those pairs and leaves their sum to add_shares.
-// One warp    dots of its pairs' rows with v, 4 or 8 rows side by side; one lane per pair computes
-//             c; sums of its pairs' rows. z and c pass from lane to lane through memory. Up to 16
-//             loads of 16 bytes per lane are in flight.
-// Traffic     P·(A's width + B's width) table elements a token, each read once; v is read from the
-//             first-level cache, once for every batch of rows; nothing of size P·width is written
-// Exactness   accumulation in float (double for double), in an order fixed by p and by the widths;
-//             y is rounded once. A token has the same bits however many there are.
-// Requires    widths and P below 2^30; nothing of strides and alignments, but rows are read in
-//             packs only where all that takes part is aligned to 16 bytes
+// One block   one token. Up to 8 warps share its pairs, at least 16 consecutive pairs per warp.
+//             With fewer tokens than SMs, one warp and one share of the pairs (see launch_with)
+// One warp    dot products of its pairs' rows with v, 4 or 8 rows at once; c, one pair per lane;
+//             the weighted sum of its pairs' rows. z and c pass between lanes through memory. Up to
+//             16 loads of 16 bytes are in flight per lane
+// Traffic     P·(A's width + B's width) table elements per token, each read once. v is read from
+//             the L1 cache once per tile of rows. Nothing of size P·width is written
+// Exactness   accumulation in float (double for double), in an order fixed by p and the widths; y
+//             is rounded once. A token's bits do not depend on the number of tokens
+// Requires    widths and P below 2^30; any strides and alignments, but rows are read in vectors
+//             only if all arrays are aligned to 16 bytes
 #include <algorithm>
 #include <cstdio>
 
 #include "kernels/cuda/expert_mlp.h"
-#include "kernels/cuda/kernels.h"
+#include "kernels/cuda/row_tiles.h"
 
 namespace peer::cuda {
 
@@ -29,27 +28,26 @@ namespace {
 
 constexpr int kMaxWarps = 8;
 constexpr int kMaxThreads = kMaxWarps * kWarp;
-constexpr int kPairsPerWarp = 16;  // at least, before a second warp is put to work
+constexpr int kMinPairsPerWarp = 16;  // before a token gets another warp
 
-// Leaves a thread 128 registers, half of which hold what is in flight.
-constexpr int kBlocksPerMultiprocessor = 2;
+// Leaves 128 registers per thread. Half of them hold loads in flight.
+constexpr int kBlocksPerSm = 2;
 
-// The two products of the pass.
 template <class Table, class Input>
-struct Dots {
+struct DotProducts {
   const Input* v;
   int width;
   PairRows<Table, accumulation_t<Table>> rows;
 };
 
 template <class Table, class Input>
-struct Sums {
-  Input* y;  // or null: not wanted
+struct WeightedSums {
+  Input* y;  // null if not wanted
   int width;
   PairRows<Table, const accumulation_t<Table>> rows;
 };
 
-// An activation and its derivative at z, for with_activation.
+// The value and the derivative of an activation at z, for with_activation.
 template <class Real>
 struct ActivationAt {
   Real z;
@@ -69,33 +67,33 @@ __device__ ActivationAt<Real> evaluate(Activation activation, Real z) {
   return at;
 }
 
-// What happens between the products, pair by pair.
+// The coefficients of the weighted sums, pair by pair.
 template <class Real>
-struct ForwardRule {
+struct ForwardCoefficients {
   Activation activation;
   const Real* weights;
   const Real* hidden;
   const Real* gate;  // or null
   Real* coefficients;
 
-  __device__ void apply(int64_t pair) const {
+  __device__ void compute(int64_t pair) const {
     const Real value = weights[pair] * evaluate(activation, hidden[pair]).value;
     coefficients[pair] = gate ? value * gate[pair] : value;
   }
 };
 
 template <class Real>
-struct BackwardRule {
+struct BackwardCoefficients {
   Activation activation;
   const Real* weights;
   const Real* hidden;
   const Real* gate;    // or null
-  Real* grad_weights;  // holds <grad_out, w_up[e]> before
+  Real* grad_weights;  // on entry <grad_out, w_up[e]>
   Real* down_coefficients;
-  Real* gate_coefficients;  // where there is a gate
+  Real* gate_coefficients;  // if there is a gate
   Real* up_coefficients;
 
-  __device__ void apply(int64_t pair) const {
+  __device__ void compute(int64_t pair) const {
     const Real upstream = grad_weights[pair];
     const Real weight = weights[pair];
     const Real gate_value = gate ? gate[pair] : Real(1);
@@ -110,25 +108,25 @@ struct BackwardRule {
   }
 };
 
-// One direction of the pass, as the kernel sees it.
-template <class Table, class Input, class Rule>
+// Forward or backward.
+template <class Table, class Input, class Coefficients>
 struct Direction {
   int64_t tokens;
   int64_t experts;
   int experts_per_token;
-  Dots<Table, Input> dots;
-  Rule rule;
-  Sums<Table, Input> sums;
+  DotProducts<Table, Input> dots;
+  Coefficients coefficients;
+  WeightedSums<Table, Input> sums;
 };
 
-// How the pairs of a token are shared out: so many to a warp, in whole parts; the last gets what
-// remains.
+// How warps share the pairs of a token: a warp takes one share. A share is a whole number of row
+// groups; the last share may be shorter.
 struct Shares {
   int pairs_per_token;
   int pairs_per_share;
-  int per_token;
+  int shares_per_token;
 
-  __device__ PairRange count_candidate_pairs(int64_t token, int share) const {
+  __device__ PairRange pairs_of_share(int64_t token, int share) const {
     const int first = share * pairs_per_share;
     const int remaining = pairs_per_token - first;
     return {token * pairs_per_token + first,
@@ -136,8 +134,8 @@ struct Shares {
   }
 };
 
-// A token without pairs has one share, for its zeros are to be written.
-Shares share_out(int pairs_per_token, int pairs_per_share) {
+// A token without pairs has one share, which writes zeros.
+Shares make_shares(int pairs_per_token, int pairs_per_share) {
   const int shares = (pairs_per_token + pairs_per_share - 1) / pairs_per_share;
   return {pairs_per_token, pairs_per_share, std::max(shares, 1)};
 }
@@ -152,100 +150,101 @@ __device__ void check_indices(const int64_t* indices, PairRange pairs, int64_t e
       __trap();
     }
   }
-  __syncwarp();  // no lane reads a row before all indices have been found good
+  __syncwarp();  // no lane reads a row before all indices are checked
 }
 
 template <class Tile, class Table, class Input>
-__device__ void dot_pairs(const Dots<Table, Input>& dots, int64_t token, PairRange pairs) {
+__device__ void dot_pairs(const DotProducts<Table, Input>& dots, int64_t token, PairRange pairs) {
   accumulation_t<Table> sums[Tile::kRows];
-  for (int done = 0; done < pairs.count; done += Tile::kRows / dots.rows.per_pair()) {
-    const PairRange rest = pairs.after(done);
+  for (int done = 0; done < pairs.count; done += Tile::kRows / dots.rows.rows_per_pair()) {
+    const PairRange rest = pairs.without_first(done);
     dot_with_rows<Tile>(dots.v + token * dots.width, dots.width, dots.rows, rest, sums);
-    const auto z = sum_transposed(sums);
-    if (lane() < Tile::kRows && lane() < dots.rows.count(rest)) {
-      dots.rows.source_of(lane()).numbers[dots.rows.pair_of(rest, lane())] = z;
+    const auto z = warp_reduce_sums(sums);
+    if (lane() < Tile::kRows && lane() < dots.rows.count_rows(rest)) {
+      dots.rows.source_of_row(lane()).scalars[dots.rows.pair_of_row(rest, lane())] = z;
     }
   }
 }
 
-// y = the sums of the block's warps, added in their order, in the columns of one tile.
+// Block reduce: y = the sums of the block's warps, added in warp order, for the columns of one
+// tile.
 template <class Tile, class Table, class Input>
-__device__ void add_up_warps(const ColumnSums<Tile, Table>& sums,
-                             int first_column,
-                             int width,
-                             Input* y) {
+__device__ void block_reduce_columns(const ColumnSums<Tile, Table>& sums,
+                                     int first_column,
+                                     int width,
+                                     Input* y) {
   using Real = accumulation_t<Table>;
   constexpr int kColumns = kTileColumns<Tile, Table>;
-  Real* const all = reinterpret_cast<Real*>(peer_shared_memory);  // (warps, kColumns)
+  Real* const warp_sums = reinterpret_cast<Real*>(peer_shared_memory);  // (warps, kColumns)
   for (int k = 0; k < Tile::kVecs; ++k) {
-    store_elements<true>(sums.packs[k], all + warp_in_block() * kColumns,
-                         column_of_pack<Table>(0, k), kColumns);
+    store_columns<true>(sums.vecs[k], warp_sums + warp_in_block() * kColumns,
+                        column_of_vec<Table>(0, k), kColumns);
   }
   __syncthreads();
   const int warps = int(blockDim.x) / kWarp;
   for (int column = int(threadIdx.x) * kVecSize<Input>; column < kColumns;
        column += int(blockDim.x) * kVecSize<Input>) {
-    Elements<Real, kVecSize<Input>> total = {};
+    Vec<Real, kVecSize<Input>> total = {};
 #pragma unroll 4
     for (int warp = 0; warp < warps; ++warp) {
       const auto part =
-          load_elements<true, kVecSize<Input>>(all + warp * kColumns, column, kColumns);
+          load_columns<true, kVecSize<Input>>(warp_sums + warp * kColumns, column, kColumns);
       for (int i = 0; i < kVecSize<Input>; ++i) {
         total.values[i] += part.values[i];
       }
     }
-    Elements<Input, kVecSize<Input>> rounded;
+    Vec<Input, kVecSize<Input>> rounded;
     for (int i = 0; i < kVecSize<Input>; ++i) {
       rounded.values[i] = narrow<Input>(total.values[i]);
     }
-    store_elements<Tile::kIsAligned>(rounded, y, first_column + column, width);
+    store_columns<Tile::kIsVectorized>(rounded, y, first_column + column, width);
   }
-  __syncthreads();  // the memory is written again for the next columns
+  __syncthreads();  // the next tile overwrites warp_sums
 }
 
-// The shares of a token are taken by the warps of one block, unless there is partial_y: then by as
-// many blocks of one warp, each of which leaves its sum there.
-template <class Tile, class Table, class Input, class Rule>
-__global__ void __launch_bounds__(kMaxThreads, kBlocksPerMultiprocessor)
-    token_pass(Direction<Table, Input, Rule> direction,
-               Shares shares,
-               accumulation_t<Table>* partial_y,
-               int partial_width) {
-  const Sums<Table, Input>& sums = direction.sums;
-  const int blocks_per_token = shares.per_token / (int(blockDim.x) / kWarp);
+// Without partial_y, one block takes all shares of a token. With partial_y, blocks of one warp take
+// one share each and write its sum there.
+template <class Tile, class Table, class Input, class Coefficients>
+__global__ void __launch_bounds__(kMaxThreads, kBlocksPerSm)
+    expert_mlp_kernel(Direction<Table, Input, Coefficients> direction,
+                      Shares shares,
+                      accumulation_t<Table>* partial_y,
+                      int partial_width) {
+  const WeightedSums<Table, Input>& sums = direction.sums;
+  const int blocks_per_token = shares.shares_per_token / (int(blockDim.x) / kWarp);
   const int64_t token = int(blockIdx.x) / blocks_per_token;
   const int share = int(blockIdx.x) % blocks_per_token + warp_in_block();
-  const PairRange pairs = shares.count_candidate_pairs(token, share);
+  const PairRange pairs = shares.pairs_of_share(token, share);
 
   check_indices(sums.rows.indices, pairs, direction.experts);
   dot_pairs<Tile>(direction.dots, token, pairs);
-  __syncwarp();  // the dots are in memory
+  __syncwarp();  // the dot products are in memory
 #pragma unroll 1
   for (int i = lane(); i < pairs.count; i += kWarp) {
-    direction.rule.apply(pairs.first + i);
+    direction.coefficients.compute(pairs.first + i);
   }
-  __syncwarp();  // the coefficients are
+  __syncwarp();  // the coefficients are in memory
   if (!sums.y) {
     return;
   }
   for (int first = 0; first < sums.width; first += kTileColumns<Tile, Table>) {
     const auto columns = sum_weighted_rows<Tile>(sums.rows, pairs, first, sums.width);
     if (partial_y) {
-      auto* const row = partial_y + (token * shares.per_token + share) * partial_width;
+      auto* const row = partial_y + (token * shares.shares_per_token + share) * partial_width;
       for (int k = 0; k < Tile::kVecs; ++k) {
-        store_elements<true>(columns.packs[k], row, column_of_pack<Table>(first, k), partial_width);
+        store_columns<true>(columns.vecs[k], row, column_of_vec<Table>(first, k), partial_width);
       }
     } else {
-      add_up_warps(columns, first, sums.width, sums.y + token * sums.width);
+      block_reduce_columns(columns, first, sums.width, sums.y + token * sums.width);
     }
   }
 }
 
-// Adds up what warps have left of a token, in the order in which a block would have: the shares of
-// each of its warps, then the warps.
+// Adds the sums of a token's shares in the order of a token's block: first the shares within each
+// of its warps, then the warps.
 //
-// One thread    one column of a token; blocks_per_token blocks a token
-// Traffic       shares.per_token elements of partial_y per column, read once
+// One thread    one column of a token; blocks_per_token blocks per token
+// Traffic       shares_per_token elements of partial_y per column, read once
 template <class Real, class Input>
 __global__ void add_shares(Shares shares,
                            int shares_per_warp,
@@ -259,10 +258,10 @@ __global__ void add_shares(Shares shares,
   if (column >= width) {
     return;
   }
-  const Real* partial = partial_y + token * shares.per_token * partial_width + column;
+  const Real* partial = partial_y + token * shares.shares_per_token * partial_width + column;
   Real total = 0;
-  for (int first = 0; first < shares.per_token; first += shares_per_warp) {
-    const int remaining = shares.per_token - first;
+  for (int first = 0; first < shares.shares_per_token; first += shares_per_warp) {
+    const int remaining = shares.shares_per_token - first;
     const int count = remaining < shares_per_warp ? remaining : shares_per_warp;
     Real sum = 0;
 #pragma unroll 8
@@ -275,35 +274,39 @@ __global__ void add_shares(Shares shares,
   y[token * width + column] = narrow<Input>(total);
 }
 
-// What a warp of a whole token's block takes: equal shares, so that the warps end together.
-Shares share_among_block(int pairs_per_token) {
+// The shares of the warps of a token's block. They are equal, so that the warps end together.
+Shares make_block_shares(int pairs_per_token) {
   const int equal = (pairs_per_token + kMaxWarps - 1) / kMaxWarps;
-  const int whole_parts = (equal + kRowsPerPart - 1) / kRowsPerPart * kRowsPerPart;
-  return share_out(pairs_per_token, std::max(whole_parts, kPairsPerWarp));
+  const int whole_groups = (equal + kRowsPerGroup - 1) / kRowsPerGroup * kRowsPerGroup;
+  return make_shares(pairs_per_token, std::max(whole_groups, kMinPairsPerWarp));
 }
 
-// Every multiprocessor is to have work: a block of up to 8 warps where there are tokens enough, a
-// warp with what it would take of such a block where there are enough of those, and the least that
-// a warp can take where there are not.
-template <class Tile, class Table, class Input, class Rule>
-void run(const Direction<Table, Input, Rule>& direction, const Context& context) {
+// Launch regimes, chosen so that every SM has work:
+//
+//   tokens >= SMs              one block per token, with one share per warp
+//   tokens·warps >= SMs        one-warp blocks with the same shares; add_shares adds their sums
+//   fewer                      one-warp blocks with shares of one row group; add_shares adds their
+//                              sums
+template <class Tile, class Table, class Input, class Coefficients>
+void launch_with(const Direction<Table, Input, Coefficients>& direction, const Context& context) {
   using Real = accumulation_t<Table>;
-  const auto kernel = token_pass<Tile, Table, Input, Rule>;
+  const auto kernel = expert_mlp_kernel<Tile, Table, Input, Coefficients>;
   const int64_t tokens = direction.tokens;
-  const int64_t enough = sm_count();
-  const Shares of_block = share_among_block(direction.experts_per_token);
-  const int warps = of_block.per_token;
-  if (tokens >= enough) {
+  const int64_t sms = sm_count();
+  const Shares block_shares = make_block_shares(direction.experts_per_token);
+  const int warps = block_shares.shares_per_token;
+  if (tokens >= sms) {
     const int64_t shared_bytes = warps * kTileColumns<Tile, Table> * int64_t(sizeof(Real));
-    launch(kernel, {tokens, warps * kWarp, shared_bytes}, context.stream, direction, of_block,
+    launch(kernel, {tokens, warps * kWarp, shared_bytes}, context.stream, direction, block_shares,
            nullptr, 0);
     return;
   }
-  const Sums<Table, Input>& sums = direction.sums;
-  const int pairs_per_part = kRowsPerPart / sums.rows.per_pair();
-  const Shares shares =
-      tokens * warps >= enough ? of_block : share_out(direction.experts_per_token, pairs_per_part);
-  const int64_t blocks = tokens * shares.per_token;
+  const WeightedSums<Table, Input>& sums = direction.sums;
+  const int pairs_per_group = kRowsPerGroup / sums.rows.rows_per_pair();
+  const Shares shares = tokens * warps >= sms
+                            ? block_shares
+                            : make_shares(direction.experts_per_token, pairs_per_group);
+  const int64_t blocks = tokens * shares.shares_per_token;
   const int partial_width = (sums.width + kVecSize<Table> - 1) / kVecSize<Table> * kVecSize<Table>;
   const auto partial_y = context.array<Real>(sums.y ? blocks * partial_width : 0);
   launch(kernel, {blocks, kWarp}, context.stream, direction, shares, partial_y.get(),
@@ -312,75 +315,103 @@ void run(const Direction<Table, Input, Rule>& direction, const Context& context)
     constexpr int kThreads = 128;
     const int blocks_per_token = (sums.width + kThreads - 1) / kThreads;
     launch(add_shares<Real, Input>, {tokens * blocks_per_token, kThreads}, context.stream, shares,
-           of_block.pairs_per_share / shares.pairs_per_share, sums.width, partial_y.get(),
+           block_shares.pairs_per_share / shares.pairs_per_share, sums.width, partial_y.get(),
            partial_width, sums.y, blocks_per_token);
   }
 }
 
-// Chooses the tile: what the rows allow, and what keeps loads in flight for them.
-template <class Table, class Input, class Rule>
-void run(const Direction<Table, Input, Rule>& direction, const Context& context) {
-  const auto& [v, dot_width, dotted] = direction.dots;
-  const auto& [y, sum_width, summed] = direction.sums;
-  const bool are_dots_packed = is_packed(v, dot_width, dot_width) && are_packed(dotted, dot_width);
-  const bool are_sums_packed =
-      !y || (is_packed(y, sum_width, sum_width) && are_packed(summed, sum_width));
-  if (!are_dots_packed || !are_sums_packed) {
-    run<UnalignedTile>(direction, context);
+// Chooses the tile by the alignment and the width of the rows.
+template <class Table, class Input, class Coefficients>
+void launch_direction(const Direction<Table, Input, Coefficients>& direction,
+                      const Context& context) {
+  const auto& [v, dot_width, dot_rows] = direction.dots;
+  const auto& [y, sum_width, sum_rows] = direction.sums;
+  const bool are_dots_vectorizable =
+      is_vectorizable(v, dot_width, dot_width) && are_vectorizable(dot_rows, dot_width);
+  const bool are_sums_vectorizable =
+      !y || (is_vectorizable(y, sum_width, sum_width) && are_vectorizable(sum_rows, sum_width));
+  if (!are_dots_vectorizable || !are_sums_vectorizable) {
+    launch_with<ScalarTile>(direction, context);
   } else if (std::max(dot_width, sum_width) <= kTileColumns<NarrowTile, Table>) {
-    run<NarrowTile>(direction, context);
+    launch_with<NarrowTile>(direction, context);
   } else {
-    run<WideTile>(direction, context);
+    launch_with<WideTile>(direction, context);
   }
 }
 
 }  // namespace
 
 template <class Table, class Input>
-void token_forward(const ExpertMlpForward<Table, Input>& pass, const Context& context) {
+void expert_mlp_forward(const ExpertMlpForward<Table, Input>& pass, const Context& context) {
   using Real = accumulation_t<Table>;
   const int64_t pairs = pass.tokens * pass.experts_per_token;
   const std::shared_ptr<Real> coefficients = context.array<Real>(pairs);
   Real* const gate = pass.w_gate ? pass.gate : nullptr;
-  const Direction<Table, Input, ForwardRule<Real>> forward = {
-      pass.tokens,
-      pass.experts,
-      int(pass.experts_per_token),
-      {pass.x, int(pass.dim), {pass.indices, {pass.w_down, pass.hidden}, {pass.w_gate, gate}}},
-      {pass.activation, pass.weights, pass.hidden, gate, coefficients.get()},
-      {pass.out, int(pass.dim), {pass.indices, {pass.w_up, coefficients.get()}}}};
-  run(forward, context);
+  const PairRows<Table, Real> dot_rows = {
+      .indices = pass.indices,
+      .main = {.table = pass.w_down, .scalars = pass.hidden},
+      .gate = {.table = pass.w_gate, .scalars = gate},
+  };
+  const PairRows<Table, const Real> sum_rows = {
+      .indices = pass.indices,
+      .main = {.table = pass.w_up, .scalars = coefficients.get()},
+  };
+  const Direction<Table, Input, ForwardCoefficients<Real>> forward = {
+      .tokens = pass.tokens,
+      .experts = pass.experts,
+      .experts_per_token = int(pass.experts_per_token),
+      .dots = {.v = pass.x, .width = int(pass.dim), .rows = dot_rows},
+      .coefficients = {.activation = pass.activation,
+                       .weights = pass.weights,
+                       .hidden = pass.hidden,
+                       .gate = gate,
+                       .coefficients = coefficients.get()},
+      .sums = {.y = pass.out, .width = int(pass.dim), .rows = sum_rows},
+  };
+  launch_direction(forward, context);
 }
 
 template <class Table, class Input>
-void token_backward(const ExpertMlpBackward<Table, Input>& pass, const Context& context) {
+void expert_mlp_backward(const ExpertMlpBackward<Table, Input>& pass, const Context& context) {
   using Real = accumulation_t<Table>;
-  const Direction<Table, Input, BackwardRule<Real>> backward = {
-      pass.tokens,
-      pass.experts,
-      int(pass.experts_per_token),
-      {pass.grad_out, int(pass.dim), {pass.indices, {pass.w_up, pass.grad_weights}}},
-      {pass.activation, pass.weights, pass.hidden, pass.w_gate ? pass.gate : nullptr,
-       pass.grad_weights, pass.down_coefficients, pass.gate_coefficients, pass.up_coefficients},
-      {pass.grad_x,
-       int(pass.dim),
-       {pass.indices,
-        {pass.w_down, pass.down_coefficients},
-        {pass.w_gate, pass.gate_coefficients}}}};
-  run(backward, context);
+  const PairRows<Table, Real> dot_rows = {
+      .indices = pass.indices,
+      .main = {.table = pass.w_up, .scalars = pass.grad_weights},
+  };
+  const PairRows<Table, const Real> sum_rows = {
+      .indices = pass.indices,
+      .main = {.table = pass.w_down, .scalars = pass.down_coefficients},
+      .gate = {.table = pass.w_gate, .scalars = pass.gate_coefficients},
+  };
+  const Direction<Table, Input, BackwardCoefficients<Real>> backward = {
+      .tokens = pass.tokens,
+      .experts = pass.experts,
+      .experts_per_token = int(pass.experts_per_token),
+      .dots = {.v = pass.grad_out, .width = int(pass.dim), .rows = dot_rows},
+      .coefficients = {.activation = pass.activation,
+                       .weights = pass.weights,
+                       .hidden = pass.hidden,
+                       .gate = pass.w_gate ? pass.gate : nullptr,
+                       .grad_weights = pass.grad_weights,
+                       .down_coefficients = pass.down_coefficients,
+                       .gate_coefficients = pass.gate_coefficients,
+                       .up_coefficients = pass.up_coefficients},
+      .sums = {.y = pass.grad_x, .width = int(pass.dim), .rows = sum_rows},
+  };
+  launch_direction(backward, context);
 }
 
-template void token_forward(const ExpertMlpForward<float, float>&, const Context&);
-template void token_forward(const ExpertMlpForward<double, double>&, const Context&);
-template void token_forward(const ExpertMlpForward<BFloat16, BFloat16>&, const Context&);
-template void token_forward(const ExpertMlpForward<BFloat16, float>&, const Context&);
-template void token_forward(const ExpertMlpForward<Half, Half>&, const Context&);
-template void token_forward(const ExpertMlpForward<Half, float>&, const Context&);
-template void token_backward(const ExpertMlpBackward<float, float>&, const Context&);
-template void token_backward(const ExpertMlpBackward<double, double>&, const Context&);
-template void token_backward(const ExpertMlpBackward<BFloat16, BFloat16>&, const Context&);
-template void token_backward(const ExpertMlpBackward<BFloat16, float>&, const Context&);
-template void token_backward(const ExpertMlpBackward<Half, Half>&, const Context&);
-template void token_backward(const ExpertMlpBackward<Half, float>&, const Context&);
+template void expert_mlp_forward(const ExpertMlpForward<float, float>&, const Context&);
+template void expert_mlp_forward(const ExpertMlpForward<double, double>&, const Context&);
+template void expert_mlp_forward(const ExpertMlpForward<BFloat16, BFloat16>&, const Context&);
+template void expert_mlp_forward(const ExpertMlpForward<BFloat16, float>&, const Context&);
+template void expert_mlp_forward(const ExpertMlpForward<Half, Half>&, const Context&);
+template void expert_mlp_forward(const ExpertMlpForward<Half, float>&, const Context&);
+template void expert_mlp_backward(const ExpertMlpBackward<float, float>&, const Context&);
+template void expert_mlp_backward(const ExpertMlpBackward<double, double>&, const Context&);
+template void expert_mlp_backward(const ExpertMlpBackward<BFloat16, BFloat16>&, const Context&);
+template void expert_mlp_backward(const ExpertMlpBackward<BFloat16, float>&, const Context&);
+template void expert_mlp_backward(const ExpertMlpBackward<Half, Half>&, const Context&);
+template void expert_mlp_backward(const ExpertMlpBackward<Half, float>&, const Context&);
 
 }  // namespace peer::cuda

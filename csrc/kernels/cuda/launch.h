@@ -1,4 +1,8 @@
-// How kernels are started, and what the code that starts them knows of the device.
+// How kernels are launched.
+//
+// Every function that takes a Context takes device pointers, queues work on the context's stream
+// and returns. Only functions that say so wait for the stream. No kernel adds floats atomically,
+// and the order of every sum depends on shapes alone.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -14,8 +18,8 @@ namespace peer::cuda {
 
 constexpr int kWarp = 32;
 
-// Where a pass runs, and memory for what lives as long as it does: device memory that may be given
-// back as soon as the work on the stream has been queued, as Torch's allocator allows.
+// A stream, and an allocator of device memory. Memory may be freed as soon as the work that uses it
+// has been queued on the stream, as with Torch's allocator.
 struct Context {
   cudaStream_t stream;
   std::function<std::shared_ptr<void>(int64_t bytes)> allocate;
@@ -28,7 +32,7 @@ struct Context {
 
 inline void check(cudaError_t status, const char* what) {
   if (status != cudaSuccess) {
-    cudaGetLastError();  // clears it: CUB and Torch would report it of their own next call
+    cudaGetLastError();  // clears the error, which CUB and Torch would report as their own
     throw std::runtime_error(std::string("peer: CUDA: ") + what + ": " +
                              cudaGetErrorString(status));
   }
@@ -44,19 +48,19 @@ inline int device_attribute(cudaDeviceAttr attribute) {
 
 inline int sm_count() { return device_attribute(cudaDevAttrMultiProcessorCount); }
 
-// What a block may have of dynamic shared memory.
+// The most dynamic shared memory of a block.
 inline int64_t max_shared_bytes() {
   return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
 }
 
 struct LaunchShape {
   int64_t blocks;
-  int threads;               // of a block: whole warps
-  int64_t shared_bytes = 0;  // of dynamic shared memory, the only kind used
+  int threads;               // per block, a multiple of kWarp
+  int64_t shared_bytes = 0;  // dynamic shared memory per block; kernels use no static one
 };
 
-// Starts kernel(arguments...) on the stream; nothing where there are no blocks. Every launch goes
-// through here, so that another runtime can take the place of CUDA's.
+// Launches kernel(arguments...) on the stream, or nothing if there are no blocks. Every launch goes
+// through this function, so that another runtime can replace CUDA's.
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...),
             const LaunchShape& shape,
@@ -65,8 +69,8 @@ void launch(void (*kernel)(Parameters...),
   if (shape.blocks == 0) {
     return;
   }
-  constexpr int64_t kWithoutAsking = 48 << 10;
-  if (shape.shared_bytes > kWithoutAsking) {
+  constexpr int64_t kDefaultSharedBytes = 48 << 10;
+  if (shape.shared_bytes > kDefaultSharedBytes) {
     check(
         cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                              cudaFuncAttributeMaxDynamicSharedMemorySize, int(shape.shared_bytes)),

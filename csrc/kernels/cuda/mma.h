@@ -1,7 +1,7 @@
-// One step of the tensor cores, by all lanes of a warp:  sums += A·B.
+// One tensor-core instruction, executed by all lanes of a warp:  sums += A·B.
 //
-// A (16, 16) and B (16, 8) are of BFloat16 or Half, two to a word, the one of the smaller index in
-// the lower half; sums (16, 8) of float. With g = lane / 4 and q = lane % 4, a lane holds
+// A (16, 16) and B (16, 8) hold BFloat16 or Half, two elements per word, the element of the smaller
+// index in the lower half. sums (16, 8) holds float. A lane holds, with g = lane / 4, q = lane % 4,
 //
 //   a[0]  A[g    ][2q, 2q + 1]      a[2]  A[g    ][2q + 8, 2q + 9]
 //   a[1]  A[g + 8][2q, 2q + 1]      a[3]  A[g + 8][2q + 8, 2q + 9]
@@ -18,10 +18,10 @@
 namespace peer::cuda {
 
 template <class Element>
-__device__ void multiply_add(float (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
+__device__ void mma_m16n8k16(float (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
 
 template <>
-__device__ inline void multiply_add<BFloat16>(float (&sums)[4],
+__device__ inline void mma_m16n8k16<BFloat16>(float (&sums)[4],
                                               const uint32_t (&a)[4],
                                               const uint32_t (&b)[2]) {
   asm volatile(
@@ -32,7 +32,7 @@ __device__ inline void multiply_add<BFloat16>(float (&sums)[4],
 }
 
 template <>
-__device__ inline void multiply_add<Half>(float (&sums)[4],
+__device__ inline void mma_m16n8k16<Half>(float (&sums)[4],
                                           const uint32_t (&a)[4],
                                           const uint32_t (&b)[2]) {
   asm volatile(

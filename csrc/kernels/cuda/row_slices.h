@@ -1,10 +1,10 @@
-// Rows by slices: a warp has 1 KiB of a row of the source of a sum, two packs of 16 bytes in every
-// lane.
+// Rows cut into slices: a warp holds one slice of a row, two vectors per lane. A slice of the rows
+// that are summed is 1 KiB.
 //
-// The packs of a warp's lanes lie side by side. `pack` is the number of elements in one; rows of
-// other types, such as those of a table, are taken by the same columns. Rows whose packs are not
-// aligned are taken by the same columns too, but element by element: which lane adds what does not
-// depend on addresses.
+// The vectors of a warp's lanes are adjacent. vec_size is the number of elements in a vector of the
+// summed rows. Rows of other element types, such as those of a table, are cut at the same columns.
+// Rows that are not vectorizable are cut at the same columns too, but accessed element by element:
+// the assignment of columns to lanes does not depend on addresses.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -22,138 +22,126 @@ namespace peer::cuda {
 
 constexpr int kVecsPerLane = 2;
 
-template <int pack>
-constexpr int kSliceColumns = kWarp * kVecsPerLane * pack;
+template <int vec_size>
+constexpr int kSliceColumns = kWarp * kVecsPerLane * vec_size;
 
 constexpr int64_t count_slices(int64_t width, int slice_columns) {
   return (width + slice_columns - 1) / slice_columns;
 }
 
-// The first of the lane's columns in the slice that begins at this one.
-template <int pack>
+// The first of the lane's columns in the slice that starts at slice_column.
+template <int vec_size>
 __device__ int64_t lane_column(int64_t slice_column) {
-  return slice_column + lane() * pack;
+  return slice_column + lane() * vec_size;
 }
 
-// How far behind it a pack of the lane begins.
-template <int pack>
-PEER_HOST_DEVICE constexpr int pack_offset(int p) {
-  return p * kWarp * pack;
-}
-
-// Elements side by side as they lie in memory. Those of 16 bits are taken out where they are used:
-// taken out before, they would fill twice the registers, and moving them takes instructions.
-template <class Element, int pack>
-struct alignas(Elements<Element, pack>) [[gnu::may_alias]] RawPack {
-  uint32_t words[pack * sizeof(Element) / sizeof(uint32_t)];
-};
-
-template <class Element, int pack>
-__device__ RawPack<Element, pack> raw(const Elements<Element, pack>& elements) {
-  RawPack<Element, pack> result;
-  std::memcpy(&result, &elements, sizeof(result));
-  return result;
+// The distance of the lane's vector k from its first column.
+template <int vec_size>
+PEER_HOST_DEVICE constexpr int vec_offset(int k) {
+  return k * kWarp * vec_size;
 }
 
 // A lane's part of a slice of a row.
-template <class Element, int pack>
+template <class Element, int vec_size>
 struct Slice {
-  Element* data;  // of the lane's first column
-  int columns;    // of the row from there on, as far as it matters; none, or less, beyond its end
-  bool is_packed;
+  Element* data;  // at the lane's first column
+  int columns;    // of the slice from there on; zero or negative beyond the row's end
+  bool is_vectorizable;
 
-  __device__ Element* pack_address(int p) const { return data + pack_offset<pack>(p); }
-  // Whole packs are in the row or beyond its end.
-  __device__ bool has_pack(int p) const { return pack_offset<pack>(p) < columns; }
-  __device__ bool has(int p, int i) const { return pack_offset<pack>(p) + i < columns; }
+  __device__ Element* vec_address(int k) const { return data + vec_offset<vec_size>(k); }
+  // For vectorizable rows: a vector lies either in the row or beyond its end.
+  __device__ bool has_vec(int k) const { return vec_offset<vec_size>(k) < columns; }
+  __device__ bool has_element(int k, int i) const { return vec_offset<vec_size>(k) + i < columns; }
 };
 
-// Rows that are taken slice by slice.
-template <class Element, int pack>
+template <class Element, int vec_size>
 struct SlicedRows {
   Element* data;
   int64_t stride;
   int64_t width;
-  bool is_packed;
+  bool is_vectorizable;
 
-  // How many columns of a slice there are from a lane's first one on.
+  // The number of columns of a slice from a lane's first column on.
   __device__ int columns_from(int64_t lane_column) const {
     const int64_t rest = width - lane_column;
-    return int(rest < kSliceColumns<pack> ? rest : kSliceColumns<pack>);
+    return int(rest < kSliceColumns<vec_size> ? rest : kSliceColumns<vec_size>);
   }
-  // Of the row that begins so many elements behind the first.
-  __device__ Slice<Element, pack> slice_at(int64_t row_offset, int64_t lane_column) const {
-    return {data + lane_column + row_offset, columns_from(lane_column), is_packed};
+  // row_offset: the distance of the row from the first one, in elements.
+  __device__ Slice<Element, vec_size> slice_at(int64_t row_offset, int64_t lane_column) const {
+    return {data + lane_column + row_offset, columns_from(lane_column), is_vectorizable};
   }
-  __device__ Slice<Element, pack> slice(int64_t row, int64_t lane_column) const {
+  __device__ Slice<Element, vec_size> slice(int64_t row, int64_t lane_column) const {
     return slice_at(row * stride, lane_column);
   }
 };
 
-template <int pack, class Element>
-SlicedRows<Element, pack> sliced(Rows<Element> rows, int64_t width) {
-  return {rows.data, rows.stride, width, is_packed<pack>(rows.data, rows.stride, width)};
+template <int vec_size, class Element>
+SlicedRows<Element, vec_size> slice_rows(Rows<Element> rows, int64_t width) {
+  return {.data = rows.data,
+          .stride = rows.stride,
+          .width = width,
+          .is_vectorizable = is_vectorizable<vec_size>(rows.data, rows.stride, width)};
 }
 
-// body(p) for each of a lane's packs, body(i) for each element of a pack.
-
+// Calls body(k) for each of a lane's vectors.
 template <class Body>
-__device__ void for_each_pack(const Body& body) {
+__device__ void for_each_vec(const Body& body) {
 #pragma unroll
-  for (int p = 0; p < kVecsPerLane; ++p) {
-    body(p);
+  for (int k = 0; k < kVecsPerLane; ++k) {
+    body(k);
   }
 }
 
-template <int pack, class Body>
+// Calls body(i) for each element of a vector.
+template <int vec_size, class Body>
 __device__ void for_each_element(const Body& body) {
 #pragma unroll
-  for (int i = 0; i < pack; ++i) {
+  for (int i = 0; i < vec_size; ++i) {
     body(i);
   }
 }
 
-// What a lane has of a slice, and what it computes for it.
-
-template <class Element, int pack>
-struct RawValues {
-  RawPack<Element, pack> packs[kVecsPerLane];
+// A lane's vectors of a slice, as stored.
+template <class Element, int vec_size>
+struct RawSliceValues {
+  RawVec<Element, vec_size> vecs[kVecsPerLane];
 };
 
-template <class Real, int pack>
-struct LaneValues {
-  Elements<Real, pack> packs[kVecsPerLane];
+// A lane's vectors of a slice, in the accumulation type.
+template <class Real, int vec_size>
+struct SliceValues {
+  Vec<Real, vec_size> vecs[kVecsPerLane];
 };
 
-// Zeros beyond the row's end.
-template <class Element, int pack, class Mutable = std::remove_const_t<Element>>
-__device__ RawValues<Mutable, pack> load(const Slice<Element, pack>& slice) {
-  RawValues<Mutable, pack> values = {};
-  for_each_pack([&](int p) {
-    if (!slice.is_packed) {
-      Elements<Mutable, pack> elements = {};
-      for_each_element<pack>([&](int i) {
-        if (slice.has(p, i)) {
-          elements.values[i] = slice.pack_address(p)[i];
+// Reads a lane's part of a slice; zeros beyond the row's end.
+template <class Element, int vec_size, class Mutable = std::remove_const_t<Element>>
+__device__ RawSliceValues<Mutable, vec_size> load(const Slice<Element, vec_size>& slice) {
+  RawSliceValues<Mutable, vec_size> values = {};
+  for_each_vec([&](int k) {
+    if (!slice.is_vectorizable) {
+      Vec<Mutable, vec_size> elements = {};
+      for_each_element<vec_size>([&](int i) {
+        if (slice.has_element(k, i)) {
+          elements.values[i] = slice.vec_address(k)[i];
         }
       });
-      values.packs[p] = raw(elements);
-    } else if (slice.has_pack(p)) {
-      values.packs[p] = *reinterpret_cast<const RawPack<Mutable, pack>*>(slice.pack_address(p));
+      values.vecs[k] = to_raw(elements);
+    } else if (slice.has_vec(k)) {
+      values.vecs[k] = *reinterpret_cast<const RawVec<Mutable, vec_size>*>(slice.vec_address(k));
     }
   });
   return values;
 }
 
-// How long what is written stays in the second-level cache.
-enum class Kept {
-  as_usual,
-  briefly,  // not to be read again soon: let it make way before what is
+// How long written data stays in the L2 cache.
+enum class CacheHint {
+  none,
+  evict_first,  // the data is not read again soon
 };
 
-// By accesses of 16 bytes, or of 8 where there are no more.
-template <Kept kept, class Element, int pack>
-__device__ void write(Element* target, const RawPack<Element, pack>& values) {
+// Writes a vector by accesses of 16 bytes, or of 8 bytes if its size is no multiple of 16.
+template <CacheHint hint, class Element, int vec_size>
+__device__ void write(Element* target, const RawVec<Element, vec_size>& values) {
   using Access = std::conditional_t<sizeof(values) % sizeof(uint4) == 0, uint4, uint2>;
   constexpr int count = sizeof(values) / sizeof(Access);
   Access parts[count];
@@ -161,7 +149,7 @@ __device__ void write(Element* target, const RawPack<Element, pack>& values) {
 #pragma unroll
   for (int i = 0; i < count; ++i) {
     Access* const place = reinterpret_cast<Access*>(target) + i;
-    if constexpr (kept == Kept::briefly) {
+    if constexpr (hint == CacheHint::evict_first) {
       __stcs(place, parts[i]);
     } else {
       *place = parts[i];
@@ -169,34 +157,35 @@ __device__ void write(Element* target, const RawPack<Element, pack>& values) {
   }
 }
 
-template <Kept kept = Kept::as_usual, class Element, int pack>
-__device__ void store_pack(const Slice<Element, pack>& slice,
-                           int p,
-                           const RawPack<Element, pack>& values) {
-  if (!slice.is_packed) {
-    Elements<Element, pack> elements;
-    std::memcpy(&elements, &values, sizeof(elements));
-    for_each_element<pack>([&](int i) {
-      if (slice.has(p, i)) {
-        slice.pack_address(p)[i] = elements.values[i];
+template <CacheHint hint = CacheHint::none, class Element, int vec_size>
+__device__ void store_vec(const Slice<Element, vec_size>& slice,
+                          int k,
+                          const RawVec<Element, vec_size>& values) {
+  if (!slice.is_vectorizable) {
+    const Vec<Element, vec_size> elements = from_raw(values);
+    for_each_element<vec_size>([&](int i) {
+      if (slice.has_element(k, i)) {
+        slice.vec_address(k)[i] = elements.values[i];
       }
     });
-  } else if (slice.has_pack(p)) {
-    write<kept>(slice.pack_address(p), values);
+  } else if (slice.has_vec(k)) {
+    write<hint>(slice.vec_address(k), values);
   }
 }
 
-template <class Element, int pack>
-__device__ void store(const Slice<Element, pack>& slice, const RawValues<Element, pack>& values) {
-  for_each_pack([&](int p) { store_pack(slice, p, values.packs[p]); });
+template <class Element, int vec_size>
+__device__ void store(const Slice<Element, vec_size>& slice,
+                      const RawSliceValues<Element, vec_size>& values) {
+  for_each_vec([&](int k) { store_vec(slice, k, values.vecs[k]); });
 }
 
-template <class Real, int pack>
-__device__ void store(const Slice<Real, pack>& slice, const LaneValues<Real, pack>& values) {
-  for_each_pack([&](int p) { store_pack(slice, p, raw(values.packs[p])); });
+template <class Real, int vec_size>
+__device__ void store(const Slice<Real, vec_size>& slice,
+                      const SliceValues<Real, vec_size>& values) {
+  for_each_vec([&](int k) { store_vec(slice, k, to_raw(values.vecs[k])); });
 }
 
-// Two to a word, which GPUs since sm_80 do in one instruction.
+// Two elements in one word. GPUs since sm_80 convert both by one instruction.
 template <class Element>
 __device__ uint32_t narrow_two(float first, float second) {
   uint32_t word;
@@ -213,40 +202,40 @@ __device__ uint32_t narrow_two(float first, float second) {
   return word;
 }
 
-template <class Element, int pack>
-__device__ RawPack<Element, pack> narrow_pack(const Elements<accumulation_t<Element>, pack>& wide) {
+template <class Element, int vec_size>
+__device__ RawVec<Element, vec_size> narrow_vec(
+    const Vec<accumulation_t<Element>, vec_size>& wide) {
   if constexpr (sizeof(Element) == 2) {
-    RawPack<Element, pack> result;
+    RawVec<Element, vec_size> result;
 #pragma unroll
-    for (int w = 0; w < pack / 2; ++w) {
+    for (int w = 0; w < vec_size / 2; ++w) {
       result.words[w] = narrow_two<Element>(wide.values[2 * w], wide.values[2 * w + 1]);
     }
     return result;
   } else {
-    return raw(wide);
+    return to_raw(wide);
   }
 }
 
-template <class Element, int pack>
-__device__ Elements<accumulation_t<Element>, pack> widen_pack(
-    const RawPack<Element, pack>& values) {
-  Elements<accumulation_t<Element>, pack> result;
+template <class Element, int vec_size>
+__device__ Vec<accumulation_t<Element>, vec_size> widen_vec(
+    const RawVec<Element, vec_size>& values) {
+  Vec<accumulation_t<Element>, vec_size> result;
   if constexpr (std::is_same_v<Element, BFloat16>) {
-    // A half of a word by one instruction, which compilers do not find.
+    // One instruction per element, which compilers do not find by themselves.
 #pragma unroll
-    for (int w = 0; w < pack / 2; ++w) {
+    for (int w = 0; w < vec_size / 2; ++w) {
       const uint32_t halves[] = {values.words[w] << 16, values.words[w] & 0xffff0000u};
       std::memcpy(result.values + 2 * w, halves, sizeof(halves));
     }
   } else {
-    Elements<Element, pack> elements;
-    std::memcpy(&elements, &values, sizeof(elements));
-    for_each_element<pack>([&](int i) { result.values[i] = widen(elements.values[i]); });
+    const Vec<Element, vec_size> elements = from_raw(values);
+    for_each_element<vec_size>([&](int i) { result.values[i] = widen(elements.values[i]); });
   }
   return result;
 }
 
-// Asks for an address's line to be brought to the second-level cache.
+// Requests the cache line of an address into the L2 cache.
 __device__ inline void prefetch_l2(const void* address) {
 #ifdef __CUDA_ARCH__
   asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
@@ -255,12 +244,12 @@ __device__ inline void prefetch_l2(const void* address) {
 #endif
 }
 
-// A lane a line: before the warp reads the slice.
-template <class Element, int pack>
-__device__ void request(const Slice<Element, pack>& slice) {
+// Requests a slice into the L2 cache, one line per lane.
+template <class Element, int vec_size>
+__device__ void prefetch_l2(const Slice<Element, vec_size>& slice) {
   constexpr int elements_per_line = 128 / int(sizeof(Element));
-  const int offset = lane() * (elements_per_line - pack);
-  if (offset < slice.columns && lane() * elements_per_line < kSliceColumns<pack>) {
+  const int offset = lane() * (elements_per_line - vec_size);
+  if (offset < slice.columns && lane() * elements_per_line < kSliceColumns<vec_size>) {
     prefetch_l2(slice.data + offset);
   }
 }

@@ -1,18 +1,18 @@
-// The product of queries and keys, by one warp: all the block's queries times kKeysPerTile keys, of
-// which a lane keeps the sums in registers.
+// The product of queries and keys, for one warp: all of the block's queries times kKeysPerTile
+// keys. The lanes hold the sums in registers.
 //
-// Keys       read from global memory, 64 (16-bit) or 32 bytes of a row at a time. The second-level
-//            cache has room for the keys of all heads
-// Queries    a stage of them in shared memory
-// Product    16-bit: tensor cores. Others: a lane multiplies two keys with all queries, with as
-//            many independent sums as hide the latency of multiply-add
-// Exactness  every sub-score is summed in an order that depends on nothing but its width
+// Keys       read from global memory, 64 (16-bit) or 32 bytes of a row at a time. The L2 cache has
+//            room for the keys of all heads
+// Queries    a stage of their columns, in shared memory
+// Product    16-bit: tensor cores. Others: a lane multiplies two keys with all queries, with enough
+//            independent sums to hide the latency of multiply-add
+// Exactness  the order of a sub-score's sum depends only on its width
 //
-// The two forms of a tile have in common
+// The two tile types have the same interface:
 //
-//   put         puts a pack of a query's elements where it belongs in the stage
-//   multiply    adds the products of the tile's keys with the staged queries to its sums
-//   visit       calls visit(sums, scores): some sums that the lane holds, and their place in memory
+//   put         writes a vector of a query's elements to its place in the stage
+//   multiply    adds the products of the tile's keys with the staged queries to the sums
+//   visit       calls visit(sums, scores) with sums that the lane holds and their place in memory
 #pragma once
 
 #include <cuda_runtime.h>
@@ -34,45 +34,42 @@ namespace peer::cuda {
 template <class Query>
 constexpr bool kUsesTensorCores = sizeof(Query) == 2;
 
-// Double takes half as many queries, so that its sums take as many registers and its scores as much
-// shared memory as those of float.
+// Half as many for double, so that sums and scores take as many registers and as much shared memory
+// as for float.
 template <class Query>
 constexpr int kQueriesPerBlock = sizeof(Query) == 8 ? 16 : 32;
 
 template <class Query>
 constexpr int kKeysPerTile = kUsesTensorCores<Query> ? 32 : 64;
 
-// Columns that a step of the product takes: two steps of the tensor cores, or a sector of memory.
+// Columns per step of the product: two tensor-core instructions, or a memory sector.
 template <class Query>
 constexpr int kColumnsPerStep = (kUsesTensorCores<Query> ? 64 : 32) / int(sizeof(Query));
 
-// 16 bytes of a row, as the product wants them.
-struct alignas(16) [[gnu::may_alias]] Words {
-  uint32_t values[4];
-};
-
+// A vector of a row, as the product reads it.
 template <class Query>
-using Pack = std::conditional_t<kUsesTensorCores<Query>, Words, Elements<Query, kVecSize<Query>>>;
+using OperandVec =
+    std::conditional_t<kUsesTensorCores<Query>, RawVec<Query>, Vec<Query, kVecSize<Query>>>;
 
-// Rows of half_width elements: one half of some queries, or keys.
+// One half of some queries, or the keys of one half.
 template <class Query>
 struct HalfRows {
   const Query* data;
   int64_t stride;
   int64_t count;
   int width;
-  bool is_packed;
+  bool is_vectorizable;
 
   __device__ const Query* row(int64_t i) const { return data + i * stride; }
   __device__ const Query* row_or_last(int64_t i) const { return row(i < count ? i : count - 1); }
 
-  // A pack of a row from a column on; zeros beyond the row's end.
-  template <bool packed>
-  __device__ Pack<Query> load(const Query* row, int column) const {
-    Pack<Query> pack = {};
-    if constexpr (packed) {
+  // A vector of a row from a column on; zeros beyond the row's end.
+  template <bool is_vectorized>
+  __device__ OperandVec<Query> load(const Query* row, int column) const {
+    OperandVec<Query> vec = {};
+    if constexpr (is_vectorized) {
       if (column < width) {
-        pack = *reinterpret_cast<const Pack<Query>*>(row + column);
+        vec = *reinterpret_cast<const OperandVec<Query>*>(row + column);
       }
     } else {
       Query elements[kVecSize<Query>] = {};
@@ -82,36 +79,36 @@ struct HalfRows {
           elements[i] = row[column + i];
         }
       }
-      std::memcpy(&pack, elements, sizeof(pack));
+      std::memcpy(&vec, elements, sizeof(vec));
     }
-    return pack;
+    return vec;
   }
 };
 
-// Some columns of the block's queries in shared memory, laid out as a tile wants them, and padded
-// with zeros to whole steps.
+// Some columns of the block's queries in shared memory, in the layout of the tile type, padded with
+// zeros to whole steps.
 template <class Query>
 struct Stage {
   static constexpr int kMaxColumns = 128;
   static constexpr int kBytes = kQueriesPerBlock<Query> * kMaxColumns * int(sizeof(Query));
 
-  Pack<Query>* packs;
+  OperandVec<Query>* vecs;
   int first_column;
   int columns;
 };
 
-// scores[query, key], the key counted from the first of a chunk or of a tile.
+// scores[query, key], with keys counted from the first key of a batch or of a tile.
 template <class Real>
 struct ScoreRows {
   ordered_t<Real>* data;
   int stride;
 };
 
-// Lane 4g + q reads elements 8q to 8q + 7 of a step's columns of the keys 8n + g. Of these the
-// tensor cores, in two steps, j = 0 and 1, take elements 8q + 4j and the next as what they call
-// columns 2q and 2q + 1, and the two after those as columns 2q + 8 and 2q + 9. The queries are
-// staged in that order: of every 16 of them, for each step of the tensor cores, the four words of
-// lane 0, then those of lane 1, and so on.
+// Lane 4g + q reads elements 8q to 8q + 7 of a step's columns, of the keys 8n + g. Two tensor-core
+// instructions, j = 0 and 1, take them: elements 8q + 4j and 8q + 4j + 1 as the instruction's
+// columns 2q and 2q + 1, and the next two elements as its columns 2q + 8 and 2q + 9. Queries are
+// staged in the same order: for every 16 queries and every instruction, the four words of lane 0,
+// then those of lane 1, and so on.
 template <class Query>
 struct TensorCoreTile {
   static constexpr int kQueryTiles = kQueriesPerBlock<Query> / 16;
@@ -127,38 +124,41 @@ struct TensorCoreTile {
     }
   }
 
-  __device__ static void put(const Stage<Query>& stage, int query, int column, const Words& pack) {
+  __device__ static void put(const Stage<Query>& stage,
+                             int query,
+                             int column,
+                             const RawVec<Query>& vec) {
     const int owner = query % 8 * 4 + column / 8 % 4;
     const int is_lower = query / 8 % 2;
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
-      Words& words = stage.packs[place_of(column / 32 * 2 + j, query / 16, owner)];
-      words.values[is_lower] = pack.values[2 * j];
-      words.values[is_lower + 2] = pack.values[2 * j + 1];
+      RawVec<Query>& staged = stage.vecs[place_of(column / 32 * 2 + j, query / 16, owner)];
+      staged.words[is_lower] = vec.words[2 * j];
+      staged.words[is_lower + 2] = vec.words[2 * j + 1];
     }
   }
 
-  // A step's keys are on their way while those of the step before are multiplied.
-  template <bool packed>
+  // A step's keys are loaded while the keys of the previous step are multiplied.
+  template <bool is_vectorized>
   __device__ void multiply(const HalfRows<Query>& keys, const Stage<Query>& stage) {
     constexpr int step = kColumnsPerStep<Query>;
-    Words next[kKeyTiles];
-    load_keys<packed>(keys, stage.first_column, next);
+    RawVec<Query> next[kKeyTiles];
+    load_keys<is_vectorized>(keys, stage.first_column, next);
     for (int column = 0; column < stage.columns; column += step) {
-      Words current[kKeyTiles];
+      RawVec<Query> current[kKeyTiles];
       std::memcpy(current, next, sizeof(current));
       if (column + step < stage.columns) {
-        load_keys<packed>(keys, stage.first_column + column + step, next);
+        load_keys<is_vectorized>(keys, stage.first_column + column + step, next);
       }
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
 #pragma unroll
         for (int m = 0; m < kQueryTiles; ++m) {
-          const Words a = stage.packs[place_of(column / 16 + j, m, lane())];
+          const RawVec<Query> a = stage.vecs[place_of(column / 16 + j, m, lane())];
 #pragma unroll
           for (int n = 0; n < kKeyTiles; ++n) {
-            const uint32_t b[] = {current[n].values[2 * j], current[n].values[2 * j + 1]};
-            multiply_add<Query>(sums[m][n], a.values, b);
+            const uint32_t b[] = {current[n].words[2 * j], current[n].words[2 * j + 1]};
+            mma_m16n8k16<Query>(sums[m][n], a.words, b);
           }
         }
       }
@@ -175,7 +175,7 @@ struct TensorCoreTile {
         for (int i = 0; i < 4; i += 2) {
           const int query = 16 * m + 4 * i + group();
           ordered_t<float>* place = scores.data + query * scores.stride + 8 * n + 2 * quarter();
-          visit(sums[m][n] + i, *reinterpret_cast<Elements<ordered_t<float>, 2>*>(place));
+          visit(sums[m][n] + i, *reinterpret_cast<Vec<ordered_t<float>, 2>*>(place));
         }
       }
     }
@@ -185,23 +185,23 @@ struct TensorCoreTile {
   __device__ static int group() { return lane() / 4; }
   __device__ static int quarter() { return lane() % 4; }
 
-  // In the stage, of what a lane wants for a step of the tensor cores.
-  __device__ static int place_of(int tensor_core_step, int m, int lane) {
-    return (tensor_core_step * kQueryTiles + m) * kWarp + lane;
+  // The place in the stage of a lane's words for an instruction.
+  __device__ static int place_of(int instruction, int m, int lane) {
+    return (instruction * kQueryTiles + m) * kWarp + lane;
   }
 
-  template <bool packed>
+  template <bool is_vectorized>
   __device__ void load_keys(const HalfRows<Query>& keys,
                             int column,
-                            Words (&packs)[kKeyTiles]) const {
+                            RawVec<Query> (&vecs)[kKeyTiles]) const {
 #pragma unroll
     for (int n = 0; n < kKeyTiles; ++n) {
-      packs[n] = keys.template load<packed>(rows[n], column + 8 * quarter());
+      vecs[n] = keys.template load<is_vectorized>(rows[n], column + 8 * quarter());
     }
   }
 };
 
-// Lane l has keys l and l + 32; a query's elements are read by all lanes at once.
+// Lane l has the keys l and l + 32. All lanes read the same elements of a query at once.
 template <class Query>
 struct MultiplyAddTile {
   static constexpr int kQueries = kQueriesPerBlock<Query>;
@@ -221,32 +221,33 @@ struct MultiplyAddTile {
   __device__ static void put(const Stage<Query>& stage,
                              int query,
                              int column,
-                             const Pack<Query>& pack) {
-    stage.packs[place_of(query, column)] = pack;
+                             const OperandVec<Query>& vec) {
+    stage.vecs[place_of(query, column)] = vec;
   }
 
-  template <bool packed>
+  template <bool is_vectorized>
   __device__ void multiply(const HalfRows<Query>& keys, const Stage<Query>& stage) {
     for (int column = 0; column < stage.columns; column += kColumnsPerStep<Query>) {
-      Pack<Query> packs[kKeys][kVecs];
+      OperandVec<Query> vecs[kKeys][kVecs];
 #pragma unroll
       for (int n = 0; n < kKeys; ++n) {
 #pragma unroll
-        for (int p = 0; p < kVecs; ++p) {
-          packs[n][p] = keys.template load<packed>(
-              rows[n], stage.first_column + column + p * kVecSize<Query>);
+        for (int v = 0; v < kVecs; ++v) {
+          vecs[n][v] = keys.template load<is_vectorized>(
+              rows[n], stage.first_column + column + v * kVecSize<Query>);
         }
       }
 #pragma unroll
-      for (int p = 0; p < kVecs; ++p) {
+      for (int v = 0; v < kVecs; ++v) {
 #pragma unroll
         for (int query = 0; query < kQueries; ++query) {
-          const Pack<Query> factors = stage.packs[place_of(query, column + p * kVecSize<Query>)];
+          const OperandVec<Query> factors =
+              stage.vecs[place_of(query, column + v * kVecSize<Query>)];
 #pragma unroll
           for (int i = 0; i < kVecSize<Query>; ++i) {
 #pragma unroll
             for (int n = 0; n < kKeys; ++n) {
-              sums[query][n] = std::fma(factors.values[i], packs[n][p].values[i], sums[query][n]);
+              sums[query][n] = std::fma(factors.values[i], vecs[n][v].values[i], sums[query][n]);
             }
           }
         }
@@ -261,7 +262,7 @@ struct MultiplyAddTile {
 #pragma unroll
       for (int n = 0; n < kKeys; ++n) {
         ordered_t<Query>* place = scores.data + query * scores.stride + n * kWarp + lane();
-        visit(&sums[query][n], *reinterpret_cast<Elements<ordered_t<Query>, 1>*>(place));
+        visit(&sums[query][n], *reinterpret_cast<Vec<ordered_t<Query>, 1>*>(place));
       }
     }
   }
@@ -273,7 +274,7 @@ struct MultiplyAddTile {
 };
 
 template <class Query>
-using Tile =
+using ScoreTile =
     std::conditional_t<kUsesTensorCores<Query>, TensorCoreTile<Query>, MultiplyAddTile<Query>>;
 
 }  // namespace peer::cuda

@@ -1,16 +1,16 @@
-// Sums of rows of a source, each multiplied by a coefficient: what the expert pass stores and the
-// row updates follow.
+// Sums of rows of a source, each multiplied by a coefficient. table_grad stores the sums, and
+// table_update applies them.
 //
-//   sum = Σ over some consecutive terms of coefficient·source[row]
+//   sum = Σ over consecutive terms of coefficient·source[row]
 //
-// A block takes a tile of terms: the sums that begin in some 64 consecutive positions of a list. It
-// reads the terms themselves into shared memory; then each of its warps goes through all of them
-// with a slice of the columns, or one after the other with several slices.
+// A block takes a tile of terms: the terms of the sums that start at up to 64 consecutive positions
+// of a list. It reads the terms into shared memory. Each of its warps then goes through all terms
+// with one slice of the columns, or with several slices one after the other.
 //
-// Rows of the source stay in the second-level cache, from where each warp copies them to shared
-// memory, 3 KiB ahead of where it is. A sum ends wherever a term says so, after one pair as often
-// as not: copying goes on across the ends of sums, and what is done at an end is compiled once, not
-// once for each row in flight.
+// The rows of the source stay in the L2 cache. Each warp copies them from there to shared memory,
+// 3 KiB ahead of the sum. A sum ends at any term, often after a single one, so copying continues
+// across the ends of sums, and the code for an end is compiled once, not once for each row in
+// flight.
 #pragma once
 
 #include <cuda_pipeline_primitives.h>
@@ -21,9 +21,9 @@
 #include <cstdint>
 
 #include "kernels/cuda/elements.h"
-#include "kernels/cuda/kernels.h"
 #include "kernels/cuda/launch.h"
 #include "kernels/cuda/row_slices.h"
+#include "kernels/cuda/segment_chunks.h"
 #include "kernels/cuda/segments.h"
 #include "kernels/cuda/warp.h"
 
@@ -32,77 +32,78 @@ namespace peer::cuda {
 template <class Real>
 struct Term {
   int64_t row_offset;  // in the source
-  int32_t target;      // what becomes of the sum after this term: see chunks.h
+  int32_t target;      // of the sum up to this term: see segment_chunks.h
   Real coefficient;
 };
 
-// Sorted pairs, in their order; or rows of the source as they are, each of them the sum for the row
-// of the output of the same number; or the first partial rows of split segments, each the sum for
-// the run's row of the output.
+// One of three lists:
+//
+//   sorted pairs      in their order
+//   rows              row i of the source is the sum for row i of the output
+//   split segments    the first partial row of a segment is the sum for the segment's row of the
+//                     output
 template <class Real>
 struct TermList {
-  int32_t most;  // how many there are; of split segments, at most
-  // Of sorted pairs.
-  const int32_t* numbers = nullptr;
+  int32_t max_count;  // the number of terms; for split segments, an upper bound
+  // Sorted pairs.
+  const int32_t* pair_ids = nullptr;
   const int32_t* targets = nullptr;
-  const Real* coefficients = nullptr;  // by pair number, or null: all one
+  const Real* coefficients = nullptr;  // by pair id, or null: all one
   int32_t pairs_per_row = 1;
-  // Of split segments.
+  // Split segments.
   const SplitSegment* split_segments = nullptr;
   const SegmentCounts* counts = nullptr;
 
-  __device__ int32_t count() const { return counts ? counts->split_segments : most; }
+  __device__ int32_t count() const { return counts ? counts->split_segments : max_count; }
 
-  // Whether a sum begins at a position.
-  __device__ bool begins(int64_t position) const {
+  __device__ bool starts_sum(int64_t position) const {
     return position == 0 || !targets || targets[position - 1] != kContinueSegment;
   }
 
   __device__ Term<Real> term(int32_t position, int64_t source_stride) const {
     if (split_segments) {
-      const SplitSegment run = split_segments[position];
-      return {run.first * source_stride, run.row, Real(1)};
+      const SplitSegment segment = split_segments[position];
+      return {segment.first * source_stride, segment.row, Real(1)};
     }
-    if (!numbers) {
+    if (!pair_ids) {
       return {position * source_stride, position, Real(1)};
     }
-    const int32_t number = numbers[position];
-    const uint32_t row = uint32_t(number) / uint32_t(pairs_per_row);
-    return {row * source_stride, targets[position], coefficients ? coefficients[number] : Real(1)};
+    const int32_t pair = pair_ids[position];
+    const uint32_t row = uint32_t(pair) / uint32_t(pairs_per_row);
+    return {row * source_stride, targets[position], coefficients ? coefficients[pair] : Real(1)};
   }
 };
 
 template <class Real>
-TermList<Real> terms_of_pairs(const Segments& pairs,
+TermList<Real> terms_of_pairs(const Segments& segments,
                               const Real* coefficients,
                               int64_t pairs_per_row) {
-  TermList<Real> list = {int32_t(pairs.count)};
-  list.numbers = pairs.numbers.get();
-  list.targets = pairs.targets.get();
-  list.coefficients = coefficients;
-  list.pairs_per_row = int32_t(pairs_per_row);
-  return list;
+  return {.max_count = int32_t(segments.count),
+          .pair_ids = segments.pair_ids.get(),
+          .targets = segments.targets.get(),
+          .coefficients = coefficients,
+          .pairs_per_row = int32_t(pairs_per_row)};
 }
 
 template <class Real>
 TermList<Real> terms_of_rows(int64_t rows) {
-  return {int32_t(rows)};
+  return {.max_count = int32_t(rows)};
 }
 
 template <class Real>
-TermList<Real> terms_of_split_runs(const Segments& pairs) {
-  TermList<Real> list = {int32_t(pairs.max_split_segments)};
-  list.split_segments = pairs.split_segments.get();
-  list.counts = pairs.counts.get();
-  return list;
+TermList<Real> terms_of_split_segments(const Segments& segments) {
+  return {.max_count = int32_t(segments.max_split_segments),
+          .split_segments = segments.split_segments.get(),
+          .counts = segments.counts.get()};
 }
 
-// The first position from `position` on where a sum begins, or the list's end. By a whole warp.
+// The first position from `position` on at which a sum starts, or the list's end. Called by all
+// lanes of a warp.
 template <class Real>
-__device__ int32_t find_beginning(const TermList<Real>& list, int32_t count, int64_t position) {
+__device__ int32_t find_sum_start(const TermList<Real>& list, int32_t count, int64_t position) {
   for (;; position += kWarp) {
     const int64_t mine = position + lane();
-    const unsigned ballot = __ballot_sync(kAllLanes, mine >= count || list.begins(mine));
+    const unsigned ballot = __ballot_sync(kAllLanes, mine >= count || list.starts_sum(mine));
     if (ballot != 0) {
       const int64_t found = position + __ffs(int(ballot)) - 1;
       return int32_t(found < count ? found : count);
@@ -114,13 +115,13 @@ constexpr int kMaxPositions = 64;
 constexpr int kMaxTerms = kMaxPositions + kPairsPerChunk - 1;
 constexpr int kMaxWarps = 16;
 
-// Rows of a slice that a warp has place for, one of which it is adding.
+// The number of slices in a warp's ring buffer: one being added, the others in flight.
 constexpr int kRowsInRing = 4;
 constexpr int64_t kRingBytes = kRowsInRing * 1024;
 
-// The shared memory of a block: the rings of its warps, then the terms.
+// The shared memory of a block: the ring buffers of its warps, then the terms.
 template <class Source, class Real>
-struct TileMemory {
+struct TileStorage {
   static_assert(kSliceColumns<kVecSize<Source>> * sizeof(Source) * kRowsInRing == kRingBytes);
 
   static constexpr int64_t bytes(int warps) {
@@ -134,15 +135,15 @@ struct TileMemory {
   }
 };
 
-// Reads the terms of the block's tile into shared memory, and returns how many there are: of the
-// sums that begin at its positions. By all threads of the block.
+// Reads the terms of the block's tile into shared memory and returns their number. Called by all
+// threads of the block.
 template <class Source, class Real>
 __device__ int read_terms(const TermList<Real>& list, int positions, int64_t source_stride) {
   const int32_t count = list.count();
   const int64_t begin = int64_t(blockIdx.x) * positions;
-  const int32_t first = find_beginning(list, count, begin);
-  const int32_t end = find_beginning(list, count, begin + positions);
-  Term<Real>* const terms = TileMemory<Source, Real>::terms();
+  const int32_t first = find_sum_start(list, count, begin);
+  const int32_t end = find_sum_start(list, count, begin + positions);
+  Term<Real>* const terms = TileStorage<Source, Real>::terms();
 #pragma unroll 1
   for (int i = int(threadIdx.x); i < end - first; i += int(blockDim.x)) {
     terms[i] = list.term(first + i, source_stride);
@@ -151,94 +152,96 @@ __device__ int read_terms(const TermList<Real>& list, int positions, int64_t sou
   return end - first;
 }
 
-// A lane's copies from global to shared memory, 16 bytes each, in batches. CUDA's own functions do
-// not tell the compiler that memory changes while they wait.
+// Asynchronous copies of 16 bytes from global to shared memory, in groups per lane. CUDA's own
+// functions do not tell the compiler that memory changes while they wait.
 template <class Element>
 __device__ void cp_async(Element* target, const Element* source) {
   __pipeline_memcpy_async(target, source, 16);
 }
 
-__device__ inline void end_batch_of_copies() { __pipeline_commit(); }
+__device__ inline void cp_async_commit() { __pipeline_commit(); }
 
-template <int batches_left>
-__device__ void wait_for_copies() {
-  __pipeline_wait_prior(batches_left);
+// Waits for all groups but the last ones.
+template <int groups_in_flight>
+__device__ void cp_async_wait() {
+  __pipeline_wait_prior(groups_in_flight);
   asm volatile("" ::: "memory");
 }
 
-// A warp's slices of the rows that it adds next. A lane reads what it has written itself, so it
-// need not wait for others.
-template <class Source, int pack>
+// A warp's ring buffer: its slices of the rows that it adds next. A lane reads only what it wrote,
+// so lanes need not wait for each other.
+template <class Source, int vec_size>
 class Ring {
  public:
-  // Columns beyond a row's end are zeros: of all rows, so they are written once.
-  __device__ Ring(Source* memory, int columns) : memory_(memory + lane_column<pack>(0)) {
+  // Columns beyond the row's end are zeros in all rows, so they are written once.
+  __device__ Ring(Source* memory, int columns) : memory_(memory + lane_column<vec_size>(0)) {
     for (int i = 0; i < kRowsInRing; ++i) {
-      for_each_pack([&](int p) {
-        if (pack_offset<pack>(p) >= columns) {
-          store_pack(place(i), p, {});
+      for_each_vec([&](int k) {
+        if (vec_offset<vec_size>(k) >= columns) {
+          store_vec(slot(i), k, {});
         }
       });
     }
   }
 
-  // Packs are copied while the warp goes on; elements that do not form any are copied at once.
-  __device__ void copy(int i, const Slice<const Source, pack>& row) {
-    if (row.is_packed) {
-      for_each_pack([&](int p) {
-        if (row.has_pack(p)) {
-          cp_async(place(i).pack_address(p), row.pack_address(p));
+  // Vectors are copied asynchronously. Rows that are not vectorizable are copied at once.
+  __device__ void copy(int i, const Slice<const Source, vec_size>& row) {
+    if (row.is_vectorizable) {
+      for_each_vec([&](int k) {
+        if (row.has_vec(k)) {
+          cp_async(slot(i).vec_address(k), row.vec_address(k));
         }
       });
     } else {
-      store(place(i), load(row));
+      store(slot(i), load(row));
     }
   }
 
-  __device__ RawValues<Source, pack> read(int i) const { return load(place(i)); }
+  __device__ RawSliceValues<Source, vec_size> read(int i) const { return load(slot(i)); }
 
  private:
-  __device__ Slice<Source, pack> place(int i) const {
-    constexpr int columns = kSliceColumns<pack>;
+  __device__ Slice<Source, vec_size> slot(int i) const {
+    constexpr int columns = kSliceColumns<vec_size>;
     return {memory_ + i % kRowsInRing * columns, columns, true};
   }
 
   Source* memory_;
 };
 
-// Goes through the terms with a lane's columns, from this one on. Calls request(target) for each
-// term, some time before it is added, and finish(i, target, sum) where a sum ends with term i.
-template <class Source, class Real, int pack, class Request, class Finish>
+// Adds the terms of the block's tile, for the lane's columns from `column` on. Calls
+// prefetch(target) for each term kRowsInRing - 1 terms before it is added, and
+// finish(i, target, sum) if a sum ends with term i.
+template <class Source, class Real, int vec_size, class Prefetch, class Finish>
 __device__ void add_terms(int count,
-                          const SlicedRows<const Source, pack>& source,
+                          const SlicedRows<const Source, vec_size>& source,
                           int64_t column,
-                          const Request& request,
+                          const Prefetch& prefetch,
                           const Finish& finish) {
   constexpr int kAhead = kRowsInRing - 1;
-  const Term<Real>* const terms = TileMemory<Source, Real>::terms();
-  Ring<Source, pack> ring(TileMemory<Source, Real>::ring(), source.columns_from(column));
+  const Term<Real>* const terms = TileStorage<Source, Real>::terms();
+  Ring<Source, vec_size> ring(TileStorage<Source, Real>::ring(), source.columns_from(column));
   const auto prefetch_term = [&](int i) {
     if (i < count) {
-      request(terms[i].target);
+      prefetch(terms[i].target);
       ring.copy(i, source.slice_at(terms[i].row_offset, column));
     }
-    end_batch_of_copies();
+    cp_async_commit();
   };
 
   for (int i = 0; i < kAhead; ++i) {
     prefetch_term(i);
   }
-  LaneValues<Real, pack> sum = {};
+  SliceValues<Real, vec_size> sum = {};
 #pragma unroll 1
   for (int i = 0; i < count; ++i) {
     prefetch_term(i + kAhead);
-    wait_for_copies<kAhead>();
+    cp_async_wait<kAhead>();
     const Term<Real> term = terms[i];
-    const RawValues<Source, pack> row = ring.read(i);
-    for_each_pack([&](int p) {
-      const Elements<Real, pack> values = widen_pack(row.packs[p]);
-      for_each_element<pack>([&](int e) {
-        Real& value = sum.packs[p].values[e];
+    const RawSliceValues<Source, vec_size> row = ring.read(i);
+    for_each_vec([&](int k) {
+      const Vec<Real, vec_size> values = widen_vec(row.vecs[k]);
+      for_each_element<vec_size>([&](int e) {
+        Real& value = sum.vecs[k].values[e];
         value = std::fma(term.coefficient, values.values[e], value);
       });
     });
@@ -249,32 +252,36 @@ __device__ void add_terms(int count,
   }
 }
 
-// How a pass over a list of terms is started.
 struct TileShape {
-  int positions;  // of a tile: the sums that begin at these are a block's
-  int warps;      // of a block: one for each slice, or for several slices each the same number
+  int positions;  // of a tile
+  int warps;      // of a block: one per slice, or one per equal number of slices
 };
 
-// Two waves of as many warps as the sm_count hold are wanted, so that none of these is idle
-// for long at the end. With more terms than that takes, tiles are as large as they may be, so that
-// reading the terms is a small part of the work. Results do not depend on any of it.
-template <int pack>
-TileShape tile_shape(int64_t terms, int64_t width) {
-  constexpr int64_t kFewestPositions = 8;
-  constexpr int64_t kWarpsWanted = 2 * 64;
-  const int64_t slices = count_slices(width, kSliceColumns<pack>);
+// Launch regimes:
+//
+//   few terms     the smallest tiles
+//   more terms    two waves of warps, so that SMs idle only shortly at the end
+//   many terms    the largest tiles, so that reading terms is a small part of the work
+//
+// Results do not depend on the shape.
+template <int vec_size>
+TileShape choose_tile_shape(int64_t terms, int64_t width) {
+  constexpr int64_t kMinPositions = 8;
+  constexpr int64_t kWarpsPerSm = 2 * 64;  // in two waves
+  const int64_t slices = count_slices(width, kSliceColumns<vec_size>);
   const int64_t rounds = (slices + kMaxWarps - 1) / kMaxWarps;
   const int64_t warps = (slices + rounds - 1) / rounds;
-  const int64_t tiles_wanted = sm_count() * kWarpsWanted / warps;
+  const int64_t two_waves_of_tiles = sm_count() * kWarpsPerSm / warps;
   const int64_t positions =
-      std::clamp<int64_t>(terms / tiles_wanted, kFewestPositions, kMaxPositions);
-  return {int(positions), int(warps)};
+      std::clamp<int64_t>(terms / two_waves_of_tiles, kMinPositions, kMaxPositions);
+  return {.positions = int(positions), .warps = int(warps)};
 }
 
 template <class Source, class Real>
-LaunchShape launch_shape(const TileShape& shape, int64_t terms, int64_t more_shared_bytes = 0) {
-  return {(terms + shape.positions - 1) / shape.positions, shape.warps * kWarp,
-          TileMemory<Source, Real>::bytes(shape.warps) + more_shared_bytes};
+LaunchShape launch_shape(const TileShape& shape, int64_t terms, int64_t extra_shared_bytes = 0) {
+  return {.blocks = (terms + shape.positions - 1) / shape.positions,
+          .threads = shape.warps * kWarp,
+          .shared_bytes = TileStorage<Source, Real>::bytes(shape.warps) + extra_shared_bytes};
 }
 
 }  // namespace peer::cuda

@@ -1,5 +1,5 @@
-// Stochastic rounding to 16-bit floats, one value at a time: the bits of
-// kernels/cpu/stochastic_rounding.h, which says what they mean and why they are right.
+// Stochastic rounding to 16-bit floats, one value at a time. kernels/cpu/stochastic_rounding.h
+// explains the arithmetic; the results have the same bits.
 #pragma once
 
 #include <cstdint>
@@ -9,7 +9,7 @@
 
 namespace peer::cuda {
 
-// What is no narrower than the accumulation type is not rounded.
+// Element types that are as wide as the accumulation type are not rounded.
 template <class Element>
 PEER_HOST_DEVICE inline Element narrow_stochastically(accumulation_t<Element> value, uint32_t) {
   return value;
@@ -32,9 +32,9 @@ PEER_HOST_DEVICE inline Half narrow_stochastically<Half>(float value, uint32_t r
   uint32_t rounded;
   if (magnitude > 0x7f800000u) {
     rounded = 0x7e00u;
-  } else if (magnitude >= 0x47800000u) {  // 65536 and above, infinity
+  } else if (magnitude >= 0x47800000u) {  // at least 65536, and infinity
     rounded = 0x7c00u;
-  } else if (magnitude >= 0x38800000u) {  // normal as half
+  } else if (magnitude >= 0x38800000u) {  // a normal half
     rounded = (magnitude - 0x38000000u + (random >> 19)) >> 13;
   } else {
     float absolute;

@@ -1,15 +1,16 @@
-// Sub-scores: the products of a block's queries with one half of a head's keys, a chunk of the keys
-// at a time, so that they are selected from while they are in shared memory.
+// Sub-scores: the products of a block's queries with one half of a head's keys, for a batch of keys
+// at a time. They stay in shared memory, where selection reads them.
 //
-// Staging    the queries' half, as many of its columns as fit, in shared memory
-// Tiles      the chunk's keys are shared out among the warps (score_tiles.h): each key is read once
-//            per block
-// Result     ordered integers (ordered.h), which is what selection compares
+// Staging    the queries' half, in shared memory, as many columns at once as fit
+// Tiles      the warps divide the batch's keys (score_tiles.h); each key is read once per block
+// Result     ordered integers (ordered.h). An infinite sub-score counts as the largest finite
+//            number of its sign, so that sums of sub-scores are NaN only if one of the two is
 #pragma once
 
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <limits>
 
 #include "kernels/common.h"
 #include "kernels/cuda/launch.h"
@@ -19,71 +20,81 @@
 
 namespace peer::cuda {
 
-// By all threads of the block, which meet before the stage is read. Beyond the last query it is
-// taken again.
+template <class Real>
+__device__ Real clamp_to_finite(Real score) {
+  constexpr Real largest = std::numeric_limits<Real>::max();
+  return score > largest ? largest : score < -largest ? -largest : score;  // NaN stays
+}
+
+// Called by all threads of the block, with a barrier before the stage is read. The last query
+// stands in for queries beyond it.
 template <class Query>
-__device__ void fill(const Stage<Query>& stage, const HalfRows<Query>& queries) {
-  const int packs = stage.columns / kVecSize<Query>;
-  for (int i = int(threadIdx.x); i < kQueriesPerBlock<Query> * packs; i += int(blockDim.x)) {
-    const int query = i / packs;
-    const int column = i % packs * kVecSize<Query>;
+__device__ void fill_stage(const Stage<Query>& stage, const HalfRows<Query>& queries) {
+  const int vecs = stage.columns / kVecSize<Query>;
+  for (int i = int(threadIdx.x); i < kQueriesPerBlock<Query> * vecs; i += int(blockDim.x)) {
+    const int query = i / vecs;
+    const int column = i % vecs * kVecSize<Query>;
     const Query* row = queries.row_or_last(query);
-    Tile<Query>::put(stage, query, column,
-                     queries.is_packed
-                         ? queries.template load<true>(row, stage.first_column + column)
-                         : queries.template load<false>(row, stage.first_column + column));
+    ScoreTile<Query>::put(stage, query, column,
+                          queries.is_vectorizable
+                              ? queries.template load<true>(row, stage.first_column + column)
+                              : queries.template load<false>(row, stage.first_column + column));
   }
 }
 
-// Adds what the staged columns contribute to the scores of a tile's keys; beyond the last key it is
-// taken again. Between stages, too, scores are kept as ordered integers: what a sum loses that way,
-// the sign of a zero, makes no difference.
-template <bool packed, class Query, class Real = accumulation_t<Query>>
+// Adds the products of the staged columns to the scores of a tile's keys. The last key stands in
+// for keys beyond it. Scores are ordered integers between stages, too: a sum loses only the sign of
+// a zero, which makes no difference.
+template <bool is_vectorized, class Query, class Real = accumulation_t<Query>>
 __device__ void score_tile(const HalfRows<Query>& keys,
                            int64_t first_key,
                            const Stage<Query>& stage,
                            const ScoreRows<Real>& scores) {
-  Tile<Query> tile(keys, first_key);
-  tile.visit(scores, [&]<int count>(Real* sums, const Elements<ordered_t<Real>, count>& partial) {
+  ScoreTile<Query> tile(keys, first_key);
+  const bool is_last_stage = stage.first_column + stage.columns >= keys.width;
+  tile.visit(scores, [&]<int count>(Real* sums, const Vec<ordered_t<Real>, count>& partial) {
     for (int i = 0; i < count; ++i) {
       sums[i] = stage.first_column == 0 ? Real(0) : from_ordered<Real>(partial.values[i]);
     }
   });
-  tile.template multiply<packed>(keys, stage);
-  tile.visit(scores, []<int count>(const Real* sums, Elements<ordered_t<Real>, count>& result) {
-    Elements<ordered_t<Real>, count> orders;
+  tile.template multiply<is_vectorized>(keys, stage);
+  tile.visit(scores, [&]<int count>(const Real* sums, Vec<ordered_t<Real>, count>& result) {
+    Vec<ordered_t<Real>, count> orders;
     for (int i = 0; i < count; ++i) {
-      orders.values[i] = to_ordered(sums[i]);
+      orders.values[i] = to_ordered(is_last_stage ? clamp_to_finite(sums[i]) : sums[i]);
     }
     result = orders;
   });
 }
 
-// scores[query, key] of `count` keys, from first_key on. By all threads of the block, which meet
-// before the scores are read. Each place up to a whole tile more is written to.
+// Computes scores[query, key] of `count` keys from first_key on. Called by all threads of the
+// block, with a barrier before the scores are read. Writes whole tiles, so also places beyond
+// `count`.
 template <class Query, class Real = accumulation_t<Query>>
-__device__ void score_chunk(const HalfRows<Query>& queries,
+__device__ void score_batch(const HalfRows<Query>& queries,
                             const HalfRows<Query>& keys,
                             int64_t first_key,
                             int count,
-                            Pack<Query>* packs,
+                            OperandVec<Query>* stage_vecs,
                             const ScoreRows<Real>& scores) {
-  constexpr int most = Stage<Query>::kMaxColumns;
+  constexpr int max_columns = Stage<Query>::kMaxColumns;
   constexpr int step = kColumnsPerStep<Query>;
-  for (int column = 0; column < keys.width; column += most) {
+  for (int column = 0; column < keys.width; column += max_columns) {
     const int remaining = (keys.width - column + step - 1) / step * step;
-    const Stage<Query> stage = {packs, column, remaining < most ? remaining : most};
-    // What is staged already serves all chunks if it is all there is.
-    if (first_key == 0 || keys.width > most) {
+    const Stage<Query> stage = {.vecs = stage_vecs,
+                                .first_column = column,
+                                .columns = remaining < max_columns ? remaining : max_columns};
+    // A stage that holds all columns serves every batch.
+    if (first_key == 0 || keys.width > max_columns) {
       __syncthreads();
-      fill(stage, queries);
+      fill_stage(stage, queries);
       __syncthreads();
     }
     const int warps = int(blockDim.x) / kWarp;
     for (int tile = warp_in_block() * kKeysPerTile<Query>; tile < count;
          tile += warps * kKeysPerTile<Query>) {
       const ScoreRows<Real> target = {scores.data + tile, scores.stride};
-      if (keys.is_packed) {
+      if (keys.is_vectorizable) {
         score_tile<true>(keys, first_key + tile, stage, target);
       } else {
         score_tile<false>(keys, first_key + tile, stage, target);

@@ -1,4 +1,4 @@
-// What the lanes of a warp do together. All lanes take part in every call.
+// Warp-wide operations. All lanes of the warp must take part in every call.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -14,7 +14,7 @@ constexpr unsigned kAllLanes = 0xffffffffu;
 __device__ inline int lane() { return int(threadIdx.x) % kWarp; }
 __device__ inline int warp_in_block() { return int(threadIdx.x) / kWarp; }
 
-// The sum over the lanes, in every lane, always in the same order.
+// The sum over the lanes, in every lane. The order is fixed.
 template <class Value>
 __device__ Value warp_reduce_sum(Value value) {
   for (int distance = kWarp / 2; distance > 0; distance /= 2) {
@@ -23,8 +23,8 @@ __device__ Value warp_reduce_sum(Value value) {
   return value;
 }
 
-// How many lanes below this one hold true.
-__device__ inline int count_before(unsigned ballot) {
+// The number of lower lanes whose bit is set.
+__device__ inline int count_lower_lanes(unsigned ballot) {
   return __popc(ballot & ((1u << lane()) - 1));
 }
 

@@ -4,6 +4,7 @@
 
 #include <atomic>
 
+#include "kernels/cpu/table_grad.h"
 #include "ops/cpu/huge_pages.h"
 
 namespace peer::ops::cpu {
@@ -20,53 +21,52 @@ std::shared_ptr<void> cached_memory(int64_t bytes) {
 
 }  // namespace
 
-Segments::Segments(const at::Tensor& contiguous_owners, int64_t owner_count, OutputRows rows)
-    : pairs(make_segments(contiguous_owners.const_data_ptr<int64_t>(),
-                          contiguous_owners.numel(),
-                          owner_count,
-                          torch_threads(),
-                          cached_memory)),
-      plan(plan_expert_pass(pairs, rows, torch_threads(), cached_memory)) {}
+Segments make_segments(const at::Tensor& contiguous_owners, int64_t owner_count, OutputRows rows) {
+  return peer::cpu::make_segments(contiguous_owners.const_data_ptr<int64_t>(),
+                                  contiguous_owners.numel(), owner_count, rows, torch_threads(),
+                                  cached_memory);
+}
 
 TableGradient::TableGradient(const at::Tensor& owners, int64_t owner_count, bool sparse)
     : owner_count_(owner_count),
       count_(owners.numel()),
       sparse_(sparse),
-      sorted_(owners, owner_count, sparse ? OutputRows::compact : OutputRows::by_owner) {}
+      segments_(
+          make_segments(owners, owner_count, sparse ? OutputRows::compact : OutputRows::by_owner)) {
+}
 
 at::Tensor TableGradient::sum(const at::Tensor& coefficients,
                               at::TensorList sources,
                               const at::TensorOptions& like) const {
-  const SegmentPlan& plan = sorted_.plan;
   const int64_t parts = sources.size();
   const int64_t width = sources[0].size(1);
-  const int64_t distinct = plan.owners.size();
+  const int64_t distinct = segments_.distinct_owners.size();
   const at::ScalarType dtype = c10::typeMetaToScalarType(like.dtype());
   const at::Tensor values = sparse_ ? empty_in(cached_huge_pages(), {distinct, parts, width}, dtype)
                                     : zeros_in_huge_pages({owner_count_, parts, width}, dtype);
   with_table_type(values.scalar_type(), [&]<class Element>() {
     using Real = accumulation_t<Element>;
-    const at::Tensor partial_sums = at::empty({plan.partial_rows, width}, sources[0].options());
-    const int64_t written_bytes = plan.chunks.size() * parts * width * int64_t(sizeof(Element));
-    const ExpertKernels<Element>& kernel = kernels().template experts<Element>();
+    const at::Tensor partial_sums =
+        at::empty({segments_.partial_rows, width}, sources[0].options());
+    const SegmentWork<Real> work = segments_.work(Rows<Real>{data_of<Real>(partial_sums), width});
+    const int64_t written_bytes =
+        segments_.chunks.size() * parts * width * int64_t(sizeof(Element));
+    const bool exceeds_caches = written_bytes > kCaches;
+    const auto& kernel = kernels<TableGradKernels>().of<Element>();
     for (int64_t part = 0; part < parts; ++part) {
       const at::Tensor& source = sources[part];
       const TableGrad<Element> pass = {
           .width = width,
           .pairs_per_row = source.size(0) > 0 ? count_ / source.size(0) : 1,
-          .pairs = sorted_.pairs.data(),
           .coefficients = const_data_of<Real>(coefficients) + part * count_,
           .source = rows_of<Real>(source),
-          .chunks = plan.chunks.data(),
-          .split_segments = plan.split_segments.data(),
           .out = mutable_rows_of<Element>(values.select(1, part)),
-          .partial_sums = {data_of<Real>(partial_sums), width},
-          .exceeds_caches = written_bytes > kCaches,
       };
-      at::parallel_for(0, plan.chunks.size(), 64,
-                       [&](int64_t first, int64_t last) { kernel.sum_chunks(pass, first, last); });
-      at::parallel_for(0, plan.split_segments.size(), 1, [&](int64_t first, int64_t last) {
-        kernel.sum_split_segments(pass, first, last);
+      at::parallel_for(0, segments_.chunks.size(), 64, [&](int64_t first, int64_t last) {
+        kernel.sum_chunks(pass, work, exceeds_caches, first, last);
+      });
+      at::parallel_for(0, segments_.split_segments.size(), 1, [&](int64_t first, int64_t last) {
+        kernel.sum_split_segments(pass, work, first, last);
       });
     }
   });
@@ -74,7 +74,7 @@ at::Tensor TableGradient::sum(const at::Tensor& coefficients,
     return values;
   }
   const at::Tensor ids = at::empty({1, distinct}, like.dtype(at::kLong));
-  std::copy_n(plan.owners.data(), distinct, ids.mutable_data_ptr<int64_t>());
+  std::copy_n(segments_.distinct_owners.data(), distinct, ids.mutable_data_ptr<int64_t>());
   return sparse_gradient(owner_count_, ids, values);
 }
 

@@ -6,7 +6,7 @@
 
 #include <limits>
 
-#include "kernels/cpu/kernels.h"
+#include "kernels/cpu/dispatch.h"
 #include "kernels/cpu/parallel.h"
 #include "kernels/cpu/segments.h"
 #include "ops/device/common.h"
@@ -23,13 +23,7 @@ inline const ParallelFor& torch_threads() {
   return loop;
 }
 
-// Pairs by the row that they contribute to, and the work list over them.
-struct Segments {
-  Segments(const at::Tensor& contiguous_owners, int64_t owner_count, OutputRows rows);
-
-  List<Pair> pairs;
-  SegmentPlan plan;
-};
+Segments make_segments(const at::Tensor& contiguous_owners, int64_t owner_count, OutputRows rows);
 
 // A table's gradient from the pairs that retrieved its rows: part p of row `owner` is the sum of
 // coefficients[p, pair]·sources[p][pair / pairs_per_row]. Dense (owner_count, parts, width), or
@@ -48,7 +42,7 @@ class TableGradient {
   int64_t owner_count_;
   int64_t count_;
   bool sparse_;
-  Segments sorted_;
+  Segments segments_;
 };
 
 // What ops/device requires of every device.

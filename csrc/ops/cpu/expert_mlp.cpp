@@ -2,6 +2,7 @@
 
 #include <torch/library.h>
 
+#include "kernels/cpu/expert_mlp.h"
 #include "ops/cpu/common.h"
 
 namespace peer::ops::cpu {
@@ -12,7 +13,7 @@ namespace {
 // thread.
 constexpr int64_t kTokensPerTask = 4;
 
-// Fewer tokens than this are cut into parts, so that even one gives work to several threads.
+// With fewer tokens than this, several threads share the splits of a token.
 constexpr int64_t kFewTokens = 8;
 
 struct Cpu : Device {
@@ -20,19 +21,19 @@ struct Cpu : Device {
     with_table_type(experts.type(), [&]<class Table>() {
       using Real = accumulation_t<Table>;
       const auto pass = forward_pass<Table, Real>(experts, tokens);
-      const ExpertKernels<Table>& kernel = kernels().template experts<Table>();
-      const int64_t parts = parts_per_token(pass.experts_per_token);
-      if (pass.tokens < kFewTokens && parts > 1) {
-        const Tensor parts_out = at::empty({pass.tokens * parts, pass.dim}, tokens.out.options());
-        Real* const sums = data_of<Real>(parts_out);
-        at::parallel_for(0, pass.tokens * parts, 1, [&](int64_t first, int64_t last) {
-          kernel.token_parts_forward(pass, sums, first, last);
+      const auto& kernel = kernels<ExpertMlpKernels>().of<Table>();
+      const int64_t splits = splits_per_token(pass.experts_per_token);
+      if (pass.tokens < kFewTokens && splits > 1) {
+        const Tensor partial_sums =
+            at::empty({pass.tokens * splits, pass.dim}, tokens.out.options());
+        Real* const sums = data_of<Real>(partial_sums);
+        at::parallel_for(0, pass.tokens * splits, 1, [&](int64_t first, int64_t last) {
+          kernel.forward_splits(pass, sums, first, last);
         });
-        kernel.add_token_parts(pass, sums, 0, pass.tokens);
+        kernel.add_splits(pass, sums, 0, pass.tokens);
       } else {
-        at::parallel_for(0, pass.tokens, kTokensPerTask, [&](int64_t first, int64_t last) {
-          kernel.token_forward(pass, first, last);
-        });
+        at::parallel_for(0, pass.tokens, kTokensPerTask,
+                         [&](int64_t first, int64_t last) { kernel.forward(pass, first, last); });
       }
     });
   }
@@ -40,10 +41,9 @@ struct Cpu : Device {
   static void backward(const Experts& experts, const TokenGradients& tokens) {
     with_table_type(experts.type(), [&]<class Table>() {
       const auto pass = backward_pass<Table, accumulation_t<Table>>(experts, tokens);
-      const ExpertKernels<Table>& kernel = kernels().template experts<Table>();
-      at::parallel_for(0, pass.tokens, kTokensPerTask, [&](int64_t first, int64_t last) {
-        kernel.token_backward(pass, first, last);
-      });
+      const auto& kernel = kernels<ExpertMlpKernels>().of<Table>();
+      at::parallel_for(0, pass.tokens, kTokensPerTask,
+                       [&](int64_t first, int64_t last) { kernel.backward(pass, first, last); });
     });
   }
 };

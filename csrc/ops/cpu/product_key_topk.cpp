@@ -2,6 +2,7 @@
 
 #include <torch/library.h>
 
+#include "kernels/cpu/product_key_topk.h"
 #include "ops/cpu/common.h"
 
 namespace peer::ops::cpu {
@@ -10,7 +11,7 @@ namespace {
 
 // Keys in the layout of the sub-score product, for one head or for each.
 template <class Real>
-Tensor pack(const ProductKeyTopkKernels<Real>& kernel, const Tensor& keys) {
+Tensor pack(const ProductKeyTopkFunctions<Real>& kernel, const Tensor& keys) {
   const int64_t heads = keys.dim() == 3 ? keys.size(0) : 1;
   const int64_t panels = (keys.size(-2) + kernel.keys_per_panel - 1) / kernel.keys_per_panel;
   const Tensor packed =
@@ -45,28 +46,28 @@ struct Cpu : Device {
     const int64_t tokens = keys_are_shared ? query.size(0) * query.size(1) : query.size(0);
     const int64_t block = tokens_per_block(tokens, heads);
     with_accumulation_type(scores.scalar_type(), [&]<class Real>() {
-      const ProductKeyTopkKernels<Real>& kernel = kernels().template retrieval<Real>();
+      const auto& kernel = kernels<ProductKeyTopkKernels>().of<Real>();
       const Tensor rows = pack(kernel, row_keys);
       const Tensor columns = pack(kernel, col_keys);
       const auto packed_keys = [](const Tensor& packed, const Tensor& keys) {
-        return PackedKeys<Real>{const_data_of<Real>(packed), keys.size(-2),
-                                keys.dim() == 3 ? packed.stride(0) : 0};
+        return Keys<Real>{const_data_of<Real>(packed), keys.size(-2),
+                          keys.dim() == 3 ? packed.stride(0) : 0};
       };
       const ProductKeyTopk<Real> retrieval = {
           .tokens = tokens,
           .heads = heads,
           .half_width = query.size(2) / 2,
           .k = scores.size(2),
-          .tokens_per_block = block,
           .query = const_data_of<Real>(query),
           .rows = packed_keys(rows, row_keys),
           .columns = packed_keys(columns, col_keys),
           .scores = data_of<Real>(scores),
           .indices = data_of<int64_t>(indices),
       };
-      at::parallel_for(
-          0, (tokens + block - 1) / block * heads, 1,
-          [&](int64_t first, int64_t last) { kernel.retrieve(retrieval, first, last); });
+      at::parallel_for(0, (tokens + block - 1) / block * heads, 1,
+                       [&](int64_t first, int64_t last) {
+                         kernel.product_key_topk(retrieval, block, first, last);
+                       });
     });
   }
 
@@ -89,7 +90,7 @@ struct Cpu : Device {
 
   template <class Real>
   static void gather_sum(const GatherSum<Real>& pass) {
-    const ProductKeyTopkKernels<Real>& kernel = kernels().template retrieval<Real>();
+    const auto& kernel = kernels<ProductKeyTopkKernels>().of<Real>();
     at::parallel_for(0, pass.items, 64,
                      [&](int64_t first, int64_t last) { kernel.gather_sum(pass, first, last); });
   }

@@ -3,6 +3,7 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include "kernels/cpu/table_update.h"
 #include "ops/cpu/common.h"
 
 namespace peer::ops::cpu {
@@ -26,38 +27,30 @@ bool ascend_strictly(const Tensor& contiguous_indices) {
 
 struct Cpu : Device {
   template <class Table, class Source>
-  using TableUpdate = peer::cpu::TableUpdate<Table, Source>;
-
-  template <class Table, class Source>
   static void update(TableUpdate<Table, Source> update,
                      const Tensor& indices,
                      const Tensor& source,
                      int64_t rows) {
-    const UpdateKernels<Table, Source>& kernel =
-        kernels().template experts<Table>().template update<Source>();
+    const auto& kernel = kernels<TableUpdateKernels>().of<Table, Source>();
     if (!indices.defined() ||
         (update.coefficients == nullptr && indices.dim() == 1 && ascend_strictly(indices))) {
-      update.ids = const_data_or_null<int64_t>(indices);
+      const int64_t* const ids = const_data_or_null<int64_t>(indices);
       at::parallel_for(0, source.size(0), kRowsPerTask, [&](int64_t first, int64_t last) {
-        kernel.update_rows(update, first, last);
+        kernel.update_rows(update, ids, first, last);
       });
       return;
     }
-    const Segments sorted(indices, rows, OutputRows::by_owner);
+    const Segments segments = make_segments(indices, rows, OutputRows::by_owner);
     const Tensor partial_sums =
-        at::empty({sorted.plan.partial_rows, update.parts * update.width},
+        at::empty({segments.partial_rows, update.parts * update.width},
                   source.options().dtype(accumulation_type(source.scalar_type())));
     update.pairs_per_row = indices.numel() / source.size(0);
-    update.pair_count = indices.numel();
-    update.pairs = sorted.pairs.data();
-    update.chunks = sorted.plan.chunks.data();
-    update.split_segments = sorted.plan.split_segments.data();
-    update.partial_sums = mutable_rows_of<accumulation_t<Table>>(partial_sums);
-    at::parallel_for(0, sorted.plan.chunks.size(), kRowsPerTask, [&](int64_t first, int64_t last) {
-      kernel.update_chunks(update, first, last);
+    const auto work = segments.work(mutable_rows_of<accumulation_t<Table>>(partial_sums));
+    at::parallel_for(0, segments.chunks.size(), kRowsPerTask, [&](int64_t first, int64_t last) {
+      kernel.update_chunks(update, work, first, last);
     });
-    at::parallel_for(0, sorted.plan.split_segments.size(), 1, [&](int64_t first, int64_t last) {
-      kernel.update_split_segments(update, first, last);
+    at::parallel_for(0, segments.split_segments.size(), 1, [&](int64_t first, int64_t last) {
+      kernel.update_split_segments(update, work, first, last);
     });
   }
 };

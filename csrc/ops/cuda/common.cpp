@@ -7,6 +7,8 @@
 #include <c10/cuda/CUDAGraphsC10Utils.h>
 #include <c10/cuda/CUDAStream.h>
 
+#include "kernels/cuda/table_grad.h"
+
 namespace peer::ops::cuda {
 
 namespace {
@@ -62,7 +64,7 @@ Tensor TableGradient::sum(const Tensor& coefficients,
               .source = rows_of<Source>(source),
               .out = mutable_rows_of<Element>(values.select(1, part)),
           };
-          sum_pairs(pass, pairs_, context_);
+          sum_segments(pass, pairs_, context_);
         });
   }
   if (!sparse_) {

@@ -9,7 +9,8 @@
 
 #include <limits>
 
-#include "kernels/cuda/kernels.h"
+#include "kernels/cuda/launch.h"
+#include "kernels/cuda/segments.h"
 #include "ops/device/common.h"
 
 namespace peer::ops::cuda {

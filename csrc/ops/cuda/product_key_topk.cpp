@@ -2,6 +2,7 @@
 
 #include <torch/library.h>
 
+#include "kernels/cuda/product_key_topk.h"
 #include "ops/cuda/common.h"
 
 namespace peer::ops::cuda {
@@ -36,13 +37,13 @@ struct Cuda : Device {
           .scores = data_of<Real>(scores),
           .indices = data_of<int64_t>(indices),
       };
-      peer::cuda::retrieve(retrieval, current_context());
+      peer::cuda::product_key_topk(retrieval, current_context());
     });
   }
 
   static void find_retrieved_keys(const RetrievedKeys& keys) {
     const KeyOwners pass = {
-        .retrievals = keys.indices.size(0) * keys.indices.size(1),
+        .queries = keys.indices.size(0) * keys.indices.size(1),
         .heads = keys.indices.size(1),
         .k = keys.indices.size(2),
         .columns = keys.columns_per_head,

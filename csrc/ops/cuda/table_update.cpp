@@ -2,6 +2,7 @@
 
 #include <torch/library.h>
 
+#include "kernels/cuda/table_update.h"
 #include "ops/cuda/common.h"
 
 namespace peer::ops::cuda {
@@ -9,9 +10,6 @@ namespace peer::ops::cuda {
 namespace {
 
 struct Cuda : Device {
-  template <class Table, class Source>
-  using TableUpdate = peer::cuda::TableUpdate<Table, Source>;
-
   // Indices are always sorted: to see whether they need to be, the host would have to wait for
   // them.
   template <class Table, class Source>
@@ -25,10 +23,10 @@ struct Cuda : Device {
       return;
     }
     update.pairs_per_row = indices.numel() / source.size(0);
-    update_by_pairs(update,
-                    make_segments(indices.const_data_ptr<int64_t>(), indices.numel(), rows,
-                                  OutputRows::by_owner, context),
-                    context);
+    update_by_segments(update,
+                       make_segments(indices.const_data_ptr<int64_t>(), indices.numel(), rows,
+                                     OutputRows::by_owner, context),
+                       context);
   }
 };
 

@@ -8,7 +8,7 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 
-#include "kernels/expert_mlp.h"
+#include "kernels/product_key_topk.h"
 #include "ops/device/common.h"
 #include "ops/product_key_topk.h"
 

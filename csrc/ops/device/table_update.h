@@ -1,9 +1,8 @@
 // The operators that update tables, on a device. Besides what common.h lists, a device has
 //
-//   TableUpdate<Table, Source>                  the kernels' struct
-//   update(TableUpdate, indices, source, rows)  updates by sums over the indices; row by row
-//   without
-//                                               indices
+//   update(TableUpdate, indices, source, rows)
+//
+// which updates rows by sums over the indices, or row by row if `indices` is undefined.
 #pragma once
 
 #include "kernels/random_bits.h"
@@ -43,7 +42,7 @@ void update_table_on(const Arguments& args, const MakeRule& make_rule) {
       derive_key(derive_key(uint64_t(rounding.seed.value_or(0)), uint64_t(rounding.step)),
                  uint64_t(rounding.stream));
   with_table_and_input_type(type, source.scalar_type(), [&]<class Table, class Source>() {
-    typename Device::template TableUpdate<Table, Source> update = {
+    TableUpdate<Table, Source> update = {
         .parts = table.dim() == 3 ? table.size(1) : 1,
         .width = table.size(-1),
         .table = mutable_rows_of<Table>(table),

@@ -1,5 +1,5 @@
-// Stands in for CUDA's header where the kernels are compiled as C++ and played on the CPU: as much
-// of it as they use. Device memory is the host's, streams do everything at once.
+// Stands in for CUDA's header when the kernels are compiled as C++ and run on the CPU. It has the
+// parts that they use. Device memory is host memory, and streams execute work at once.
 #pragma once
 
 #include <cstdint>
@@ -16,25 +16,25 @@
 #define __align__(bytes) __attribute__((aligned(bytes)))
 #define __launch_bounds__(...)
 
-// A coordinate of where the running thread stands; there is only x.
-template <unsigned peer::test::Place::* coordinate>
+// A built-in variable of the running thread. It has only x.
+template <unsigned peer::test::ThreadPlace::* coordinate>
 struct Coordinate {
-  operator unsigned() const { return ::peer::test::place().*coordinate; }
+  operator unsigned() const { return ::peer::test::thread_place().*coordinate; }
 };
 
-template <unsigned peer::test::Place::* coordinate>
+template <unsigned peer::test::ThreadPlace::* coordinate>
 struct Coordinates {
   Coordinate<coordinate> x;
 };
 
-constexpr Coordinates<&peer::test::Place::thread> threadIdx;
-constexpr Coordinates<&peer::test::Place::block> blockIdx;
-constexpr Coordinates<&peer::test::Place::threads> blockDim;
-constexpr Coordinates<&peer::test::Place::blocks> gridDim;
+constexpr Coordinates<&peer::test::ThreadPlace::thread> threadIdx;
+constexpr Coordinates<&peer::test::ThreadPlace::block> blockIdx;
+constexpr Coordinates<&peer::test::ThreadPlace::threads> blockDim;
+constexpr Coordinates<&peer::test::ThreadPlace::blocks> gridDim;
 
 // Collectives.
 
-inline void __syncthreads() { ::peer::test::wait_for_block(); }
+inline void __syncthreads() { ::peer::test::block_barrier(); }
 
 inline void __check_all_lanes(unsigned mask) {
   if (mask != 0xffffffffu) {
@@ -44,7 +44,7 @@ inline void __check_all_lanes(unsigned mask) {
 
 inline void __syncwarp(unsigned mask = 0xffffffffu) {
   __check_all_lanes(mask);
-  ::peer::test::wait_for_warp();
+  ::peer::test::warp_barrier();
 }
 
 template <class Value>
@@ -85,8 +85,6 @@ inline unsigned __ballot_sync(unsigned mask, int predicate) {
   return ballot;
 }
 
-inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
-
 template <class Value, class Combine>
 Value __reduce_in_warp(unsigned mask, Value value, Combine combine) {
   __check_all_lanes(mask);
@@ -118,7 +116,7 @@ inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline int __ffs(int bits) { return __builtin_ffs(bits); }
 [[noreturn]] inline void __trap() { throw std::runtime_error("CUDA: a kernel trapped"); }
 
-// Memory. How long caches keep what is written makes no difference here.
+// Memory. Cache hints have no effect.
 
 struct alignas(8) uint2 {
   unsigned x, y;
@@ -155,14 +153,14 @@ struct cudaLaunchConfig_t {
   cudaStream_t stream = nullptr;
 };
 
-// For tests to change: nothing but speed may depend on it.
-inline int multiprocessors_played = 3;
+// The number of SMs. Tests change it; only speed may depend on it.
+inline int emulated_sm_count = 3;
 
-// What went wrong last, until somebody asks.
-inline cudaError_t last_error_played = cudaSuccess;
+// The last error, until cudaGetLastError clears it.
+inline cudaError_t emulated_last_error = cudaSuccess;
 
-inline cudaError_t cudaPeekAtLastError() { return last_error_played; }
-inline cudaError_t cudaGetLastError() { return std::exchange(last_error_played, cudaSuccess); }
+inline cudaError_t cudaPeekAtLastError() { return emulated_last_error; }
+inline cudaError_t cudaGetLastError() { return std::exchange(emulated_last_error, cudaSuccess); }
 
 inline const char* cudaGetErrorString(cudaError_t) { return "invalid value"; }
 
@@ -174,7 +172,7 @@ inline cudaError_t cudaGetDevice(int* device) {
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int /*device*/) {
   switch (attribute) {
     case cudaDevAttrMultiProcessorCount:
-      *value = multiprocessors_played;
+      *value = emulated_sm_count;
       break;
     case cudaDevAttrMaxSharedMemoryPerBlockOptin:
       *value = int(::peer::test::shared_bytes_limit());
@@ -201,7 +199,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config,
                                void (*kernel)(Parameters...),
                                Arguments&&... arguments) {
   if (config->gridDim.x == 0 || config->blockDim.x == 0 || config->blockDim.x > 1024) {
-    return last_error_played = cudaErrorInvalidValue;
+    return emulated_last_error = cudaErrorInvalidValue;
   }
   ::peer::test::play_grid({config->gridDim.x, config->blockDim.x, config->dynamicSmemBytes},
                           [&] { kernel(arguments...); });

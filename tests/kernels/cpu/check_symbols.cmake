@@ -1,5 +1,5 @@
-# Fails if an object of one capability defines a function that another object could be linked to instead: a weak symbol outside the
-# capability's namespace. See csrc/kernels/cpu/capability.h.
+# Fails if an object of one capability defines a weak symbol outside the capability's namespace: the linker could use it for an object of
+# another capability. See csrc/kernels/cpu/capability.h.
 #
 #   cmake -DNM=nm -DCAPABILITY=avx2 "-DOBJECTS=a.o,b.o" -P check_symbols.cmake
 string(REPLACE "," ";" OBJECTS "${OBJECTS}")

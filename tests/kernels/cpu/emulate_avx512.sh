@@ -1,25 +1,25 @@
 #!/bin/bash
-# Runs the C++ tests on an emulated processor with AVX-512, for machines whose own has none: boots Linux in Bochs with the test
-# binary as all there is to run. Every capability is tested, as always.
+# Runs the C++ tests on an emulated processor with AVX-512, for machines without AVX-512: boots Linux in Bochs with the test binary as
+# its only program. Every capability is tested.
 #
 #   tests/kernels/cpu/emulate_avx512.sh SOURCE [ARGUMENT...]
 #
 # SOURCE is a directory with the sources, a git tree-ish of the repository around the current directory, or a test binary that an
-# earlier run built (tests/tests/kernels/cpu/peer_tests in $BUILD). The arguments go to the test binary; such as '[token_pass]', or
-# 'sums are*,every half*' for tests whose names begin so. As the tests end, their names are printed, each with the seconds since
+# earlier run built (tests/tests/kernels/cpu/peer_tests in $BUILD). The arguments go to the test binary, for example '[expert_mlp]', or
+# 'sums are*,every half*' to select tests by the beginning of their names. As each test ends, its name is printed with the seconds since
 # Bochs was started.
 #
 # Debian and Ubuntu: apt-get install bochs bochsbios busybox-static catch2 cmake cpio g++ isolinux syslinux-common xorriso
-# Root is not needed. Building takes two minutes and all tests about fifteen; five with a Bochs that is built without its debugger.
+# Root is not needed. The build takes two minutes, all tests about fifteen, or five with a Bochs that is built without its debugger.
 #
 #   BOCHS    the emulator, version 2.7 or newer, with rfb: bochs
-#   BUILD    where everything is built and the logs are left: build/emulated of this checkout
-#   CPU      processor to emulate, of those that `bochs --help cpu` lists: corei7_skylake_x
-#   JOBS     compilers at a time: 1
+#   BUILD    the folder of the build and the logs: build/emulated of this checkout
+#   CPU      the processor to emulate, one that `bochs --help cpu` lists: corei7_skylake_x
+#   JOBS     the number of compilers that run at a time: 1
 #   KERNEL   Linux kernel to boot (vmlinuz): Debian's for virtual machines, downloaded once
-#   LIMIT    seconds after which the emulator is stopped: 3600
+#   LIMIT    seconds until the emulator is stopped: 3600
 #
-# Exit status: 0 when all tests passed, 1 when one failed, 124 when the time was up, 125 when no test ran or Linux ended too soon.
+# Exit status: 0 if all tests passed, 1 if one failed, 124 if the time was up, 125 if no test ran or Linux ended too soon.
 set -euo pipefail
 
 (($# > 0)) || { sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "$0"; exit 2; }
@@ -34,12 +34,12 @@ help=$("$bochs" --help 2>&1 || true)
 # Before version 2.8 (https://github.com/bochs-emu/Bochs/commit/e14b12619) the conversion to half precision rounded ties away from
 # zero, with AVX2 and AVX-512 alike.
 if (($# == 0)) && grep -q 'Emulator 2\.[0-7]\b' <<< "$help"; then
-  echo "Left out, for Bochs gets it wrong: sums are rounded to the nearest 16-bit value, ties to even - Half" >&2
+  echo "Skipped, because Bochs gets it wrong: sums are rounded to the nearest 16-bit value, ties to even - Half" >&2
   set -- '~*ties to even - Half'
 fi
 
-# The test binary, linked statically, as the emulated machine has no libraries. Built anew each time: the files of an archive bear
-# the time of the commit, by which objects of an older commit may look up to date.
+# The test binary is linked statically, because the emulated machine has no libraries. It is built anew each time, because the files of
+# an archive have the time of the commit, so that objects of an older commit may look up to date.
 if [[ -f $source ]]; then
   binary=$source
 else
@@ -96,8 +96,8 @@ EOF
 chmod +x "$root/init"
 (cd "$root" && find . | cpio --quiet -o -H newc | gzip -1) > "$image/initrd"
 
-# clearcpuid: Bochs 2.7 reports the wrong size for the compacted form of XSAVE, for which Linux would do without AVX altogether.
-# panic, reboot: a kernel that panics triple faults at once, which ends Bochs as set below.
+# clearcpuid: Bochs 2.7 reports the wrong size for the compacted form of XSAVE, and Linux would then disable AVX.
+# panic, reboot: a kernel that panics triple faults at once, and the triple fault ends Bochs.
 cp "$kernel" "$image/vmlinuz"
 cp /usr/lib/ISOLINUX/isolinux.bin /usr/lib/syslinux/modules/bios/ldlinux.c32 "$image"
 cat > "$image/isolinux.cfg" << 'EOF'
@@ -109,8 +109,8 @@ EOF
 xorriso -as mkisofs -quiet -o "$build/image.iso" -b isolinux.bin -c boot.cat -no-emul-boot -boot-load-size 4 -boot-info-table \
   "$image" 2> "$build/xorriso.log"
 
-# Nobody need look at the screen, which rfb would show to a VNC client. ips is how many instructions pass for a second of the
-# emulated clock; more than can be done in a second saves interrupts.
+# The screen is not used; rfb would show it to a VNC client. ips is the number of instructions per second of the emulated clock. A
+# number that is larger than the real one saves interrupts.
 cat > "$build/bochsrc" << EOF
 config_interface: textconfig
 display_library: rfb, options="timeout=0"
@@ -139,7 +139,7 @@ SECONDS=0
 timeout -k 10 "${LIMIT:-3600}" "$bochs" "${options[@]}" < /dev/null > "$build/bochs.out" 2>&1 &
 process=$!
 trap 'kill $process 2> /dev/null || true' EXIT
-# Without the serial line's carriage returns, Catch2's colours, and durations by the emulated clock.
+# Removes the serial line's carriage returns, Catch2's colours, and durations by the emulated clock.
 tail -n +1 -f --pid=$process "$build/serial.txt" | sed -u -E 's/\r$//; s/\x1b\[[0-9;]*m//g; s/^[0-9.]+ s: //' |
   while IFS= read -r line; do printf '%5d %s\n' $SECONDS "$line"; done
 emulator=0
@@ -149,10 +149,10 @@ trap - EXIT
 status=$(sed -n 's/^=== status \([0-9]*\)\r*$/\1/p' "$build/serial.txt")
 if [[ -z $status ]]; then
   ((emulator == 124)) && echo "The time was up after $SECONDS s" >&2 && exit 124
-  echo "Linux ended without the tests having ended; see serial.txt, bochs.log and bochs.out in $build" >&2
+  echo "Linux ended before the tests did; see serial.txt, bochs.log and bochs.out in $build" >&2
   exit 125
 fi
-if grep -q 'No tests ran' "$build/serial.txt"; then  # which Catch2 2 calls success
+if grep -q 'No tests ran' "$build/serial.txt"; then  # Catch2 2 reports success
   exit 125
 fi
 exit "$status"

@@ -1,3 +1,5 @@
+#include "kernels/cpu/expert_mlp.h"
+#include "kernels/cpu/table_grad.h"
 #include "oracles/activations.h"
 #include "support.h"
 
@@ -47,47 +49,59 @@ struct Problem {
   Rows<const Table> gates() const { return glu ? down().from_column(dim) : Rows<const Table>{}; }
   Rows<const Table> up() const { return down().from_column((parts() - 1) * dim); }
 
-  void forward(const Kernels& kernels) {
-    kernels.experts<Table>().token_forward(forward_pass(), 0, tokens);
+  void forward(Capability capability) {
+    kernels<ExpertMlpKernels>(capability).of<Table>().forward(forward_pass(), 0, tokens);
   }
 
-  // Part by part, as with few tokens.
-  void forward_in_parts(const Kernels& kernels) {
-    const int64_t parts = parts_per_token(experts_per_token);
-    std::vector<Real> parts_out(tokens * parts * dim, Real(NAN));
+  // Split by split, as with few tokens.
+  void forward_in_splits(Capability capability) {
+    const int64_t splits = splits_per_token(experts_per_token);
+    std::vector<Real> partial_sums(tokens * splits * dim, Real(NAN));
     const ExpertMlpForward<Table> pass = forward_pass();
-    for (int64_t item = tokens * parts; item-- > 0;) {
-      kernels.experts<Table>().token_parts_forward(pass, parts_out.data(), item, item + 1);
+    const auto& kernel = kernels<ExpertMlpKernels>(capability).of<Table>();
+    for (int64_t item = tokens * splits; item-- > 0;) {
+      kernel.forward_splits(pass, partial_sums.data(), item, item + 1);
     }
-    kernels.experts<Table>().add_token_parts(pass, parts_out.data(), 0, tokens);
+    kernel.add_splits(pass, partial_sums.data(), 0, tokens);
   }
 
   ExpertMlpForward<Table> forward_pass() {
-    return {tokens,   experts,        experts_per_token, dim,        activation,
-            x.data(), weights.data(), indices.data(),    down(),     up(),
-            gates(),  out.data(),     hidden.data(),     gate.data()};
+    return {.tokens = tokens,
+            .experts = experts,
+            .experts_per_token = experts_per_token,
+            .dim = dim,
+            .activation = activation,
+            .x = x.data(),
+            .weights = weights.data(),
+            .indices = indices.data(),
+            .w_down = down(),
+            .w_up = up(),
+            .w_gate = gates(),
+            .out = out.data(),
+            .hidden = hidden.data(),
+            .gate = gate.data()};
   }
 
-  void backward(const Kernels& kernels) {
-    const ExpertMlpBackward<Table> pass = {tokens,
-                                           experts,
-                                           experts_per_token,
-                                           dim,
-                                           activation,
-                                           grad_out.data(),
-                                           weights.data(),
-                                           indices.data(),
-                                           down(),
-                                           up(),
-                                           gates(),
-                                           hidden.data(),
-                                           gate.data(),
-                                           grad_x.data(),
-                                           grad_weights.data(),
-                                           down_coefficients.data(),
-                                           gate_coefficients.data(),
-                                           up_coefficients.data()};
-    kernels.experts<Table>().token_backward(pass, 0, tokens);
+  void backward(Capability capability) {
+    const ExpertMlpBackward<Table> pass = {.tokens = tokens,
+                                           .experts = experts,
+                                           .experts_per_token = experts_per_token,
+                                           .dim = dim,
+                                           .activation = activation,
+                                           .grad_out = grad_out.data(),
+                                           .weights = weights.data(),
+                                           .indices = indices.data(),
+                                           .w_down = down(),
+                                           .w_up = up(),
+                                           .w_gate = gates(),
+                                           .hidden = hidden.data(),
+                                           .gate = gate.data(),
+                                           .grad_x = grad_x.data(),
+                                           .grad_weights = grad_weights.data(),
+                                           .down_coefficients = down_coefficients.data(),
+                                           .gate_coefficients = gate_coefficients.data(),
+                                           .up_coefficients = up_coefficients.data()};
+    kernels<ExpertMlpKernels>(capability).of<Table>().backward(pass, 0, tokens);
   }
 
   double dot(const Real* v, Rows<const Table> rows, int64_t row) const {
@@ -116,15 +130,15 @@ double tolerance(int64_t terms) {
 }
 
 template <class Table>
-void check_against_oracle(const NamedKernels& capability,
+void check_against_oracle(const Capability capability,
                           int64_t dim,
                           int64_t experts_per_token,
                           bool glu,
                           Activation activation) {
   using Real = accumulation_t<Table>;
   Problem<Table> p(3, experts_per_token, 50, dim, glu, activation, 5);
-  p.forward(*capability.kernels);
-  p.backward(*capability.kernels);
+  p.forward(capability);
+  p.backward(capability);
   const double scale = glu ? 10.0 * dim : 10.0;
   double worst = 0;
   const auto compare = [&](double actual, double expected, double magnitude) {
@@ -159,20 +173,20 @@ void check_against_oracle(const NamedKernels& capability,
       compare(p.grad_x[t * dim + j], grad_x[j], scale * dim * dim);
     }
   }
-  INFO(capability.name << " dim " << dim << " experts " << experts_per_token << " glu " << glu
-                       << " activation " << int(activation));
+  INFO(name_of(capability) << " dim " << dim << " experts " << experts_per_token << " glu " << glu
+                           << " activation " << int(activation));
   CHECK(worst <= tolerance<Real>(dim));
 }
 
 }  // namespace
 
-TEMPLATE_TEST_CASE("the token pass agrees with the oracle at every width around the vectors",
-                   "[token_pass]",
+TEMPLATE_TEST_CASE("expert_mlp agrees with the oracle at every width around the vectors",
+                   "[expert_mlp]",
                    float,
                    double,
                    BFloat16,
                    Half) {
-  for (const NamedKernels& capability : capabilities()) {
+  for (const Capability capability : capabilities()) {
     for (const int64_t dim : {1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 64, 100}) {
       check_against_oracle<TestType>(capability, dim, 10, false, Activation::gelu);
       check_against_oracle<TestType>(capability, dim, 10, true, Activation::silu);
@@ -181,42 +195,42 @@ TEMPLATE_TEST_CASE("the token pass agrees with the oracle at every width around 
 }
 
 TEMPLATE_TEST_CASE(
-    "the token pass agrees with the oracle for every number of experts around the rows in flight",
-    "[token_pass]",
+    "expert_mlp agrees with the oracle for every number of experts around the rows in flight",
+    "[expert_mlp]",
     float,
     BFloat16) {
-  for (const NamedKernels& capability : capabilities()) {
+  for (const Capability capability : capabilities()) {
     for (const int64_t experts : {0, 1, 2, 7, 8, 9, 15, 16, 17, 24, 31, 32, 33, 70}) {
       check_against_oracle<TestType>(capability, 24, experts, false, Activation::relu);
     }
   }
 }
 
-TEMPLATE_TEST_CASE("a token's parts add up to the same bits as the token",
-                   "[token_pass]",
+TEMPLATE_TEST_CASE("a token's splits add up to the same bits as the token",
+                   "[expert_mlp]",
                    float,
                    double,
                    BFloat16,
                    Half) {
-  for (const NamedKernels& capability : capabilities()) {
+  for (const Capability capability : capabilities()) {
     for (const int64_t experts : {1, 31, 32, 33, 64, 100}) {
       Problem<TestType> whole(5, experts, 50, 33, true, Activation::gelu, 3);
-      Problem<TestType> parts = whole;
-      whole.forward(*capability.kernels);
-      parts.forward_in_parts(*capability.kernels);
-      INFO(capability.name << ", " << experts << " experts");
-      CHECK(parts.hidden == whole.hidden);
-      CHECK(parts.gate == whole.gate);
-      CHECK(parts.out == whole.out);
+      Problem<TestType> splits = whole;
+      whole.forward(capability);
+      splits.forward_in_splits(capability);
+      INFO(name_of(capability) << ", " << experts << " experts");
+      CHECK(splits.hidden == whole.hidden);
+      CHECK(splits.gate == whole.gate);
+      CHECK(splits.out == whole.out);
     }
   }
 }
 
 TEMPLATE_TEST_CASE("every activation and its derivative, with and without gate",
-                   "[token_pass]",
+                   "[expert_mlp]",
                    float,
                    double) {
-  for (const NamedKernels& capability : capabilities()) {
+  for (const Capability capability : capabilities()) {
     for (const Activation activation : kActivations) {
       check_against_oracle<TestType>(capability, 12, 16, false, activation);
       check_against_oracle<TestType>(capability, 12, 16, true, activation);
@@ -224,41 +238,66 @@ TEMPLATE_TEST_CASE("every activation and its derivative, with and without gate",
   }
 }
 
-TEST_CASE("every half-precision value is read and written as itself", "[token_pass]") {
+namespace {
+
+// The element of a table that the gradient of one pair with coefficient 1 is rounded to.
+template <class Element>
+Element store_gradient(Capability capability, float value) {
+  const float one = 1;
+  const Pair pair = {.owner = 0, .id = 0};
+  const Chunk chunk = {.first = 0, .last = 1, .row = 0, .is_partial = false};
+  Element written{0x1234};
+  const TableGrad<Element> pass = {.width = 1,
+                                   .pairs_per_row = 1,
+                                   .coefficients = &one,
+                                   .source = {&value, 1},
+                                   .out = {&written, 1}};
+  const SegmentWork<float> work = {.pair_count = 1, .pairs = &pair, .chunks = &chunk};
+  kernels<TableGradKernels>(capability).of<Element>().sum_chunks(pass, work, false, 0, 1);
+  return written;
+}
+
+}  // namespace
+
+TEST_CASE("every half-precision value is read and written as itself", "[expert_mlp]") {
   // One expert of width 1 with weight 1 and hidden value 1: out is the table's element, widened.
-  // The expert pass writes it back.
-  for (const NamedKernels& capability : capabilities()) {
+  // The table's gradient writes it back.
+  for (const Capability capability : capabilities()) {
     int64_t wrong = 0;
     for (uint32_t bits = 0; bits < 0x10000; ++bits) {
-      Half up{uint16_t(bits)};
+      const Half up{uint16_t(bits)};
       const Half down{0x3c00};
       const float one = 1;
       const int64_t index = 0;
       float out, hidden;
-      const ExpertMlpForward<Half> forward = {1,    1,    1,       1,          Activation::identity,
-                                              &one, &one, &index,  {&down, 1}, {&up, 1},
-                                              {},   &out, &hidden, nullptr};
-      capability.kernels->experts<Half>().token_forward(forward, 0, 1);
+      const ExpertMlpForward<Half> forward = {.tokens = 1,
+                                              .experts = 1,
+                                              .experts_per_token = 1,
+                                              .dim = 1,
+                                              .activation = Activation::identity,
+                                              .x = &one,
+                                              .weights = &one,
+                                              .indices = &index,
+                                              .w_down = {&down, 1},
+                                              .w_up = {&up, 1},
+                                              .w_gate = {},
+                                              .out = &out,
+                                              .hidden = &hidden,
+                                              .gate = nullptr};
+      kernels<ExpertMlpKernels>(capability).of<Half>().forward(forward, 0, 1);
       const double expected = to_double(up);
       const bool is_read = std::isnan(expected) ? std::isnan(out) : double(out) == expected;
-
-      const Pair pair{0, 0};
-      const Chunk chunk{0, 1, 0, false};
-      Half written{0x1234};
-      const TableGrad<Half> pass = {1,      1,       &pair,         &one, {&out, 1},
-                                    &chunk, nullptr, {&written, 1}, {},   false};
-      capability.kernels->experts<Half>().sum_chunks(pass, 0, 1);
-      const bool is_written =
-          std::isnan(expected) ? std::isnan(to_double(written)) : to_double(written) == expected;
+      const double written = to_double(store_gradient<Half>(capability, out));
+      const bool is_written = std::isnan(expected) ? std::isnan(written) : written == expected;
       wrong += !is_read || !is_written;
     }
-    INFO(capability.name);
+    INFO(name_of(capability));
     CHECK(wrong == 0);
   }
 }
 
 TEMPLATE_TEST_CASE("sums are rounded to the nearest 16-bit value, ties to even",
-                   "[token_pass]",
+                   "[expert_mlp]",
                    BFloat16,
                    Half) {
   constexpr double step = kEpsilon<TestType>;
@@ -270,33 +309,11 @@ TEMPLATE_TEST_CASE("sums are rounded to the nearest 16-bit value, ties to even",
       {0, 0},
       {INFINITY, INFINITY},
       {3e38, std::is_same_v<TestType, Half> ? INFINITY : 0x1.c4p127}};
-  for (const NamedKernels& capability : capabilities()) {
+  for (const Capability capability : capabilities()) {
     for (const auto& [value, expected] : cases) {
-      const float source = value, one = 1;
-      const Pair pair{0, 0};
-      const Chunk chunk{0, 1, 0, false};
-      TestType written;
-      const TableGrad<TestType> pass = {1,      1,       &pair,         &one, {&source, 1},
-                                        &chunk, nullptr, {&written, 1}, {},   false};
-      capability.kernels->experts<TestType>().sum_chunks(pass, 0, 1);
-      INFO(capability.name << " " << value);
+      const TestType written = store_gradient<TestType>(capability, float(value));
+      INFO(name_of(capability) << " " << value);
       CHECK(to_double(written) == expected);
     }
-  }
-}
-
-TEMPLATE_TEST_CASE("a weighted sum of rows lands in its strip of the output and nowhere else",
-                   "[token_pass]",
-                   float,
-                   double) {
-  for (const NamedKernels& capability : capabilities()) {
-    const TestType table[] = {1, 2, 3, 10, 20, 30};
-    const TestType coefficients[] = {2, 1, -1, 3};
-    const int64_t indices[] = {0, 1, 1, 1};
-    std::vector<TestType> out(12, -7);
-    const GatherSum<TestType> pass = {
-        2, 2, 3, coefficients, indices, {table, 3}, {out.data() + 2, 6}};
-    capability.kernels->retrieval<TestType>().gather_sum(pass, 0, 2);
-    CHECK(out == std::vector<TestType>{-7, -7, 12, 24, 36, -7, -7, -7, 20, 40, 60, -7});
   }
 }

@@ -2,6 +2,7 @@
 #include <map>
 #include <set>
 
+#include "kernels/cpu/product_key_topk.h"
 #include "oracles/product_key_topk.h"
 #include "support.h"
 
@@ -20,33 +21,39 @@ struct Problem {
   std::vector<int64_t> indices = std::vector<int64_t>(tokens * heads * k, -1);
   int64_t tokens_per_block = kMaxTokensPerBlock;
 
-  void solve(const Kernels& kernels, int threads = 1) {
-    const ProductKeyTopkKernels<Real>& kernel = kernels.retrieval<Real>();
+  void solve(Capability capability, int threads = 1) {
+    const auto& kernel = kernels<ProductKeyTopkKernels>(capability).of<Real>();
     const auto pack = [&](const std::vector<Real>& keys, int64_t count, std::vector<Real>& packed) {
       const int64_t panels = (count + kernel.keys_per_panel - 1) / kernel.keys_per_panel;
       const int64_t key_heads = shared ? 1 : heads;
       packed.assign(key_heads * panels * kernel.keys_per_panel * half_width, Real(NAN));
-      const PackKeys<Real> pass = {count, half_width, keys.data(), packed.data()};
+      const PackKeys<Real> pass = {
+          .count = count, .half_width = half_width, .keys = keys.data(), .packed = packed.data()};
       on_threads(threads)(0, key_heads * panels, 1, [&](int64_t first, int64_t last) {
         kernel.pack_keys(pass, first, last);
       });
-      return PackedKeys<Real>{packed.data(), count,
-                              shared ? 0 : panels * kernel.keys_per_panel * half_width};
+      return Keys<Real>{
+          .data = packed.data(),
+          .count = count,
+          .head_stride = shared ? 0 : panels * kernel.keys_per_panel * half_width,
+      };
     };
     std::vector<Real> packed_rows, packed_columns;
-    ProductKeyTopk<Real> retrieval = {tokens,
-                                      heads,
-                                      half_width,
-                                      k,
-                                      tokens_per_block,
-                                      query.data(),
-                                      pack(row_keys, rows, packed_rows),
-                                      pack(col_keys, columns, packed_columns),
-                                      scores.data(),
-                                      indices.data()};
+    const ProductKeyTopk<Real> pass = {
+        .tokens = tokens,
+        .heads = heads,
+        .half_width = half_width,
+        .k = k,
+        .query = query.data(),
+        .rows = pack(row_keys, rows, packed_rows),
+        .columns = pack(col_keys, columns, packed_columns),
+        .scores = scores.data(),
+        .indices = indices.data(),
+    };
     const int64_t items = (tokens + tokens_per_block - 1) / tokens_per_block * heads;
-    on_threads(threads)(
-        0, items, 1, [&](int64_t first, int64_t last) { kernel.retrieve(retrieval, first, last); });
+    on_threads(threads)(0, items, 1, [&](int64_t first, int64_t last) {
+      kernel.product_key_topk(pass, tokens_per_block, first, last);
+    });
   }
 
   std::vector<Real> scores_of(int64_t token,
@@ -61,8 +68,8 @@ struct Problem {
 
 template <class Real>
 void check_against_brute_force(Problem<Real> problem, const std::string& what) {
-  for (const auto& [name, kernels] : capabilities()) {
-    problem.solve(*kernels);
+  for (const Capability capability : capabilities()) {
+    problem.solve(capability);
     int64_t wrong = 0;
     for (int64_t t = 0; t < problem.tokens; ++t) {
       for (int64_t h = 0; h < problem.heads; ++h) {
@@ -72,7 +79,7 @@ void check_against_brute_force(Problem<Real> problem, const std::string& what) {
                              problem.k, &problem.scores[first], &problem.indices[first]);
       }
     }
-    INFO(name << ": " << what);
+    INFO(name_of(capability) << ": " << what);
     CHECK(wrong == 0);
   }
 }
@@ -89,7 +96,7 @@ std::vector<Real> small_integers(Random& random, int64_t count, int64_t range) {
 }  // namespace
 
 TEMPLATE_TEST_CASE("retrieval equals brute force over all experts, ties included",
-                   "[retrieval]",
+                   "[product_key_topk]",
                    float,
                    double) {
   Random random(6);
@@ -117,7 +124,7 @@ TEMPLATE_TEST_CASE("retrieval equals brute force over all experts, ties included
 }
 
 TEMPLATE_TEST_CASE("retrieval equals brute force where the group filter works",
-                   "[retrieval]",
+                   "[product_key_topk]",
                    float,
                    double) {
   Random random(7);
@@ -131,7 +138,7 @@ TEMPLATE_TEST_CASE("retrieval equals brute force where the group filter works",
 }
 
 TEMPLATE_TEST_CASE("retrieval equals brute force at every key width and number around the panels",
-                   "[retrieval]",
+                   "[product_key_topk]",
                    float,
                    double) {
   Random random(9);
@@ -148,7 +155,7 @@ TEMPLATE_TEST_CASE("retrieval equals brute force at every key width and number a
   }
 }
 
-TEMPLATE_TEST_CASE("a block may hold any number of tokens", "[retrieval]", float, double) {
+TEMPLATE_TEST_CASE("a block may hold any number of tokens", "[product_key_topk]", float, double) {
   Random random(10);
   const auto query = small_integers<TestType>(random, 21 * 3 * 14, 20);
   const auto row_keys = small_integers<TestType>(random, 90 * 7, 20);
@@ -160,7 +167,7 @@ TEMPLATE_TEST_CASE("a block may hold any number of tokens", "[retrieval]", float
   }
 }
 
-TEMPLATE_TEST_CASE("k may be all experts", "[retrieval]", float, double) {
+TEMPLATE_TEST_CASE("k may be all experts", "[product_key_topk]", float, double) {
   Random random(8);
   check_against_brute_force<TestType>(
       {5, 1, 2, 9, 11, 99, true, small_integers<TestType>(random, 5 * 4, 3),
@@ -170,7 +177,7 @@ TEMPLATE_TEST_CASE("k may be all experts", "[retrieval]", float, double) {
 
 TEMPLATE_TEST_CASE(
     "NaN, infinities of either sign and minus zero are ordered as brute force orders them",
-    "[retrieval]",
+    "[product_key_topk]",
     float,
     double) {
   using limits = std::numeric_limits<TestType>;
@@ -206,11 +213,49 @@ TEMPLATE_TEST_CASE(
   }
 }
 
-TEMPLATE_TEST_CASE(
-    "opposite infinities win over finite scores even where one of them is last in its half",
-    "[retrieval]",
-    float,
-    double) {
+namespace {
+
+// The result of one query whose sub-scores are these.
+template <class Real>
+std::pair<std::vector<Real>, std::vector<int64_t>> retrieve(Capability capability,
+                                                            const std::vector<Real>& rows,
+                                                            const std::vector<Real>& columns,
+                                                            int64_t k) {
+  const int64_t row_count = rows.size(), column_count = columns.size();
+  Problem<Real> problem{1, 1, 1, row_count, column_count, k, true, {1, 1}, rows, columns};
+  problem.solve(capability);
+  return {problem.scores, problem.indices};
+}
+
+}  // namespace
+
+TEMPLATE_TEST_CASE("an infinite sub-score counts as the largest finite number of its sign",
+                   "[product_key_topk]",
+                   float,
+                   double) {
+  const TestType inf = std::numeric_limits<TestType>::infinity();
+  const TestType max = std::numeric_limits<TestType>::max();
+  using Scores = std::vector<TestType>;
+  using Ids = std::vector<int64_t>;
+  for (const Capability capability : capabilities()) {
+    INFO(name_of(capability));
+    const auto opposite = retrieve<TestType>(capability, {inf, 5}, {-inf, 0}, 4);
+    CHECK(opposite.first == Scores{max, 5, 0, -max});
+    CHECK(opposite.second == Ids{1, 3, 0, 2});
+    const auto equal = retrieve<TestType>(capability, {1, max, inf, -inf, -max}, {0}, 5);
+    CHECK(equal.first == Scores{max, max, 1, -max, -max});
+    CHECK(equal.second == Ids{1, 2, 0, 3, 4});
+    // A sum of finite sub-scores may overflow.
+    const auto overflow = retrieve<TestType>(capability, {-inf, inf}, {inf, -inf}, 4);
+    CHECK(overflow.first == Scores{inf, 0, 0, -inf});
+    CHECK(overflow.second == Ids{2, 3, 0, 1});
+  }
+}
+
+TEMPLATE_TEST_CASE("infinities among many keys are ordered as brute force orders them",
+                   "[product_key_topk]",
+                   float,
+                   double) {
   const TestType inf = std::numeric_limits<TestType>::infinity();
   std::vector<TestType> col_keys(300);
   for (int i = 0; i < 300; ++i) {
@@ -225,7 +270,7 @@ TEMPLATE_TEST_CASE(
 
 TEMPLATE_TEST_CASE(
     "NaNs that hide an infinity from the list of the best fill the result themselves",
-    "[retrieval]",
+    "[product_key_topk]",
     float,
     double) {
   const TestType inf = std::numeric_limits<TestType>::infinity();
@@ -243,10 +288,11 @@ TEMPLATE_TEST_CASE(
   }
 }
 
-TEST_CASE("ids are distinct and in range for rows that defeat a filter on floats", "[retrieval]") {
+TEST_CASE("ids are distinct and in range for rows that defeat a filter on floats",
+          "[product_key_topk]") {
   const float nan = std::numeric_limits<float>::quiet_NaN(),
               inf = std::numeric_limits<float>::infinity();
-  for (const auto& [name, kernels] : capabilities()) {
+  for (const Capability capability : capabilities()) {
     for (const float value : {0.0f, nan, inf, -inf, 1e38f}) {
       Problem<float> problem{3,
                              2,
@@ -258,11 +304,11 @@ TEST_CASE("ids are distinct and in range for rows that defeat a filter on floats
                              std::vector<float>(48, value),
                              std::vector<float>(2048, 1),
                              std::vector<float>(2048, 1)};
-      problem.solve(*kernels);
+      problem.solve(capability);
       for (int64_t list = 0; list < 6; ++list) {
         const std::set<int64_t> ids(problem.indices.begin() + list * 32,
                                     problem.indices.begin() + (list + 1) * 32);
-        INFO(name << " value " << value);
+        INFO(name_of(capability) << " value " << value);
         CHECK(ids.size() == 32);
         CHECK(*ids.begin() >= 0);
         CHECK(*ids.rbegin() < 512 * 512);
@@ -271,21 +317,42 @@ TEST_CASE("ids are distinct and in range for rows that defeat a filter on floats
   }
 }
 
-TEST_CASE("results do not depend on the number of threads", "[retrieval]") {
+TEST_CASE("results do not depend on the number of threads", "[product_key_topk]") {
   Random random(10);
   const std::vector<float> query = random.normal<float>(100 * 3 * 16),
                            row_keys = random.normal<float>(200 * 8),
                            col_keys = random.normal<float>(300 * 8);
-  for (const auto& [name, kernels] : capabilities()) {
+  for (const Capability capability : capabilities()) {
     Problem<float> one{100, 3, 8, 200, 300, 8, true, query, row_keys, col_keys};
-    one.solve(*kernels);
+    one.solve(capability);
     for (const int threads : {2, 3, 8}) {
       Problem<float> many{100, 3, 8, 200, 300, 8, true, query, row_keys, col_keys};
-      many.solve(*kernels, threads);
-      INFO(name << " threads " << threads);
+      many.solve(capability, threads);
+      INFO(name_of(capability) << " threads " << threads);
       CHECK(std::memcmp(one.scores.data(), many.scores.data(), one.scores.size() * sizeof(float)) ==
             0);
       CHECK(one.indices == many.indices);
     }
+  }
+}
+
+TEMPLATE_TEST_CASE("a weighted sum of rows lands in its strip of the output and nowhere else",
+                   "[product_key_topk]",
+                   float,
+                   double) {
+  for (const Capability capability : capabilities()) {
+    const TestType table[] = {1, 2, 3, 10, 20, 30};
+    const TestType coefficients[] = {2, 1, -1, 3};
+    const int64_t indices[] = {0, 1, 1, 1};
+    std::vector<TestType> out(12, -7);
+    const GatherSum<TestType> pass = {.items = 2,
+                                      .terms = 2,
+                                      .width = 3,
+                                      .coefficients = coefficients,
+                                      .indices = indices,
+                                      .table = {table, 3},
+                                      .out = {out.data() + 2, 6}};
+    kernels<ProductKeyTopkKernels>(capability).of<TestType>().gather_sum(pass, 0, 2);
+    CHECK(out == std::vector<TestType>{-7, -7, 12, 24, 36, -7, -7, -7, 20, 40, 60, -7});
   }
 }

@@ -1,3 +1,4 @@
+#include "kernels/cpu/table_grad.h"
 #include "support.h"
 
 using namespace peer;
@@ -26,36 +27,31 @@ struct Problem {
     source = random.normal<Real>(rows * width);
   }
 
-  // `offset` elements before the rows, which then start at an aligned address only where it is 0.
-  std::vector<Element> solve(const Kernels& kernels,
+  // `offset`: elements before the rows. The rows start at an aligned address only if it is 0.
+  std::vector<Element> solve(Capability capability,
                              int threads,
-                             bool exceeds_caches = false,
+                             bool nontemporal = false,
                              int64_t offset = 0) const {
     const ParallelFor parallel_for = on_threads(threads);
-    const auto pairs =
-        make_segments(owners.data(), owners.size(), owner_count, parallel_for, plain_memory);
-    const SegmentPlan plan =
-        plan_expert_pass(pairs, OutputRows::by_owner, parallel_for, plain_memory);
+    const Segments segments = make_segments(owners.data(), owners.size(), owner_count,
+                                            OutputRows::by_owner, parallel_for, plain_memory);
     std::vector<Element> memory(owner_count * width + offset + 64, Element{});
     const int64_t misaligned = reinterpret_cast<uintptr_t>(memory.data()) % 64 / sizeof(Element);
     Element* out =
         memory.data() + (misaligned == 0 ? 0 : 64 / sizeof(Element) - misaligned) + offset;
-    std::vector<Real> partial_sums(plan.partial_rows * width);
-    const TableGrad<Element> pass = {width,
-                                     pairs_per_row,
-                                     pairs.data(),
-                                     coefficients.data(),
-                                     {source.data(), width},
-                                     plan.chunks.data(),
-                                     plan.split_segments.data(),
-                                     {out, width},
-                                     {partial_sums.data(), width},
-                                     exceeds_caches};
-    const ExpertKernels<Element>& kernel = kernels.experts<Element>();
-    parallel_for(0, plan.chunks.size(), 1,
-                 [&](int64_t first, int64_t last) { kernel.sum_chunks(pass, first, last); });
-    parallel_for(0, plan.split_segments.size(), 1, [&](int64_t first, int64_t last) {
-      kernel.sum_split_segments(pass, first, last);
+    std::vector<Real> partial_sums(segments.partial_rows * width);
+    const TableGrad<Element> pass = {.width = width,
+                                     .pairs_per_row = pairs_per_row,
+                                     .coefficients = coefficients.data(),
+                                     .source = {source.data(), width},
+                                     .out = {out, width}};
+    const SegmentWork<Real> work = segments.work(Rows<Real>{partial_sums.data(), width});
+    const auto& kernel = kernels<TableGradKernels>(capability).of<Element>();
+    parallel_for(0, segments.chunks.size(), 1, [&](int64_t first, int64_t last) {
+      kernel.sum_chunks(pass, work, nontemporal, first, last);
+    });
+    parallel_for(0, segments.split_segments.size(), 1, [&](int64_t first, int64_t last) {
+      kernel.sum_split_segments(pass, work, first, last);
     });
     return {out, out + owner_count * width};
   }
@@ -82,15 +78,15 @@ struct Problem {
 }  // namespace
 
 TEMPLATE_TEST_CASE("a table's gradient is the sum over the pairs of each row",
-                   "[expert_pass]",
+                   "[table_grad]",
                    float,
                    double,
                    BFloat16,
                    Half) {
-  for (const auto& [name, kernels] : capabilities()) {
+  for (const Capability capability : capabilities()) {
     for (const int64_t width : {1, 3, 4, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 100, 129}) {
       const Problem<TestType> problem(60, 6, 29, width, 0, 3);
-      const std::vector<TestType> result = problem.solve(*kernels, 1);
+      const std::vector<TestType> result = problem.solve(capability, 1);
       const auto [sums, magnitudes] = problem.oracle();
       double worst = 0;
       for (size_t i = 0; i < sums.size(); ++i) {
@@ -98,19 +94,19 @@ TEMPLATE_TEST_CASE("a table's gradient is the sum over the pairs of each row",
                              64 * kEpsilon<accumulation_t<TestType>> * magnitudes[i] + 1e-7;
         worst = std::max(worst, std::abs(to_double(result[i]) - sums[i]) / bound);
       }
-      INFO(name << " width " << width);
+      INFO(name_of(capability) << " width " << width);
       CHECK(worst <= 1);
     }
   }
 }
 
 TEMPLATE_TEST_CASE("one hot expert is summed right, and the same for any number of threads",
-                   "[expert_pass]",
+                   "[table_grad]",
                    float,
                    BFloat16) {
-  for (const auto& [name, kernels] : capabilities()) {
+  for (const Capability capability : capabilities()) {
     const Problem<TestType> problem(300, 10, 50, 37, 2500, 4);
-    const std::vector<TestType> one = problem.solve(*kernels, 1);
+    const std::vector<TestType> one = problem.solve(capability, 1);
     const auto [sums, magnitudes] = problem.oracle();
     for (size_t i = 0; i < sums.size(); ++i) {
       const double bound =
@@ -118,27 +114,28 @@ TEMPLATE_TEST_CASE("one hot expert is summed right, and the same for any number 
       REQUIRE(std::abs(to_double(one[i]) - sums[i]) <= bound);
     }
     for (const int threads : {2, 3, 8}) {
-      const std::vector<TestType> many = problem.solve(*kernels, threads);
-      INFO(name << " threads " << threads);
+      const std::vector<TestType> many = problem.solve(capability, threads);
+      INFO(name_of(capability) << " threads " << threads);
       CHECK(std::memcmp(one.data(), many.data(), one.size() * sizeof(TestType)) == 0);
     }
   }
 }
 
 TEMPLATE_TEST_CASE("rows written past the caches hold the same bits",
-                   "[expert_pass]",
+                   "[table_grad]",
                    float,
                    double,
                    BFloat16,
                    Half) {
-  for (const auto& [name, kernels] : capabilities()) {
+  for (const Capability capability : capabilities()) {
     for (const int64_t width : {1, 16, 40, 64, 100, 128, 192}) {
       const Problem<TestType> problem(60, 6, 29, width, 200, 5);
-      const std::vector<TestType> stored = problem.solve(*kernels, 1);
+      const std::vector<TestType> stored = problem.solve(capability, 1);
       for (const int64_t offset : {0, 1}) {
-        const std::vector<TestType> streamed = problem.solve(*kernels, 3, true, offset);
-        INFO(name << " width " << width << " offset " << offset);
-        CHECK(std::memcmp(stored.data(), streamed.data(), stored.size() * sizeof(TestType)) == 0);
+        const std::vector<TestType> nontemporal = problem.solve(capability, 3, true, offset);
+        INFO(name_of(capability) << " width " << width << " offset " << offset);
+        CHECK(std::memcmp(stored.data(), nontemporal.data(), stored.size() * sizeof(TestType)) ==
+              0);
       }
     }
   }

@@ -2,8 +2,9 @@
 #include <tuple>
 
 #include "kernels/cpu/stochastic_rounding.h"
+#include "kernels/cpu/table_update.h"
 #include "kernels/random_bits.h"
-#include "oracles/table_update.h"
+#include "problems/table_update.h"
 #include "support.h"
 
 using namespace peer;
@@ -12,97 +13,64 @@ using namespace peer::test;
 
 namespace {
 
-// Where the gradients of the rows come from.
-enum class Given { dense, distinct_rows, pairs, pairs_with_coefficients };
+// Rows lie further apart than they are long.
+constexpr int64_t kPadding = 5;
 
-// One update of a table: what it is given, the kernels' result, and the obvious one in double.
 template <class Table, class Source>
-struct Problem {
-  using Real = accumulation_t<Table>;
+struct Problem : TableUpdateProblem<Table, Source> {
+  using Base = TableUpdateProblem<Table, Source>;
+  using Base::given, Base::rows, Base::parts, Base::width, Base::stride, Base::pairs_per_row;
+  using Base::owners, Base::source, Base::coefficients, Base::start;
+  using Real = typename Base::Real;
 
-  // `runs`: how many pairs each of the first rows has; the other rows have none, or one where the
-  // rows are given as they are.
   Problem(Given given,
           int64_t rows,
           int64_t parts,
           int64_t width,
-          std::vector<int64_t> runs,
+          const std::vector<int64_t>& segments,
           uint64_t seed)
-      : given(given), rows(rows), parts(parts), width(width), stride(parts * width + 5) {
-    Random random(seed);
-    if (given == Given::dense || given == Given::distinct_rows) {
-      for (int64_t row = 0; row < rows; row += given == Given::dense ? 1 : 3) {
-        owners.push_back(row);
-      }
-    } else {
-      for (size_t row = 0; row < runs.size(); ++row) {
-        owners.insert(owners.end(), runs[row], 2 * row + 1);
-      }
-      pairs_per_row = given == Given::pairs ? 1 : 2;
-      owners.resize((owners.size() + 1) / 2 * 2, rows - 1);
-      std::shuffle(owners.begin(), owners.end(), std::mt19937_64(seed));
-    }
-    source = random.normal<Source>(owners.size() / pairs_per_row * stride);
-    coefficients = random.normal<Real>(parts * owners.size());
-    start.table = random.normal<Table>(rows * stride);
-    start.momentum = random.normal<Table>(rows * stride);
-    for (const double value : random.normal<double>(rows * parts)) {
-      start.second_moments.push_back(Real(std::abs(value)));
-    }
-    for (const int64_t value : random.integers(rows, 4)) {
-      start.row_steps.push_back(value);
-    }
-  }
+      : Base(given, rows, parts, width, segments, seed, kPadding) {}
 
-  State<Table> solve(const Kernels& kernels,
+  State<Table> solve(Capability capability,
                      const Hyperparameters& h,
                      int threads,
                      bool stochastic_rounding = false) const {
     const ParallelFor parallel_for = on_threads(threads);
     State<Table> state = start;
-    TableUpdate<Table, Source> update = {};
-    update.parts = parts;
-    update.width = width;
-    update.source = {source.data(), stride};
-    update.table = {state.table.data(), stride};
-    update.rule = rule_of<Table>(h, {state.momentum.data(), stride}, state);
-    update.stochastic_rounding = stochastic_rounding;
-    update.key = 17;
-    const UpdateKernels<Table, Source>& kernel = kernels.experts<Table>().template update<Source>();
-    if (given == Given::dense || given == Given::distinct_rows) {
-      update.ids = given == Given::dense ? nullptr : owners.data();
-      parallel_for(0, owners.size(), 1,
-                   [&](int64_t first, int64_t last) { kernel.update_rows(update, first, last); });
+    const TableUpdate<Table, Source> update = {
+        .parts = parts,
+        .width = width,
+        .table = {state.table.data(), stride},
+        .rule = rule_of<Table>(h, {state.momentum.data(), stride}, state),
+        .stochastic_rounding = stochastic_rounding,
+        .key = 17,
+        .source = {source.data(), stride},
+        .pairs_per_row = pairs_per_row,
+        .coefficients = this->given_coefficients(),
+    };
+    const auto& kernel = kernels<TableUpdateKernels>(capability).of<Table, Source>();
+    if (!this->has_pairs()) {
+      const int64_t* ids = given == Given::dense ? nullptr : owners.data();
+      parallel_for(0, owners.size(), 1, [&](int64_t first, int64_t last) {
+        kernel.update_rows(update, ids, first, last);
+      });
       return state;
     }
-    const auto pairs =
-        make_segments(owners.data(), owners.size(), rows, parallel_for, plain_memory);
-    const SegmentPlan plan =
-        plan_expert_pass(pairs, OutputRows::by_owner, parallel_for, plain_memory);
-    std::vector<Real> partial_sums(plan.partial_rows * parts * width);
-    update.pairs_per_row = pairs_per_row;
-    update.pair_count = owners.size();
-    update.pairs = pairs.data();
-    update.coefficients = given == Given::pairs ? nullptr : coefficients.data();
-    update.chunks = plan.chunks.data();
-    update.split_segments = plan.split_segments.data();
-    update.partial_sums = {partial_sums.data(), parts * width};
-    parallel_for(0, plan.chunks.size(), 1,
-                 [&](int64_t first, int64_t last) { kernel.update_chunks(update, first, last); });
-    parallel_for(0, plan.split_segments.size(), 1, [&](int64_t first, int64_t last) {
-      kernel.update_split_segments(update, first, last);
+    const Segments segments = make_segments(owners.data(), owners.size(), rows,
+                                            OutputRows::by_owner, parallel_for, plain_memory);
+    std::vector<Real> partial_sums(segments.partial_rows * parts * width);
+    const SegmentWork<Real> work = segments.work(Rows<Real>{partial_sums.data(), parts * width});
+    parallel_for(0, segments.chunks.size(), 1, [&](int64_t first, int64_t last) {
+      kernel.update_chunks(update, work, first, last);
+    });
+    parallel_for(0, segments.split_segments.size(), 1, [&](int64_t first, int64_t last) {
+      kernel.update_split_segments(update, work, first, last);
     });
     return state;
   }
 
-  Gradients gradients() const {
-    return sum_gradients(owners, rows, parts, width, source.data(), stride, pairs_per_row,
-                         given == Given::pairs_with_coefficients ? coefficients.data() : nullptr);
-  }
-
   double distance(const State<Table>& result, const Hyperparameters& h) const {
-    return distance_from_rule(h, gradients(), start, result, rows, parts, width, stride,
-                              40 * kEpsilon<Real>);
+    return Base::distance(result, h, 40 * kEpsilon<Real>);
   }
 
   // The state of a part, without what lies between the rows.
@@ -134,13 +102,6 @@ struct Problem {
                               &coefficients[part * owners.size()] + owners.size());
     return alone;
   }
-
-  Given given;
-  int64_t rows, parts, width, stride, pairs_per_row = 1;
-  std::vector<int64_t> owners;
-  std::vector<Source> source;
-  std::vector<Real> coefficients;
-  State<Table> start;
 };
 
 constexpr Given kGiven[] = {Given::dense, Given::distinct_rows, Given::pairs,
@@ -149,7 +110,7 @@ constexpr Given kGiven[] = {Given::dense, Given::distinct_rows, Given::pairs,
 }  // namespace
 
 TEMPLATE_TEST_CASE("every rule updates the rows that have pairs, and no others",
-                   "[row_update]",
+                   "[table_update]",
                    (std::tuple<float, float>),
                    (std::tuple<double, double>),
                    (std::tuple<BFloat16, BFloat16>),
@@ -158,15 +119,16 @@ TEMPLATE_TEST_CASE("every rule updates the rows that have pairs, and no others",
                    (std::tuple<Half, float>)) {
   using Table = std::tuple_element_t<0, TestType>;
   using Source = std::tuple_element_t<1, TestType>;
-  for (const auto& [name, kernels] : capabilities()) {
+  for (const Capability capability : capabilities()) {
     for (const int64_t width : {1, 3, 7, 8, 9, 31, 33, 100}) {
       for (const Given given : kGiven) {
         const int64_t parts = 1 + width % 3;
         const Problem<Table, Source> problem(given, 20, parts, width, {1, 2, 7, 0, 3, 5}, 3);
         for (const Hyperparameters& rule : kRules) {
-          INFO(name << " parts " << parts << " width " << width << " given " << int(given)
-                    << " rule " << int(rule.rule) << " nesterov " << rule.nesterov);
-          CHECK(problem.distance(problem.solve(*kernels, rule, 1), rule) <= 1);
+          INFO(name_of(capability)
+               << " parts " << parts << " width " << width << " given " << int(given) << " rule "
+               << int(rule.rule) << " nesterov " << rule.nesterov);
+          CHECK(problem.distance(problem.solve(capability, rule, 1), rule) <= 1);
         }
       }
     }
@@ -174,22 +136,22 @@ TEMPLATE_TEST_CASE("every rule updates the rows that have pairs, and no others",
 }
 
 TEMPLATE_TEST_CASE("rows with many pairs are updated once, and the same for any number of threads",
-                   "[row_update]",
+                   "[table_update]",
                    float,
                    BFloat16) {
-  for (const auto& [name, kernels] : capabilities()) {
+  for (const Capability capability : capabilities()) {
     for (const Given given : kGiven) {
       const Problem<TestType, float> problem(given, 40, 2, 37, {1, 128, 129, 1000, 2, 256, 257}, 4);
       for (const Hyperparameters& rule : kRules) {
-        const State<TestType> one = problem.solve(*kernels, rule, 1);
-        const State<TestType> stochastic = problem.solve(*kernels, rule, 1, true);
-        INFO(name << " given " << int(given) << " rule " << int(rule.rule));
+        const State<TestType> one = problem.solve(capability, rule, 1);
+        const State<TestType> stochastic = problem.solve(capability, rule, 1, true);
+        INFO(name_of(capability) << " given " << int(given) << " rule " << int(rule.rule));
         CHECK(problem.distance(one, rule) <= 1);
         CHECK((stochastic == one) == std::is_same_v<TestType, float>);
         for (const int threads : {2, 3, 8}) {
           INFO("threads " << threads);
-          CHECK(problem.solve(*kernels, rule, threads) == one);
-          CHECK(problem.solve(*kernels, rule, threads, true) == stochastic);
+          CHECK(problem.solve(capability, rule, threads) == one);
+          CHECK(problem.solve(capability, rule, threads, true) == stochastic);
         }
       }
     }
@@ -197,17 +159,18 @@ TEMPLATE_TEST_CASE("rows with many pairs are updated once, and the same for any 
 }
 
 // Stochastic rounding aside, whose bits go by the column in the row.
-TEMPLATE_TEST_CASE("parts are updated as tables of their own", "[row_update]", float, double) {
-  for (const auto& [name, kernels] : capabilities()) {
+TEMPLATE_TEST_CASE("parts are updated as tables of their own", "[table_update]", float, double) {
+  for (const Capability capability : capabilities()) {
     for (const Given given : kGiven) {
       for (const int64_t width : {7, 32}) {
         const Problem<TestType, TestType> whole(given, 20, 3, width, {1, 2, 130, 0, 3, 300}, 5);
         for (const Hyperparameters& rule : kRules) {
-          const State<TestType> result = whole.solve(*kernels, rule, 1);
+          const State<TestType> result = whole.solve(capability, rule, 1);
           for (int64_t part = 0; part < whole.parts; ++part) {
             const Problem<TestType, TestType> alone = whole.part(part);
-            const State<TestType> expected = alone.solve(*kernels, rule, 1);
-            INFO(name << " given " << int(given) << " rule " << int(rule.rule) << " part " << part);
+            const State<TestType> expected = alone.solve(capability, rule, 1);
+            INFO(name_of(capability)
+                 << " given " << int(given) << " rule " << int(rule.rule) << " part " << part);
             CHECK(whole.part_of(result, part) == alone.part_of(expected, 0));
           }
         }
@@ -221,22 +184,21 @@ namespace {
 // Stochastic rounding of values by the kernels: rows of zeros from which their negatives are
 // subtracted.
 template <class Table>
-std::vector<Table> round_stochastically(const Kernels& kernels,
+std::vector<Table> round_stochastically(Capability capability,
                                         const std::vector<float>& values,
                                         int64_t rows,
                                         uint64_t key) {
   const int64_t width = values.size() / rows;
   std::vector<Table> table(values.size(), Table{});
-  TableUpdate<Table, float> update = {};
-  update.width = width;
-  update.source = {values.data(), width};
-  update.table = {table.data(), width};
-  update.rule.rule = Rule::sgd;
-  update.rule.lr = -1;
-  update.rule.decay_factor = 1;
-  update.stochastic_rounding = true;
-  update.key = key;
-  kernels.experts<Table>().update_by_wide.update_rows(update, 0, rows);
+  const TableUpdate<Table, float> update = {
+      .width = width,
+      .table = {table.data(), width},
+      .rule = {.rule = Rule::sgd, .lr = -1, .decay_factor = 1},
+      .stochastic_rounding = true,
+      .key = key,
+      .source = {values.data(), width},
+  };
+  kernels<TableUpdateKernels>(capability).of<Table, float>().update_rows(update, nullptr, 0, rows);
   return table;
 }
 
@@ -254,7 +216,7 @@ std::pair<double, double> neighbours(double value) {
 }  // namespace
 
 // 6 standard deviations: a right kernel fails one of these comparisons in 5·10^8.
-TEMPLATE_TEST_CASE("stochastic rounding is unbiased", "[row_update]", BFloat16, Half) {
+TEMPLATE_TEST_CASE("stochastic rounding is unbiased", "[table_update]", BFloat16, Half) {
   constexpr int64_t kRows = 400, kWidth = 250;
   const bool is_half = std::is_same_v<TestType, Half>;
   std::vector<float> values = {1.001f, 1.0001f, 3.14159f, 1023.9f, 0.1f, 6.1e-5f};
@@ -265,7 +227,7 @@ TEMPLATE_TEST_CASE("stochastic rounding is unbiased", "[row_update]", BFloat16, 
   } else {
     values.insert(values.end(), {1e-30f, 3e38f, 3.4e38f, 0x1p-127f, 0x1p-133f * 0.3f, 0x1p-140f});
   }
-  for (const auto& [name, kernels] : capabilities()) {
+  for (const Capability capability : capabilities()) {
     for (const float value : values) {
       const auto [below, above] = neighbours<TestType>(value);
       // Infinity stands where the next value would be.
@@ -273,16 +235,17 @@ TEMPLATE_TEST_CASE("stochastic rounding is unbiased", "[row_update]", BFloat16, 
       const double up = (value - below) / (next - below);
       int64_t ups = 0;
       const auto rounded = round_stochastically<TestType>(
-          *kernels, std::vector<float>(kRows * kWidth, value), kRows, 5);
+          capability, std::vector<float>(kRows * kWidth, value), kRows, 5);
       for (const TestType& each : rounded) {
         REQUIRE((to_double(each) == below || to_double(each) == above));
         ups += to_double(each) == above;
       }
       const double count = kRows * kWidth;
-      INFO(name << " value " << value << " expected " << up * count << " got " << ups);
+      INFO(name_of(capability) << " value " << value << " expected " << up * count << " got "
+                               << ups);
       CHECK(std::abs(ups - up * count) <= 6 * std::sqrt(count * up * (1 - up)) + 1);
       const auto negative = round_stochastically<TestType>(
-          *kernels, std::vector<float>(kRows * kWidth, -value), kRows, 5);
+          capability, std::vector<float>(kRows * kWidth, -value), kRows, 5);
       for (size_t i = 0; i < rounded.size(); ++i) {
         REQUIRE(to_double(negative[i]) == -to_double(rounded[i]));
       }
@@ -291,30 +254,30 @@ TEMPLATE_TEST_CASE("stochastic rounding is unbiased", "[row_update]", BFloat16, 
 }
 
 TEMPLATE_TEST_CASE("what a 16-bit type holds is rounded to itself",
-                   "[row_update]",
+                   "[table_update]",
                    BFloat16,
                    Half) {
   std::vector<float> values;
   for (int bits = 0; bits < 0x10000; ++bits) {
     values.push_back(float(to_double(TestType{uint16_t(bits)})));
   }
-  for (const auto& [name, kernels] : capabilities()) {
+  for (const Capability capability : capabilities()) {
     for (const uint64_t key : {1, 2, 3}) {
-      const auto rounded = round_stochastically<TestType>(*kernels, values, 256, key);
+      const auto rounded = round_stochastically<TestType>(capability, values, 256, key);
       int64_t changed = 0;
       for (int bits = 0; bits < 0x10000; ++bits) {
         const double expected = to_double(TestType{uint16_t(bits)});
         const double actual = to_double(rounded[bits]);
         changed += std::isnan(expected) ? !std::isnan(actual) : actual != expected;
       }
-      INFO(name);
+      INFO(name_of(capability));
       CHECK(changed == 0);
     }
   }
 }
 
 TEMPLATE_TEST_CASE("stochastic rounding has the same bits on every capability, in [below, above]",
-                   "[row_update]",
+                   "[table_update]",
                    BFloat16,
                    Half) {
   Random random(6);
@@ -327,7 +290,7 @@ TEMPLATE_TEST_CASE("stochastic rounding has the same bits on every capability, i
   for (const int64_t bits : random.integers(7000 - values.size(), int64_t(1) << 32)) {
     values.push_back(std::bit_cast<float>(uint32_t(bits)));
   }
-  const auto expected = round_stochastically<TestType>(*kernels_for("default"), values, 70, 9);
+  const auto expected = round_stochastically<TestType>(Capability::baseline, values, 70, 9);
   for (size_t i = 0; i < values.size(); ++i) {
     const double value = values[i], rounded = to_double(expected[i]);
     INFO(value << " to " << rounded);
@@ -339,16 +302,16 @@ TEMPLATE_TEST_CASE("stochastic rounding has the same bits on every capability, i
       REQUIRE((rounded == 0 || std::signbit(rounded) == std::signbit(value)));
     }
   }
-  for (const auto& [name, kernels] : capabilities()) {
-    const auto result = round_stochastically<TestType>(*kernels, values, 70, 9);
-    INFO(name);
+  for (const Capability capability : capabilities()) {
+    const auto result = round_stochastically<TestType>(capability, values, 70, 9);
+    INFO(name_of(capability));
     CHECK(std::memcmp(result.data(), expected.data(), result.size() * sizeof(TestType)) == 0);
   }
 }
 
 TEMPLATE_TEST_CASE(
     "neither the smallest nor the largest random word moves what a 16-bit type holds",
-    "[row_update]",
+    "[table_update]",
     BFloat16,
     Half) {
   using namespace baseline;
@@ -371,7 +334,7 @@ TEMPLATE_TEST_CASE(
 }
 
 // A bit is wrong half of the time, or depends on another; 6 standard deviations, as above.
-TEST_CASE("random words are balanced, and differ by row, column and key", "[row_update]") {
+TEST_CASE("random words are balanced, and differ by row, column and key", "[table_update]") {
   constexpr int64_t kRows = 300, kColumns = 300;
   const double count = kRows * kColumns, allowed = 6 * std::sqrt(count) / 2;
   std::array<int64_t, 32> ones = {}, same_in_next_row = {}, same_in_next_column = {},

@@ -1,4 +1,5 @@
-// What the tests of the CUDA kernels share.
+// Set-up that the tests of the CUDA kernels share. They run on a device that is emulated on the
+// CPU.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -8,12 +9,12 @@
 #include <memory>
 #include <vector>
 
-#include "kernels/cuda/kernels.h"
+#include "kernels/cuda/launch.h"
 #include "support.h"
 
 namespace peer::test {
 
-// Memory as the allocator of a device gives it: what was there before, here NaN.
+// Like the memory of a device's allocator, it holds what was there before. Here that is NaN.
 inline std::shared_ptr<void> used_memory(int64_t bytes) {
   const std::shared_ptr<void> memory = plain_memory(bytes);
   std::memset(memory.get(), 0xff, bytes);
@@ -22,7 +23,7 @@ inline std::shared_ptr<void> used_memory(int64_t bytes) {
 
 inline const cuda::Context kContext = {nullptr, used_memory};
 
-// The element types of a table, and of what goes with it, as instantiated.
+// The element types of a table and of the inputs beside it.
 template <class TableType, class SourceType>
 struct Types {
   using Table = TableType;
@@ -33,30 +34,18 @@ struct Types {
   (Types<float, float>), (Types<double, double>), (Types<BFloat16, BFloat16>), \
       (Types<BFloat16, float>), (Types<Half, Half>), (Types<Half, float>)
 
-// For as long as it lives, the device has so many sm_count.
-class Multiprocessors {
+// Sets the number of SMs of the emulated device for the lifetime of the object.
+class ScopedSmCount {
  public:
-  explicit Multiprocessors(int count) : before_(multiprocessors_played) {
-    multiprocessors_played = count;
-  }
-  ~Multiprocessors() { multiprocessors_played = before_; }
+  explicit ScopedSmCount(int count) : before_(emulated_sm_count) { emulated_sm_count = count; }
+  ~ScopedSmCount() { emulated_sm_count = before_; }
 
  private:
   int before_;
 };
 
-// Owners of runs of so many pairs, shuffled.
-inline std::vector<int64_t> owners_of_runs(const std::vector<int64_t>& runs) {
-  std::vector<int64_t> owners;
-  for (size_t owner = 0; owner < runs.size(); ++owner) {
-    owners.insert(owners.end(), runs[owner], owner);
-  }
-  std::shuffle(owners.begin(), owners.end(), std::mt19937_64(7));
-  return owners;
-}
-
-// Rows in memory of their own, `offset` elements behind an address aligned to 64 bytes and
-// `padding` elements apart.
+// Rows in separate memory. The first row is `offset` elements behind an address aligned to 64
+// bytes, and `padding` elements separate the rows.
 struct Layout {
   int64_t offset = 0, padding = 0;
 };
@@ -86,7 +75,7 @@ class RowMemory {
     return memory_[first_ + row * stride_ + column];
   }
 
-  // Row by row, without what lies between.
+  // The rows, without the padding.
   std::vector<Element> values(int64_t rows) const {
     std::vector<Element> values;
     for (int64_t row = 0; row < rows; ++row) {
@@ -102,8 +91,8 @@ class RowMemory {
     }
   }
 
-  // Whether everything but the rows holds this value.
-  bool is_elsewhere(int64_t rows, Element value) const {
+  // Whether all memory but the rows holds this value.
+  bool holds_elsewhere(int64_t rows, Element value) const {
     for (int64_t i = 0; i < int64_t(memory_.size()); ++i) {
       const int64_t place = i - first_;
       const bool is_in_row = place >= 0 && place / stride_ < rows && place % stride_ < width_;

@@ -19,11 +19,8 @@ TEMPLATE_TEST_CASE("widening is exact for every bit pattern", "[elements]", BFlo
   }
 }
 
-TEMPLATE_TEST_CASE("narrowing takes the nearest value, the even one of two",
-                   "[elements]",
-                   BFloat16,
-                   Half) {
-  // Between all neighbours: what is nearer to one of them, and what is halfway.
+TEMPLATE_TEST_CASE("narrowing rounds to nearest, ties to even", "[elements]", BFloat16, Half) {
+  // Between every two neighbours: the middle, and the values next to it.
   for (int bits = 0; bits < 0x7fff; ++bits) {
     const TestType low{uint16_t(bits)}, high{uint16_t(bits + 1)};
     const double a = to_double(low), b = to_double(high);
@@ -42,7 +39,7 @@ TEMPLATE_TEST_CASE("narrowing takes the nearest value, the even one of two",
   }
 }
 
-TEMPLATE_TEST_CASE("what is too large becomes infinite, NaN stays NaN",
+TEMPLATE_TEST_CASE("values that are too large become infinite, NaN stays NaN",
                    "[elements]",
                    BFloat16,
                    Half) {

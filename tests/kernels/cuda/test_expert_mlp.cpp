@@ -1,9 +1,10 @@
-// The token pass of the CUDA backend, played on the CPU. The stand-in for a device has 3
-// sm_count: from 3 tokens on, each gets a block; of fewer, warps with whole or, if those are
-// fewer than 3, with the smallest shares are blocks of their own.
+// expert_mlp on the emulated device, which has 3 SMs. So 3 tokens or more have one block each, and
+// fewer tokens have one-warp blocks: with the same shares if that makes at least 3 blocks, with the
+// smallest shares otherwise.
 #include <tuple>
 
 #include "cuda_support.h"
+#include "kernels/cuda/expert_mlp.h"
 #include "oracles/activations.h"
 
 using namespace peer;
@@ -26,7 +27,7 @@ struct Sizes {
   int64_t experts = 50;
 };
 
-// An array that begins some elements into memory of its own, so that sanitizers see its ends.
+// An array `offset` elements into separate memory, so that sanitizers see its ends.
 template <class Element>
 struct Array {
   Array() = default;
@@ -65,7 +66,7 @@ struct TableOfRows {
   Array<Table> array;
 };
 
-// Inputs of both directions and their outputs.
+// The inputs and outputs of both directions.
 template <class Types>
 struct Problem {
   using Table = typename Types::Table;
@@ -92,48 +93,51 @@ struct Problem {
 
   Rows<const Table> gate_rows() { return sizes.has_gate ? w_gate.rows() : Rows<const Table>{}; }
 
-  // Of tokens [first, first + count), alone.
+  // For the tokens [first, first + count) alone.
   void forward(int64_t first, int64_t count) {
     const int64_t pair = first * sizes.experts_per_token;
-    const ExpertMlpForward<Table, Input> pass = {count,
-                                                 sizes.experts,
-                                                 sizes.experts_per_token,
-                                                 sizes.dim,
-                                                 sizes.activation,
-                                                 x.data() + first * sizes.dim,
-                                                 weights.data() + pair,
-                                                 indices.data() + pair,
-                                                 w_down.rows(),
-                                                 w_up.rows(),
-                                                 gate_rows(),
-                                                 out.data() + first * sizes.dim,
-                                                 hidden.data() + pair,
-                                                 sizes.has_gate ? gate.data() + pair : nullptr};
-    token_forward(pass, kContext);
+    const ExpertMlpForward<Table, Input> pass = {
+        .tokens = count,
+        .experts = sizes.experts,
+        .experts_per_token = sizes.experts_per_token,
+        .dim = sizes.dim,
+        .activation = sizes.activation,
+        .x = x.data() + first * sizes.dim,
+        .weights = weights.data() + pair,
+        .indices = indices.data() + pair,
+        .w_down = w_down.rows(),
+        .w_up = w_up.rows(),
+        .w_gate = gate_rows(),
+        .out = out.data() + first * sizes.dim,
+        .hidden = hidden.data() + pair,
+        .gate = sizes.has_gate ? gate.data() + pair : nullptr,
+    };
+    expert_mlp_forward(pass, kContext);
   }
 
   void backward(int64_t first, int64_t count, bool wants_grad_x = true) {
     const int64_t pair = first * sizes.experts_per_token;
     const ExpertMlpBackward<Table, Input> pass = {
-        count,
-        sizes.experts,
-        sizes.experts_per_token,
-        sizes.dim,
-        sizes.activation,
-        grad_out.data() + first * sizes.dim,
-        weights.data() + pair,
-        indices.data() + pair,
-        w_down.rows(),
-        w_up.rows(),
-        gate_rows(),
-        hidden.data() + pair,
-        sizes.has_gate ? gate.data() + pair : nullptr,
-        wants_grad_x ? grad_x.data() + first * sizes.dim : nullptr,
-        grad_weights.data() + pair,
-        down_coefficients.data() + pair,
-        sizes.has_gate ? gate_coefficients.data() + pair : nullptr,
-        up_coefficients.data() + pair};
-    token_backward(pass, kContext);
+        .tokens = count,
+        .experts = sizes.experts,
+        .experts_per_token = sizes.experts_per_token,
+        .dim = sizes.dim,
+        .activation = sizes.activation,
+        .grad_out = grad_out.data() + first * sizes.dim,
+        .weights = weights.data() + pair,
+        .indices = indices.data() + pair,
+        .w_down = w_down.rows(),
+        .w_up = w_up.rows(),
+        .w_gate = gate_rows(),
+        .hidden = hidden.data() + pair,
+        .gate = sizes.has_gate ? gate.data() + pair : nullptr,
+        .grad_x = wants_grad_x ? grad_x.data() + first * sizes.dim : nullptr,
+        .grad_weights = grad_weights.data() + pair,
+        .down_coefficients = down_coefficients.data() + pair,
+        .gate_coefficients = sizes.has_gate ? gate_coefficients.data() + pair : nullptr,
+        .up_coefficients = up_coefficients.data() + pair,
+    };
+    expert_mlp_backward(pass, kContext);
   }
 
   void run() {
@@ -149,7 +153,7 @@ struct Problem {
   std::vector<int64_t> indices;
 };
 
-// A sum in double, and that of its terms' magnitudes, which is what rounding errors scale with.
+// A sum in double, and the sum of its terms' magnitudes, which bounds the rounding error.
 struct Sum {
   double value = 0;
   double magnitude = 0;
@@ -161,7 +165,7 @@ struct Sum {
   void add(double term) { add(term, std::abs(term)); }
 };
 
-// The largest error found, in units of what is allowed.
+// The largest error, in units of the tolerance; 0 if every error is within it.
 template <class Types>
 struct Comparison {
   using Real = accumulation_t<typename Types::Table>;
@@ -176,11 +180,11 @@ struct Comparison {
   void add_accumulated(double actual, double expected, double magnitude) {
     add(actual, expected, 64 * kEpsilon<Real> * magnitude);
   }
-  // The oracle's derivatives are quotients of differences.
+  // The oracle's derivatives are difference quotients.
   void add_derivative(double actual, double expected, double magnitude) {
     add(actual, expected, std::max(64 * kEpsilon<Real>, 1e-8) * magnitude);
   }
-  // To nearest, down to the smallest step of a 16-bit type.
+  // Rounded to nearest. 2^-25 is half of the smallest subnormal half.
   void add_rounded(double actual, const Sum& sum) {
     const double rounding =
         std::is_same_v<Input, Real> ? 0 : 0.5 * kEpsilon<Input> * std::abs(sum.value) + 0x1p-25;
@@ -190,8 +194,8 @@ struct Comparison {
   double worst = 0;
 };
 
-// Sums are compared with those of the oracle; all that follows from hidden values, with what the
-// oracle makes of the same ones.
+// Compares sums with the oracle's, and everything that follows from the hidden values with what the
+// oracle computes from the same hidden values.
 template <class Types>
 double error_of(Problem<Types>& p) {
   const Sizes& sizes = p.sizes;
@@ -252,7 +256,7 @@ void check_against_oracle(const Sizes& sizes, const Layout& layout = kAligned) {
   CHECK(error_of(problem) == 0);
 }
 
-// Of tokens [first, last).
+// For the tokens [first, last).
 template <class Types>
 void check_same_bits(Problem<Types>& a, Problem<Types>& b, int64_t first, int64_t last) {
   const auto are_same = [&](auto& a_values, auto& b_values, int64_t per_token) {
@@ -278,11 +282,10 @@ void check_same_bits(Problem<Types>& a, Problem<Types>& b) {
 
 }  // namespace
 
-TEMPLATE_LIST_TEST_CASE(
-    "the token pass agrees with the oracle at every width around packs and tiles",
-    "[token_pass]",
-    AllTypes) {
-  // Packs are of 2, 4 and 8 elements; tiles of 128, 256, 512 and 1024 columns.
+TEMPLATE_LIST_TEST_CASE("expert_mlp agrees with the oracle at every width around vectors and tiles",
+                        "[expert_mlp]",
+                        AllTypes) {
+  // Vectors have 2, 4 and 8 elements; tiles have 128, 256, 512 and 1024 columns.
   for (const int64_t dim :
        {1, 7, 8, 16, 100, 128, 136, 248, 256, 264, 512, 520, 1024, 1032, 2056}) {
     check_against_oracle<TestType>({3, 5, dim, false});
@@ -291,17 +294,15 @@ TEMPLATE_LIST_TEST_CASE(
   }
 }
 
-TEMPLATE_LIST_TEST_CASE("rows need not be aligned, nor be as long as they are apart",
-                        "[token_pass]",
-                        AllTypes) {
+TEMPLATE_LIST_TEST_CASE("rows may be unaligned and strided", "[expert_mlp]", AllTypes) {
   for (const Layout& layout : {kUnaligned, Layout{0, 3}, Layout{8, 0}, Layout{3, 8}}) {
     check_against_oracle<TestType>({3, 20, 40, false}, layout);
     check_against_oracle<TestType>({1, 20, 72, true}, layout);
   }
 }
 
-TEMPLATE_TEST_CASE("the token pass agrees with the oracle for every number of experts per token",
-                   "[token_pass]",
+TEMPLATE_TEST_CASE("expert_mlp agrees with the oracle for every number of experts per token",
+                   "[expert_mlp]",
                    (Types<float, float>),
                    (Types<BFloat16, BFloat16>)) {
   for (const int64_t experts :
@@ -312,8 +313,8 @@ TEMPLATE_TEST_CASE("the token pass agrees with the oracle for every number of ex
   }
 }
 
-TEMPLATE_TEST_CASE("every activation and its derivative, with and without gate",
-                   "[token_pass]",
+TEMPLATE_TEST_CASE("every activation and its derivative are right, with and without gate",
+                   "[expert_mlp]",
                    (Types<float, float>),
                    (Types<double, double>)) {
   for (const Activation activation : kActivations) {
@@ -323,7 +324,7 @@ TEMPLATE_TEST_CASE("every activation and its derivative, with and without gate",
 }
 
 TEMPLATE_LIST_TEST_CASE("a token has the same bits alone, among few and among many",
-                        "[token_pass]",
+                        "[expert_mlp]",
                         AllTypes) {
   for (const bool has_gate : {false, true}) {
     for (const int64_t experts : {1, 5, 18, 31, 66, 135}) {
@@ -341,8 +342,8 @@ TEMPLATE_LIST_TEST_CASE("a token has the same bits alone, among few and among ma
   }
 }
 
-TEMPLATE_TEST_CASE("a token has the same bits alone and among many where rows are wide",
-                   "[token_pass]",
+TEMPLATE_TEST_CASE("a token has the same bits alone and among many if rows are wide",
+                   "[expert_mlp]",
                    (Types<float, float>),
                    (Types<BFloat16, BFloat16>)) {
   for (const int64_t experts : {18, 40}) {
@@ -354,7 +355,7 @@ TEMPLATE_TEST_CASE("a token has the same bits alone and among many where rows ar
   }
 }
 
-TEMPLATE_LIST_TEST_CASE("alignment does not change the bits", "[token_pass]", AllTypes) {
+TEMPLATE_LIST_TEST_CASE("alignment does not change the bits", "[expert_mlp]", AllTypes) {
   for (const int64_t dim : {40, 600, 1304}) {
     for (const bool has_gate : {false, true}) {
       Problem<TestType> aligned({2, 18, dim, has_gate}, kAligned);
@@ -367,7 +368,7 @@ TEMPLATE_LIST_TEST_CASE("alignment does not change the bits", "[token_pass]", Al
   }
 }
 
-TEST_CASE("one array out of alignment does not change the bits", "[token_pass]") {
+TEST_CASE("one array out of alignment does not change the bits", "[expert_mlp]") {
   using Problem = Problem<Types<BFloat16, float>>;
   for (const int64_t tokens : {1, 3}) {
     Problem aligned({tokens, 20, 32, true});
@@ -388,7 +389,7 @@ TEST_CASE("one array out of alignment does not change the bits", "[token_pass]")
   }
 }
 
-TEST_CASE("where the gradient of x is not wanted, the others are as ever", "[token_pass]") {
+TEST_CASE("without the gradient of x, the other gradients are the same", "[expert_mlp]") {
   for (const int64_t tokens : {1, 3}) {
     Problem<Types<BFloat16, float>> with({tokens, 20, 40, true}), without = with;
     with.run();
@@ -400,7 +401,7 @@ TEST_CASE("where the gradient of x is not wanted, the others are as ever", "[tok
   }
 }
 
-TEST_CASE("an expert that a token retrieves again and again counts every time", "[token_pass]") {
+TEST_CASE("an expert that a token retrieves several times counts every time", "[expert_mlp]") {
   for (const int64_t tokens : {1, 3}) {
     Problem<Types<float, float>> problem({tokens, 40, 16, true});
     std::fill(problem.indices.begin(), problem.indices.end(), 7);
@@ -409,12 +410,12 @@ TEST_CASE("an expert that a token retrieves again and again counts every time", 
   }
 }
 
-TEST_CASE("without tokens nothing is done", "[token_pass]") {
+TEST_CASE("no tokens are no error", "[expert_mlp]") {
   Problem<Types<float, float>> problem({0, 16, 8});
   CHECK_NOTHROW(problem.run());
 }
 
-TEST_CASE("the sum over no experts is zero", "[token_pass]") {
+TEST_CASE("the sum over no experts is zero", "[expert_mlp]") {
   for (const int64_t tokens : {1, 3}) {
     Problem<Types<BFloat16, BFloat16>> problem({tokens, 0, 16, true});
     problem.run();
@@ -425,7 +426,7 @@ TEST_CASE("the sum over no experts is zero", "[token_pass]") {
   }
 }
 
-TEST_CASE("an index out of range ends the kernel", "[token_pass]") {
+TEST_CASE("an index out of range ends the kernel", "[expert_mlp]") {
   const Sizes sizes = {3, 20, 8};
   for (const int64_t position : {0, 19, 59}) {
     for (const int64_t index : {int64_t(-1), sizes.experts, INT64_MAX, INT64_MIN}) {
@@ -441,8 +442,8 @@ TEST_CASE("an index out of range ends the kernel", "[token_pass]") {
   }
 }
 
-TEST_CASE("infinite weights and rows give infinite sums, not NaN", "[token_pass]") {
-  // A batch of rows is filled up by rows that do not count.
+TEST_CASE("infinite weights and rows give infinite sums, not NaN", "[expert_mlp]") {
+  // Tiles are filled with rows that must not contribute.
   for (const bool are_weights_infinite : {false, true}) {
     for (const int64_t experts : {1, 3, 17}) {
       for (const int64_t tokens : {1, 3}) {
@@ -464,7 +465,7 @@ TEST_CASE("infinite weights and rows give infinite sums, not NaN", "[token_pass]
 }
 
 TEMPLATE_TEST_CASE("outputs are rounded to the nearest 16-bit value, ties to even",
-                   "[token_pass]",
+                   "[expert_mlp]",
                    (Types<BFloat16, BFloat16>),
                    (Types<Half, Half>)) {
   using Table = typename TestType::Table;
@@ -486,8 +487,8 @@ TEMPLATE_TEST_CASE("outputs are rounded to the nearest 16-bit value, ties to eve
   }
 }
 
-TEST_CASE("the lanes and warps of a token pass do not race", "[token_pass][races]") {
-  // Blocks of three warps and two tiles of columns; blocks of a warp for every part.
+TEST_CASE("the lanes and warps of expert_mlp do not race", "[expert_mlp][races]") {
+  // Blocks of three warps with two tiles of columns; one-warp blocks with the smallest shares.
   check_against_oracle<Types<BFloat16, BFloat16>>({3, 36, 1032, false});
   check_against_oracle<Types<BFloat16, float>>({1, 18, 520, true});
 }

@@ -1,4 +1,4 @@
-// The grid player itself: kernels that use each thing it plays, and kernels that are wrong.
+// Tests of the emulated device: kernels that use each of its features, and kernels with errors.
 #include <cuda_runtime.h>
 
 #include <numeric>
@@ -38,10 +38,10 @@ __global__ void collect_collectives(unsigned* results) {
   mine[4] = __ballot_sync(kAllLanes, l % 3 == 0);
   mine[5] = __reduce_add_sync(kAllLanes, l);
   mine[6] = unsigned(__reduce_max_sync(kAllLanes, int(l) - 40));
-  mine[7] = unsigned(count_before(0xf0f0f0f0u));
+  mine[7] = unsigned(count_lower_lanes(0xf0f0f0f0u));
 }
 
-// Every lane reads its right neighbour's number, many times over.
+// Every lane reads its right neighbour's value, many times.
 __global__ void rotate_in_warp(int rounds, int* results) {
   int value = int(threadIdx.x);
   for (int round = 0; round < rounds; ++round) {
@@ -56,13 +56,13 @@ __global__ void leave_early() {
   }
 }
 
-[[maybe_unused]] __global__ void lose_a_lane() {
+[[maybe_unused]] __global__ void skip_a_lane() {
   if (lane() != 7) {
     __syncwarp();
   }
 }
 
-__global__ void ask_half_a_warp() {
+__global__ void shuffle_in_half_a_warp() {
   if (lane() < 16) {
     __shfl_sync(0xffffu, 1, 0);
   }
@@ -116,18 +116,19 @@ TEST_CASE("lanes that run ahead do not disturb an exchange", "[races]") {
   }
 }
 
-#ifndef PEER_PLAY_WITH_THREADS  // where it takes a minute to tell
+#ifndef PEER_PLAY_WITH_THREADS  // with threads, it takes a minute to detect
 TEST_CASE("threads that wait for one that has returned are an error") {
   CHECK_THROWS_AS(launch(leave_early, {1, 64}, nullptr), std::logic_error);
-  CHECK_THROWS_AS(launch(lose_a_lane, {1, 64}, nullptr), std::logic_error);
+  CHECK_THROWS_AS(launch(skip_a_lane, {1, 64}, nullptr), std::logic_error);
 }
 #endif
 
-TEST_CASE("a collective of less than a warp is an error") {
-  CHECK_THROWS_AS(launch(ask_half_a_warp, {1, 32}, nullptr), std::logic_error);
+TEST_CASE("a collective without the whole warp is an error") {
+  CHECK_THROWS_AS(launch(shuffle_in_half_a_warp, {1, 32}, nullptr), std::logic_error);
 }
 
-TEST_CASE("a trap ends the launch with an exception, and the next one starts afresh", "[races]") {
+TEST_CASE("a trap ends the launch with an exception and does not affect the next launch",
+          "[races]") {
   for (int repetition = 0; repetition < 2; ++repetition) {
     CHECK_THROWS_AS(launch(trap_in_one_thread, {3, 64}, nullptr), std::runtime_error);
     std::vector<int> results(32);

@@ -1,12 +1,11 @@
-// Retrieval by the CUDA backend, played on the CPU. The stand-in for a device has 3
-// sm_count: up to 3 blocks are large ones.
+// product_key_topk on the emulated device, which has 3 SMs. So up to 3 blocks have the larger
+// number of threads.
 #include <limits>
 #include <set>
 
 #include "cuda_support.h"
 #include "kernels/cuda/elements.h"
-#include "kernels/cuda/mma.h"
-#include "kernels/pair_pruning.h"
+#include "kernels/cuda/product_key_topk.h"
 #include "oracles/product_key_topk.h"
 
 using namespace peer;
@@ -15,7 +14,7 @@ using namespace peer::test;
 
 namespace {
 
-// To nearest, and infinities and NaN as they are, which from_double does not promise.
+// Rounds to nearest. Unlike from_double, keeps infinities and NaN.
 template <class Element>
 Element element_of(double value) {
   return narrow<Element>(accumulation_t<Element>(value));
@@ -29,7 +28,7 @@ struct Problem {
   int64_t tokens, heads, half_width, rows, columns, k;
   bool shared;
   std::vector<Query> query, row_keys, col_keys;
-  int64_t offset = 0;  // by so many elements the arrays miss their alignment
+  int64_t offset = 0;  // of the arrays from an aligned address, in elements
   std::vector<Real> scores = std::vector<Real>(tokens * heads * k, Real(-1));
   std::vector<int64_t> indices = std::vector<int64_t>(tokens * heads * k, -1);
 
@@ -52,7 +51,7 @@ struct Problem {
         .scores = scores.data(),
         .indices = indices.data(),
     };
-    retrieve(retrieval, kContext);
+    product_key_topk(retrieval, kContext);
   }
 
   template <class Sum>
@@ -107,7 +106,7 @@ struct Sizes {
   bool shared = true;
 };
 
-// With integers up to `range`: few make ties at most boundaries.
+// With integers in [-range, range]. A small range makes many ties.
 template <class Query>
 Problem<Query> random_problem(Random& random, const Sizes& sizes, int64_t range) {
   const int64_t key_heads = sizes.shared ? 1 : sizes.heads;
@@ -123,7 +122,7 @@ Problem<Query> random_problem(Random& random, const Sizes& sizes, int64_t range)
           small_integers<Query>(random, key_heads * sizes.columns * sizes.half_width, range)};
 }
 
-// One query, to whom the keys are the sub-scores.
+// One query. The sub-scores are the keys.
 template <class Query>
 Problem<Query> given_scores(const std::vector<double>& rows,
                             const std::vector<double>& columns,
@@ -140,10 +139,10 @@ Problem<Query> given_scores(const std::vector<double>& rows,
           elements<Query>(columns)};
 }
 
-// A device with less shared memory, for as long as it lives.
-struct SmallDevice {
-  explicit SmallDevice(size_t shared_bytes) { limit_shared_bytes(shared_bytes); }
-  ~SmallDevice() { limit_shared_bytes(kSharedBytes); }
+// Limits the shared memory of the emulated device for the lifetime of the object.
+struct ScopedSharedMemory {
+  explicit ScopedSharedMemory(size_t bytes) { limit_shared_bytes(bytes); }
+  ~ScopedSharedMemory() { limit_shared_bytes(kSharedBytes); }
 };
 
 constexpr double kInf = std::numeric_limits<double>::infinity();
@@ -154,7 +153,7 @@ constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
 #define PEER_QUERY_TYPES float, double, BFloat16, Half
 
 TEMPLATE_TEST_CASE("retrieval equals brute force over all experts, ties included",
-                   "[retrieval]",
+                   "[product_key_topk]",
                    PEER_QUERY_TYPES) {
   Random random(6);
   for (const auto& [rows, columns] :
@@ -170,8 +169,8 @@ TEMPLATE_TEST_CASE("retrieval equals brute force over all experts, ties included
   }
 }
 
-TEMPLATE_TEST_CASE("retrieval equals brute force where keys come in several chunks",
-                   "[retrieval]",
+TEMPLATE_TEST_CASE("retrieval equals brute force if keys take several batches",
+                   "[product_key_topk]",
                    PEER_QUERY_TYPES) {
   Random random(7);
   for (const int64_t k : {16, 64}) {
@@ -182,11 +181,11 @@ TEMPLATE_TEST_CASE("retrieval equals brute force where keys come in several chun
   }
 }
 
-TEMPLATE_TEST_CASE("retrieval equals brute force for sorted scores in several chunks",
-                   "[retrieval]",
+TEMPLATE_TEST_CASE("retrieval equals brute force for sorted scores in several batches",
+                   "[product_key_topk]",
                    PEER_QUERY_TYPES) {
-  // In steps that every type tells apart; ascending, each chunk's scores are all above those
-  // before.
+  // Every type represents the steps exactly. In ascending scores, every batch exceeds all previous
+  // ones.
   std::vector<double> ascending(700), descending(530);
   for (int i = 0; i < 700; ++i) {
     ascending[i] = i / 4;
@@ -203,7 +202,7 @@ TEMPLATE_TEST_CASE("retrieval equals brute force for sorted scores in several ch
 }
 
 TEMPLATE_TEST_CASE("retrieval equals brute force at every key width, aligned or not",
-                   "[retrieval]",
+                   "[product_key_topk]",
                    PEER_QUERY_TYPES) {
   Random random(9);
   for (const int64_t half_width : {1, 4, 7, 8, 32, 40, 127, 128, 129, 300}) {
@@ -218,27 +217,27 @@ TEMPLATE_TEST_CASE("retrieval equals brute force at every key width, aligned or 
 }
 
 TEMPLATE_TEST_CASE("retrieval equals brute force for any number of tokens",
-                   "[retrieval]",
+                   "[product_key_topk]",
                    PEER_QUERY_TYPES) {
   Random random(10);
   for (const int64_t tokens : {1, 16, 17, 32, 33}) {
     check_against_brute_force(random_problem<TestType>(random, {tokens, 1, 3, 12, 9, 4}, 4),
                               std::to_string(tokens) + " tokens");
   }
-  for (const bool shared : {true, false}) {  // more blocks than there are sm_count
+  for (const bool shared : {true, false}) {  // more blocks than SMs
     check_against_brute_force(random_problem<TestType>(random, {35, 3, 3, 12, 9, 4, shared}, 4),
                               "35 tokens of 3 heads");
   }
 }
 
-TEMPLATE_TEST_CASE("no tokens give no results", "[retrieval]", PEER_QUERY_TYPES) {
+TEMPLATE_TEST_CASE("no tokens give no results", "[product_key_topk]", PEER_QUERY_TYPES) {
   Random random(10);
   for (const bool shared : {true, false}) {
     random_problem<TestType>(random, {0, 2, 3, 12, 9, 4, shared}, 4).solve();
   }
 }
 
-TEMPLATE_TEST_CASE("k may be all experts", "[retrieval]", PEER_QUERY_TYPES) {
+TEMPLATE_TEST_CASE("k may be all experts", "[product_key_topk]", PEER_QUERY_TYPES) {
   Random random(8);
   check_against_brute_force(random_problem<TestType>(random, {3, 1, 2, 9, 7, 63}, 3), "9x7");
   check_against_brute_force(random_problem<TestType>(random, {3, 1, 2, 1, 64, 64}, 3), "1x64");
@@ -247,11 +246,11 @@ TEMPLATE_TEST_CASE("k may be all experts", "[retrieval]", PEER_QUERY_TYPES) {
 }
 
 TEMPLATE_TEST_CASE("a device with little shared memory is enough for every k",
-                   "[retrieval]",
+                   "[product_key_topk]",
                    PEER_QUERY_TYPES) {
-  const SmallDevice device(99 << 10);
+  const ScopedSharedMemory device(99 << 10);
   Random random(11);
-  for (const int64_t k : {1, 64}) {  // a second chunk from 256 keys on
+  for (const int64_t k : {1, 64}) {  // a batch has 256 keys
     check_against_brute_force(random_problem<TestType>(random, {3, 1, 3, 300, 100, k}, 3),
                               "k " + std::to_string(k));
   }
@@ -259,9 +258,9 @@ TEMPLATE_TEST_CASE("a device with little shared memory is enough for every k",
 
 TEMPLATE_TEST_CASE(
     "NaN, infinities of either sign and minus zero are ordered as brute force orders them",
-    "[retrieval]",
+    "[product_key_topk]",
     PEER_QUERY_TYPES) {
-  // What all types hold. The largest ones overflow when added.
+  // Every type represents these. The largest ones overflow when added.
   const double largest = to_double(std::is_same_v<TestType, Half> ? element_of<TestType>(65504)
                                                                   : element_of<TestType>(3e38));
   const std::vector<double> special = {0,     -0.0, 1,       -1,       kInf,
@@ -271,7 +270,7 @@ TEMPLATE_TEST_CASE(
     const int64_t rows = 1 + random.integer(12), columns = 1 + random.integer(12);
     const int64_t k = 1 + random.integer(std::min<int64_t>(rows * columns, 20));
     const int64_t kinds =
-        1 + random.integer(special.size());  // few kinds make constant rows and long ties
+        1 + random.integer(special.size());  // few kinds make constant rows and many ties
     const auto draw = [&](int64_t count) {
       std::vector<double> values;
       const int64_t first = random.integer(special.size());
@@ -286,10 +285,24 @@ TEMPLATE_TEST_CASE(
   }
 }
 
-TEMPLATE_TEST_CASE(
-    "opposite infinities win over finite scores even where one of them is last in its half",
-    "[retrieval]",
-    PEER_QUERY_TYPES) {
+TEMPLATE_TEST_CASE("an infinite sub-score counts as the largest finite number of its sign",
+                   "[product_key_topk]",
+                   PEER_QUERY_TYPES) {
+  using Real = accumulation_t<TestType>;
+  constexpr double largest = std::numeric_limits<Real>::max();
+  const auto scores_of = [](const std::vector<double>& rows, const std::vector<double>& columns) {
+    Problem<TestType> problem = given_scores<TestType>(rows, columns, 4);
+    problem.solve();
+    return std::vector<double>(problem.scores.begin(), problem.scores.end());
+  };
+  CHECK(scores_of({kInf, 1}, {-kInf, 2}) == std::vector<double>{largest, 3, 0, -largest});
+  CHECK(scores_of({-kInf, 1}, {kInf, 2}) == std::vector<double>{largest, 3, 0, -largest});
+  CHECK(scores_of({kInf, -kInf}, {kInf, -kInf}) == std::vector<double>{kInf, 0, 0, -kInf});
+}
+
+TEMPLATE_TEST_CASE("retrieval equals brute force for infinities among many keys",
+                   "[product_key_topk]",
+                   PEER_QUERY_TYPES) {
   std::vector<double> long_half(600);
   for (int i = 0; i < 600; ++i) {
     long_half[i] = i / 4;
@@ -309,25 +322,40 @@ TEMPLATE_TEST_CASE(
   check_against_brute_force(given_scores<TestType>(both, {-kInf, 1, kInf, kNan}, 64), "NaN, too");
 }
 
-TEMPLATE_TEST_CASE(
-    "NaNs that hide an infinity from the list of the best fill the result themselves",
-    "[retrieval]",
-    PEER_QUERY_TYPES) {
-  const std::vector<double> hidden = {1, kInf, kNan, kNan, 2, kNan, kNan, kNan, -kInf};
+TEMPLATE_TEST_CASE("retrieval equals brute force for NaNs and infinities in one half",
+                   "[product_key_topk]",
+                   PEER_QUERY_TYPES) {
+  const std::vector<double> special = {1, kInf, kNan, kNan, 2, kNan, kNan, kNan, -kInf};
   for (const int64_t k : {1, 3, 4, 5, 6, 7}) {
     for (const std::vector<double>& other : {std::vector<double>{1, -kInf, 2, 3, 4, 5, 6},
                                              {-kInf, kInf, 0, 0},
                                              {kNan, -kInf, kNan, kInf}}) {
-      check_against_brute_force(given_scores<TestType>(hidden, other, k),
-                                "hidden row, k " + std::to_string(k));
-      check_against_brute_force(given_scores<TestType>(other, hidden, k),
-                                "hidden column, k " + std::to_string(k));
+      check_against_brute_force(given_scores<TestType>(special, other, k),
+                                "special rows, k " + std::to_string(k));
+      check_against_brute_force(given_scores<TestType>(other, special, k),
+                                "special columns, k " + std::to_string(k));
     }
   }
 }
 
+TEMPLATE_TEST_CASE("a sum that is infinite only between stages of columns is not clamped",
+                   "[product_key_topk]",
+                   PEER_QUERY_TYPES) {
+  // A sub-score is NaN: infinite in the first stage, of 128 columns, and opposite in the second.
+  const int64_t half_width = 130, rows = 3, columns = 3;
+  std::vector<double> row_keys(rows * half_width, 0), col_keys(columns * half_width, 0);
+  row_keys[half_width] = kInf;
+  row_keys[2 * half_width - 1] = -kInf;
+  row_keys[2 * half_width] = kInf;
+  check_against_brute_force(
+      Problem<TestType>{1, 1, half_width, rows, columns, 9, true,
+                        elements<TestType>(std::vector<double>(2 * half_width, 1)),
+                        elements<TestType>(row_keys), elements<TestType>(col_keys)},
+      "NaN, infinity and zero");
+}
+
 TEMPLATE_TEST_CASE("ids are distinct and in range for rows that defeat a filter on floats",
-                   "[retrieval]",
+                   "[product_key_topk]",
                    PEER_QUERY_TYPES) {
   for (const double value : {0.0, kNan, kInf, -kInf, 3e38}) {
     Problem<TestType> problem{2,
@@ -353,7 +381,7 @@ TEMPLATE_TEST_CASE("ids are distinct and in range for rows that defeat a filter 
 }
 
 TEMPLATE_TEST_CASE("random scores are right within rounding, and the best are found",
-                   "[retrieval]",
+                   "[product_key_topk]",
                    PEER_QUERY_TYPES) {
   Random random(12);
   const int64_t tokens = 3, half_width = 70, rows = 600, columns = 130, k = 24;
@@ -387,17 +415,17 @@ TEMPLATE_TEST_CASE("random scores are right within rounding, and the best are fo
 }
 
 TEMPLATE_TEST_CASE("a query's result does not depend on its neighbours or on the device",
-                   "[retrieval]",
+                   "[product_key_topk]",
                    PEER_QUERY_TYPES) {
   using Real = accumulation_t<TestType>;
   Random random(13);
-  const int64_t half_width = 150, keys = 300, k = 12;  // a second stage, a second chunk
+  const int64_t half_width = 150, keys = 300, k = 12;  // a second stage, a second batch
   const auto row_keys = random.normal<TestType>(keys * half_width);
   const auto col_keys = random.normal<TestType>(keys * half_width);
   const auto query = random.normal<TestType>(5 * 2 * half_width);
   Problem<TestType> together{5, 1, half_width, keys, keys, k, true, query, row_keys, col_keys};
   together.solve();
-  const SmallDevice device(99 << 10);
+  const ScopedSharedMemory device(99 << 10);
   const int64_t last = 4;
   Problem<TestType> alone{
       1,        1,       half_width, keys,
@@ -409,111 +437,30 @@ TEMPLATE_TEST_CASE("a query's result does not depend on its neighbours or on the
   CHECK(std::equal(alone.indices.begin(), alone.indices.end(), &together.indices[last * k]));
 }
 
-TEMPLATE_TEST_CASE("no access races with another", "[retrieval][races]", float, BFloat16) {
-  const SmallDevice device(99 << 10);
+TEMPLATE_TEST_CASE("no access races with another", "[product_key_topk][races]", float, BFloat16) {
+  const ScopedSharedMemory device(99 << 10);
   Random random(14);
   check_against_brute_force(random_problem<TestType>(random, {2, 1, 3, 270, 9, 3}, 3),
-                            "two chunks");
+                            "two batches");
   check_against_brute_force(random_problem<TestType>(random, {1, 1, 130, 9, 9, 3}, 1),
                             "two stages");
   check_against_brute_force(given_scores<TestType>({kInf, 1}, {2, -kInf, 3}, 2), "infinities");
 }
 
-TEST_CASE("the pairs that are listed are those that can be chosen", "[retrieval]") {
+TEST_CASE("candidate pairs are counted right", "[product_key_topk]") {
   for (int k = 1; k <= kMaxRetrieved; ++k) {
     for (const auto& [rows, columns] : {std::pair{1, 64}, {64, 1}, {5, 9}, {100, 100}}) {
-      int chosen = 0;
+      int pairs = 0;
       for (int i = 0; i < rows; ++i) {
-        CHECK(count_candidate_pairs(i, columns, k) == chosen);
-        int beside = 0;
+        CHECK(count_candidate_pairs(i, columns, k) == pairs);
+        int candidates = 0;
         for (int j = 0; j < columns; ++j) {
-          beside += is_candidate(i, j, k);
+          candidates += (i + 1) * (j + 1) <= k;
         }
-        CHECK(count_candidate_columns(i, columns, k) == beside);
-        chosen += beside;
+        CHECK(count_candidate_columns(i, columns, k) == candidates);
+        pairs += candidates;
       }
-      CHECK(count_candidate_pairs(rows, columns, k) == chosen);
+      CHECK(count_candidate_pairs(rows, columns, k) == pairs);
     }
   }
-}
-
-// The layout that NVIDIA's documents give, element by element: where row i and column j of each
-// matrix are, as a lane and a place there.
-TEMPLATE_TEST_CASE("the stand-in for the tensor cores multiplies matrices in their layout",
-                   "[retrieval]",
-                   BFloat16,
-                   Half) {
-  Random random(15);
-  const auto a = random.normal<TestType>(16 * 16), b = random.normal<TestType>(16 * 8);
-  const auto c = random.normal<float>(16 * 8);
-  struct Fragments {
-    TestType a[8], b[4];
-    float sums[4];
-  };
-  std::vector<Fragments> lanes(32);
-  const auto a_at = [&](int i, int j) -> TestType& {
-    return lanes[i % 8 * 4 + j % 8 / 2].a[j % 2 + i / 8 * 2 + j / 8 * 4];
-  };
-  const auto b_at = [&](int i, int j) -> TestType& {
-    return lanes[j * 4 + i % 8 / 2].b[i % 2 + i / 8 * 2];
-  };
-  const auto sum_at = [&](int i, int j) -> float& {
-    return lanes[i % 8 * 4 + j / 2].sums[j % 2 + i / 8 * 2];
-  };
-  for (int i = 0; i < 16; ++i) {
-    for (int j = 0; j < 16; ++j) {
-      a_at(i, j) = a[i * 16 + j];
-    }
-    for (int j = 0; j < 8; ++j) {
-      b_at(i, j) = b[i * 8 + j];
-      sum_at(i, j) = c[i * 8 + j];
-    }
-  }
-  play_grid({1, 32, 0}, [&] {
-    Fragments& own = lanes[threadIdx.x];
-    uint32_t own_a[4], own_b[2];
-    std::memcpy(own_a, own.a, sizeof(own_a));
-    std::memcpy(own_b, own.b, sizeof(own_b));
-    for (int repeat = 0; repeat < 2; ++repeat) {  // right after each other, as in a loop
-      multiply_add<TestType>(own.sums, own_a, own_b);
-    }
-  });
-  for (int i = 0; i < 16; ++i) {
-    for (int j = 0; j < 8; ++j) {
-      double product = 0;
-      for (int k = 0; k < 16; ++k) {
-        product += to_double(a[i * 16 + k]) * to_double(b[k * 8 + j]);
-      }
-      CHECK(sum_at(i, j) == Approx(c[i * 8 + j] + 2 * product).margin(1e-4));
-    }
-  }
-}
-
-TEST_CASE("key owners are the rows and columns of a head's part of the keys", "[retrieval]") {
-  const int64_t rows = 7, columns = 11, heads = 3, k = 5, tokens = 40;
-  Random random(16);
-  const std::vector<int64_t> indices = random.integers(tokens * heads * k, rows * columns);
-  for (const bool shared : {true, false}) {
-    std::vector<int64_t> row_owners(indices.size(), -1), column_owners(indices.size(), -1);
-    find_key_owners({tokens * heads, heads, k, columns, rows * columns, shared ? 0 : rows,
-                     shared ? 0 : columns, indices.data(), row_owners.data(), column_owners.data()},
-                    kContext);
-    for (size_t i = 0; i < indices.size(); ++i) {
-      const int64_t head = shared ? 0 : int64_t(i) / k % heads;
-      REQUIRE(row_owners[i] == head * rows + indices[i] / columns);
-      REQUIRE(column_owners[i] == head * columns + indices[i] % columns);
-    }
-  }
-}
-
-TEST_CASE("an index that is out of range for the experts traps", "[retrieval]") {
-  for (const int64_t bad : {int64_t(-1), int64_t(77), int64_t(1) << 40}) {
-    std::vector<int64_t> indices(10, 3), row_owners(10), column_owners(10);
-    indices[9] = bad;
-    CHECK_THROWS_AS(find_key_owners({5, 1, 2, 11, 77, 0, 0, indices.data(), row_owners.data(),
-                                     column_owners.data()},
-                                    kContext),
-                    std::runtime_error);
-  }
-  find_key_owners({0, 1, 2, 11, 77, 0, 0, nullptr, nullptr, nullptr}, kContext);
 }

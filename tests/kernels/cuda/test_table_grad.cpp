@@ -1,4 +1,5 @@
 #include "cuda_support.h"
+#include "kernels/cuda/table_grad.h"
 
 using namespace peer;
 using namespace peer::cuda;
@@ -6,7 +7,7 @@ using namespace peer::test;
 
 namespace {
 
-// Everything that one table's gradient is made of, and its sum in double, one pair at a time.
+// The inputs of one table's gradient, and its sums in double, one pair at a time.
 template <class Element, class Source>
 struct Problem {
   using Real = accumulation_t<Element>;
@@ -32,34 +33,40 @@ struct Problem {
   struct Gradient {
     std::vector<Element> values;  // (rows, width)
     std::vector<int64_t> owners;  // of each row
-    bool is_elsewhere_untouched;
+    bool is_untouched_elsewhere;
   };
 
-  // Rows without pairs hold what they did, -1.
+  // Rows without pairs keep their value, -1.
   Gradient solve(OutputRows rows, Layout layout = {}) const {
     const Element untouched = from_double<Element>(-1);
-    Segments& pairs = sorted[int(rows)];
-    if (pairs.count == 0) {
-      pairs = make_segments(owners.data(), owners.size(), owner_count, rows, kContext);
+    Segments& segments = sorted[int(rows)];
+    if (segments.count == 0) {
+      segments = make_segments(owners.data(), owners.size(), owner_count, rows, kContext);
     }
     Gradient gradient;
-    gradient.owners.resize(rows == OutputRows::compact ? count_distinct_owners(pairs, kContext)
+    gradient.owners.resize(rows == OutputRows::compact ? count_distinct_owners(segments, kContext)
                                                        : owner_count);
     for (size_t row = 0; row < gradient.owners.size(); ++row) {
-      gradient.owners[row] = rows == OutputRows::compact ? pairs.distinct_owners.get()[row] : row;
+      gradient.owners[row] =
+          rows == OutputRows::compact ? segments.distinct_owners.get()[row] : row;
     }
     RowMemory<Source> source_memory(source_rows(), width, layout, from_double<Source>(NAN));
     source_memory.set(source);
     RowMemory<Element> out(gradient.owners.size(), width, layout, untouched);
-    const TableGrad<Element, Source> pass = {width, pairs_per_row, coefficients.data(),
-                                             std::as_const(source_memory).rows(), out.rows()};
-    sum_pairs(pass, pairs, kContext);
+    const TableGrad<Element, Source> pass = {
+        .width = width,
+        .pairs_per_row = pairs_per_row,
+        .coefficients = coefficients.data(),
+        .source = std::as_const(source_memory).rows(),
+        .out = out.rows(),
+    };
+    sum_segments(pass, segments, kContext);
     gradient.values = out.values(gradient.owners.size());
-    gradient.is_elsewhere_untouched = out.is_elsewhere(gradient.owners.size(), untouched);
+    gradient.is_untouched_elsewhere = out.holds_elsewhere(gradient.owners.size(), untouched);
     return gradient;
   }
 
-  // The largest distance from the sums in double, in units of what rounding allows.
+  // The largest distance from the sums in double, in units of the rounding tolerance.
   double distance(const Gradient& gradient) const {
     std::vector<double> sums(owner_count * width), magnitudes(owner_count * width);
     std::vector<bool> has_pairs(owner_count);
@@ -72,7 +79,7 @@ struct Problem {
         magnitudes[owners[i] * width + column] += std::abs(term);
       }
     }
-    double worst = gradient.is_elsewhere_untouched ? 0 : INFINITY;
+    double worst = gradient.is_untouched_elsewhere ? 0 : INFINITY;
     for (size_t row = 0; row < gradient.owners.size(); ++row) {
       const int64_t owner = gradient.owners[row];
       for (int64_t column = 0; column < width; ++column) {
@@ -91,13 +98,13 @@ struct Problem {
   std::vector<int64_t> owners;
   std::vector<Real> coefficients;
   std::vector<Source> source;
-  mutable Segments sorted[2];  // by OutputRows: once for several solutions
+  mutable Segments sorted[2];  // by OutputRows, made once for several solutions
 };
 
 }  // namespace
 
 TEMPLATE_TEST_CASE("a table's gradient is the sum over the pairs of each row",
-                   "[expert_pass]",
+                   "[table_grad]",
                    PEER_TABLE_AND_SOURCE_TYPES) {
   using Table = typename TestType::Table;
   using Source = typename TestType::Source;
@@ -109,19 +116,19 @@ TEMPLATE_TEST_CASE("a table's gradient is the sum over the pairs of each row",
   }
 }
 
-TEMPLATE_TEST_CASE("rows of more columns than a block takes at once are summed right",
-                   "[expert_pass]",
+TEMPLATE_TEST_CASE("rows with more columns than a block takes at once are summed right",
+                   "[table_grad]",
                    PEER_TABLE_AND_SOURCE_TYPES) {
   const int64_t width = 16 * 1024 / sizeof(typename TestType::Source) + 808;
   const Problem<typename TestType::Table, typename TestType::Source> problem(
-      owners_of_runs({1, 3, 0, 129}), 2, 5, width);
+      owners_of_segments({1, 3, 0, 129}), 2, 5, width);
   CHECK(problem.distance(problem.solve(OutputRows::by_owner)) <= 1);
 }
 
-TEMPLATE_TEST_CASE("runs of every length around chunks and tiles are summed right",
-                   "[expert_pass]",
+TEMPLATE_TEST_CASE("segments of every length around chunks and tiles are summed right",
+                   "[table_grad]",
                    PEER_TABLE_AND_SOURCE_TYPES) {
-  for (const std::vector<int64_t>& runs :
+  for (const std::vector<int64_t>& segments :
        std::vector<std::vector<int64_t>>{{1},
                                          {2},
                                          {3},
@@ -133,28 +140,28 @@ TEMPLATE_TEST_CASE("runs of every length around chunks and tiles are summed righ
                                          {127, 128, 129, 0, 255, 256, 257},
                                          {7, 190, 191, 192, 1, 1, 1, 1, 1, 500},
                                          {1, 0, 1100}}) {
-    const Problem<typename TestType::Table, typename TestType::Source> problem(owners_of_runs(runs),
-                                                                               1, runs.size(), 40);
-    INFO(runs.size() << " runs, the first of " << runs[0]);
+    const Problem<typename TestType::Table, typename TestType::Source> problem(
+        owners_of_segments(segments), 1, segments.size(), 40);
+    INFO(segments.size() << " segments, the first of " << segments[0]);
     CHECK(problem.distance(problem.solve(OutputRows::compact)) <= 1);
   }
 }
 
 TEMPLATE_TEST_CASE("a hot expert is summed right, and the same on a device of any size",
-                   "[expert_pass]",
+                   "[table_grad]",
                    PEER_TABLE_AND_SOURCE_TYPES) {
   const Problem<typename TestType::Table, typename TestType::Source> problem(
-      owners_of_runs({3, 1, 3000, 2, 0, 700, 1, 1, 1, 130}), 8, 12, 72);
+      owners_of_segments({3, 1, 3000, 2, 0, 700, 1, 1, 1, 130}), 8, 12, 72);
   const auto gradient = problem.solve(OutputRows::by_owner);
   CHECK(problem.distance(gradient) <= 1);
   for (const int sm_count : {1, 20, 132}) {
-    const Multiprocessors device(sm_count);
+    const ScopedSmCount device(sm_count);
     CHECK(have_same_bits(problem.solve(OutputRows::by_owner).values, gradient.values));
   }
 }
 
-TEMPLATE_TEST_CASE("compact rows are the rows of owners that occur",
-                   "[expert_pass]",
+TEMPLATE_TEST_CASE("compact rows are the rows of the owners that occur",
+                   "[table_grad]",
                    PEER_TABLE_AND_SOURCE_TYPES) {
   Random random(5);
   std::vector<int64_t> owners = random.integers(300, 1000);
@@ -169,28 +176,28 @@ TEMPLATE_TEST_CASE("compact rows are the rows of owners that occur",
   }
 }
 
-TEMPLATE_TEST_CASE("where rows lie in memory changes no bit and nothing between them",
-                   "[expert_pass]",
+TEMPLATE_TEST_CASE("alignment and strides change no bit, and nothing is written between rows",
+                   "[table_grad]",
                    PEER_TABLE_AND_SOURCE_TYPES) {
   for (const int64_t width : {5, 64, 600}) {
     const Problem<typename TestType::Table, typename TestType::Source> problem(
-        owners_of_runs({1, 2, 3, 140, 0, 1, 4}), 3, 8, width);
+        owners_of_segments({1, 2, 3, 140, 0, 1, 4}), 3, 8, width);
     const auto aligned = problem.solve(OutputRows::by_owner);
     for (const Layout layout : {Layout{1, 0}, Layout{0, 1}, Layout{3, 5}, Layout{8, 8},
                                 Layout{0, 8}, Layout{4, 4}, Layout{2, 0}}) {
       INFO("width " << width << " offset " << layout.offset << " padding " << layout.padding);
       const auto gradient = problem.solve(OutputRows::by_owner, layout);
-      CHECK(gradient.is_elsewhere_untouched);
+      CHECK(gradient.is_untouched_elsewhere);
       CHECK(have_same_bits(gradient.values, aligned.values));
     }
   }
 }
 
-TEMPLATE_TEST_CASE("what is not a number reaches the rows of its pairs alone",
-                   "[expert_pass]",
+TEMPLATE_TEST_CASE("NaN and infinity reach only the rows of their pairs",
+                   "[table_grad]",
                    float,
                    BFloat16) {
-  Problem<TestType, TestType> problem(owners_of_runs({2, 1, 3, 150, 1, 5}), 1, 6, 100);
+  Problem<TestType, TestType> problem(owners_of_segments({2, 1, 3, 150, 1, 5}), 1, 6, 100);
   problem.source[40 * 100 + 7] = from_double<TestType>(INFINITY);
   problem.source[41 * 100 + 99] = from_double<TestType>(NAN);
   problem.source[42 * 100 + 50] = from_double<TestType>(INFINITY);
@@ -206,19 +213,19 @@ TEMPLATE_TEST_CASE("what is not a number reaches the rows of its pairs alone",
   }
 }
 
-TEST_CASE("no pairs and no columns leave everything as it is", "[expert_pass]") {
+TEST_CASE("no pairs and no columns leave everything as it is", "[table_grad]") {
   const Problem<float, float> no_pairs({}, 1, 3, 16);
   CHECK(no_pairs.distance(no_pairs.solve(OutputRows::by_owner)) == 0);
   CHECK(no_pairs.solve(OutputRows::compact).values.empty());
-  const Problem<float, float> no_columns(owners_of_runs({3, 200}), 1, 2, 0);
+  const Problem<float, float> no_columns(owners_of_segments({3, 200}), 1, 2, 0);
   CHECK(no_columns.distance(no_columns.solve(OutputRows::by_owner)) == 0);
 }
 
-TEMPLATE_TEST_CASE("a small gradient is right, whichever thread comes first",
-                   "[expert_pass][races]",
+TEMPLATE_TEST_CASE("a small gradient is right for every order of threads",
+                   "[table_grad][races]",
                    (Types<float, float>),
                    (Types<BFloat16, BFloat16>)) {
   const Problem<typename TestType::Table, typename TestType::Source> problem(
-      owners_of_runs({2, 130, 1}), 2, 3, 520);
+      owners_of_segments({2, 130, 1}), 2, 3, 520);
   CHECK(problem.distance(problem.solve(OutputRows::by_owner)) <= 1);
 }

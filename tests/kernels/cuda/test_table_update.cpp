@@ -1,9 +1,11 @@
 #include "cuda_support.h"
-#include "kernels/cpu/capability_kernels.h"
 #include "kernels/cpu/stochastic_rounding.h"
+#include "kernels/cpu/table_update.h"
 #include "kernels/cuda/stochastic_rounding.h"
+#include "kernels/cuda/table_grad.h"
+#include "kernels/cuda/table_update.h"
 #include "kernels/random_bits.h"
-#include "oracles/table_update.h"
+#include "problems/table_update.h"
 
 using namespace peer;
 using namespace peer::cuda;
@@ -11,46 +13,13 @@ using namespace peer::test;
 
 namespace {
 
-// Where the gradients of the rows come from.
-enum class Given { rows, pairs, pairs_with_coefficients };
+constexpr Given kGiven[] = {Given::dense, Given::pairs, Given::pairs_with_coefficients};
 
-constexpr Given kGiven[] = {Given::rows, Given::pairs, Given::pairs_with_coefficients};
-
-// One update of a table: what it is given, the kernels' result, and the obvious one in double.
 template <class Table, class Source>
-struct Problem {
-  using Real = accumulation_t<Table>;
-
-  // `runs`: how many pairs each of the first rows has, where the rows are not given as they are;
-  // the others have none.
-  Problem(Given given,
-          int64_t rows,
-          int64_t parts,
-          int64_t width,
-          const std::vector<int64_t>& runs,
-          uint64_t seed)
-      : given(given), rows(rows), parts(parts), width(width) {
-    Random random(seed);
-    if (given == Given::rows) {
-      for (int64_t row = 0; row < rows; ++row) {
-        owners.push_back(row);
-      }
-    } else {
-      pairs_per_row = given == Given::pairs ? 1 : 2;
-      owners = owners_of_runs(runs);
-      owners.resize((owners.size() + 1) / 2 * 2, rows - 1);
-    }
-    source = random.normal<Source>(owners.size() / pairs_per_row * parts * width);
-    coefficients = random.normal<Real>(parts * owners.size());
-    start.table = random.normal<Table>(rows * parts * width);
-    start.momentum = random.normal<Table>(rows * parts * width);
-    for (const double value : random.normal<double>(rows * parts)) {
-      start.second_moments.push_back(Real(std::abs(value)));
-    }
-    for (const int64_t value : random.integers(rows, 4)) {
-      start.row_steps.push_back(value);
-    }
-  }
+struct Problem : TableUpdateProblem<Table, Source> {
+  using Base = TableUpdateProblem<Table, Source>;
+  using Base::Base, Base::given, Base::rows, Base::parts, Base::width, Base::pairs_per_row;
+  using Base::owners, Base::source, Base::start;
 
   State<Table> solve(const Hyperparameters& h,
                      bool stochastic_rounding = false,
@@ -73,46 +42,34 @@ struct Problem {
         .key = 17,
         .source = std::as_const(source_memory).rows(),
         .pairs_per_row = pairs_per_row,
-        .coefficients = given == Given::pairs_with_coefficients ? coefficients.data() : nullptr,
+        .coefficients = this->given_coefficients(),
     };
-    if (given == Given::rows) {
+    if (!this->has_pairs()) {
       update_rows(update, rows, kContext);
     } else {
       if (sorted.count == 0) {
         sorted = make_segments(owners.data(), owners.size(), rows, OutputRows::by_owner, kContext);
       }
-      update_by_pairs(update, sorted, kContext);
+      update_by_segments(update, sorted, kContext);
     }
     state.table = table.values(rows);
     state.momentum = momentum.values(rows);
-    REQUIRE(table.is_elsewhere(rows, untouched));
-    REQUIRE(momentum.is_elsewhere(rows, untouched));
+    REQUIRE(table.holds_elsewhere(rows, untouched));
+    REQUIRE(momentum.holds_elsewhere(rows, untouched));
     return state;
   }
 
-  Gradients gradients() const {
-    return sum_gradients(owners, rows, parts, width, source.data(), parts * width, pairs_per_row,
-                         given == Given::pairs_with_coefficients ? coefficients.data() : nullptr);
-  }
-
   double distance(const State<Table>& result, const Hyperparameters& h) const {
-    return distance_from_rule(h, gradients(), start, result, rows, parts, width, parts * width,
-                              64 * kEpsilon<Real>);
+    return Base::distance(result, h, 64 * kEpsilon<typename Base::Real>);
   }
 
-  Given given;
-  int64_t rows, parts, width, pairs_per_row = 1;
-  std::vector<int64_t> owners;
-  std::vector<Source> source;
-  std::vector<Real> coefficients;
-  State<Table> start;
-  mutable Segments sorted;  // once for several solutions
+  mutable Segments sorted;  // made once for several solutions
 };
 
 }  // namespace
 
 TEMPLATE_TEST_CASE("every rule updates the rows that have pairs, and no others",
-                   "[row_update]",
+                   "[table_update]",
                    PEER_TABLE_AND_SOURCE_TYPES) {
   for (const int64_t width : {1, 7, 33, 256, 1030}) {
     for (const Given given : kGiven) {
@@ -129,11 +86,12 @@ TEMPLATE_TEST_CASE("every rule updates the rows that have pairs, and no others",
   }
 }
 
-TEMPLATE_TEST_CASE("rows of more columns than a block takes at once follow their whole mean",
-                   "[row_update]",
-                   PEER_TABLE_AND_SOURCE_TYPES) {
+TEMPLATE_TEST_CASE(
+    "rows with more columns than a block takes at once are updated by the mean of the whole row",
+    "[table_update]",
+    PEER_TABLE_AND_SOURCE_TYPES) {
   const int64_t width = 16 * 1024 / sizeof(typename TestType::Source) + 333;
-  for (const Given given : {Given::rows, Given::pairs_with_coefficients}) {
+  for (const Given given : {Given::dense, Given::pairs_with_coefficients}) {
     const Problem<typename TestType::Table, typename TestType::Source> problem(given, 5, 2, width,
                                                                                {1, 3, 0, 129}, 4);
     for (const Hyperparameters& rule : {kRules[2], kRules[4]}) {
@@ -144,7 +102,7 @@ TEMPLATE_TEST_CASE("rows of more columns than a block takes at once follow their
 }
 
 TEMPLATE_TEST_CASE("rows with many pairs are updated once, and the same on a device of any size",
-                   "[row_update]",
+                   "[table_update]",
                    PEER_TABLE_AND_SOURCE_TYPES) {
   using Table = typename TestType::Table;
   const Problem<Table, typename TestType::Source> problem(
@@ -153,14 +111,14 @@ TEMPLATE_TEST_CASE("rows with many pairs are updated once, and the same on a dev
     const State<Table> state = problem.solve(rule);
     INFO("rule " << int(rule.rule) << " momentum " << rule.has_momentum);
     CHECK(problem.distance(state, rule) <= 1);
-    const Multiprocessors device(132);
+    const ScopedSmCount device(132);
     CHECK(problem.solve(rule) == state);
     CHECK((problem.solve(rule, true) == state) == std::is_same_v<Table, accumulation_t<Table>>);
   }
 }
 
-TEMPLATE_TEST_CASE("where rows lie in memory changes no bit of an update",
-                   "[row_update]",
+TEMPLATE_TEST_CASE("alignment and strides change no bit of an update",
+                   "[table_update]",
                    PEER_TABLE_AND_SOURCE_TYPES) {
   using Table = typename TestType::Table;
   for (const int64_t width : {7, 536}) {
@@ -177,28 +135,30 @@ TEMPLATE_TEST_CASE("where rows lie in memory changes no bit of an update",
   }
 }
 
-// What a fused optimizer relies on.
+// A fused optimizer relies on this.
 TEMPLATE_TEST_CASE("an update by pairs has the bits of a gradient followed by an update",
-                   "[row_update]",
+                   "[table_update]",
                    float,
                    double) {
   for (const int64_t width : {40, 700}) {
     const Problem<TestType, TestType> fused(Given::pairs_with_coefficients, 9, 1, width,
                                             {1, 2, 30, 129, 0, 300, 1, 1}, 7);
-    const Segments pairs =
+    const Segments segments =
         make_segments(fused.owners.data(), fused.owners.size(), 9, OutputRows::compact, kContext);
-    const int64_t distinct = count_distinct_owners(pairs, kContext);
-    // The same table, and the gradient's rows as pairs.
+    const int64_t distinct = count_distinct_owners(segments, kContext);
+    // The same table, with one pair for each row of the gradient.
     Problem<TestType, TestType> step(Given::pairs, 9, 1, width, {}, 7);
     step.start = fused.start;
-    step.owners.assign(pairs.distinct_owners.get(), pairs.distinct_owners.get() + distinct);
+    step.owners.assign(segments.distinct_owners.get(), segments.distinct_owners.get() + distinct);
     step.source.resize(distinct * width);
-    sum_pairs(TableGrad<TestType, TestType>{width,
-                                            fused.pairs_per_row,
-                                            fused.coefficients.data(),
-                                            {fused.source.data(), width},
-                                            {step.source.data(), width}},
-              pairs, kContext);
+    const TableGrad<TestType, TestType> gradient = {
+        .width = width,
+        .pairs_per_row = fused.pairs_per_row,
+        .coefficients = fused.coefficients.data(),
+        .source = {fused.source.data(), width},
+        .out = {step.source.data(), width},
+    };
+    sum_segments(gradient, segments, kContext);
     for (const Hyperparameters& rule : kRules) {
       INFO("width " << width << " rule " << int(rule.rule));
       CHECK(step.solve(rule) == fused.solve(rule));
@@ -206,7 +166,7 @@ TEMPLATE_TEST_CASE("an update by pairs has the bits of a gradient followed by an
   }
 }
 
-TEST_CASE("nothing to update by leaves everything as it is", "[row_update]") {
+TEST_CASE("without gradients nothing changes", "[table_update]") {
   for (const Given given : kGiven) {
     const Problem<float, float> no_rows(given, 0, 2, 16, {}, 8);
     CHECK(no_rows.solve(kRules[0]) == no_rows.start);
@@ -217,16 +177,16 @@ TEST_CASE("nothing to update by leaves everything as it is", "[row_update]") {
   CHECK(no_pairs.solve(kRules[4]) == no_pairs.start);
 }
 
-TEST_CASE("a small update is right, whichever thread comes first", "[row_update][races]") {
+TEST_CASE("a small update is right for every order of threads", "[table_update][races]") {
   const Problem<float, float> by_pairs(Given::pairs_with_coefficients, 3, 2, 520, {2, 130, 1}, 9);
   CHECK(by_pairs.distance(by_pairs.solve(kRules[4]), kRules[4]) <= 1);
-  const Problem<float, float> of_wide_rows(Given::rows, 3, 2, 4400, {}, 9);
-  CHECK(of_wide_rows.distance(of_wide_rows.solve(kRules[0]), kRules[0]) <= 1);
+  const Problem<float, float> wide_rows(Given::dense, 3, 2, 4400, {}, 9);
+  CHECK(wide_rows.distance(wide_rows.solve(kRules[0]), kRules[0]) <= 1);
 }
 
 namespace {
 
-// Values of every kind, and of any bits.
+// Special values, values around the range of half, and random bits.
 std::vector<float> values_to_round(int64_t count) {
   Random random(6);
   std::vector<float> values = {0.f,       -0.f,      INFINITY, -INFINITY, NAN,      3.4028235e38f,
@@ -234,7 +194,7 @@ std::vector<float> values_to_round(int64_t count) {
                                0x1p-149f, 0x1p-126f, 0x1p-14f, 0x1p-24f,  0x1p-25f, -0x1p-149f};
   values.push_back(std::bit_cast<float>(0x7fffffffu));
   values.push_back(std::bit_cast<float>(0xffffffffu));
-  while (int64_t(values.size()) < count / 2) {  // what half distinguishes
+  while (int64_t(values.size()) < count / 2) {  // the range of half
     values.push_back(std::ldexp(float(random.normal<double>(1)[0]), int(random.integer(48)) - 32));
   }
   while (int64_t(values.size()) < count) {
@@ -245,8 +205,8 @@ std::vector<float> values_to_round(int64_t count) {
 
 }  // namespace
 
-TEMPLATE_TEST_CASE("stochastic rounding has the CPU's bits for any value and any random word",
-                   "[row_update]",
+TEMPLATE_TEST_CASE("stochastic rounding has the CPU's bits for every value and every random word",
+                   "[table_update]",
                    BFloat16,
                    Half) {
   namespace cpu = peer::cpu::baseline;
@@ -267,10 +227,10 @@ TEMPLATE_TEST_CASE("stochastic rounding has the CPU's bits for any value and any
   }
 }
 
-// Rows of two parts that become what is subtracted from them, momentum that becomes the gradient:
-// exact before they are rounded.
+// With tables of zeros, these hyperparameters make the table and the momentum equal to the
+// gradient. So rounding is the only inexact step.
 TEMPLATE_TEST_CASE("tables and momentum are rounded to the CPU's bits, row by row",
-                   "[row_update]",
+                   "[table_update]",
                    BFloat16,
                    Half) {
   constexpr int64_t kRows = 40, kWidth = 500;
@@ -281,24 +241,19 @@ TEMPLATE_TEST_CASE("tables and momentum are rounded to the CPU's bits, row by ro
     return UpdateRule<TestType>{
         .rule = Rule::sgd, .lr = -1, .decay_factor = 1, .momentum = {rows.data(), kWidth}};
   };
-  cpu::TableUpdate<TestType, float> on_cpu = {};
-  on_cpu.parts = 2;
-  on_cpu.width = kWidth / 2;
-  on_cpu.table = {expected_table.data(), kWidth};
-  on_cpu.rule = rule_with(expected_momentum);
-  on_cpu.stochastic_rounding = true;
-  on_cpu.key = 0x123456789abcdef0u;
-  on_cpu.source = {values.data(), kWidth};
-  peer::cpu::baseline::update_rows(on_cpu, 0, kRows);
-
-  update_rows(TableUpdate<TestType, float>{.parts = 2,
-                                           .width = kWidth / 2,
-                                           .table = {table.data(), kWidth},
-                                           .rule = rule_with(momentum),
-                                           .stochastic_rounding = true,
-                                           .key = on_cpu.key,
-                                           .source = on_cpu.source},
-              kRows, kContext);
+  TableUpdate<TestType, float> update = {.parts = 2,
+                                         .width = kWidth / 2,
+                                         .table = {expected_table.data(), kWidth},
+                                         .rule = rule_with(expected_momentum),
+                                         .stochastic_rounding = true,
+                                         .key = 0x123456789abcdef0u,
+                                         .source = {values.data(), kWidth}};
+  peer::cpu::kernels<peer::cpu::TableUpdateKernels>(peer::cpu::Capability::baseline)
+      .of<TestType, float>()
+      .update_rows(update, /*ids=*/nullptr, 0, kRows);
+  update.table = {table.data(), kWidth};
+  update.rule = rule_with(momentum);
+  update_rows(update, kRows, kContext);
   CHECK(have_same_bits(table, expected_table));
   CHECK(have_same_bits(momentum, expected_momentum));
   CHECK(!have_same_bits(table, momentum));

@@ -1,3 +1,4 @@
+// The activations from their definitions, in double.
 #pragma once
 
 #include <algorithm>
@@ -7,7 +8,6 @@
 
 namespace peer::test {
 
-// The oracle's activations, from their definitions.
 inline double activate(Activation activation, double z) {
   switch (activation) {
     case Activation::gelu:

@@ -1,8 +1,10 @@
+// Product-key retrieval by the scores of all pairs.
 #pragma once
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <limits>
 #include <numeric>
 #include <tuple>
 #include <utility>
@@ -12,8 +14,9 @@
 
 namespace peer::test {
 
-// The products of a query's half with some keys, in the order of the keys' elements; exact for the
-// small integers that most tests use.
+// The products of half a query with some keys, in the order of the keys' elements; exact for the
+// small integers that most tests use. An infinite product counts as the largest finite number of
+// its sign.
 template <class Sum, class Query>
 std::vector<Sum> sub_scores(const Query* query,
                             const Query* keys,
@@ -23,6 +26,9 @@ std::vector<Sum> sub_scores(const Query* query,
   for (int64_t i = 0; i < count; ++i) {
     for (int64_t j = 0; j < half_width; ++j) {
       result[i] += Sum(to_double(query[j])) * Sum(to_double(keys[i * half_width + j]));
+    }
+    if (std::isinf(result[i])) {
+      result[i] = std::copysign(std::numeric_limits<Sum>::max(), result[i]);
     }
   }
   return result;
@@ -77,7 +83,8 @@ std::vector<std::pair<Real, int64_t>> brute_force(const std::vector<Real>& rows,
   return result;
 }
 
-// In how many places a head's result for a token differs from brute force on its sub-scores.
+// The number of places in which the result of one head and token differs from brute force on its
+// sub-scores.
 template <class Real>
 int64_t count_wrong(const std::vector<Real>& rows,
                     const std::vector<Real>& columns,

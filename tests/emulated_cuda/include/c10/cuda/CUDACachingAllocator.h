@@ -1,4 +1,4 @@
-// Stands in for Torch's header: memory of the emulated device is Torch's memory on the CPU.
+// Stands in for Torch's header: memory of the emulated device is Torch's CPU memory.
 #pragma once
 
 #include <c10/core/CPUAllocator.h>

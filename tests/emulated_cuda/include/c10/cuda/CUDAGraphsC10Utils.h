@@ -1,5 +1,4 @@
-// Stands in for Torch's header: whether the stream is being captured in a graph, as the emulated
-// device says.
+// Stands in for Torch's header: whether the emulated device captures a graph.
 #pragma once
 
 namespace c10::cuda {

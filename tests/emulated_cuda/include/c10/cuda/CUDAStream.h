@@ -1,4 +1,4 @@
-// Stands in for Torch's header: the one stream there is, on which everything happens at once.
+// Stands in for Torch's header: the only stream, which executes work at once.
 #pragma once
 
 #include <cuda_runtime.h>

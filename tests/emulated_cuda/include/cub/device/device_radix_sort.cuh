@@ -38,7 +38,7 @@ struct DeviceRadixSort {
       sorted_keys[i] = keys[order[i]];
       sorted_values[i] = values[order[i]];
     }
-    return cudaPeekAtLastError();  // an earlier call's too, as CUB does
+    return cudaPeekAtLastError();  // reports errors of earlier calls, too, like CUB
   }
 };
 

@@ -1,5 +1,5 @@
-// Stands in for the kernels' header of the same name, whose instruction only a GPU has: the lanes
-// show each other what they hold of A and B, and each computes its own sums.
+// Stands in for the kernels' header of the same name, whose instruction only GPUs have. The lanes
+// exchange their elements of A and B, and each lane computes its own sums.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -13,14 +13,14 @@
 namespace peer::cuda {
 
 template <class Element>
-void multiply_add(float (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+void mma_m16n8k16(float (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   const unsigned group = threadIdx.x % 32 / 4, quarter = threadIdx.x % 4;
   const auto at = [](const unsigned char* words, unsigned half) {
     Element element;
     std::memcpy(&element, words + 2 * half, sizeof(element));
     return widen(element);
   };
-  // Word w of lane 4g + q holds columns 2q + 8·(w / 2), and the next, of row g + 8·(w % 2).
+  // Word w of lane 4g + q holds columns 2q + 8·(w / 2) and 2q + 8·(w / 2) + 1 of row g + 8·(w % 2).
   float rows[2][16];
   const unsigned char* all = ::peer::test::exchange_in_warp(a, sizeof(a));
   for (unsigned q = 0; q < 4; ++q) {
@@ -31,7 +31,7 @@ void multiply_add(float (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[
       }
     }
   }
-  // Word w of lane 4g + q holds rows 2q + 8·w, and the next, of column g.
+  // Word w of lane 4g + q holds rows 2q + 8·w and 2q + 8·w + 1 of column g.
   all = ::peer::test::exchange_in_warp(b, sizeof(b));
   for (unsigned i = 0; i < 4; ++i) {
     const unsigned column = 2 * quarter + i % 2;

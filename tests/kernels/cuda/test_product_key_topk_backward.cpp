@@ -1,4 +1,5 @@
 #include "cuda_support.h"
+#include "kernels/cuda/product_key_topk.h"
 
 using namespace peer;
 using namespace peer::cuda;
@@ -26,17 +27,19 @@ struct Problem {
   }
 
   void run() {
-    gather_sum<Table>({items,
-                       terms,
-                       width,
-                       coefficients.data(),
-                       indices.data(),
-                       {table.data() + offset, stride},
-                       {out.data() + offset, stride}},
-                      kContext);
+    const GatherSum<Table> pass = {
+        .items = items,
+        .terms = terms,
+        .width = width,
+        .coefficients = coefficients.data(),
+        .indices = indices.data(),
+        .table = {table.data() + offset, stride},
+        .out = {out.data() + offset, stride},
+    };
+    gather_sum(pass, kContext);
   }
 
-  // The sums, after a look at everything around them.
+  // The sums. Checks that nothing else was written.
   std::vector<Table> sums() const {
     std::vector<Table> result;
     for (int64_t i = 0; i < int64_t(out.size()); ++i) {
@@ -85,7 +88,7 @@ void check_against_oracle(int64_t items, int64_t terms, int64_t width, const Lay
 }  // namespace
 
 TEMPLATE_TEST_CASE("weighted sums of rows agree with the oracle for every number of terms",
-                   "[gather_sum]",
+                   "[product_key_topk_backward]",
                    float,
                    double) {
   for (const int64_t terms : {0, 1, 3, 4, 5, 8, 15, 16, 17, 31, 32, 33, 64, 70}) {
@@ -95,7 +98,7 @@ TEMPLATE_TEST_CASE("weighted sums of rows agree with the oracle for every number
 }
 
 TEMPLATE_TEST_CASE("weighted sums of rows agree with the oracle at every width",
-                   "[gather_sum]",
+                   "[product_key_topk_backward]",
                    float,
                    double) {
   for (const int64_t width : {1, 2, 3, 4, 5, 63, 64, 65, 127, 128, 129, 132, 256, 260, 1000}) {
@@ -106,7 +109,7 @@ TEMPLATE_TEST_CASE("weighted sums of rows agree with the oracle at every width",
 }
 
 TEMPLATE_TEST_CASE("every item gets its sum, whatever the number of items",
-                   "[gather_sum]",
+                   "[product_key_topk_backward]",
                    float,
                    double) {
   for (const int64_t items : {0, 1, 7, 8, 9, 100}) {
@@ -115,7 +118,7 @@ TEMPLATE_TEST_CASE("every item gets its sum, whatever the number of items",
 }
 
 TEMPLATE_TEST_CASE("alignment does not change the bits of weighted sums",
-                   "[gather_sum]",
+                   "[product_key_topk_backward]",
                    float,
                    double) {
   Problem<TestType> aligned(5, 33, 140, kAligned), unaligned(5, 33, 140, kUnaligned);
@@ -124,7 +127,8 @@ TEMPLATE_TEST_CASE("alignment does not change the bits of weighted sums",
   CHECK(aligned.sums() == unaligned.sums());
 }
 
-TEST_CASE("infinite coefficients give infinite weighted sums, not NaN", "[gather_sum]") {
+TEST_CASE("infinite coefficients give infinite weighted sums, not NaN",
+          "[product_key_topk_backward]") {
   Problem<float> problem(2, 5, 8);
   std::fill(problem.coefficients.begin(), problem.coefficients.end(), INFINITY);
   std::fill(problem.table.begin(), problem.table.end(), 1.0f);
@@ -132,6 +136,56 @@ TEST_CASE("infinite coefficients give infinite weighted sums, not NaN", "[gather
   CHECK(problem.sums() == std::vector<float>(16, INFINITY));
 }
 
-TEST_CASE("the warps of weighted sums do not race", "[gather_sum][races]") {
+TEST_CASE("the warps of weighted sums do not race", "[product_key_topk_backward][races]") {
   check_against_oracle<float>(9, 17, 140, kAligned);
+}
+
+TEST_CASE("key owners are the rows and columns of a head's part of the keys",
+          "[product_key_topk_backward]") {
+  const int64_t rows = 7, columns = 11, heads = 3, k = 5, tokens = 40;
+  Random random(16);
+  const std::vector<int64_t> indices = random.integers(tokens * heads * k, rows * columns);
+  for (const bool shared : {true, false}) {
+    std::vector<int64_t> row_owners(indices.size(), -1), column_owners(indices.size(), -1);
+    const KeyOwners pass = {
+        .queries = tokens * heads,
+        .heads = heads,
+        .k = k,
+        .columns = columns,
+        .experts = rows * columns,
+        .row_head_stride = shared ? 0 : rows,
+        .column_head_stride = shared ? 0 : columns,
+        .indices = indices.data(),
+        .row_owners = row_owners.data(),
+        .column_owners = column_owners.data(),
+    };
+    find_key_owners(pass, kContext);
+    for (size_t i = 0; i < indices.size(); ++i) {
+      const int64_t head = shared ? 0 : int64_t(i) / k % heads;
+      REQUIRE(row_owners[i] == head * rows + indices[i] / columns);
+      REQUIRE(column_owners[i] == head * columns + indices[i] % columns);
+    }
+  }
+}
+
+TEST_CASE("an index that is out of range for the experts traps", "[product_key_topk_backward]") {
+  std::vector<int64_t> indices(10, 3), row_owners(10), column_owners(10);
+  KeyOwners pass = {
+      .queries = 5,
+      .heads = 1,
+      .k = 2,
+      .columns = 11,
+      .experts = 77,
+      .row_head_stride = 0,
+      .column_head_stride = 0,
+      .indices = indices.data(),
+      .row_owners = row_owners.data(),
+      .column_owners = column_owners.data(),
+  };
+  for (const int64_t bad : {int64_t(-1), int64_t(77), int64_t(1) << 40}) {
+    indices[9] = bad;
+    CHECK_THROWS_AS(find_key_owners(pass, kContext), std::runtime_error);
+  }
+  pass.queries = 0;
+  find_key_owners(pass, kContext);
 }

@@ -1,14 +1,16 @@
-// Selection by one warp: the k best of some hundred scores on ordered integers (ordered.h), sorted.
+// Warp select: one warp selects and sorts the k best of a few hundred scores, which are ordered
+// integers (ordered.h).
 //
-//   1. floor    a value that at least k of the scores are above, and few more
-//   2. filter   those above it, gathered in a list
-//   3. rank     of each of the list: how many are better
+//   1. floor    a value that at least k scores exceed, and few more than k
+//   2. filter   the scores above the floor are appended to a list
+//   3. rank     the rank of a candidate is the number of better candidates
 //
 // Lanes      lane l holds the scores at positions l, l + 32, l + 64, ... in registers, kBelowAll
-//            where there is none, and reads each once
-// List       up to kMaxCandidates, in shared memory. Where more are above the floor, as in rows of
-//            ties, the k best alone: bisection for the k-th, then equal ones by position
-// Order      higher score first, equal scores by id. Ids grow with positions
+//            where there is no score
+// List       up to kMaxCandidates, in shared memory. If more scores exceed the floor, as with many
+//            ties, only the k best are appended: bisection finds the k-th best score, and equal
+//            scores are taken in order of position
+// Order      higher score first, equal scores by id. Ids increase with positions
 #pragma once
 
 #include <cuda_runtime.h>
@@ -22,13 +24,13 @@
 
 namespace peer::cuda {
 
-// Less than the order of any score, -inf included.
+// Below every score, including -inf.
 template <class Order>
 constexpr Order kBelowAll = std::numeric_limits<Order>::min();
 
 constexpr int kMaxCandidates = 128;
 
-// Read and written as one.
+// Aligned, so that it is read and written by one access.
 template <class Order>
 struct alignas(2 * sizeof(Order)) Candidate {
   Order order;
@@ -40,7 +42,7 @@ __device__ bool is_better(const Candidate<Order>& a, const Candidate<Order>& b) 
   return a.order > b.order || (a.order == b.order && a.id < b.id);
 }
 
-__device__ inline int position_in_lane(int i) { return i * kWarp + lane(); }
+__device__ inline int position_of(int i) { return i * kWarp + lane(); }
 
 template <int count, class Order>
 __device__ int count_above(const Order (&scores)[count], Order floor) {
@@ -52,17 +54,17 @@ __device__ int count_above(const Order (&scores)[count], Order floor) {
   return above;
 }
 
-// Folds the lanes' values into one, in every lane.
+// The reduction of the lanes' values, in every lane.
 template <class Value, class Operation>
-__device__ Value fold_warp(Value value, const Operation& operation) {
+__device__ Value warp_reduce(Value value, const Operation& operation) {
   for (int distance = kWarp / 2; distance > 0; distance /= 2) {
     value = operation(value, __shfl_xor_sync(kAllLanes, value, distance));
   }
   return value;
 }
 
-// The sum over the lanes below this one.
-__device__ inline int sum_before(int value) {
+// The sum over lower lanes.
+__device__ inline int warp_exclusive_sum(int value) {
   int sum = value;
   for (int distance = 1; distance < kWarp; distance *= 2) {
     const int below = __shfl_up_sync(kAllLanes, sum, unsigned(distance));
@@ -71,8 +73,8 @@ __device__ inline int sum_before(int value) {
   return sum - value;
 }
 
-// A bound that at least k of the warp's scores reach, found by bisecting the integers between the
-// least and the greatest of them: the k-th best score, or what no more than `enough` reach. Needs k
+// A bound that at least k of the warp's scores reach, by bisection between the least and the
+// greatest score: the k-th best score, or a bound that at most `enough` scores reach. Requires k
 // scores.
 template <int count, class Order>
 __device__ Order bound_of_kth(const Order (&scores)[count], int k, int enough) {
@@ -85,8 +87,8 @@ __device__ Order bound_of_kth(const Order (&scores)[count], int k, int enough) {
     least = lesser(least, scores[i]);
     greatest = greater(greatest, scores[i]);
   }
-  Order low = greater(fold_warp(least, lesser), kBelowAll<Order> + 1);
-  Order high = fold_warp(greatest, greater);
+  Order low = greater(warp_reduce(least, lesser), kBelowAll<Order> + 1);
+  Order high = warp_reduce(greatest, greater);
   while (low < high) {
     const Order middle = middle_of(low, high);
     const int reaching = __reduce_add_sync(kAllLanes, count_above(scores, Order(middle - 1)));
@@ -95,9 +97,9 @@ __device__ Order bound_of_kth(const Order (&scores)[count], int k, int enough) {
   return low;
 }
 
-// The group-maximum filter, with 128 groups, four in each lane. Each maximum is a score, so a floor
-// that k maxima are above is one that k scores are above: of 512 random ones about k + k²/256, and
-// an eighth more where the bisection stops early.
+// The floor from the maxima of 128 groups of scores, four groups per lane. A floor that k maxima
+// exceed is one that k scores exceed. About k + k²/256 of 512 random scores exceed it, and an
+// eighth more if the bisection stops early.
 template <int count, class Order>
 __device__ Order floor_by_groups(const Order (&scores)[count], int k) {
   constexpr int groups = 4;
@@ -111,8 +113,8 @@ __device__ Order floor_by_groups(const Order (&scores)[count], int k) {
   return bound_of_kth(maxima, k, k + k / 8 + 1) - 1;
 }
 
-// A floor that just the k best of the warp's scores are above: of those equal to the k-th best, the
-// ones too many become kBelowAll. Needs k scores.
+// A floor that exactly the k best of the warp's scores exceed. Surplus scores that equal the k-th
+// best become kBelowAll. Requires k scores.
 template <int count, class Order>
 __device__ Order floor_of_k_best(Order (&scores)[count], int k) {
   const Order kth = bound_of_kth(scores, k, k);
@@ -121,7 +123,7 @@ __device__ Order floor_of_k_best(Order (&scores)[count], int k) {
   for (int i = 0; i < count; ++i) {
     const bool is_equal = scores[i] == kth;
     const unsigned equals = __ballot_sync(kAllLanes, is_equal);
-    if (is_equal && count_before(equals) >= room) {
+    if (is_equal && count_lower_lanes(equals) >= room) {
       scores[i] = kBelowAll<Order>;
     }
     room -= __popc(equals);
@@ -129,8 +131,8 @@ __device__ Order floor_of_k_best(Order (&scores)[count], int k) {
   return kth - 1;
 }
 
-// Appends the scores above a floor to the list, or the k best of them where it has no room for all;
-// returns the list's new length. There must be room for k.
+// Appends the scores above a floor to the list, or only the k best if the list has no room for all.
+// Returns the new length of the list. Requires room for k.
 template <int count, class Order>
 __device__ int append_above(Order floor,
                             Order (&scores)[count],
@@ -145,17 +147,17 @@ __device__ int append_above(Order floor,
     own = count_above(scores, floor);
     all = k;
   }
-  int place = length + sum_before(own);
+  int end = length + warp_exclusive_sum(own);
 #pragma unroll
   for (int i = 0; i < count; ++i) {
     if (scores[i] > floor) {
-      list[place++] = {scores[i], first_id + position_in_lane(i)};
+      list[end++] = {scores[i], first_id + position_of(i)};
     }
   }
   return length + all;
 }
 
-// Calls visit(rank, candidate) for the k best of a list, each by some lane.
+// Calls visit(rank, candidate) for each of the k best of a list, by one lane each.
 template <class Order, class Visit>
 __device__ void visit_best(const Candidate<Order>* list, int length, int k, const Visit& visit) {
   for (int i = lane(); i < length; i += kWarp) {

@@ -1,0 +1,41 @@
+// The CPU kernels of the gradient of an expert table.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/common.h"
+#include "kernels/cpu/segment_work.h"
+#include "kernels/table_grad.h"
+
+namespace peer::cpu {
+
+template <class Element>
+struct TableGradFunctions {
+  using Real = accumulation_t<Element>;
+  // A work item is a chunk. nontemporal: the rows of `out` are written past the caches if they are
+  // aligned, because together they exceed the caches.
+  void (*sum_chunks)(const TableGrad<Element>& pass,
+                     const SegmentWork<Real>& segments,
+                     bool nontemporal,
+                     int64_t first,
+                     int64_t last);
+  // A work item is a split segment. Runs after sum_chunks.
+  void (*sum_split_segments)(const TableGrad<Element>& pass,
+                             const SegmentWork<Real>& segments,
+                             int64_t first,
+                             int64_t last);
+};
+
+struct TableGradKernels : TableGradFunctions<float>,
+                          TableGradFunctions<double>,
+                          TableGradFunctions<BFloat16>,
+                          TableGradFunctions<Half> {
+  static const TableGradKernels baseline, avx2, avx512;
+
+  template <class Element>
+  const TableGradFunctions<Element>& of() const {
+    return *this;
+  }
+};
+
+}  // namespace peer::cpu

@@ -1,0 +1,84 @@
+// Product-key retrieval as the kernels of every device take it: the k best of R·C experts for every
+// token and head. Expert r·C + c has the score <q1, row_keys[r]> + <q2, col_keys[c]>.
+//
+// Sub-scores  a sub-score, the product of half a query with a key, that is infinite counts as the
+//             largest finite number of its sign in the accumulation type. So the sum of two
+//             sub-scores is NaN only if one of them is
+// Order       NaN first, then the higher score; among equal scores the smaller (row rank, column
+//             rank), in which ranks break ties by the smaller key id. -0 equals 0
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/common.h"
+
+namespace peer {
+
+// The keys of one half of the queries.
+template <class Element>
+struct Keys {
+  const Element* data;
+  int64_t count;        // keys per head
+  int64_t head_stride;  // 0 if the heads share their keys
+};
+
+template <class Query>
+struct ProductKeyTopk {
+  using Real = accumulation_t<Query>;
+  int64_t tokens;
+  int64_t heads;
+  int64_t half_width;  // dim_key / 2
+  int64_t k;
+  const Query* query;  // (T, H, dim_key)
+  Keys<Query> rows, columns;
+  Real* scores;      // (T, H, k)
+  int64_t* indices;  // (T, H, k)
+};
+
+// Weighted sums of rows, for the gradient of the queries:
+//
+//   out[i] = Σ_p coefficients[i, p]·table[indices[i, p]]
+template <class Real>
+struct GatherSum {
+  int64_t items;
+  int64_t terms;
+  int64_t width;
+  const Real* coefficients;  // (items, terms)
+  const int64_t* indices;    // (items, terms)
+  Rows<const Real> table;
+  Rows<Real> out;  // (items, width)
+};
+
+// Whether the sum of the row and the column of these ranks can be among the k best. Every pair
+// (i', j') with i' <= i and j' <= j comes before (i, j), because rounding is monotone and equal
+// sums are ordered by rank: if (i + 1)(j + 1) > k, there are k better ones. At k = 16, 50 of 256
+// pairs are candidates.
+PEER_HOST_DEVICE static constexpr bool is_candidate(int64_t row_rank,
+                                                    int64_t column_rank,
+                                                    int64_t k) {
+  return (row_rank + 1) * (column_rank + 1) <= k;
+}
+
+// The number of columns, the best ones, that are candidates with a row.
+template <class Integer>
+PEER_HOST_DEVICE static constexpr Integer count_candidate_columns(Integer row_rank,
+                                                                  Integer column_count,
+                                                                  Integer k) {
+  const Integer most = k / (row_rank + 1);
+  return most < column_count ? most : column_count;
+}
+
+// The number of candidate pairs of the best rows. Candidates are listed in order of (row rank,
+// column rank), so that the position in the list decides between equal sums.
+template <class Integer>
+PEER_HOST_DEVICE static constexpr Integer count_candidate_pairs(Integer row_count,
+                                                                Integer column_count,
+                                                                Integer k) {
+  Integer pairs = 0;
+  for (Integer i = 0; i < row_count && i < k; ++i) {
+    pairs += count_candidate_columns(i, column_count, k);
+  }
+  return pairs;
+}
+
+}  // namespace peer

@@ -1,0 +1,79 @@
+// Updates of a table, for the kernels of every device.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <random>
+#include <vector>
+
+#include "oracles/table_update.h"
+#include "support.h"
+
+namespace peer::test {
+
+// Where the gradients of the rows come from.
+enum class Given { dense, distinct_rows, pairs, pairs_with_coefficients };
+
+// One update of a table: its inputs, and the distance of a result from the rule in double. Rows of
+// the table, the momentum and the source are `stride` elements apart.
+template <class Table, class Source>
+struct TableUpdateProblem {
+  using Real = accumulation_t<Table>;
+
+  // segments: the number of pairs of each of the first rows. The other rows have none, except that
+  // the last row makes the number of pairs even. Without pairs, every row is given, or every third.
+  TableUpdateProblem(Given given,
+                     int64_t rows,
+                     int64_t parts,
+                     int64_t width,
+                     const std::vector<int64_t>& segments,
+                     uint64_t seed,
+                     int64_t padding = 0)
+      : given(given), rows(rows), parts(parts), width(width), stride(parts * width + padding) {
+    Random random(seed);
+    if (has_pairs()) {
+      pairs_per_row = given == Given::pairs ? 1 : 2;
+      owners = owners_of_segments(segments);
+      owners.resize((owners.size() + 1) / 2 * 2, rows - 1);
+    } else {
+      for (int64_t row = 0; row < rows; row += given == Given::dense ? 1 : 3) {
+        owners.push_back(row);
+      }
+    }
+    source = random.normal<Source>(owners.size() / pairs_per_row * stride);
+    coefficients = random.normal<Real>(parts * owners.size());
+    start.table = random.normal<Table>(rows * stride);
+    start.momentum = random.normal<Table>(rows * stride);
+    for (const double value : random.normal<double>(rows * parts)) {
+      start.second_moments.push_back(Real(std::abs(value)));
+    }
+    for (const int64_t value : random.integers(rows, 4)) {
+      start.row_steps.push_back(value);
+    }
+  }
+
+  bool has_pairs() const {
+    return given == Given::pairs || given == Given::pairs_with_coefficients;
+  }
+
+  const Real* given_coefficients() const {
+    return given == Given::pairs_with_coefficients ? coefficients.data() : nullptr;
+  }
+
+  // In units of what rounding allows. tolerance: relative, of the sums in the accumulation type.
+  double distance(const State<Table>& result, const Hyperparameters& h, double tolerance) const {
+    const Gradients gradients = sum_gradients(owners, rows, parts, width, source.data(), stride,
+                                              pairs_per_row, given_coefficients());
+    return distance_from_rule(h, gradients, start, result, rows, parts, width, stride, tolerance);
+  }
+
+  Given given;
+  int64_t rows, parts, width, stride, pairs_per_row = 1;
+  std::vector<int64_t> owners;
+  std::vector<Source> source;
+  std::vector<Real> coefficients;
+  State<Table> start;
+};
+
+}  // namespace peer::test
