@@ -224,7 +224,7 @@ def test_dtypes_devices_modes_and_frozen_parameters_are_kept(dtype):
     assert frozen == ["1.router.row_keys", "1.router.col_keys", "1.experts.weight"]
     on_meta = from_peer_pytorch(make_source().to("meta"))
     assert {each.device.type for each in on_meta.parameters()} == {"meta"}
-    source.weight_down_embed.to(torch.float64)  # dtypes that differ stay so
+    source.weight_down_embed.to(torch.float64)  # different dtypes are preserved
     assert from_peer_pytorch(source)[1].experts.weight.dtype == torch.float64
     assert from_peer_pytorch(source)[1].router.row_keys.dtype == dtype
 
@@ -281,7 +281,7 @@ REFUSED = {
     "softmax over one expert": ({"num_experts_per_head": 1}, r"softmax over one expert per head"),
     "more candidates than keys": (
         {"product_key_topk": 8},
-        r"cannot take product_key_topk=8 of .*7",
+        r"product_key_topk of at most 7, .* got 8",
     ),
     "unknown activation": ({"activation": nn.Tanh}, r"activation to be .* got Tanh\(\)"),
 }
@@ -295,7 +295,7 @@ def test_what_no_layer_of_peer_computes_is_refused(case):
 
 
 def test_the_retrieval_that_is_refused_does_miss_experts():
-    # The reason for refusing it: with 3 candidates of each half the fourth pair may be missing.
+    # With 3 candidates of each half, the fourth best pair can be missing.
     source = make_source(product_key_topk=3)
     x = torch.randn(4, 50, DIM, dtype=torch.double)
     inexact = source(x)
@@ -348,7 +348,7 @@ def test_a_patched_module_is_refused():
 
 def test_options_beside_a_module_are_refused():
     with pytest.raises(
-        TypeError, match="a module tells its options itself, got activation, prefix"
+        TypeError, match="expected no options for a module, .* got activation, prefix"
     ):
         from_peer_pytorch(make_source(), activation="gelu", prefix="peer.")
 
