@@ -283,7 +283,7 @@ class TestBuild:
         result = build_in_place(TORCH_DIR=fake_torch(tmp_path), CUDA_HOME=tmp_path, **{variable: 1})
         assert result.returncode != 0
         assert result.stderr.strip() == (
-            f"peer: CUDA kernels are asked for, but there is no nvcc in CUDA_HOME={tmp_path}"
+            f"peer: CUDA kernels were requested, but there is no nvcc in CUDA_HOME={tmp_path}"
         )
 
     def test_cuda_with_a_torch_that_has_none_is_an_error(self, tmp_path: Path):
@@ -298,7 +298,7 @@ class TestBuild:
             TORCH_DIR=fake_torch(tmp_path, cuda="12.6"), CUDACXX=fake_nvcc(tmp_path), PEER_CUDA=1
         )
         assert result.returncode != 0
-        assert f"was built with CUDA 12.6, but {tmp_path / 'nvcc'} is of CUDA 13.0" in result.stderr
+        assert f"was built with CUDA 12.6, but {tmp_path / 'nvcc'} is from CUDA 13.0" in result.stderr
 
     @pytest.mark.parametrize("value", ["yes", "2"])
     def test_peer_cuda_is_0_or_1(self, value: str, tmp_path: Path):
@@ -343,8 +343,8 @@ class TestBuild:
         )
         assert result.returncode != 0
         error = result.stderr.splitlines()[-1]
-        assert re.match(r"peer: the metadata were made for peer \S+\+torch2\.15cu130 and", error)
-        assert re.search(r"this is a build of peer \S+\+torch2\.15cpu for torch>=2\.15,<2", error)
+        assert re.match(r"peer: the metadata are for torch-peer \S+\+torch2\.15cu130 and", error)
+        assert re.search(r"a build of torch-peer \S+\+torch2\.15cpu for torch>=2\.15,<2", error)
 
     @pytest.mark.parametrize(
         ("minor", "toolkit", "found"),
@@ -356,7 +356,7 @@ class TestBuild:
         result = self.build_with_cmake_that_makes(minor, toolkit, tmp_path)
         assert result.returncode != 0
         assert result.stderr.splitlines()[-1].startswith(
-            f"peer: this was to be a build for torch2.15cpu, but CMake made one for {found}; "
+            f"peer: expected a build for torch2.15cpu, but CMake built for {found}; "
         )
 
     def test_record_gets_the_version(self, tmp_path: Path):
@@ -417,8 +417,8 @@ class TestCudaToolkit:
             ("Hopper", r"expected compute capabilities .*'8.0;9.0\+PTX', got 'Hopper'"),
             ("90", "got '90'"),
             (";", "got ''"),
-            ("7.0;7.5+PTX", "names no GPU of compute capability 8.0 or newer"),
-            ("8.0;13.0", "asks for 13.0, but this nvcc knows 7.5, 8.0, .*, 12.0"),
+            ("7.0;7.5+PTX", r"compute capability of 8\.0 or newer .* got '7\.0;7\.5\+PTX'"),
+            ("8.0;13.0", "has 13.0, but this nvcc supports 7.5, 8.0, .*, 12.0"),
         ],
     )
     def test_a_list_that_names_no_gpus_is_refused(self, toolkit, text: str, message: str):
@@ -440,7 +440,7 @@ class TestCudaToolkit:
         assert toolkit.choose_architectures(gpus, self.known) == expected
 
     @pytest.mark.parametrize(
-        ("gpus", "message"), [({70, 75}, "these are 7.0, 7.5"), (set(), "is unknown")]
+        ("gpus", "message"), [({70, 75}, "the GPUs have 7.0, 7.5"), (set(), "are unknown")]
     )
     def test_gpus_that_are_too_old_leave_no_build(self, toolkit, gpus: set[int], message: str):
         with pytest.raises(toolkit.NoCudaError, match=message):
