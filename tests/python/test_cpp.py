@@ -165,7 +165,7 @@ def test_another_torch_is_named(tmp_path: Path):
 def test_no_torch_says_what_to_type(tmp_path: Path):
     said = find_package(tmp_path, "REQUIRED", f"-DTORCH_DIR={tmp_path}")
     assert f"which is not in {tmp_path}" in said
-    assert "Say where it is: \"-DTORCH_DIR=$(python -c 'import torch" in said
+    assert "Set its directory: \"-DTORCH_DIR=$(python -c 'import torch" in said
 
 
 def test_torch_that_the_program_found_before_is_taken(tmp_path: Path):
