@@ -208,7 +208,7 @@ def test_a_finished_run_says_so_and_shows_the_same_numbers(
     folder, result = finished
     again = run_demo("--out", folder)
     assert again.returncode == 0
-    assert again.stdout.count("finished earlier") == 2
+    assert again.stdout.count("already trained") == 2
     table = result.stdout[result.stdout.index("parameters") :]
     assert table == again.stdout[again.stdout.index("parameters") :]
 
@@ -248,7 +248,7 @@ def test_a_run_that_ctrl_c_stopped_resumes_as_if_nothing_had_happened(tmp_path: 
         process.send_signal(signal.SIGINT)
         output, _ = process.communicate(timeout=120)
     assert process.returncode == 130
-    assert b"the same command resumes it" in output
+    assert b"run the same command to resume" in output
     done = len(read_losses(stopped / "peer.pt"))
     assert 0 < done < steps
 
