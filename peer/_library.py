@@ -130,8 +130,8 @@ def load() -> None:
         torch.ops.load_library(str(path))
     except OSError as error:
         raise ImportError(
-            f"peer: the loader rejected {path}, built for PyTorch {built['torch']} and loaded into "
-            f"PyTorch {found}: {error.__cause__ or error}. {_HOW_TO_REBUILD}"
+            f"peer: the loader rejected {path}, built for PyTorch {built['torch']}, in PyTorch "
+            f"{found}: {error.__cause__ or error}. {_HOW_TO_REBUILD}"
         ) from error
 
 

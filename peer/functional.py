@@ -121,9 +121,9 @@ def expert_mlp(
     .. math:: y = \sum_p g_p\, \sigma(x^\top \text{down}_{e_p})
               \left[ x^\top \text{gate}_{e_p} \right] \text{up}_{e_p},
 
-    with the factor in brackets only if the experts have gates. If a token retrieved an expert twice,
-    the expert counts twice. Sums are in float32, or in float64 for float64 inputs. Their order does
-    not depend on the number of threads.
+    with the factor in brackets only if the experts have gates. An expert that a token retrieved
+    twice counts twice. Sums are in float32, or in float64 for float64 inputs. Their order does not
+    depend on the number of threads.
 
     x, the weights and the table have gradients, and forward mode propagates their tangents.
     Forward mode and second derivatives gather the retrieved rows: 2 * T * P * D elements, or

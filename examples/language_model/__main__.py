@@ -22,7 +22,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m language_model",
         description="Trains a dense language model and a PEER model on Python's standard library. "
-        "The PEER model needs 4 GB of memory. Its checkpoint takes 3 GB during training, 1 GB after.",
+        "The PEER model needs 4 GB of memory. Its checkpoint takes 3 GB in training, 1 GB after.",
     )
     parser.add_argument(
         "--out", type=Path, default=Path("demo-output"), help="folder for checkpoints and images"

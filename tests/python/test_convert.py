@@ -1,4 +1,4 @@
-"""Converted layers against the package that they come from."""
+"""Converted layers against PEER-pytorch."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def seed():
 
 
 def make_source(**options):
-    """A small layer of the package, with weights at which every term matters."""
+    """A small layer of PEER-pytorch whose weights make every term count."""
     sizes = {
         "heads": 3,
         "num_experts": 49,
@@ -42,7 +42,7 @@ def layer_of(converted):
 
 
 def gradients_in_their_layout(converted):
-    """The gradients of a converted layer, under their names in the package."""
+    """The gradients of a converted layer, under their names in PEER-pytorch."""
     layer = layer_of(converted)
     router, experts = layer.router, layer.experts
     query = router.query.weight.grad.view(router.heads, 2, -1, DIM).transpose(0, 1)
@@ -121,7 +121,7 @@ def test_sizes_and_exact_retrievals_are_kept(options):
 
 def test_experts_without_competition_that_are_more_than_one_keep_their_number():
     source = make_source(non_competing_scores=True)
-    source.num_experts_per_head_topk = 4  # undoes what the package does to the option
+    source.num_experts_per_head_topk = 4  # undoes a change of the option by PEER-pytorch
     converted = from_peer_pytorch(source)
     assert (converted.router.num_experts_per_head, converted.router.scores) == (4, "relu")
     assert_same_function(source, converted)
