@@ -131,11 +131,7 @@ def choose_architectures(gpus: set[int], known: set[int]) -> list[str]:
     if not supported:
         raise NoCudaError(
             f"the kernels need a GPU of compute capability {_dotted(OLDEST_GPU)} or newer, and "
-            + (
-                f"the GPUs have {_list(gpus)}"
-                if gpus
-                else "the architectures of torch are unknown"
-            )
+            + (f"the GPUs have {_list(gpus)}" if gpus else "the architectures of torch are unknown")
             + "; set TORCH_CUDA_ARCH_LIST, such as '8.0;9.0', to compile for other GPUs"
         )
     *others, newest = sorted(supported)

@@ -189,7 +189,7 @@ class ProductKeyRouter(nn.Module):
         if padding_mask is not None:
             if padding_mask.dtype != torch.bool:
                 raise TypeError(
-                    f"expected padding_mask of dtype bool, True where padding, "
+                    f"expected padding_mask of dtype bool, True for padding, "
                     f"got {padding_mask.dtype}"
                 )
             if padding_mask.shape != x.shape[:-1]:

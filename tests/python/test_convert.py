@@ -348,7 +348,7 @@ def test_a_patched_module_is_refused():
 
 def test_options_beside_a_module_are_refused():
     with pytest.raises(
-        TypeError, match="expected no options for a module, .* got activation, prefix"
+        TypeError, match=r"expected no options for a module, .* got activation, prefix"
     ):
         from_peer_pytorch(make_source(), activation="gelu", prefix="peer.")
 

@@ -405,7 +405,7 @@ def test_a_mask_of_another_shape_is_named():
 
 
 def test_a_mask_that_is_not_bool_is_refused():
-    with pytest.raises(TypeError, match=r"dtype bool, True where padding, got torch.int64"):
+    with pytest.raises(TypeError, match=r"dtype bool, True for padding, got torch.int64"):
         make_router()(torch.randn(2, 3, 10), torch.ones(2, 3, dtype=torch.int64))
 
 
