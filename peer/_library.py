@@ -117,8 +117,8 @@ def load() -> None:
     found = str(torch.__version__)
     if built["torch_minor"] != minor_version(found):
         raise BinaryMismatchError(
-            f"peer {version()} was built for PyTorch {built['torch']}, but {_imported_torch()}, and "
-            f"compiled code works with one minor version only. {_HOW_TO_REBUILD} Or go back to "
+            f"peer {version()} was built for PyTorch {built['torch']}, but {_imported_torch()}, "
+            f"and compiled code works with one minor version only. {_HOW_TO_REBUILD} Or go back to "
             f"that PyTorch: {sys.executable} -m pip install 'torch=={built['torch_minor']}.*'"
         )
     if built["cuda"] and not torch.version.cuda:

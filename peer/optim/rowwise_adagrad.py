@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from peer.optim.row_gradient import RowGradient
-from peer.optim.table_optimizer import TableOptimizer, row_state, require
+from peer.optim.table_optimizer import TableOptimizer, require, row_state
 
 __all__ = ["RowwiseAdagrad"]
 

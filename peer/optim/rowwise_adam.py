@@ -9,7 +9,7 @@ from torch import Tensor
 
 from peer.memory import zeros_huge
 from peer.optim.row_gradient import RowGradient
-from peer.optim.table_optimizer import TableOptimizer, row_state, require
+from peer.optim.table_optimizer import TableOptimizer, require, row_state
 
 __all__ = ["RowwiseAdam"]
 
