@@ -145,7 +145,7 @@ format: $(lint_tools)
 	clang-format -i $(cpp_files)
 
 clean:
-	rm -rf build peer/lib peer/include peer/share peer/_build_info.json peer.egg-info
+	rm -rf build peer/lib peer/include peer/share peer/_build_info.json torch_peer.egg-info
 	rm -f $(VENV)/.made-package*
 
 $(BIN)/python:
@@ -165,9 +165,9 @@ $(package): $(torch) $(build_tools) $(sources) CMakeLists.txt MANIFEST.in setup.
 	find $(packaging) -maxdepth 1 -type f -delete
 	find $(packaging)/source -mindepth 1 -maxdepth 1 ! -name build -exec rm -rf {} +
 	$(BIN)/python -m build --sdist --outdir $(packaging) .
-	tar -xzf $(packaging)/peer-*.tar.gz -C $(packaging)/source --strip-components=1
+	tar -xzf $(packaging)/torch_peer-*.tar.gz -C $(packaging)/source --strip-components=1
 	$(BIN)/python -m pip wheel --no-deps --wheel-dir $(packaging) $(packaging)/source
-	$(BIN)/python -m pip install --force-reinstall --no-deps $(packaging)/peer-*.whl
+	$(BIN)/python -m pip install --force-reinstall --no-deps $(packaging)/torch_peer-*.whl
 	touch $@
 else
 $(package): $(torch) $(WHEEL)

@@ -1,17 +1,17 @@
-"""Drives CMake, which builds everything compiled, and packs the result.
+"""Runs CMake, which compiles the library, and packs the result.
 
 Environment variables:
-    TORCH_DIR   directory of the torch package to build against, instead of the environment's
-    MAX_JOBS    compiler processes at a time; default: one per 2 GB of memory, at most one per core
-    CMAKE_ARGS  further arguments for CMake, such as -DCMAKE_CXX_COMPILER_LAUNCHER=ccache
+    TORCH_DIR   directory of the torch package to build against; default: that of the environment
+    MAX_JOBS    number of compiler processes; default: one per 2 GB of memory, at most one per core
+    CMAKE_ARGS  additional arguments for CMake, such as -DCMAKE_CXX_COMPILER_LAUNCHER=ccache
     DEBUG       1 builds without optimisation and with debug information
-    PEER_CUDA   1 (or FORCE_CUDA=1) compiles the CUDA kernels or fails, 0 leaves them out; default:
-                compile them where torch was built with CUDA and there is an nvcc that fits it
+    PEER_CUDA   1 (or FORCE_CUDA=1) compiles the CUDA kernels or fails, 0 skips them; default:
+                compile them if torch was built with CUDA and a matching nvcc is found
     CUDACXX, CUDA_HOME
-                the nvcc, or the toolkit with it; default: from PATH, or /usr/local/cuda
+                the nvcc, or the toolkit that contains it; default: from PATH or /usr/local/cuda
     TORCH_CUDA_ARCH_LIST
-                the GPUs to compile for, such as "8.0;9.0+PTX"; default: those of this machine, or,
-                without one, those that torch was compiled for
+                compute capabilities to compile for, such as "8.0;9.0+PTX"; default: those of the
+                GPUs in this machine, or without a GPU those that torch was compiled for
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from setuptools.command.sdist import sdist
 ROOT = Path(__file__).resolve().parent
 
 sys.path.insert(0, str(ROOT / "build_backend"))
-from cuda_toolkit import NoCudaError, Toolkit, find_toolkit, wanted  # noqa: E402
+from cuda_toolkit import NoCudaError, Toolkit, find_toolkit, is_cuda_requested  # noqa: E402
 from torch_location import (  # noqa: E402
     OLDEST,
     TorchNotFoundError,
@@ -64,25 +64,25 @@ def environment_torch() -> Path:
 
 @functools.cache
 def toolkit(torch: Path) -> tuple[Toolkit | None, str]:
-    """What compiles the CUDA kernels, or None and why they are left out."""
+    """The toolkit that compiles the CUDA kernels, or None and the reason for skipping them."""
     try:
-        asked_for = wanted()
-        if asked_for is False:
-            return None, "PEER_CUDA=0 says so"
-        if asked_for is None and cuda(torch) is None:
+        requested = is_cuda_requested()
+        if requested is False:
+            return None, "PEER_CUDA=0 is set"
+        if requested is None and cuda(torch) is None:
             return None, f"torch {version(torch)} has no CUDA"
         try:
             return find_toolkit(torch), ""
         except NoCudaError as error:
-            if asked_for:
-                sys.exit(f"peer: CUDA kernels are asked for, but {error}")
+            if requested:
+                sys.exit(f"peer: CUDA kernels were requested, but {error}")
             return None, str(error)
     except ValueError as error:
         sys.exit(str(error))
 
 
 def release() -> str:
-    """The version without a tag, such as 0.1.0."""
+    """The version without a build tag, such as 0.1.0."""
     source = (ROOT / "peer" / "_version.py").read_text()
     match = re.search(r'^__version__ = "([^"]+)"', source, re.MULTILINE)
     assert match is not None
@@ -90,17 +90,17 @@ def release() -> str:
 
 
 def tag(torch_minor: tuple[int, int], cuda_version: str | None) -> str:
-    """What a build is for, such as torch2.15cpu or torch2.15cu130 for CUDA kernels of CUDA 13.0."""
+    """The build tag: torch2.15cpu, or torch2.15cu130 with kernels compiled by CUDA 13.0."""
     kernels = f"cu{cuda_version.replace('.', '')}" if cuda_version else "cpu"
     return "torch{}.{}".format(*torch_minor) + kernels
 
 
 @functools.cache
 def full_version() -> str:
-    """The release, and for builds from a checkout the tag: 0.1.0+torch2.15cpu.
+    """The release, with the build tag if built from a checkout: 0.1.0+torch2.15cpu.
 
-    What is built from a source distribution has no tag. The version of a source distribution is in
-    its name, before anything is known of torch, and pip refuses it where the build finds another.
+    A build from a source distribution has no tag: pip rejects a build whose version differs from
+    the one in the file name, and that name was chosen before torch was known.
     """
     if building_sdist() or (ROOT / "PKG-INFO").exists():
         return release()
@@ -110,7 +110,7 @@ def full_version() -> str:
 
 
 def torch_requirement() -> str:
-    """Compiled code works with one minor version of torch; a source distribution with all."""
+    """The requirement on torch: one minor version for a wheel, all for a source distribution."""
     if building_sdist():
         return "torch>={}.{}".format(*OLDEST)
     first, second = minor(environment_torch())
@@ -118,12 +118,12 @@ def torch_requirement() -> str:
 
 
 def building_sdist() -> bool:
-    """Whether this is a build of a source distribution, which needs no torch."""
+    """Whether this builds a source distribution, which needs no torch."""
     return "sdist" in sys.argv[1:]
 
 
 def jobs() -> int:
-    """How many compilers may run at a time."""
+    """The number of compiler processes to run in parallel."""
     if given := os.environ.get("MAX_JOBS"):
         return int(given)
     cores = len(os.sched_getaffinity(0))
@@ -132,7 +132,7 @@ def jobs() -> int:
 
 
 def tool(name: str, directory: str) -> str:
-    """The program from the PyPI package of that name, if it can be imported, or else from PATH."""
+    """The program from the Python package with its name, or from PATH if there is no package."""
     spec = importlib.util.find_spec(name)
     if spec is not None and spec.origin is not None:
         program = Path(getattr(importlib.import_module(name), directory)) / name
@@ -144,20 +144,21 @@ def tool(name: str, directory: str) -> str:
 
 
 def build_directory(torch: Path, with_cuda: Toolkit | None = None) -> Path:
-    """One for each torch, CUDA compiler, kind of build and set of flags.
+    """The build directory for this torch, CUDA compiler, build type and set of flags.
 
-    Builds beside each other do not meet, and what CMake keeps of one does not reach the next.
+    Different builds have different directories, so they can run in parallel and share no CMake
+    cache.
     """
     tools = [str(torch)] if with_cuda is None else [str(torch), str(with_cuda.nvcc)]
     flags = [f"{n}={os.environ[n]}" for n in ("CMAKE_ARGS", "CXX", "CXXFLAGS") if os.environ.get(n)]
-    place = hashlib.sha256(" ".join([*tools, *flags]).encode()).hexdigest()[:8]
+    digest = hashlib.sha256(" ".join([*tools, *flags]).encode()).hexdigest()[:8]
     first, second = minor(torch)
     kind = ("debug" if DEBUG else "release") + ("-cuda" if with_cuda else "")
-    return ROOT / "build" / f"torch{first}.{second}-{kind}-{place}"
+    return ROOT / "build" / f"torch{first}.{second}-{kind}-{digest}"
 
 
 def cuda_arguments(with_cuda: Toolkit | None) -> list[str]:
-    """What CMake has to know of CUDA."""
+    """CMake's arguments for CUDA."""
     if with_cuda is None:
         return ["-DPEER_CUDA=OFF"]
     return [
@@ -168,7 +169,7 @@ def cuda_arguments(with_cuda: Toolkit | None) -> list[str]:
 
 
 def build_and_install(prefix: Path) -> None:
-    """Configures, builds and installs into the directory of the package."""
+    """Configures, builds and installs into `prefix`, the directory of the Python package."""
     torch = environment_torch()
     cmake, ninja = tool("cmake", "CMAKE_BIN_DIR"), tool("ninja", "BIN_DIR")
     with_cuda, reason = toolkit(torch)
@@ -198,34 +199,34 @@ def build_and_install(prefix: Path) -> None:
     ):
         print(" ".join(map(shlex.quote, command)), flush=True)
         if subprocess.run(command, check=False).returncode != 0:
-            sys.exit("peer: the build failed; the first error above says why")
+            sys.exit("peer: the build failed; see the first error above")
     complete_record(prefix / "_build_info.json", torch, with_cuda)
 
 
 def complete_record(path: Path, torch: Path, with_cuda: Toolkit | None) -> None:
-    """Adds the full version to what CMake recorded, after making sure that it is true."""
+    """Adds the full version to the build record, after checking that CMake built for its tag."""
     built = json.loads(path.read_text())
     first, second = built["torch_minor"].split(".")
     found = tag((int(first), int(second)), built["cuda"] and built["cuda"]["toolkit"])
     expected = tag(minor(torch), with_cuda.version if with_cuda else None)
     if found != expected:
         sys.exit(
-            f"peer: this was to be a build for {expected}, but CMake made one for {found}; what "
-            "CMAKE_ARGS says of torch and CUDA belongs into TORCH_DIR, PEER_CUDA and CUDA_HOME"
+            f"peer: expected a build for {expected}, but CMake built for {found}; set TORCH_DIR, "
+            "PEER_CUDA and CUDA_HOME instead of choosing torch or CUDA in CMAKE_ARGS"
         )
     path.write_text(json.dumps({"version": full_version(), **built}, indent=2) + "\n")
 
 
 class Build(build):
-    """The build, in CMake's directory, so that one for another torch can run beside it."""
+    """The build. It runs in CMake's build directory, so builds for two torches do not collide."""
 
     def initialize_options(self) -> None:
         super().initialize_options()
-        with contextlib.suppress(TorchNotFoundError):  # which a source distribution does without
+        with contextlib.suppress(TorchNotFoundError):  # a source distribution needs no torch
             self.build_base = str(build_directory(find_torch()) / "python")
 
     def run(self) -> None:
-        # What an earlier build left may no longer belong to the package.
+        # An earlier build may have left files that are no longer part of the package.
         package = Path(self.build_lib) / "peer"
         if package.exists():
             shutil.rmtree(package)
@@ -233,7 +234,7 @@ class Build(build):
 
 
 class BuildLibrary(build_ext):
-    """libpeer.so, its headers and its build record; into the source tree for editable installs."""
+    """Builds libpeer.so, its headers and its build record; in place for editable installs."""
 
     def run(self) -> None:
         in_place = self.inplace or self.editable_mode
@@ -250,24 +251,24 @@ class BuildLibrary(build_ext):
 
 
 def check_prepared_metadata(directory: str | None) -> None:
-    """Ends a build of something else than its metadata promise, which are often made before it."""
+    """Ends a build that does not match the metadata that the front end prepared before it."""
     if directory is None:
         return
     metadata = email.message_from_string((Path(directory) / "METADATA").read_text())
     torch = next(
-        line for line in metadata.get_all("Requires-Dist", []) if re.match(r"torch\b", line)
+        line for line in metadata.get_all("Requires-Dist", []) if re.match(r"torch[<>=]", line)
     )
     bounds = set(re.findall(r"[<>=]+[\d.]+", torch))
     if (metadata["Version"], bounds) != (full_version(), set(torch_requirement()[5:].split(","))):
         sys.exit(
-            f"peer: the metadata were made for peer {metadata['Version']} and {torch}, but this is "
-            f"a build of peer {full_version()} for {torch_requirement()}; torch, its place and "
-            "what the build reads from the environment must be the same for both"
+            f"peer: the metadata are for torch-peer {metadata['Version']} and {torch}, but this is "
+            f"a build of torch-peer {full_version()} for {torch_requirement()}; use the same torch "
+            "and the same environment variables for the metadata and the build"
         )
 
 
 class PlatformWheel(bdist_wheel):
-    """Bound to the platform, but to no Python: the library does not know of Python."""
+    """A wheel for one platform and any Python 3, because the library does not link Python."""
 
     def finalize_options(self) -> None:
         super().finalize_options()
@@ -282,7 +283,7 @@ class PlatformWheel(bdist_wheel):
 
 
 class EditableWheel(editable_wheel):
-    """Refers to the source tree, in which the library is built."""
+    """An editable install, which uses the library in the source tree."""
 
     def run(self) -> None:
         check_prepared_metadata(self.dist_info_dir)
@@ -290,15 +291,15 @@ class EditableWheel(editable_wheel):
 
 
 class SourceDistribution(sdist):
-    """Holds what MANIFEST.in names now; setuptools would add what the last one held."""
+    """Contains the files in MANIFEST.in; setuptools would add those of earlier archives."""
 
     def run(self) -> None:
-        (ROOT / "peer.egg-info" / "SOURCES.txt").unlink(missing_ok=True)
+        (ROOT / "torch_peer.egg-info" / "SOURCES.txt").unlink(missing_ok=True)
         super().run()
 
 
 class WithLibrary(Distribution):
-    """Has something compiled, although no Extension that setuptools would know."""
+    """Makes setuptools treat the package as compiled, although it has no Extension."""
 
     def has_ext_modules(self) -> bool:
         return True

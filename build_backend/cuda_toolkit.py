@@ -1,4 +1,4 @@
-"""Decides whether the CUDA kernels are compiled, by which nvcc and for which GPUs."""
+"""Decides whether to compile the CUDA kernels, with which nvcc and for which GPUs."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from pathlib import Path
 
 from torch_location import cuda, run_in_the_environment, version
 
-OLDEST_GPU = 80  # what the kernels' instructions need
+OLDEST_GPU = 80  # compute capability 8.0, the minimum for the kernels' instructions
 
 
 class NoCudaError(Exception):
-    """Something that a build with CUDA needs is missing. The message says what."""
+    """A requirement of the CUDA build is missing. The message names it."""
 
 
 @dataclass(frozen=True)
 class Toolkit:
-    """A CUDA compiler and what it is to compile for."""
+    """A CUDA compiler and the architectures to compile for."""
 
     nvcc: Path
     version: str
-    architectures: list[str]  # in CMake's words: "80-real" is machine code, "90" that and PTX
+    architectures: list[str]  # as in CMake: "80-real" is machine code, "90" is machine code and PTX
 
 
-def wanted() -> bool | None:
-    """Whether CUDA is asked for: PEER_CUDA=0 or 1, else FORCE_CUDA=1; None where neither says.
+def is_cuda_requested() -> bool | None:
+    """Whether PEER_CUDA or FORCE_CUDA requests CUDA. None if neither is set.
 
     Raises:
-        ValueError: If PEER_CUDA is something else.
+        ValueError: PEER_CUDA is neither 0 nor 1.
     """
     if given := os.environ.get("PEER_CUDA"):
         if given not in ("0", "1"):
@@ -41,12 +41,12 @@ def wanted() -> bool | None:
 
 
 def find_toolkit(torch: Path) -> Toolkit:
-    """The CUDA compiler for the torch in this directory, and the GPUs to compile for.
+    """Returns the CUDA compiler for the torch in this directory, and the GPUs to compile for.
 
     Raises:
-        NoCudaError: If that torch has no CUDA, there is no nvcc that fits it, or no GPU that both
-            nvcc and the kernels know.
-        ValueError: If TORCH_CUDA_ARCH_LIST does not say which GPUs.
+        NoCudaError: torch has no CUDA, no matching nvcc is found, or nvcc and the kernels support
+            none of the GPUs.
+        ValueError: TORCH_CUDA_ARCH_LIST is not valid.
     """
     torch_cuda = cuda(torch)
     if torch_cuda is None:
@@ -55,20 +55,21 @@ def find_toolkit(torch: Path) -> Toolkit:
     toolkit = _nvcc_version(nvcc)
     if toolkit.split(".")[0] != torch_cuda.split(".")[0]:
         raise NoCudaError(
-            f"torch {version(torch)} was built with CUDA {torch_cuda}, but {nvcc} is of CUDA "
-            f"{toolkit}, and their major versions must be the same; CUDA_HOME names another toolkit"
+            f"torch {version(torch)} was built with CUDA {torch_cuda}, but {nvcc} is from CUDA "
+            f"{toolkit}; the major versions must match, set CUDA_HOME to another toolkit"
         )
-    known = _known_to(nvcc)
+    known = _nvcc_architectures(nvcc)
     if given := os.environ.get("TORCH_CUDA_ARCH_LIST"):
         return Toolkit(nvcc, toolkit, parse_architectures(given, known))
-    return Toolkit(nvcc, toolkit, choose_architectures(_gpus_here() or _gpus_of(torch), known))
+    gpus = _local_gpus() or _torch_architectures(torch)
+    return Toolkit(nvcc, toolkit, choose_architectures(gpus, known))
 
 
 def find_nvcc() -> Path:
-    """The nvcc that CUDACXX or CUDA_HOME names, else that of PATH, else that of /usr/local/cuda.
+    """Returns the nvcc of CUDACXX, CUDA_HOME, PATH or /usr/local/cuda, in this order.
 
     Raises:
-        NoCudaError: If there is none, or none where a variable says.
+        NoCudaError: there is no nvcc, or none where CUDACXX or CUDA_HOME points to.
     """
     if given := os.environ.get("CUDACXX"):
         if found := shutil.which(given):
@@ -84,13 +85,14 @@ def find_nvcc() -> Path:
 
 
 def parse_architectures(text: str, known: set[int]) -> list[str]:
-    """What TORCH_CUDA_ARCH_LIST says, such as "8.0;9.0+PTX", in CMake's words: "80-real", "90".
+    """Converts TORCH_CUDA_ARCH_LIST, "8.0;9.0+PTX", to CMake's form, "80-real", "90".
 
-    GPUs that the kernels do not support are left out, because the variable is often set for more
-    than one package.
+    Architectures that are too old for the kernels are skipped, because the variable is often set
+    for several packages.
 
     Raises:
-        ValueError: If it is not a list of numbers, nvcc does not know one of them, or none is left.
+        ValueError: an entry is not a compute capability, nvcc does not support one, or all of them
+            are too old.
     """
     architectures = []
     for word in re.split(r"[;,\s]+", text.strip(";, \t\n")):
@@ -106,35 +108,31 @@ def parse_architectures(text: str, known: set[int]) -> list[str]:
             continue
         if number not in known:
             raise ValueError(
-                f"peer: TORCH_CUDA_ARCH_LIST asks for {word}, but this nvcc knows {_listed(known)}"
+                f"peer: TORCH_CUDA_ARCH_LIST has {word}, but this nvcc supports {_list(known)}"
             )
         architectures.append(f"{number}{features}{'' if ptx else '-real'}")
     if not architectures:
         raise ValueError(
-            f"peer: TORCH_CUDA_ARCH_LIST={text!r} names no GPU of compute capability "
-            f"{_dotted(OLDEST_GPU)} or newer, which the kernels need"
+            f"peer: expected a compute capability of {_dotted(OLDEST_GPU)} or newer in "
+            f"TORCH_CUDA_ARCH_LIST, got {text!r}"
         )
     return list(dict.fromkeys(architectures))
 
 
 def choose_architectures(gpus: set[int], known: set[int]) -> list[str]:
-    """Machine code for those of the GPUs that nvcc and the kernels know, and PTX of the newest.
+    """Chooses machine code for the supported GPUs, and PTX for the newest of them.
 
-    GPUs newer than nvcc get PTX of the newest that it knows.
+    For a GPU newer than nvcc, it chooses PTX of the newest architecture that nvcc supports.
 
     Raises:
-        NoCudaError: If all of them are too old.
+        NoCudaError: all GPUs are too old.
     """
     supported = {min(gpu, max(known)) for gpu in gpus if gpu >= OLDEST_GPU} & known
     if not supported:
         raise NoCudaError(
             f"the kernels need a GPU of compute capability {_dotted(OLDEST_GPU)} or newer, and "
-            + (
-                f"these are {_listed(gpus)}"
-                if gpus
-                else "which ones torch was built for is unknown"
-            )
-            + "; TORCH_CUDA_ARCH_LIST, such as '8.0;9.0', names others"
+            + (f"the GPUs have {_list(gpus)}" if gpus else "the architectures of torch are unknown")
+            + "; set TORCH_CUDA_ARCH_LIST, such as '8.0;9.0', to compile for other GPUs"
         )
     *others, newest = sorted(supported)
     return [*(f"{gpu}-real" for gpu in others), str(newest)]
@@ -144,7 +142,7 @@ def _dotted(number: int) -> str:
     return f"{number // 10}.{number % 10}"
 
 
-def _listed(numbers: set[int]) -> str:
+def _list(numbers: set[int]) -> str:
     return ", ".join(map(_dotted, sorted(numbers)))
 
 
@@ -159,24 +157,24 @@ def _output(*command: str | Path) -> str:
 def _nvcc_version(nvcc: Path) -> str:
     match = re.search(r"\brelease (\d+\.\d+)", _output(nvcc, "--version"))
     if match is None:
-        raise NoCudaError(f"{nvcc} does not tell its version")
+        raise NoCudaError(f"{nvcc} --version prints no version")
     return match[1]
 
 
-def _known_to(nvcc: Path) -> set[int]:
+def _nvcc_architectures(nvcc: Path) -> set[int]:
     return {
         int(number) for number in re.findall(r"compute_(\d+)", _output(nvcc, "--list-gpu-arch"))
     }
 
 
-def _gpus_here() -> set[int]:
+def _local_gpus() -> set[int]:
     capabilities = _output("nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader")
     found = re.findall(r"^(\d+)\.(\d)\s*$", capabilities, re.MULTILINE)
     return {int(major + minor) for major, minor in found}
 
 
-def _gpus_of(torch: Path) -> set[int]:
-    """Those that torch itself was compiled for."""
+def _torch_architectures(torch: Path) -> set[int]:
+    """The architectures that torch was compiled for."""
     code = (
         f"import sys; sys.path.insert(0, {str(torch.parent)!r}); "
         "import torch; print(torch._C._cuda_getArchFlags())"

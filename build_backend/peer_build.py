@@ -1,8 +1,8 @@
-"""PEP 517 backend: setuptools' own, after making sure that there is a torch to build against.
+"""PEP 517 backend: that of setuptools, with the environment's torch on the path.
 
-`pip install .` isolates the build from the environment, so stock backends either do not see its
-torch or fetch a second one, which the result would then not fit. This one finds the environment's
-torch and puts it on the path behind the build requirements.
+`pip install .` isolates the build from the environment. Other backends then find no torch, or
+install a second one that does not match the environment. This backend finds the environment's torch
+and appends it to the path, after the build requirements.
 """
 
 from __future__ import annotations
@@ -25,35 +25,35 @@ __all__ = [
 ]
 
 
-def _see_torch() -> None:
+def _add_torch_to_path() -> None:
     try:
         site_packages = find_torch().parent
     except TorchNotFoundError as error:
-        # Without a traceback: the front end shows what is printed here.
+        # The front end prints this message, without a traceback.
         sys.exit(str(error))
     if str(site_packages) not in sys.path:
         sys.path.append(str(site_packages))
 
 
-def _after_seeing_torch(hook):
-    def with_torch(*args, **kwargs):
-        _see_torch()
+def _with_torch_on_path(hook):
+    def wrapped(*args, **kwargs):
+        _add_torch_to_path()
         return hook(*args, **kwargs)
 
-    return with_torch
+    return wrapped
 
 
-def _no_more_requirements(config_settings=None):
-    """Those of pyproject.toml are all. Setuptools would run setup.py to find that out."""
+def _no_requirements(config_settings=None):
+    """Returns no further requirements. Setuptools would run setup.py to find them."""
     return []
 
 
-get_requires_for_build_sdist = _no_more_requirements
-get_requires_for_build_wheel = _after_seeing_torch(_no_more_requirements)
-get_requires_for_build_editable = _after_seeing_torch(_no_more_requirements)
-prepare_metadata_for_build_wheel = _after_seeing_torch(build_meta.prepare_metadata_for_build_wheel)
-prepare_metadata_for_build_editable = _after_seeing_torch(
+get_requires_for_build_sdist = _no_requirements
+get_requires_for_build_wheel = _with_torch_on_path(_no_requirements)
+get_requires_for_build_editable = _with_torch_on_path(_no_requirements)
+prepare_metadata_for_build_wheel = _with_torch_on_path(build_meta.prepare_metadata_for_build_wheel)
+prepare_metadata_for_build_editable = _with_torch_on_path(
     build_meta.prepare_metadata_for_build_editable
 )
-build_wheel = _after_seeing_torch(build_meta.build_wheel)
-build_editable = _after_seeing_torch(build_meta.build_editable)
+build_wheel = _with_torch_on_path(build_meta.build_wheel)
+build_editable = _with_torch_on_path(build_meta.build_editable)

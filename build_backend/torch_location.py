@@ -1,4 +1,4 @@
-"""Finds the torch to build against: the one that the package will run with."""
+"""Finds the torch to build against, which is the one that the package will run with."""
 
 from __future__ import annotations
 
@@ -18,19 +18,18 @@ _FIND = (
 
 
 class TorchNotFoundError(Exception):
-    """There is no torch to build against, or one that is too old. The message says what to type."""
+    """No torch was found, or it is too old. The message contains the command to run."""
 
 
 def find_torch() -> Path:
-    """The directory of the torch package: TORCH_DIR if set, else that of the running environment.
+    """Returns the directory of the torch package: TORCH_DIR, or that of the environment.
 
-    A build front end such as pip isolates the build from the environment, by environment variables
-    that a fresh interpreter can do without. So if this process does not see a torch, the same
-    interpreter is asked outside of the isolation. That covers every way in which an environment may
-    come by a torch: installed in it, system site packages, the user's site, a .pth file.
+    A build front end such as pip isolates the build with environment variables. If this process
+    finds no torch, it starts the same interpreter without these variables. This finds a torch in
+    the environment, in system site packages, in the user site and in a .pth file.
 
     Raises:
-        TorchNotFoundError: If there is none, or it is older than the oldest supported.
+        TorchNotFoundError: there is no torch, or it is older than `OLDEST`.
     """
     if given := os.environ.get("TORCH_DIR"):
         directory: Path | None = Path(given).resolve()
@@ -47,35 +46,35 @@ def find_torch() -> Path:
 
 
 def version(torch: Path) -> str:
-    """The version of the torch in this directory, such as "2.15.0+cu132"; it is not imported."""
+    """The version of the torch in this directory, "2.15.0+cu132", without importing it."""
     match = re.search(
         r"^__version__\s*=\s*'([^']+)'", (torch / "version.py").read_text(), re.MULTILINE
     )
     if match is None:
-        raise TorchNotFoundError(f"peer: {torch / 'version.py'} states no version")
+        raise TorchNotFoundError(f"peer: {torch / 'version.py'} contains no version")
     return match[1]
 
 
 def minor(torch: Path) -> tuple[int, int]:
-    """The part of the version that compiled code is tied to, such as (2, 15)."""
+    """The minor version, such as (2, 15), which fixes the C++ ABI."""
     first, second = version(torch).split(".")[:2]
     return int(first), int(second)
 
 
 def cuda(torch: Path) -> str | None:
-    """The version of CUDA that the torch in this directory was built with, such as "13.2"."""
+    """The CUDA version of the torch in this directory, such as "13.2"; None without CUDA."""
     match = re.search(r"^cuda\b.*=\s*'([^']+)'", (torch / "version.py").read_text(), re.MULTILINE)
     return match[1] if match else None
 
 
 def run_in_the_environment(code: str) -> str:
-    """What the code prints outside of the build's isolation; nothing if it fails."""
+    """Runs code outside of the isolated build. Returns its output, or "" if it fails."""
     environment = {
         name: value
         for name, value in os.environ.items()
         if name not in ("PYTHONPATH", "PYTHONNOUSERSITE")
     }
-    # From the root directory: Python looks for modules in the directory that it is started in.
+    # Python would import modules from the current directory, so it starts in the root directory.
     run = subprocess.run(
         [sys.executable, "-c", code],
         env=environment,
@@ -99,10 +98,10 @@ def _in_the_environment() -> Path | None:
 
 
 _ADVICE = """\
-peer is compiled against the torch of the environment in which it will run, and this one has none:
+peer is compiled against the torch of its environment, and this environment has none:
   {python}
 Type:
   {python} -m pip install torch
-and then install peer again. With `python -m build`, which builds in an environment of its own,
-add --no-isolation, or name the torch to build against: TORCH_DIR=.../site-packages/torch
+and then install peer again. `python -m build` builds in a new environment: add --no-isolation, or
+set the torch to build against with TORCH_DIR=.../site-packages/torch
 """

@@ -1,4 +1,4 @@
-# libpeer.so: the operators, registered with Torch, over the kernels, and the modules for C++ programs. It knows nothing of Python.
+# libpeer.so: the operators, which it registers with Torch, their kernels, and the modules for C++ programs. It does not depend on Python.
 
 include(cmake/TorchWithoutCuda.cmake)
 set(PEER_CUDA_INFO "null")
@@ -54,12 +54,12 @@ set(PEER_COMPILER "${CMAKE_CXX_COMPILER_ID} ${CMAKE_CXX_COMPILER_VERSION}")
 set_source_files_properties(
   csrc/ops/build_info.cpp PROPERTIES COMPILE_DEFINITIONS "PEER_COMPILER=\"${PEER_COMPILER}\";PEER_CUDA_INFO=R\"(${PEER_CUDA_INFO})\"")
 
-# at::parallel_for is header code, serial unless compiled with OpenMP. The flag is for compiling alone: linking with it would bring in the
-# system's libgomp as a second runtime beside the one that torch ships, and torch.set_num_threads would not reach it. The few GOMP_*
-# symbols are found at load time in the runtime that libtorch_cpu.so brings.
+# at::parallel_for is header code and serial unless compiled with OpenMP. The flag is for compilation only: linking with it would add the
+# system's libgomp as a second runtime, which torch.set_num_threads does not control. The loader finds the GOMP_* symbols in the runtime
+# of libtorch_cpu.so.
 target_compile_options(peer PRIVATE -fopenmp)
 if(PEER_SANITIZE)
-  # Torch's headers, instrumented, take the optimiser minutes.
+  # At higher levels, optimising Torch's instrumented headers takes minutes.
   target_compile_options(peer PRIVATE -O1)
 endif()
 
@@ -69,11 +69,11 @@ add_custom_command(
   COMMAND ${CMAKE_COMMAND} -DNM=${CMAKE_NM} -DLIBRARY=$<TARGET_FILE:peer> -P ${CMAKE_CURRENT_SOURCE_DIR}/cmake/CheckUndefined.cmake
   VERBATIM)
 
-# Installed, the library lies in peer/lib beside torch/lib. In a checkout, or anywhere else, torch has been imported before it is loaded, and the
-# loader takes the libraries that are already there.
+# In an installation, peer and torch are in the same directory. Elsewhere, such as in a checkout, torch is imported before the library is
+# loaded, and the loader uses the libraries that are already in the process.
 set_target_properties(peer PROPERTIES LINKER_LANGUAGE CXX BUILD_WITH_INSTALL_RPATH ON INSTALL_RPATH "$ORIGIN/../../torch/lib" INSTALL_REMOVE_ENVIRONMENT_RPATH ON)
 
-# Also for `import peer` to compare before it loads the library, and for bug reports.
+# The build record. `import peer` checks it before it loads the library, and bug reports contain it.
 set(PEER_CPU_CAPABILITIES "${PEER_CAPABILITIES}")
 list(TRANSFORM PEER_CPU_CAPABILITIES REPLACE "^baseline$" "default")
 list(JOIN PEER_CPU_CAPABILITIES "\", \"" PEER_CPU_CAPABILITIES)

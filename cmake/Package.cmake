@@ -1,5 +1,5 @@
-# What is installed beside the library: its headers, and the package that find_package(peer) finds. The prefix is the directory of the Python
-# package, wherever that is: the CMake package holds no absolute path.
+# Installs the library, its headers and the CMake package for find_package(peer). The prefix is the directory of the Python package. The CMake
+# package contains no absolute path, so that directory can move.
 
 include(CMakePackageConfigHelpers)
 

@@ -1,23 +1,23 @@
-# Torch's headers and CPU libraries as the imported target peer_torch, without find_package(Torch): that fails on a machine whose torch
-# was built with CUDA and which has no CUDA toolkit, although a CPU build needs none of it.
+# Torch's headers and CPU libraries as the imported target peer_torch. find_package(Torch) would fail without a CUDA toolkit if torch was built
+# with CUDA, although a CPU build needs no toolkit.
 #
-# In:   TORCH_DIR    the directory of the torch Python package; asked from PEER_PYTHON when empty
+# In:   TORCH_DIR    the directory of the torch Python package; if empty, that of PEER_PYTHON
 # Out:  peer_torch   imported target
 #       TORCH_DIR, PEER_TORCH_VERSION (2.15.0+cu132), PEER_TORCH_MINOR (2.15), PEER_TORCH_CUDA (13.2, or empty), cxx11_abi
 
 if(NOT TORCH_DIR)
-  # find_spec locates the package without importing it, which would take seconds.
+  # find_spec locates the package without importing it; the import takes seconds.
   execute_process(
     COMMAND "${PEER_PYTHON}" -c "import importlib.util as u; s = u.find_spec('torch'); print(s.submodule_search_locations[0] if s else '')"
     OUTPUT_VARIABLE TORCH_DIR
     OUTPUT_STRIP_TRAILING_WHITESPACE
     RESULT_VARIABLE status)
   if(NOT status EQUAL 0)
-    message(FATAL_ERROR "peer: could not run ${PEER_PYTHON} to look for torch; name another interpreter with -DPEER_PYTHON=...")
+    message(FATAL_ERROR "peer: could not run ${PEER_PYTHON} to find torch; set another interpreter with -DPEER_PYTHON=...")
   endif()
   if(NOT TORCH_DIR)
-    message(FATAL_ERROR "peer: ${PEER_PYTHON} has no torch. Name an interpreter that has, -DPEER_PYTHON=/path/to/venv/bin/python, "
-                        "or the directory of the package, -DTORCH_DIR=/path/to/site-packages/torch; or install it: ${PEER_PYTHON} -m pip install torch")
+    message(FATAL_ERROR "peer: ${PEER_PYTHON} has no torch. Set an interpreter that has one, -DPEER_PYTHON=/path/to/venv/bin/python, "
+                        "or the directory of the package, -DTORCH_DIR=/path/to/site-packages/torch. Or install torch: ${PEER_PYTHON} -m pip install torch")
   endif()
 endif()
 
@@ -39,7 +39,7 @@ if(cuda_line MATCHES "'([^']+)'")
   set(PEER_TORCH_CUDA "${CMAKE_MATCH_1}")
 endif()
 
-# The C++ library ABI that torch was compiled with; its own CMake package states it.
+# The ABI of the C++ library that torch was compiled with, as its CMake package states it.
 set(cxx11_abi 1)
 if(EXISTS "${TORCH_DIR}/share/cmake/Torch/TorchConfig.cmake")
   file(STRINGS "${TORCH_DIR}/share/cmake/Torch/TorchConfig.cmake" abi_line REGEX "_GLIBCXX_USE_CXX11_ABI=[01]")

@@ -1,7 +1,7 @@
-"""PEER layers for PyTorch: feed-forward layers of a million experts, retrieved by product keys.
+"""PEER layers for PyTorch: feed-forward layers with a million experts, retrieved by product keys.
 
-Three names belong together: this package `peer`, the operators `torch.ops.peer.*`, and the library
-`libpeer.so` that holds them. Importing the package loads the library.
+The package `peer` holds the modules, functions and optimizers. `libpeer.so` holds the operators
+`torch.ops.peer.*`. Importing the package loads the library.
 
 Example:
     >>> import torch, peer
@@ -40,5 +40,5 @@ __all__ = [
 
 __version__ = _library.version()
 
-_library.load_on_import()
-_vmap.register()
+if _library.load_on_import():
+    _vmap.register()

@@ -1,8 +1,8 @@
 """Locates and loads `libpeer.so`, which registers `torch.ops.peer`.
 
-The library is tied to the minor version of Torch that it was compiled for, and with CUDA to a Torch
-that has it. That is compared before loading, because what the loader says otherwise is an unknown
-symbol or a missing file.
+The library works with the minor version of Torch that it was compiled for. If it was built with
+CUDA, it needs a Torch with CUDA. `load` checks both first, because the loader would report only an
+unknown symbol or a missing file.
 """
 
 from __future__ import annotations
@@ -30,20 +30,22 @@ __all__ = [
 
 _PACKAGE = Path(__file__).resolve().parent
 
-# Where CMake's find_package(peer) is to look, as torch.utils.cmake_prefix_path is for Torch.
+# For CMake's find_package(peer), like torch.utils.cmake_prefix_path for Torch.
 cmake_prefix_path = str(_PACKAGE / "share" / "cmake")
 
 
 class BinaryMismatchError(ImportError):
-    """The compiled part of peer was built for another Torch than the one at hand."""
+    """The compiled library was built for another Torch than the imported one."""
 
-    __module__ = "peer"  # where users find it, and what a traceback names
+    __module__ = "peer"  # the public name, which tracebacks show
 
 
 def version() -> str:
-    """The version with what was built: "0.1.0+torch2.15cpu", or "0.1.0" where that is not recorded.
+    """The version of the installed package.
 
-    It is the one in the metadata of the installed package.
+    Returns:
+        The release and the build tag, "0.1.0+torch2.15cpu", as in the metadata of the distribution;
+        the release alone, "0.1.0", if no build is recorded.
     """
     try:
         return str(build_info().get("version", _version.__version__))
@@ -52,18 +54,19 @@ def version() -> str:
 
 
 def library_path() -> Path:
-    """Where the compiled library of this installation belongs."""
+    """The path of this installation's compiled library, whether or not the file exists."""
     return _PACKAGE / "lib" / "libpeer.so"
 
 
 def build_info() -> dict[str, Any]:
-    """How the compiled library was built, as recorded beside it.
+    """The build record that is installed with the compiled library.
 
     Returns:
-        peer and torch versions, compiler, CPU capabilities, CUDA and more, by name.
+        The versions of peer and torch, the compiler, the CPU capabilities and the CUDA toolkit, by
+        name.
 
     Raises:
-        ImportError: If there is no such record: nothing was built here.
+        ImportError: there is no record, so nothing was built here.
     """
     try:
         record: dict[str, Any] = json.loads((_PACKAGE / "_build_info.json").read_text())
@@ -73,34 +76,39 @@ def build_info() -> dict[str, Any]:
 
 
 def minor_version(version: str) -> str:
-    """The part of a Torch version that a library is tied to: "2.15" of "2.15.0+cu132"."""
+    """The minor version of Torch, "2.15" for "2.15.0+cu132", which fixes its C++ ABI."""
     return ".".join(re.split(r"[.+]", version)[:2])
 
 
-def load_on_import() -> None:
+def load_on_import() -> bool:
     """Loads the library while the package is imported.
 
-    For `python -m peer.collect_env`, Python imports the package before it runs the module in it. As
-    that report is wanted most where the library does not load, it is given in place of the error.
+    `python -m peer.collect_env` imports the package before it runs the module. Its report says why
+    a library does not load, so the import must succeed without the library in that case.
+
+    Returns:
+        Whether the library is loaded. False only for `python -m peer.collect_env`.
+
+    Raises:
+        ImportError: the library does not load, see `load`.
     """
     try:
         load()
     except ImportError:
-        if ("-m", "peer.collect_env") not in pairwise(sys.orig_argv):
-            raise
-        from peer import collect_env
-
-        collect_env.main()
-        sys.exit()
+        # While Python imports the package of a module given by -m, sys.argv[0] is "-m".
+        if sys.argv[:1] == ["-m"] and ("-m", "peer.collect_env") in pairwise(sys.orig_argv):
+            return False
+        raise
+    return True
 
 
 def load() -> None:
-    """Loads the compiled library, once; later calls do nothing.
+    """Loads the compiled library. Later calls have no effect.
 
     Raises:
-        BinaryMismatchError: If it was built for another minor version of Torch, or with CUDA for a
-            Torch that has none.
-        ImportError: If it is missing or the loader refuses it.
+        BinaryMismatchError: the library was built for another minor version of Torch, or it was
+            built with CUDA and Torch was not.
+        ImportError: the library is missing, or the loader rejects it.
     """
     path = library_path()
     built = build_info()
@@ -109,25 +117,25 @@ def load() -> None:
     found = str(torch.__version__)
     if built["torch_minor"] != minor_version(found):
         raise BinaryMismatchError(
-            f"peer {version()} was built for PyTorch {built['torch']}, but {_torch_at_hand()}, and "
-            f"compiled code works with one minor version only. {_HOW_TO_REBUILD} Or go back to "
+            f"peer {version()} was built for PyTorch {built['torch']}, but {_imported_torch()}, "
+            f"and compiled code works with one minor version only. {_HOW_TO_REBUILD} Or go back to "
             f"that PyTorch: {sys.executable} -m pip install 'torch=={built['torch_minor']}.*'"
         )
     if built["cuda"] and not torch.version.cuda:
         raise BinaryMismatchError(
             f"peer {version()} was built with CUDA {built['cuda']['toolkit']}, but "
-            f"{_torch_at_hand()}, without CUDA. {_HOW_TO_REBUILD}"
+            f"{_imported_torch()}, without CUDA. {_HOW_TO_REBUILD}"
         )
     try:
         torch.ops.load_library(str(path))
     except OSError as error:
         raise ImportError(
-            f"peer: the loader refused {path}, built for PyTorch {built['torch']} and loaded into "
-            f"PyTorch {found}: {error.__cause__ or error}. {_HOW_TO_REBUILD}"
+            f"peer: the loader rejected {path}, built for PyTorch {built['torch']}, in PyTorch "
+            f"{found}: {error.__cause__ or error}. {_HOW_TO_REBUILD}"
         ) from error
 
 
-def _torch_at_hand() -> str:
+def _imported_torch() -> str:
     return f"this is PyTorch {torch.__version__} in {Path(torch.__file__).parent}"
 
 
@@ -140,9 +148,9 @@ _HOW_TO_REBUILD = (
 def _not_built(missing: str) -> str:
     if (_PACKAGE.parent / "CMakeLists.txt").exists():
         return (
-            f"peer: {_PACKAGE} is the source tree, in which nothing is compiled: {missing} is "
-            "missing. Either install the package, `pip install .`, and start Python from another "
-            "directory; or compile in place, `make build`."
+            f"peer: {_PACKAGE} is the source tree, and {missing} is missing because nothing was "
+            "compiled here. Either install the package with `pip install .` and start Python in "
+            "another directory, or compile in place with `make build`."
         )
     return f"peer: this installation in {_PACKAGE} is incomplete: {missing} is missing. " + (
         _HOW_TO_REBUILD

@@ -1,11 +1,13 @@
-"""How the operators behave under `torch.vmap`: the batch becomes part of a dimension they have.
+"""Batching rules of the operators for `torch.vmap`.
 
-A sample of the batch is a call of the operator. Samples that share their keys or tables are more
-tokens; samples with keys of their own are more heads, and with tables of their own more experts.
-Then all samples are one call, a larger problem of the same kind. Only the gradient of a table that
-the samples share is computed sample by sample, because each of them is a whole table.
+A rule folds the B samples of a batch into a dimension of the operator and calls the operator once:
 
-B is the number of samples.
+* samples that share keys and tables become tokens;
+* samples with their own keys become heads;
+* samples with their own tables become experts.
+
+The gradient of a shared table is the exception. Every sample has a gradient as large as the table,
+so the rule computes one sample at a time.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ Results = tuple[tuple[Tensor | None, ...], tuple[int | None, ...]]
 
 
 def register() -> None:
-    """Registers the rules, once the library has registered the operators."""
+    """Registers the batching rules. The library must be loaded."""
     for rule in product_key_topk, product_key_topk_backward, expert_mlp, expert_mlp_backward:
         torch.library.register_vmap(f"peer::{rule.__name__}", rule)
 
@@ -28,7 +30,7 @@ def register() -> None:
 def product_key_topk(
     info: Any, in_dims: Sequence[Any], query: Tensor, row_keys: Tensor, col_keys: Tensor, k: int
 ) -> Results:
-    """The rule of the operator of this name."""
+    """The batching rule of `torch.ops.peer.product_key_topk`."""
     query_dim, row_dim, col_dim, _ = in_dims
     query = _with_batch(query, query_dim, info)
     if row_dim is None and col_dim is None:
@@ -53,19 +55,19 @@ def product_key_topk_backward(
     indices: Tensor,
     output_mask: Sequence[bool],
 ) -> Results:
-    """The rule of the operator of this name."""
+    """The batching rule of `torch.ops.peer.product_key_topk_backward`."""
     operator = torch.ops.peer.product_key_topk_backward
     grad_dim, query_dim, row_dim, col_dim, index_dim, _ = in_dims
     grad_scores = _with_batch(grad_scores, grad_dim, info)
     query = _with_batch(query, query_dim, info)
     indices = _with_batch(indices, index_dim, info)
-    _, wants_rows, wants_columns = output_mask
-    if row_dim is None and col_dim is None and not wants_rows and not wants_columns:
+    _, needs_row_keys, needs_col_keys = output_mask
+    if row_dim is None and col_dim is None and not needs_row_keys and not needs_col_keys:
         grad_query, _, _ = operator(
             _fold(grad_scores), _fold(query), row_keys, col_keys, _fold(indices), output_mask
         )
         return _results([_unfold(grad_query, query.shape), None, None])
-    # A gradient for each sample: as if each had keys of its own. Key matrices are small.
+    # Every sample has its own key gradient, as if it had its own keys. Key matrices are small.
     row_keys = _with_batch(row_keys, row_dim, info)
     col_keys = _with_batch(col_keys, col_dim, info)
     heads = _Heads(query, row_keys)
@@ -77,8 +79,8 @@ def product_key_topk_backward(
         heads.fold(indices),
         output_mask,
     )
-    of_keys = heads.unfold_keys(grad_row_keys), heads.unfold_keys(grad_col_keys)
-    return _results([heads.unfold(grad_query), *of_keys])
+    key_grads = heads.unfold_keys(grad_row_keys), heads.unfold_keys(grad_col_keys)
+    return _results([heads.unfold(grad_query), *key_grads])
 
 
 def expert_mlp(
@@ -91,21 +93,21 @@ def expert_mlp(
     activation: str,
     sparse_grad: bool = False,
 ) -> Results:
-    """The rule of the operator of this name."""
+    """The batching rule of `torch.ops.peer.expert_mlp`."""
     x_dim, weight_dim, index_dim, table_dim = in_dims[:4]
     x = _with_batch(x, x_dim, info)
     weights = _with_batch(weights, weight_dim, info)
     indices = _with_batch(indices, index_dim, info)
     if table_dim is not None:
         table = table.movedim(table_dim, 0)
-        indices = _point_into_own_tables(indices, table.shape[1])
+        indices = _offset_indices(indices, table.shape[1])
         table = _fold(table)
     out, hidden, gate = torch.ops.peer.expert_mlp(
         _fold(x), _fold(weights), _fold(indices), table, activation, sparse_grad
     )
     outputs = [_unfold(out, x.shape), _unfold(hidden, x.shape)]
     if table.shape[1] == 2:
-        return (*outputs, gate), (0, 0, None)  # gate is empty, for all samples the same
+        return (*outputs, gate), (0, 0, None)  # gate is empty and has no batch
     return _results([*outputs, _unfold(gate, x.shape)])
 
 
@@ -123,10 +125,10 @@ def expert_mlp_backward(
     sparse_grad: bool,
     output_mask: Sequence[bool],
 ) -> Results:
-    """The rule of the operator of this name."""
+    """The batching rule of `torch.ops.peer.expert_mlp_backward`."""
     grad_dim, x_dim, weight_dim, index_dim, table_dim, hidden_dim, gate_dim = in_dims[:7]
-    *of_tokens, wants_table = output_mask
-    if sparse_grad and wants_table:
+    *token_mask, needs_table = output_mask
+    if sparse_grad and needs_table:
         raise NotImplementedError(
             "peer::expert_mlp: sparse_grad=True does not work under vmap, because samples retrieve "
             "different numbers of experts; use sparse_grad=False"
@@ -140,34 +142,34 @@ def expert_mlp_backward(
 
     def call(samples: Sequence[Tensor], table: Tensor, output_mask: list[bool]) -> list[Any]:
         *tokens, hidden, gate = samples
-        # In the place of an empty gate, B empty ones are folded into one.
+        # Without gates, `gate` is B empty tensors folded into one empty tensor.
         arguments = (*tokens, table, hidden, gate, activation, sparse_grad, output_mask)
         return list(torch.ops.peer.expert_mlp_backward(*arguments))
 
     if table_dim is not None:
         table = table.movedim(table_dim, 0)
-        indices = _point_into_own_tables(indices, table.shape[1])
+        indices = _offset_indices(indices, table.shape[1])
         samples = [_fold(each) for each in (grad_out, x, weights, indices, hidden, gate)]
         *grads, grad_table = call(samples, _fold(table), list(output_mask))
         return _results([*(_unfold(g, x.shape) for g in grads), _unfold(grad_table, table.shape)])
 
     samples = [grad_out, x, weights, indices, hidden, gate]
     grads, grad_table = [None, None], None
-    if any(of_tokens):
+    if any(token_mask):
         folded = [_fold(each) for each in samples]
-        grads = [_unfold(g, x.shape) for g in call(folded, table, [*of_tokens, False])[:2]]
-    if wants_table:
+        grads = [_unfold(g, x.shape) for g in call(folded, table, [*token_mask, False])[:2]]
+    if needs_table:
         mask = [False, False, True]
-        of_samples = [call(each, table, mask)[2] for each in zip(*samples, strict=True)]
-        grad_table = torch.stack(of_samples)
+        grad_tables = [call(each, table, mask)[2] for each in zip(*samples, strict=True)]
+        grad_table = torch.stack(grad_tables)
     return _results([*grads, grad_table])
 
 
 class _Heads:
-    """Folds samples with keys of their own into heads.
+    """Folds samples with their own keys into heads.
 
-    If a sample's heads share its keys, (B, R, n), the samples become the heads, and each head of a
-    token a token. With keys per head, (B, H, R, n), there are B * H heads.
+    If the heads of a sample share its keys (B, R, n), the B samples become the heads, and every
+    (token, head) pair becomes a token. With keys per head (B, H, R, n), there are B * H heads.
     """
 
     def __init__(self, query: Tensor, keys: Tensor) -> None:
@@ -190,7 +192,7 @@ class _Heads:
         return tensor.view(self.tokens, self.samples, self.heads, width).movedim(1, 0)
 
     def fold_keys(self, keys: Tensor) -> Tensor:
-        """(B, R, n) as it is, (B, H, R, n) to (B * H, R, n)."""
+        """(B, H, R, n) to (B * H, R, n); shared keys (B, R, n) are returned unchanged."""
         return keys if self.are_keys_shared else keys.flatten(0, 1)
 
     def unfold_keys(self, keys: Tensor | None) -> Tensor | None:
@@ -201,7 +203,7 @@ class _Heads:
 
 
 def _with_batch(tensor: Tensor, dim: int | None, info: Any) -> Tensor:
-    """(B, ...): the batch first, expanded where the samples share the tensor."""
+    """The tensor as (B, ...), expanded if the samples share it."""
     return tensor.expand(info.batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
 
 
@@ -211,14 +213,14 @@ def _fold(tensor: Tensor) -> Tensor:
 
 
 def _unfold(tensor: Tensor | None, sizes: Sequence[int]) -> Tensor | None:
-    """(B * n, ...) to (B, n, ...), where `sizes` begins with B and n."""
+    """(B * n, ...) to (B, n, ...); B and n are the first two `sizes`."""
     return None if tensor is None else tensor.view(*sizes[:2], *tensor.shape[1:])
 
 
-def _point_into_own_tables(indices: Tensor, num_experts: int) -> Tensor:
-    """The ids (B, T, P) of samples with N experts each, in the tables of all B * N experts.
+def _offset_indices(indices: Tensor, num_experts: int) -> Tensor:
+    """Turns the ids (B, T, P) in tables of N experts into ids in the folded table of B * N experts.
 
-    An id outside [0, N) stays outside of [0, B * N), so that the operator refuses it.
+    An id outside [0, N) becomes one outside [0, B * N), so the operator rejects it.
     """
     samples = indices.shape[0]
     first = torch.arange(samples, device=indices.device).view(-1, 1, 1) * num_experts
@@ -227,6 +229,6 @@ def _point_into_own_tables(indices: Tensor, num_experts: int) -> Tensor:
 
 
 def _results(outputs: Iterable[Tensor | None]) -> Results:
-    """A rule's results: outputs with the batch first, and None where a gradient is not wanted."""
+    """The results of a rule: outputs (B, ...), or None for a gradient that is not needed."""
     outputs = tuple(outputs)
     return outputs, tuple(None if output is None else 0 for output in outputs)

@@ -1,6 +1,6 @@
 """Prints what a bug report needs: `python -m peer.collect_env`.
 
-It also works where the compiled library does not load, and then says why.
+If the compiled library does not load, the report says why.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _VARIABLES = (
 
 
 def main() -> None:
-    """Prints the report."""
+    """Prints the report: peer, torch, Python, system, build tools and environment variables."""
     print("Please paste all of this into your report.\n")
     for title, text in (
         ("peer", config.describe()),
@@ -96,15 +96,15 @@ def _tools() -> str:
             lines.append(f"{tool}: not found")
             continue
         run = subprocess.run([path, "--version"], capture_output=True, text=True, check=False)
-        words = (run.stdout or run.stderr).strip().splitlines() or ["no version"]
-        # nvcc says its version last, all others first.
-        lines.append(f"{tool}: {words[-1 if tool == 'nvcc' else 0]}, {path}")
+        output = (run.stdout or run.stderr).strip().splitlines() or ["no version"]
+        # nvcc prints its version in the last line, all others in the first.
+        lines.append(f"{tool}: {output[-1 if tool == 'nvcc' else 0]}, {path}")
     return "\n".join(lines)
 
 
 def _environment() -> str:
-    given = [f"{name}={os.environ[name]}" for name in _VARIABLES if name in os.environ]
-    return "\n".join(given) or "nothing set that matters to peer"
+    lines = [f"{name}={os.environ[name]}" for name in _VARIABLES if name in os.environ]
+    return "\n".join(lines) or "no variable that peer reads is set"
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What this installation of peer consists of and what its kernels run with."""
+"""Reports the configuration of this installation: versions, build, CPU capability, threads."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def show_config() -> None:
 
 
 def describe() -> str:
-    """The text of `show_config`; also where the library does not load, with the reason."""
+    """The text of `show_config`. If the library does not load, the text says why."""
     lines = {
         "peer": f"{_library.version()}, {_library.library_path().parents[1]}",
         "torch": str(torch.__version__),

@@ -1,4 +1,4 @@
-"""Layers of other packages as layers of peer."""
+"""Converts layers of other packages to layers of peer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["from_peer_pytorch"]
 
 
 class _Options(NamedTuple):
-    """What a layer of PEER-pytorch does that its tensors do not tell, in our words."""
+    """The options of a PEER-pytorch layer that its tensors do not show, in the terms of `PEER`."""
 
     activation: str
     scores: str
@@ -24,7 +24,7 @@ class _Options(NamedTuple):
     dropout: float
 
 
-# What PEER-pytorch assumes where nothing is said.
+# The defaults of PEER-pytorch.
 _DEFAULTS: dict[str, Any] = {
     "num_experts_per_head": 16,
     "activation": "gelu",
@@ -49,49 +49,49 @@ def from_peer_pytorch(
     dropout: float | None = None,
     sparse_grad: bool = False,
 ) -> PEER | nn.Sequential:
-    r"""A layer that computes what a layer of the package PEER-pytorch computes.
+    r"""Converts a layer of the package PEER-pytorch.
 
-    **Its default retrieves one expert per head.** `PEER_pytorch.PEER(dim)` has
-    `non_competing_scores=True`, and with that the layer ignores `num_experts_per_head`: each head
-    takes the one expert with the highest score s and weighs it by :math:`\max(s, 0)`. The result is
-    therefore a layer with `num_experts_per_head=1, scores="relu"`, eight experts per token by
-    default and not 8 · 16. Only a layer that was made with `non_competing_scores=False` has
-    `num_experts_per_head` experts per head under a softmax, as in the paper.
+    **By default, PEER-pytorch retrieves one expert per head.** `PEER_pytorch.PEER(dim)` has
+    `non_competing_scores=True`. With this option the layer ignores `num_experts_per_head`: each
+    head takes the single expert with the highest score s and weights it by :math:`\max(s, 0)`. The
+    converted layer then has `num_experts_per_head=1, scores="relu"`, so a token retrieves 8 experts
+    by default and not 8 · 16. With `non_competing_scores=False` a layer has `num_experts_per_head`
+    experts per head and a softmax, as in the paper.
 
-    The result has `query_norm=None`, `share_keys=False`, and a `dim_key` of twice theirs, because
-    they count the width of a half. Outputs and gradients are equal up to rounding, dropout under
-    the same seed included. In 16-bit dtypes the choice of experts can differ where scores almost
-    tie: they rank scores that are rounded to 16 bits, we do not.
+    The converted layer has `query_norm=None` and `share_keys=False`. Its `dim_key` is twice that of
+    PEER-pytorch, which counts the width of one half. Outputs and gradients are equal up to
+    rounding, including dropout under the same seed. In 16-bit dtypes the two layers can choose
+    different experts if scores almost tie, because PEER-pytorch ranks scores rounded to 16 bits.
 
     Args:
-        source: a `PEER_pytorch.PEER`, or a `PEER_pytorch.ChunkedPEER` around one, whose chunks are
-            a matter of memory and are dropped. Or the state of a `PEER_pytorch.PEER`; the other
-            options say then what the state does not.
-        prefix: of the layer's names in a state that holds more, "peer." for a `ChunkedPEER`.
-        num_experts_per_head: that of the layer, 16 unless given. Without effect there, and so
-            here, if scores do not compete, except that `product_key_topk` follows it.
-        activation: of the experts, "gelu" unless given, by its name in `peer.PEER`.
-        product_key_topk: the layer's candidates from each half of the keys, `num_experts_per_head`
-            unless given.
-        non_competing_scores: True unless given.
-        dropout: 0 unless given.
+        source: a `PEER_pytorch.PEER`, or a `PEER_pytorch.ChunkedPEER` around one. Chunks save
+            memory only and are dropped. Or the state of a `PEER_pytorch.PEER`; the options below
+            then say what the state does not.
+        prefix: prefix of the layer's names in a larger state, such as "peer." for a `ChunkedPEER`.
+        num_experts_per_head: the layer's option, 16 if None. If scores do not compete, it only sets
+            the default of `product_key_topk`.
+        activation: the experts' activation by its name in `peer.PEER`, "gelu" if None.
+        product_key_topk: the layer's number of candidates from each half of the keys,
+            `num_experts_per_head` if None.
+        non_competing_scores: the layer's option, True if None.
+        dropout: the layer's option, 0 if None.
         sparse_grad: whether the table of the result gets a sparse gradient, see `peer.ExpertPool`.
 
     Returns:
-        A `peer.PEER` with tensors of its own, in the dtypes and on the devices of the source. If
-        the source has `pre_rmsnorm`, that norm feeds the experts, too, so it stands before the
-        layer: `torch.nn.Sequential(torch.nn.RMSNorm, peer.PEER)`, the weight being their gamma + 1.
-        From a module it also takes over the training mode and which parameters require gradients;
-        the table does if one of theirs did. What a state lacks is assumed: training mode, all
-        parameters trained.
+        A `peer.PEER` with copies of the tensors, in their dtypes and on their devices. If the
+        source has `pre_rmsnorm`, that norm also feeds the experts, so the result is
+        `torch.nn.Sequential(torch.nn.RMSNorm, peer.PEER)` with the norm's weight set to gamma + 1.
+        A converted module keeps its training mode and `requires_grad` flags; the table requires
+        grad if either source table does. A converted state is in training mode and all of its
+        parameters require grad.
 
     Raises:
-        ValueError: the layer computes what no `peer.PEER` does: it keeps so few candidates that it
-            can miss the best experts (`product_key_topk` smaller than the number of experts per
-            head and than the number of keys), it has tables per head, a softmax over one expert,
-            or an unknown activation; or the state is not that of a `PEER_pytorch.PEER`.
-        TypeError: the source is of another class or has methods of its own, or options are given
-            beside a module.
+        ValueError: no `peer.PEER` computes the same function, because the layer has so few
+            candidates that it can miss the best experts (`product_key_topk` is smaller than the
+            number of experts per head and the number of keys), tables per head, a softmax over one
+            expert, or an unknown activation; or the state is not that of a `PEER_pytorch.PEER`.
+        TypeError: the source is of another class or overrides methods, or options are given for a
+            module.
 
     Example:
         >>> import torch, peer
@@ -120,17 +120,17 @@ def from_peer_pytorch(
     if isinstance(source, nn.Module):
         if given or prefix:
             raise TypeError(
-                f"from_peer_pytorch: a module tells its options itself, got "
+                f"from_peer_pytorch: expected no options for a module, which has its own, got "
                 f"{', '.join([*given, *(['prefix'] if prefix else [])])}"
             )
         module = _unwrap(source)
-        options = _options_of(module)
+        options = _module_options(module)
         training = module.training
         trained = {name: each.requires_grad for name, each in module.named_parameters()}
         state: Mapping[str, Any] = module.state_dict()
         source = state
     else:
-        options = _options_from({**_DEFAULTS, **given})
+        options = _state_options({**_DEFAULTS, **given})
         state = {
             name[len(prefix) :]: value
             for name, value in source.items()
@@ -151,9 +151,9 @@ def _unwrap(module: Any) -> nn.Module:
             f"{type(module).__name__}, and PEER-pytorch is not installed; give a copied layer's "
             f"state_dict()"
         ) from None
-    if _is_a(module, PEER_pytorch.ChunkedPEER):
+    if _is_instance(module, PEER_pytorch.ChunkedPEER):
         module = module.peer
-    if not _is_a(module, PEER_pytorch.PEER):
+    if not _is_instance(module, PEER_pytorch.PEER):
         raise TypeError(
             f"from_peer_pytorch: expected a PEER_pytorch.PEER, or a ChunkedPEER around one, got "
             f"{type(module).__module__}.{type(module).__qualname__}, which computes something else"
@@ -162,12 +162,12 @@ def _unwrap(module: Any) -> nn.Module:
     return unwrapped
 
 
-def _is_a(module: Any, kind: Any) -> bool:
-    # A subclass that computes something else, or an instance that was patched, is not one.
+def _is_instance(module: Any, kind: Any) -> bool:
+    # A subclass or an instance that overrides `forward` may compute something else.
     return isinstance(module, kind) and getattr(module.forward, "__func__", None) is kind.forward
 
 
-def _options_of(module: Any) -> _Options:
+def _module_options(module: Any) -> _Options:
     names: dict[Any, str] = {nn.ReLU: "relu", nn.Softmax: "softmax"}
     scores = names.get(type(module.score_activation))
     if scores is None:
@@ -176,7 +176,7 @@ def _options_of(module: Any) -> _Options:
             f"{module.score_activation}"
         )
     return _Options(
-        activation=_name_of(module.activation),
+        activation=_activation_name(module.activation),
         scores=scores,
         num_experts_per_head=int(module.num_experts_per_head_topk),
         product_key_topk=int(module.product_key_topk),
@@ -184,7 +184,7 @@ def _options_of(module: Any) -> _Options:
     )
 
 
-def _name_of(activation: Any) -> str:
+def _activation_name(activation: Any) -> str:
     kind = type(activation)
     if kind is nn.GELU:
         return "gelu" if activation.approximate == "none" else "gelu_tanh"
@@ -197,20 +197,20 @@ def _name_of(activation: Any) -> str:
     return names[kind]
 
 
-def _options_from(given: Mapping[str, Any]) -> _Options:
+def _state_options(given: Mapping[str, Any]) -> _Options:
     per_head = given["num_experts_per_head"]
     candidates = given["product_key_topk"]
-    alone = given["non_competing_scores"]
+    non_competing = given["non_competing_scores"]
     return _Options(
         activation=given["activation"],
-        scores="relu" if alone else "softmax",
-        num_experts_per_head=1 if alone else per_head,
+        scores="relu" if non_competing else "softmax",
+        num_experts_per_head=1 if non_competing else per_head,
         product_key_topk=per_head if candidates is None else candidates,
         dropout=given["dropout"],
     )
 
 
-def _check_names(state: Mapping[str, Any], prefix: str, whole: Mapping[str, Any]) -> None:
+def _check_names(state: Mapping[str, Any], prefix: str, full_state: Mapping[str, Any]) -> None:
     missing = [name for name in _NAMES if name not in state]
     unexpected = [name for name in state if name not in (*_NAMES, _NORM)]
     if not missing and not unexpected:
@@ -223,13 +223,13 @@ def _check_names(state: Mapping[str, Any], prefix: str, whole: Mapping[str, Any]
         text += f"; unexpected: {', '.join(map(repr, unexpected[:4]))}"
         if len(unexpected) > 4:
             text += f" and {len(unexpected) - 4} more"
-    places = [
+    prefixes = [
         name[: -len(_NAMES[0])]
-        for name in whole
+        for name in full_state
         if isinstance(name, str) and name.endswith(_NAMES[0]) and name != prefix + _NAMES[0]
     ]
-    if missing and places:
-        text += f"; such a layer is under prefix={' or '.join(map(repr, places[:4]))}"
+    if missing and prefixes:
+        text += f"; such a layer is under prefix={' or '.join(map(repr, prefixes[:4]))}"
     raise ValueError(text)
 
 
@@ -260,9 +260,9 @@ def _check_tensors(state: Mapping[str, Any]) -> None:
     if heads > 1 and len(down) == heads * num_keys**2:
         raise ValueError(
             f"from_peer_pytorch: the layer has tables for each of its {heads} heads "
-            f"(separate_embed_per_head=True), which share one pool in peer.PEER. The same function "
-            f"is the sum of {heads} layers with heads=1, one for each head's rows of the tables "
-            f"and of the queries"
+            f"(separate_embed_per_head=True), but the heads of a peer.PEER share one pool. The sum "
+            f"of {heads} layers with heads=1 computes the same function: convert the rows of the "
+            f"tables and of the queries of each head"
         )
     dim = down.shape[1]
     expected = {
@@ -303,7 +303,7 @@ def _convert(
         sparse_grad=sparse_grad,
         device="meta",
     )
-    # Theirs orders a query's features by (half, head, feature).
+    # PEER-pytorch orders the features of a query by (half, head, feature).
     by_head = query.detach().reshape(2, heads, half, dim).transpose(0, 1)
     converted = {
         "experts.weight": _join(down, up),
@@ -319,7 +319,7 @@ def _convert(
     layer.router.col_keys.requires_grad_(is_trained[3])
     if _NORM not in state:
         return layer
-    # They divide by max(|x|, 1e-12) and multiply by the square root of dim.
+    # PEER-pytorch divides by max(|x|, 1e-12) and multiplies by sqrt(dim).
     norm = nn.RMSNorm(dim, eps=1e-24 / dim, device="meta")
     norm.weight = nn.Parameter(_copy(state[_NORM]) + 1, requires_grad=trained.get(_NORM, True))
     return nn.Sequential(norm, layer)
@@ -329,21 +329,21 @@ def _check_candidates(options: _Options, num_keys: int) -> None:
     per_head, candidates = options.num_experts_per_head, options.product_key_topk
     if candidates > num_keys:
         raise ValueError(
-            f"from_peer_pytorch: the layer cannot take product_key_topk={candidates} of its "
-            f"{num_keys} keys per half, so these options are not its own"
+            f"from_peer_pytorch: expected product_key_topk of at most {num_keys}, the layer's "
+            f"number of keys per half, got {candidates}; these are not the options of this layer"
         )
     if candidates < min(per_head, num_keys):
         raise ValueError(
             f"from_peer_pytorch: with product_key_topk={candidates} the layer chooses {per_head} "
-            f"experts per head among the pairs of {candidates} row and {candidates} column keys, "
-            f"so it can miss some of the {per_head} best. peer.PEER always finds them and cannot "
-            f"repeat that. With product_key_topk={min(per_head, num_keys)} set on the layer, or "
-            f"given with its state, this converts it; outputs then differ where it missed some"
+            f"experts per head from the pairs of {candidates} row and {candidates} column keys, so "
+            f"it can miss some of the {per_head} best experts. peer.PEER always finds them. To "
+            f"convert the layer anyway, set product_key_topk={min(per_head, num_keys)} on it or "
+            f"pass it with the state; outputs then differ for tokens that missed an expert"
         )
     if options.scores == "softmax" and per_head == 1:
         raise ValueError(
-            "from_peer_pytorch: the layer takes the softmax over one expert per head, which is 1 "
-            "whatever its score: its router never had a gradient, and peer.PEER refuses that"
+            "from_peer_pytorch: the layer takes a softmax over one expert per head, which is "
+            "always 1. Its router has no gradient, and peer.PEER does not support that"
         )
 
 

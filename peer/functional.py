@@ -1,6 +1,6 @@
 """The operators as functions: the layer without its parameters.
 
-Everything here can be scripted, compiled, exported and transformed by `torch.func`.
+TorchScript, `torch.compile`, `torch.export` and `torch.func` support every function here.
 """
 
 import torch
@@ -8,46 +8,46 @@ from torch import Tensor
 
 __all__ = ["ACTIVATIONS", "SCORES", "expert_mlp", "product_key_topk", "router_weights"]
 
-# What an expert may do with its hidden value: GELU by erf and by tanh, ReLU, SiLU, nothing, and
-# the square of ReLU.
+# Activations of the hidden neuron: GELU by erf, GELU by tanh, ReLU, SiLU, none, and ReLU squared.
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu", "identity", "relu2")
 
-# From the scores of the retrieved experts to their weights.
+# Functions that turn the scores of the retrieved experts into weights.
 SCORES = ("softmax", "sigmoid", "relu")
 
 
 def product_key_topk(
     query: Tensor, row_keys: Tensor, col_keys: Tensor, k: int
 ) -> tuple[Tensor, Tensor]:
-    r"""Retrieves the k best experts of a grid for every query.
+    r"""Retrieves the k experts with the highest scores for every query.
 
-    Expert :math:`(r, c)` of a grid of R rows and C columns has the id :math:`rC + c`, and for the
-    query :math:`q = [q_1; q_2]` the score
+    The experts form a grid of R rows and C columns. Expert :math:`(r, c)` has the id
+    :math:`rC + c`. Its score for the query :math:`q = [q_1; q_2]` is the sum of two sub-scores:
 
     .. math:: s_{r,c}(q) = q_1^\top \text{row\_keys}_r + q_2^\top \text{col\_keys}_c .
 
-    The result is that of scoring all R·C experts; it takes R + C dot products per query. Sums are
-    in float32, for float64 inputs in float64. Higher scores come first, NaN highest. Of equal
-    scores the one with the smaller pair (row rank, column rank) comes first, where a key's rank is
-    its place among the keys of its half, by score and then by id.
+    The result equals scoring all R·C experts, at the cost of R + C dot products per query. Sums
+    are in float32, or in float64 for float64 inputs. An infinite sub-score counts as the largest
+    finite number of its sign. NaN ranks highest. Equal scores are ordered by (row rank, column
+    rank), smaller first. The rank of a key is its position among the keys of its half, sorted by
+    sub-score and then by id.
 
-    Gradients flow to the query and to both halves of the keys, and tangents from them to the
-    scores. The ids are constants of either mode.
+    The query and both key matrices have gradients. Forward mode propagates their tangents to the
+    scores. The ids are constants in both modes.
 
     Args:
         query: (..., H, dim_key), the queries of H heads. dim_key is even.
-        row_keys: (R, dim_key / 2) shared by the heads, or (H, R, dim_key / 2). query's dtype.
-        col_keys: (C, dim_key / 2) or (H, C, dim_key / 2), in the same form as `row_keys`.
+        row_keys: (R, dim_key / 2) if the heads share keys, or (H, R, dim_key / 2). query's dtype.
+        col_keys: (C, dim_key / 2) or (H, C, dim_key / 2), like `row_keys`.
         k: experts per head, from 1 to R·C.
 
     Returns:
-        Scores (..., H, k) in descending order, in the dtype of the sums, and the ids of their
-        experts (..., H, k), int64. The k ids of a head are distinct.
+        Scores (..., H, k) in descending order, float32 or float64, and the ids of their experts
+        (..., H, k), int64. The k ids of a head are distinct.
 
     Raises:
         ValueError: a shape does not fit, or k is not in [1, R·C].
-        TypeError: a dtype is not supported, or differs between the queries and the keys.
-        RuntimeError: the tensors are on different devices, or on one without an implementation.
+        TypeError: a dtype is not supported, or the query and the keys have different dtypes.
+        RuntimeError: the tensors are on different devices, or the device is not supported.
 
     Source: arXiv 2407.04153, equations 1, 4 and 5.
 
@@ -74,17 +74,17 @@ def product_key_topk(
 def router_weights(scores: Tensor, function: str = "softmax") -> Tensor:
     r"""Turns the scores of the retrieved experts into the weights of their outputs.
 
-    Over the k scores :math:`s_1, \dots, s_k` of a head the weights are
+    For the k scores :math:`s_1, \dots, s_k` of a head, weight i is
     :math:`e^{s_i} / \sum_j e^{s_j}` (softmax), :math:`1 / (1 + e^{-s_i})` (sigmoid) or
-    :math:`\max(s_i, 0)` (relu). Under softmax the experts of a head compete; under the others
-    each stands alone.
+    :math:`\max(s_i, 0)` (relu). Softmax makes the experts of a head compete. Sigmoid and relu
+    weight each expert independently.
 
     Args:
         scores: (..., k).
         function: "softmax", "sigmoid" or "relu".
 
     Returns:
-        Weights of scores' shape and dtype.
+        Weights (..., k), scores' dtype.
 
     Raises:
         ValueError: the function is unknown.
@@ -113,43 +113,43 @@ def expert_mlp(
     activation: str = "gelu",
     sparse_grad: bool = False,
 ) -> Tensor:
-    r"""Sums the outputs of the experts that each token retrieved.
+    r"""Computes the weighted sum of the outputs of the experts that each token retrieved.
 
-    An expert is an MLP with one hidden neuron, and a row of the table. With the token's weights
-    :math:`g_p` and experts :math:`e_p`,
+    An expert is an MLP with one hidden neuron. Its parameters are one row of the table. A token
+    with the weights :math:`g_p` and experts :math:`e_p` has the output
 
     .. math:: y = \sum_p g_p\, \sigma(x^\top \text{down}_{e_p})
               \left[ x^\top \text{gate}_{e_p} \right] \text{up}_{e_p},
 
-    where the factor in brackets is there if the experts have gates. An expert that a token names
-    more than once counts each time. Sums are in float32, for float64 in float64, in an order that
-    does not depend on the number of threads.
+    with the factor in brackets only if the experts have gates. An expert that a token retrieved
+    twice counts twice. Sums are in float32, or in float64 for float64 inputs. Their order does not
+    depend on the number of threads.
 
-    Gradients flow to x, the weights and the table, and tangents from them to the result. Forward
-    mode and derivatives of derivatives gather the retrieved rows, 2 * T * P * D numbers, or 3 with
-    gates; the function itself and its gradients do not.
+    x, the weights and the table have gradients, and forward mode propagates their tangents.
+    Forward mode and second derivatives gather the retrieved rows: 2 * T * P * D elements, or
+    3 * T * P * D with gates. The function and its first derivatives do not.
 
     Args:
         x: (..., D), float32, bfloat16, float16 or float64.
-        weights: (..., H, K) or (..., P), floating, of any of these dtypes.
+        weights: (..., H, K) or (..., P), any of these dtypes.
         indices: weights' shape, int64, in [0, N).
-        table: (N, 2, D), of which row e is [down_e, up_e], or (N, 3, D) with [down_e, gate_e,
-            up_e]. Its dtype may be another than x's, except that float64 goes with float64 only.
-        activation: one of "gelu" (by erf), "gelu_tanh", "relu", "silu", "identity" and "relu2"
-            (the square of ReLU).
-        sparse_grad: whether the table's gradient is a coalesced sparse tensor that holds the
-            retrieved rows, instead of a dense one. In eager mode only, and once differentiable.
+        table: (N, 2, D) with rows [down_e, up_e], or (N, 3, D) with rows [down_e, gate_e, up_e].
+            Its dtype may differ from x's, but float64 goes with float64 only.
+        activation: "gelu" (by erf), "gelu_tanh", "relu", "silu", "identity" or "relu2" (ReLU
+            squared).
+        sparse_grad: whether the table's gradient is a coalesced sparse tensor that holds only the
+            retrieved rows. Eager mode only; it cannot be differentiated again.
 
     Returns:
         (..., D), x's dtype.
 
     Raises:
         ValueError: a shape does not fit, or the activation is unknown.
-        TypeError: a dtype is not supported in its place.
+        TypeError: an argument has an unsupported dtype.
         IndexError: an index is outside [0, N).
-        NotImplementedError: sparse gradients are asked for while a graph is traced, or are
+        NotImplementedError: `sparse_grad=True` while a graph is traced, or a sparse gradient is
             differentiated again, in either mode.
-        RuntimeError: the tensors are on different devices, or on one without an implementation.
+        RuntimeError: the tensors are on different devices, or the device is not supported.
 
     Source: arXiv 2407.04153, equations 3, 6 and 7.
 
@@ -172,7 +172,7 @@ def expert_mlp(
 
 
 def flatten_tokens(x: Tensor, weights: Tensor, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The arguments of `expert_mlp` in the operator's form.
+    """Flattens the arguments of `expert_mlp` to the shapes that the operator takes.
 
     Args:
         x: (..., D).
@@ -185,7 +185,7 @@ def flatten_tokens(x: Tensor, weights: Tensor, indices: Tensor) -> tuple[Tensor,
     Raises:
         ValueError: a shape does not fit.
     """
-    # A trace takes sizes for tensors and would warn of every comparison.
+    # A tracer turns sizes into tensors and warns about every comparison.
     is_checked = not torch.jit.is_tracing()  # type: ignore[attr-defined]
     if is_checked and weights.shape != indices.shape:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Memory for tables of a million rows."""
+"""Tensors on huge pages, for tables with a million rows."""
 
 from __future__ import annotations
 
@@ -15,22 +15,25 @@ def empty_huge(
     dtype: torch.dtype | None = None,
     device: torch.device | str | int | None = None,
 ) -> Tensor:
-    """An uninitialised tensor on pages of 2 MB, for a table whose rows are read at random.
+    """Allocates an uninitialised tensor on 2 MB pages, for a table with random row access.
 
-    On pages of 4 KB almost every row of a large table misses the processor's translation cache.
-    Where the system grants no large pages the tensor is on small ones, and is the same otherwise.
-    For small tensors and on devices other than the CPU this is `torch.empty`.
+    On 4 KB pages, reading a random row of a large table almost always misses the TLB. If the system
+    grants no huge pages, the tensor is on small pages. Small tensors and tensors on other devices
+    than the CPU come from `torch.empty`.
 
-    `peer.ExpertPool` allocates its tables so. Operations that allocate anew, such as `to`, `clone`
-    and `copy.deepcopy`, do not keep the pages.
+    `peer.ExpertPool` allocates its table with this function. Operations that allocate a new tensor,
+    such as `to`, `clone` and `copy.deepcopy`, do not preserve the huge pages.
 
     Args:
-        size: of the tensor, as numbers or as one sequence.
-        dtype: by default torch's.
-        device: by default torch's.
+        size: the shape, as ints or as one sequence.
+        dtype: torch's default dtype if None.
+        device: torch's default device if None.
+
+    Returns:
+        The tensor, of shape `size`.
 
     Raises:
-        RuntimeError: there is not enough memory, or a size is negative.
+        RuntimeError: the memory cannot be allocated, or a size is negative.
 
     Example:
         >>> import torch, peer
@@ -38,7 +41,7 @@ def empty_huge(
         >>> table.shape, table.dtype
         (torch.Size([1024, 512]), torch.bfloat16)
     """
-    return _make(torch.ops.peer.empty_huge, torch.empty, size, dtype, device)
+    return _allocate(torch.ops.peer.empty_huge, torch.empty, size, dtype, device)
 
 
 def zeros_huge(
@@ -46,36 +49,41 @@ def zeros_huge(
     dtype: torch.dtype | None = None,
     device: torch.device | str | int | None = None,
 ) -> Tensor:
-    """A tensor of zeros on pages of 2 MB, which take no memory until they are written.
+    """Allocates zeros on 2 MB pages, which take no memory until they are written.
 
-    For the state of an optimizer that touches few rows of a table.
+    The optimizers of `peer.optim` keep their state in such tensors, because they write only the
+    retrieved rows.
 
     Args:
-        size: of the tensor, as numbers or as one sequence.
-        dtype: by default torch's.
-        device: by default torch's. Elsewhere than on the CPU this is `torch.zeros`.
+        size: the shape, as ints or as one sequence.
+        dtype: torch's default dtype if None.
+        device: torch's default device if None. On other devices than the CPU the tensor comes from
+            `torch.zeros`.
+
+    Returns:
+        The tensor, of shape `size`.
 
     Raises:
-        RuntimeError: there is not enough memory, or a size is negative.
+        RuntimeError: the memory cannot be allocated, or a size is negative.
 
     Example:
         >>> import torch, peer
         >>> int(peer.zeros_huge(1024, 512).count_nonzero())
         0
     """
-    return _make(torch.ops.peer.zeros_huge, torch.zeros, size, dtype, device)
+    return _allocate(torch.ops.peer.zeros_huge, torch.zeros, size, dtype, device)
 
 
-def _make(
-    on_huge_pages: Callable[..., Tensor],
-    elsewhere: Callable[..., Tensor],
+def _allocate(
+    huge_operator: Callable[..., Tensor],
+    torch_function: Callable[..., Tensor],
     size: tuple[int | Sequence[int], ...],
     dtype: torch.dtype | None,
     device: torch.device | str | int | None,
 ) -> Tensor:
-    # What torch would make here, under the default device and any mode that is active.
+    # Resolves the default device and dtype, and shows whether a mode such as FakeTensor is active.
     example = torch.empty(0, dtype=dtype, device=device)
     sizes = size[0] if len(size) == 1 and isinstance(size[0], Sequence) else size
     if example.device.type != "cpu" or type(example) is not Tensor:
-        return elsewhere(sizes, dtype=dtype, device=device)
-    return on_huge_pages(sizes, example.dtype)
+        return torch_function(sizes, dtype=dtype, device=device)
+    return huge_operator(sizes, example.dtype)

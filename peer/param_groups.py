@@ -1,4 +1,4 @@
-"""Parameter groups for models with expert tables."""
+"""Optimizer parameter groups for models with expert tables."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ def param_groups(
 ) -> list[dict[str, Any]]:
     """Splits a model's parameters into the expert tables and all others.
 
-    The tables want another optimizer, or at least another learning rate: a row has a gradient only
-    in the steps in which its expert is retrieved.
+    The tables need a different optimizer, or at least a different learning rate, because a row has
+    a gradient only in the steps that retrieve its expert.
 
     Args:
-        model: contains at least one `ExpertPool`.
-        lr: of the other parameters.
-        expert_lr: of the tables.
-        weight_decay: of the other parameters.
-        expert_weight_decay: of the tables.
+        model: a module with at least one `ExpertPool`.
+        lr: learning rate of the dense parameters.
+        expert_lr: learning rate of the tables.
+        weight_decay: weight decay of the dense parameters.
+        expert_weight_decay: weight decay of the tables.
 
     Returns:
-        Two groups, each with "params", "lr", "weight_decay" and "name": first "dense", all other
-        parameters that require grad; then "experts", the table of every pool, each once where
-        layers share a pool.
+        Two groups with the keys "params", "lr", "weight_decay" and "name". The first, "dense", has
+        all parameters that require grad and are not tables. The second, "experts", has the table of
+        every pool, once if layers share it.
 
     Raises:
-        ValueError: the model has no pool.
+        ValueError: the model has no `ExpertPool`.
 
     Example:
         >>> import torch, peer
@@ -46,7 +46,7 @@ def param_groups(
         >>> [(group["name"], len(group["params"])) for group in groups]
         [('dense', 5), ('experts', 1)]
 
-        Both in one optimizer, or each in its own:
+        One optimizer for both groups, or one for each:
 
         >>> both = torch.optim.AdamW(groups)
         >>> dense, experts = groups

@@ -1,8 +1,8 @@
-"""What the layer computes, in plain PyTorch: slow, obvious, differentiable.
+"""The layer in plain PyTorch: slow, obvious and differentiable.
 
-The functions take the arguments of their counterparts in `peer.functional` and `peer.PEER`. They
-score every expert and gather every retrieved row, so they need memory of size T * H * N and
-T * P * D.
+The functions have the arguments of their counterparts in `peer.functional` and `peer.PEER`. They
+score every expert and gather every retrieved row, so they allocate tensors of T * H * N and
+T * P * D elements.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 def product_key_topk(
     query: Tensor, row_keys: Tensor, col_keys: Tensor, k: int
 ) -> tuple[Tensor, Tensor]:
-    """`peer.functional.product_key_topk` by scoring all experts and sorting them.
+    """Computes `peer.functional.product_key_topk` by scoring and sorting all experts.
 
     Args:
         query: (..., H, dim_key).
@@ -82,7 +82,7 @@ def _clamp_to_finite(sub_scores: Tensor) -> Tensor:
 def expert_mlp(
     x: Tensor, weights: Tensor, indices: Tensor, table: Tensor, activation: str = "gelu"
 ) -> Tensor:
-    """`peer.functional.expert_mlp` by gathering the rows of all retrieved experts.
+    """Computes `peer.functional.expert_mlp` by gathering the rows of all retrieved experts.
 
     Args:
         x: (..., D).
@@ -116,10 +116,10 @@ def expert_mlp(
 
 
 def peer(layer: PEER, x: Tensor, padding_mask: Tensor | None = None) -> Tensor:
-    """What `layer(x, padding_mask)` returns, without moving running statistics.
+    """Computes `layer(x, padding_mask)` without updating running statistics.
 
     Args:
-        layer: with `dropout=0` or in evaluation mode.
+        layer: a layer with `dropout=0` or in evaluation mode.
         x: (..., dim).
         padding_mask: (...) bool, True for tokens that are padding.
 
@@ -127,7 +127,7 @@ def peer(layer: PEER, x: Tensor, padding_mask: Tensor | None = None) -> Tensor:
         (..., dim).
 
     Raises:
-        ValueError: the layer would drop experts at random.
+        ValueError: the layer is in training mode with dropout.
 
     Source: arXiv 2407.04153, algorithm 1.
 

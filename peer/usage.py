@@ -1,4 +1,4 @@
-"""How evenly the experts are used."""
+"""Expert usage and unevenness."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ __all__ = ["UsageTracker"]
 
 
 class UsageTracker:
-    r"""Accumulates how much each expert is used while data passes through layers.
+    r"""Accumulates the router weight of each expert while data passes through layers.
 
-    Over all tokens x that the layers see from now on, padding excepted, the use of expert e is the
-    sum of its router weights, :math:`z'_e = \sum_x g_e(x)`, where an expert that was not retrieved
-    has weight 0. With :math:`z = z' / \lVert z' \rVert_1`,
+    The tracker hooks into the forward pass of the layers. It sums the router weights of expert e
+    over all tokens x that are not padding: :math:`z'_e = \sum_x g_e(x)`. An expert that x did not
+    retrieve has :math:`g_e(x) = 0`. With :math:`z = z' / \lVert z' \rVert_1`,
 
     * usage is the fraction of experts with :math:`z_e \ne 0`;
     * unevenness is :math:`\mathrm{KL}(z \,\|\, \mathrm{uniform}) = \log N + \sum_e z_e \log z_e`
-      in nats: 0 if all experts are used equally, log N if a single one is used.
+      in nats: 0 if all experts are used equally, log N if only one is used.
 
-    Dropout acts after the router and is not seen. Nothing is moved to the host until a number is
-    asked for. The tracker works as a context manager and stops when it is left.
+    The weights are those before dropout. `mass` and `counts` stay on the device of the layers. As a
+    context manager, the tracker stops at the end of the block.
 
     Args:
-        layers: `PEER` layers or routers. Several of them, with the same number of experts, are
-            tracked together: layers that share a pool are.
+        layers: `PEER` layers or routers with the same number of experts. The tracker sums over all
+            of them, as for layers that share a pool.
 
     Attributes:
         mass: (N,) float64, the sums :math:`z'`.
-        counts: (N,) int64, how many times each expert was retrieved.
+        counts: (N,) int64, the number of retrievals of each expert.
 
     Raises:
-        TypeError: something else than a layer or a router, such as a scripted module.
-        ValueError: no layer, or layers with different numbers of experts.
+        TypeError: an argument is not a layer or a router; scripted modules are not.
+        ValueError: there is no layer, or the layers have different numbers of experts.
 
     Source: arXiv 2407.04153, table 2.
 
@@ -98,22 +98,22 @@ class UsageTracker:
         self.counts.index_add_(0, ids, uses.flatten())
 
     def usage(self) -> float:
-        """The fraction of experts that were used, in [0, 1]."""
+        """The fraction of experts with a nonzero sum of weights, in [0, 1]."""
         return float((self.mass != 0).double().mean())
 
     def unevenness(self) -> float:
-        """KL(z || uniform) in nats, in [0, log N]; NaN if no expert was used."""
+        """KL(z || uniform) in nats, in [0, log N]. NaN if no expert was used."""
         z = self.mass / self.mass.sum()
         divergence = math.log(self.num_experts) + torch.special.xlogy(z, z).sum()
-        return float(divergence.clamp(min=0.0))  # rounding may end below zero
+        return float(divergence.clamp(min=0.0))  # rounding may give a negative sum
 
     def reset(self) -> None:
-        """Forgets what was seen."""
+        """Sets `mass` and `counts` to zero."""
         self.mass.zero_()
         self.counts.zero_()
 
     def remove(self) -> None:
-        """Stops tracking; what was seen stays."""
+        """Removes the hooks. `mass` and `counts` keep their values."""
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()

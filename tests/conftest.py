@@ -1,7 +1,7 @@
-"""What the tests share: operator inputs, a fresh interpreter, rules for warnings and examples.
+"""Shared fixtures: operator inputs, a new interpreter, and settings for warnings and Hypothesis.
 
-Fixtures that build inputs return functions, are seeded, and live as long as the session, so that
-Hypothesis may call them for every example.
+Fixtures for inputs return seeded functions and have session scope, so Hypothesis can call them for
+every example.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("peer")
 
-# What peer, a test or the call of an operator warns of is an error. Torch's deprecation of its own
-# TorchScript is not ours to heed.
+# Warnings from peer, a test or an operator call are errors. Torch's deprecation of TorchScript is
+# ignored.
 WARNING_FILTERS = (
     r"error:.*\bpeer\b",
     r"error:::peer",
@@ -40,7 +40,7 @@ WARNING_FILTERS = (
     r"error:::torch\._ops",
     r"ignore:.*torch\.jit\..* is (deprecated|not supported):DeprecationWarning",
     r"ignore:.*torch\.jit\..* is (deprecated|not supported):FutureWarning",
-    # Said once of every program that makes a sparse tensor.
+    # Torch warns once in every program that makes a sparse tensor.
     r"ignore:Sparse invariant checks are implicitly disabled:UserWarning",
 )
 
@@ -52,7 +52,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(autouse=True)
 def two_threads() -> Iterator[None]:
-    """Every test starts with two threads, and leaves no other number behind."""
+    """Every test starts with two threads, and the number is reset after it."""
     torch.set_num_threads(2)
     yield
     torch.set_num_threads(2)
@@ -60,8 +60,7 @@ def two_threads() -> Iterator[None]:
 
 @pytest.fixture
 def no_slow_fallback() -> Iterator[None]:
-    """Where torch has no batching rule it loops over the samples of a vmap and warns, not always
-    through Python; here it raises."""
+    """Makes vmap raise if torch has no batching rule, instead of looping over the samples."""
     enabled = torch._C._functorch._is_vmap_fallback_enabled()
     torch._C._functorch._set_vmap_fallback_enabled(False)
     yield
@@ -183,17 +182,17 @@ def make_expert_inputs() -> Callable[..., ExpertInputs]:
 def make_retrieval_inputs() -> Callable[..., RetrievalInputs]:
     """Random inputs of `product_key_topk`.
 
-    With `integers=True` all values are small integers: every sub-score is exact whatever the order
-    of summation, ties abound, and ids can be compared exactly.
+    With `integers=True` all values are small integers: sub-scores are exact in any summation order,
+    ties are frequent, and ids can be compared exactly.
     """
     return _make_retrieval_inputs
 
 
 @pytest.fixture(scope="session")
 def run_python() -> Callable[..., Any]:
-    """Runs a snippet in a new interpreter with the same `peer`; returns the JSON it prints.
+    """Runs a snippet in a new interpreter with the same `peer`, and returns the JSON it prints.
 
-    The JSON is the last line that parses: what a kernel on a GPU prints may come after it.
+    The JSON is the last line that parses, because the output of a GPU kernel can follow it.
     """
 
     def run(snippet: str, *arguments: object, environment: dict[str, str] | None = None) -> Any:
@@ -202,7 +201,7 @@ def run_python() -> Callable[..., Any]:
         path = os.pathsep.join([package_root, inherited] if inherited else [package_root])
         result = subprocess.run(
             [sys.executable, "-W", "ignore", "-c", snippet, *map(str, arguments)],
-            # Not in the checkout, where the package's source tree would hide the installed one.
+            # In the checkout, the source tree would shadow the installed package.
             cwd=Path(__file__).parent,
             env={**os.environ, "PYTHONPATH": path, **(environment or {})},
             capture_output=True,

@@ -1,4 +1,4 @@
-// The layer without its parameters: the operators as functions.
+// Calls the operators as functions, without modules.
 //
 //   operators
 #include <peer/functional.h>

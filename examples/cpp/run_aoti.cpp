@@ -1,5 +1,5 @@
-// Loads a package that AOTInductor compiled ahead of time from a module with PEER layers, and runs
-// it on different numbers of tokens.
+// Loads an AOTInductor package of a module with PEER layers, and runs it on different numbers of
+// tokens.
 //
 //   run_aoti PACKAGE.pt2 DIM
 #include <torch/csrc/inductor/aoti_package/model_package_loader.h>

@@ -1,9 +1,9 @@
-// Loads a TorchScript module that holds PEER layers, and runs it forward and backward.
+// Loads a TorchScript module with PEER layers, and runs it forward and backward.
 //
 //   run_torchscript MODULE.pt DIM
 //
-// Nothing here is peer's: linking the library registers its operators, and the module brings the
-// rest.
+// The program uses no header of peer: linking the library registers its operators, and the module
+// contains everything else.
 #include <torch/script.h>
 
 #include <cstdlib>

@@ -1,5 +1,5 @@
-// Trains a residual block with a PEER layer to imitate a fixed random network, and saves its state,
-// which Python loads by the same names.
+// Trains a residual block with a PEER layer to imitate a fixed random network, and saves its state.
+// Python loads the state under the same names.
 //
 //   train STATE.pt [STEPS]
 #include <peer/peer.h>

@@ -1,1 +1,1 @@
-"""A small dense language model and its PEER twin, trained on Python's standard library."""
+"""A small dense language model and a PEER model, trained on Python's standard library."""

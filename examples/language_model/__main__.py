@@ -1,10 +1,10 @@
-"""Command line of the language model demo: `python -m language_model`, started in `examples`."""
+"""Command line of the demo. Run `python -m language_model` in the directory `examples`."""
 
 from __future__ import annotations
 
 import os
 
-# Huge pages for large tensors: tables are read at random, and each step allocates many megabytes.
+# Huge pages for large tensors: table rows are read at random, and a step allocates many megabytes.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 import argparse
@@ -21,46 +21,46 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Reads the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m language_model",
-        description="Trains a dense language model and its PEER twin on Python's standard library. "
-        "The twin takes 4 GB of memory; its checkpoint takes 3 GB while it trains, 1 GB after.",
+        description="Trains a dense language model and a PEER model on Python's standard library. "
+        "The PEER model needs 4 GB of memory. Its checkpoint takes 3 GB in training, 1 GB after.",
     )
     parser.add_argument(
-        "--out", type=Path, default=Path("demo-output"), help="folder for checkpoints and pictures"
+        "--out", type=Path, default=Path("demo-output"), help="folder for checkpoints and images"
     )
     parser.add_argument(
-        "--models", default="dense,peer", help="which of dense,peer to train (default: both)"
+        "--models", default="dense,peer", help="models to train (default: dense,peer)"
     )
-    parser.add_argument("--seed", type=int, help="seed of initialisation and data order")
-    parser.add_argument("--steps", type=int, help="optimizer steps of each model")
+    parser.add_argument("--seed", type=int, help="seed for initialisation and data order")
+    parser.add_argument("--steps", type=int, help="optimizer steps for each model")
     parser.add_argument("--dense-lr", type=float, help="learning rate of the dense model")
     parser.add_argument(
         "--peer-lr", type=float, help="learning rate of the PEER model outside its PEER layer"
     )
     parser.add_argument("--router-lr", type=float, help="learning rate of queries and keys")
     parser.add_argument("--table-lr", type=float, help="learning rate of the expert tables")
-    parser.add_argument("--csv", type=Path, help="file to append the results to, one line a model")
+    parser.add_argument("--csv", type=Path, help="CSV file to append the results to")
     parser.add_argument(
         "--smoke",
         action="store_true",
-        help="a small grid and few steps, to see that everything works",
+        help="use a small grid and few steps, as a test",
     )
-    parser.add_argument("--restart", action="store_true", help="start over instead of resuming")
+    parser.add_argument("--restart", action="store_true", help="discard checkpoints and start over")
     options = parser.parse_args(arguments)
     options.models = options.models.split(",")
     if not set(options.models) <= set(MODELS):
-        parser.error(f"--models takes names out of {', '.join(MODELS)}")
+        parser.error(f"expected --models to contain only {', '.join(MODELS)}")
     return options
 
 
 def make_settings(options: argparse.Namespace) -> Settings:
-    """The demo's settings with what the command line says instead."""
+    """The settings of the demo, with the options of the command line."""
     names = ("seed", "steps", "dense_lr", "peer_lr", "router_lr", "table_lr")
     given = {name: value for name in names if (value := getattr(options, name)) is not None}
     return replace(smoke() if options.smoke else Settings(), **given)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Trains or resumes, then shows the results. Returns the exit status, 130 after Ctrl-C."""
+    """Trains or resumes, then shows the results. Returns the exit status: 130 after Ctrl-C."""
     options = parse(arguments)
     settings = make_settings(options)
     options.out.mkdir(parents=True, exist_ok=True)
@@ -78,14 +78,13 @@ def main(arguments: list[str] | None = None) -> int:
                 print(error, file=sys.stderr)
                 return 2
             if run.progress.finished:
-                print(f"{name}: finished earlier; --restart trains it again")
+                print(f"{name}: already trained; --restart trains it again")
             elif run.progress.step:
                 print(f"{name}: resuming after step {run.progress.step} of {settings.steps}")
             if not run.progress.finished and not run.train(interrupt, report.finish):
                 print(
                     f"\nStopped: {name} is saved after step {run.progress.step} of "
-                    f"{settings.steps}; "
-                    "the same command resumes it."
+                    f"{settings.steps}; run the same command to resume."
                 )
                 return 130
             run.optimizers.clear()

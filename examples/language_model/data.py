@@ -1,8 +1,8 @@
-"""The corpus: the running interpreter's standard library, split by file and cut into tokens.
+"""The corpus: the standard library of the running interpreter, split by file and tokenised.
 
-The split looks only at a file's path and text, so that it is the same on every run and for every
-seed. Text that occurs on both sides would reward remembering instead of predicting; therefore exact
-copies are dropped, and so is a held-out file most of whose longer lines occur in training files.
+The split depends only on the path and text of a file, so it is equal in all runs and for all seeds.
+Text in both parts would reward memorisation. The split therefore drops exact copies, and held-out
+files if most of their longer lines occur in training files.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
 SEPARATOR = "<|file|>"
-HELD_OUT_IN = 20  # one file in so many is held out
-# Characters. Shorter lines, such as "return None", say nothing about where they came from.
+HELD_OUT_IN = 20  # one file of this many is held out
+# In characters. Shorter lines, such as "return None", do not identify a file.
 LONG_LINE = 20
-COPIED_SHARE = 0.5
+COPIED_SHARE = 0.5  # maximum share of a held-out file's long lines that occur in training files
 
 
 @dataclass(frozen=True)
 class SourceFile:
-    """One source file: its path below the library's root, with forward slashes, and its text."""
+    """One source file: its path relative to the library, with forward slashes, and its text."""
 
     path: str
     text: str
@@ -34,16 +34,16 @@ class SourceFile:
 
 @dataclass
 class Corpus:
-    """Token streams of both sides of the split, and what is needed to read them back.
+    """The tokens of both parts of the split, and the tokenizer.
 
     Attributes:
-        train: token ids of the training files, one stream (n,), int64.
-        held_out: token ids of the held-out files, one stream (m,), int64.
-        token_bytes: bytes of text that a token stands for (vocabulary,), 0 for the separator.
-        tokenizer: byte-level BPE, trained on the training files alone.
+        train: token ids of the training files, concatenated, (n,) int64.
+        held_out: token ids of the held-out files, concatenated, (m,) int64.
+        token_bytes: number of bytes of each token, (vocabulary,); 0 for the separator.
+        tokenizer: byte-level BPE, trained on the training files only.
         train_files: number of training files.
         held_out_files: number of held-out files.
-        fingerprint: digest of the text and of how it was split and encoded.
+        fingerprint: digest of the text and of the settings of the split and the tokenizer.
     """
 
     train: Tensor
@@ -60,7 +60,7 @@ class Corpus:
         return len(self.token_bytes)
 
     def describe(self) -> str:
-        """One line on the corpus, for people."""
+        """A summary in one line."""
         sides = (
             ("training", self.train, self.train_files),
             ("held-out", self.held_out, self.held_out_files),
@@ -74,7 +74,7 @@ class Corpus:
 
 
 def read_library(root: Path | None = None) -> list[SourceFile]:
-    """Every readable Python file below `root` (the standard library), installed packages apart."""
+    """Reads every Python file below `root`, the standard library, except installed packages."""
     root = root or Path(sysconfig.get_path("stdlib"))
     files = []
     for path in sorted(root.rglob("*.py")):
@@ -84,7 +84,7 @@ def read_library(root: Path | None = None) -> list[SourceFile]:
         try:
             text = path.read_text(encoding="utf-8")
         except (UnicodeDecodeError, OSError):
-            # Python's own tests hold files in other encodings on purpose.
+            # Some of Python's own test files have other encodings on purpose.
             continue
         if text.strip():
             files.append(SourceFile(relative.as_posix(), text))
@@ -92,12 +92,12 @@ def read_library(root: Path | None = None) -> list[SourceFile]:
 
 
 def long_lines(file: SourceFile) -> set[str]:
-    """The distinct lines of a file that are long enough to recognise it by."""
+    """The distinct lines of a file that are long enough to identify it."""
     return {line for raw in file.text.splitlines() if len(line := raw.strip()) >= LONG_LINE}
 
 
 def split(files: Iterable[SourceFile]) -> tuple[list[SourceFile], list[SourceFile]]:
-    """Training files and held-out files: disjoint by path, by content, and nearly so by lines."""
+    """Splits files into training and held-out files, without copies between the parts."""
     unique = {
         file.text: file for file in sorted(files, key=lambda file: file.path, reverse=True)
     }.values()
@@ -118,7 +118,7 @@ def split(files: Iterable[SourceFile]) -> tuple[list[SourceFile], list[SourceFil
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary: int) -> Tokenizer:
-    """Byte-level BPE: every byte string has an encoding, and decoding gives the text back."""
+    """Trains a byte-level BPE, which encodes every byte string and decodes without loss."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -133,7 +133,7 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> Tokenizer:
 
 
 def encode(files: list[SourceFile], tokenizer: Tokenizer) -> Tensor:
-    """One stream of token ids, a separator before every file."""
+    """Encodes files as one tensor of token ids, with a separator before every file."""
     separator = tokenizer.token_to_id(SEPARATOR)
     stream: list[int] = []
     for encoding in tokenizer.encode_batch([file.text for file in files], add_special_tokens=False):
@@ -143,7 +143,7 @@ def encode(files: list[SourceFile], tokenizer: Tokenizer) -> Tensor:
 
 
 def count_bytes(tokenizer: Tokenizer) -> Tensor:
-    """Bytes of text per token id. The byte-level alphabet writes one character for each byte."""
+    """Bytes of text per token id. The byte-level alphabet has one character per byte."""
     vocabulary = tokenizer.get_vocab()
     counts = torch.zeros(len(vocabulary), dtype=torch.int64)
     for token, index in vocabulary.items():
@@ -152,12 +152,12 @@ def count_bytes(tokenizer: Tokenizer) -> Tensor:
 
 
 def prepare(cache: Path, vocabulary: int, megabytes: float | None = None) -> Corpus:
-    """Reads, splits and encodes the library, or reads what an earlier call left in `cache`.
+    """Reads, splits and encodes the library, or reads the result of an earlier call from `cache`.
 
     Args:
-        cache: file to keep the encoded corpus in; used again only for the same text and settings.
+        cache: file for the encoded corpus, which is valid for the same text and settings only.
         vocabulary: number of tokens.
-        megabytes: use only about this much of the text (every n-th file), or all of it if None.
+        megabytes: approximate amount of text to use, as every n-th file; None for all of it.
 
     Returns:
         The encoded corpus.
@@ -171,9 +171,9 @@ def prepare(cache: Path, vocabulary: int, megabytes: float | None = None) -> Cor
         digest.update(f"{file.path}\0{file.text}\0".encode())
     fingerprint = digest.hexdigest()
     if cache.exists():
-        kept = torch.load(cache)
-        if kept["fingerprint"] == fingerprint:
-            return Corpus(tokenizer=Tokenizer.from_str(kept.pop("tokenizer")), **kept)
+        saved = torch.load(cache)
+        if saved["fingerprint"] == fingerprint:
+            return Corpus(tokenizer=Tokenizer.from_str(saved.pop("tokenizer")), **saved)
     train, held_out = split(files)
     tokenizer = train_tokenizer((file.text for file in train), vocabulary)
     corpus = Corpus(
@@ -191,10 +191,10 @@ def prepare(cache: Path, vocabulary: int, megabytes: float | None = None) -> Cor
 
 
 class Windows:
-    """Training batches: windows of the stream, in an order that depends on seed and step alone.
+    """Training batches: windows of the corpus in an order that depends only on seed and step.
 
-    Every epoch cuts the stream at another offset and shuffles the windows anew. Nothing is carried
-    from one step to the next: a run that resumes sees what an uninterrupted one would have seen.
+    Every epoch starts the windows at another offset and shuffles them again. There is no state
+    between steps, so a resumed run sees the same batches as an uninterrupted one.
     """
 
     def __init__(self, tokens: Tensor, context: int, batch: int, seed: int) -> None:
@@ -221,9 +221,9 @@ class Windows:
 def held_out_batches(
     tokens: Tensor, context: int, batch: int, limit: int | None = None
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Inputs and targets, each (batch, context), that cover a stream or its first `limit` tokens.
+    """Inputs and targets, each (batch, context), of all tokens or the first `limit` tokens.
 
-    Every token but the first is a target once; what does not fill a last window is left out.
+    Every token except the first is a target once. Tokens after the last full window are skipped.
     """
     windows = (min(len(tokens), limit or len(tokens)) - 1) // context
     for first in range(0, windows, batch):

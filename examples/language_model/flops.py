@@ -1,9 +1,13 @@
-"""Forward FLOPs per token, counted by hand from the sizes alone.
+"""Forward FLOPs per token, computed from the sizes of a model.
 
-A multiply-add counts as two. Counted are projections, attention over the context (position i sees
-i + 1 positions, (context + 1) / 2 on average), feed-forward layers and logits; and for PEER the
-query projection, the sub-scores of both halves, a comparison for every sub-score, an addition and a
-comparison for every candidate pair, and the experts. Element-wise work is left out on both sides.
+A multiply-add counts as two FLOPs. The count includes:
+
+* projections, feed-forward layers and logits;
+* attention over the context: position i attends to i + 1 positions, (context + 1) / 2 on average;
+* for PEER, the query projection, the sub-scores of both halves, a comparison per sub-score, an
+  addition and a comparison per candidate pair, and the experts.
+
+It excludes element-wise operations in both models.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A small Transformer language model; a PEER layer can stand in for most of a feed-forward one."""
+"""A small Transformer language model, optionally with a PEER layer in one block."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ import peer
 
 @dataclass(frozen=True)
 class PeerConfig:
-    """A model's PEER layer: where it sits and what it is made of.
+    """The position and the options of a model's PEER layer.
 
     Attributes:
-        block: index of the block whose feed-forward layer it replaces.
+        block: index of the block with the PEER layer.
         grid: rows and columns of the expert grid.
         heads: routing heads.
         experts_per_head: experts retrieved per head.
         dim_key: query width per head.
         activation: the experts' activation.
-        hidden: width of the thin feed-forward layer that stays beside it.
+        hidden: hidden width of the narrow feed-forward layer in the same block.
     """
 
     block: int = 1
@@ -48,7 +48,7 @@ class ModelConfig:
 
 
 class Attention(nn.Module):
-    """Causal self-attention with rotary positions."""
+    """Causal self-attention with rotary position embedding."""
 
     cos: Tensor
     sin: Tensor
@@ -64,14 +64,14 @@ class Attention(nn.Module):
         self.register_buffer("sin", angles.sin(), persistent=False)
 
     def rotate(self, x: Tensor) -> Tensor:
-        """Turns pairs of features by their position's angle; x (batch, heads, length, width)."""
+        """Rotates pairs of features by the angle of their position; x is (batch, heads, n, d)."""
         length = x.shape[-2]
         a, b = x.chunk(2, dim=-1)
         cos, sin = self.cos[:length], self.sin[:length]
         return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (batch, length, dim) to the same shape."""
+        """Maps x (batch, length, dim) to the same shape."""
         q, k, v = (
             part.unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for part in self.qkv(x).chunk(3, dim=-1)
@@ -89,12 +89,12 @@ class FeedForward(nn.Module):
         self.down = nn.Linear(hidden, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (..., dim) to the same shape."""
+        """Maps x (..., dim) to the same shape."""
         return self.down(F.gelu(self.up(x)))
 
 
 class Block(nn.Module):
-    """Pre-norm Transformer block: attention, then a feed-forward layer, or a thin one and PEER."""
+    """Pre-norm Transformer block: attention, a feed-forward layer and optionally a PEER layer."""
 
     def __init__(self, config: ModelConfig, settings: PeerConfig | None) -> None:
         super().__init__()
@@ -105,7 +105,7 @@ class Block(nn.Module):
         self.peer = make_peer(config.dim, settings) if settings else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (batch, length, dim) to the same shape."""
+        """Maps x (batch, length, dim) to the same shape."""
         x = x + self.attention(self.attention_norm(x))
         y = self.feed_forward_norm(x)
         x = x + self.feed_forward(y)
@@ -113,7 +113,7 @@ class Block(nn.Module):
 
 
 def make_peer(dim: int, settings: PeerConfig) -> peer.PEER:
-    """The PEER layer, with keys of its own for every head and row-sparse table gradients."""
+    """Makes the PEER layer, with keys per head and row-sparse table gradients."""
     return peer.PEER(
         dim,
         num_experts=settings.grid,
@@ -127,7 +127,7 @@ def make_peer(dim: int, settings: PeerConfig) -> peer.PEER:
 
 
 class LanguageModel(nn.Module):
-    """Token embedding, blocks, and logits by the same embedding."""
+    """Token embedding, blocks, and logits with the tied embedding."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -141,7 +141,7 @@ class LanguageModel(nn.Module):
         self.reset_dense_parameters()
 
     def reset_dense_parameters(self) -> None:
-        """Initialises all but the PEER layer; what ends in the residual stream starts smaller."""
+        """Initialises all but the PEER layer. Projections into the residual start smaller."""
         dim, residual = self.config.dim, (2 * self.config.blocks) ** -0.5
         nn.init.normal_(self.embedding.weight, std=dim**-0.5)
         for block in self.blocks:
@@ -157,7 +157,7 @@ class LanguageModel(nn.Module):
         return self.blocks[self.config.peer.block].peer if self.config.peer else None
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Logits (batch, length, vocabulary) of the token after each of tokens (batch, length)."""
+        """Logits (batch, length, vocabulary) of the next token at each position of `tokens`."""
         x = self.embedding(tokens)
         for block in self.blocks:
             x = block(x)
@@ -172,7 +172,7 @@ def sample(
     generator: torch.Generator,
     temperature: float = 0.8,
 ) -> Tensor:
-    """Continues `tokens` (n,) by `count` tokens drawn one after another."""
+    """Extends `tokens` (n,) by `count` sampled tokens."""
     for _ in range(count):
         logits = model(tokens[None, -model.config.context :])[0, -1]
         probabilities = (logits / temperature).softmax(-1)

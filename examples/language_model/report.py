@@ -1,4 +1,4 @@
-"""What a finished pair of runs shows: numbers, curves, a sample of text, and the expert atlas."""
+"""The report on finished runs: a table, curves, a text sample and the expert atlas."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ COLORS = {"dense": "#8a8f98", "peer": "#c2410c"}
 
 
 def count_active(run: Run) -> int:
-    """Parameters that one token uses: all but the expert tables, of those the retrieved rows."""
+    """The number of parameters that a token uses; of the tables, only the retrieved rows count."""
     total = sum(p.numel() for p in run.model.parameters())
     layer, settings = run.model.peer, run.settings.peer
     if layer is None:
@@ -36,7 +36,7 @@ def count_active(run: Run) -> int:
 
 
 def evaluate_usage(run: Run) -> tuple[float, dict[str, Any] | None]:
-    """Bits per byte of all the held-out text, and how its tokens used the experts, if any."""
+    """Bits per byte of the held-out text, and the expert usage of a PEER model."""
     context = run.settings.model.context
     if run.model.peer is None:
         return evaluate(run.model, run.corpus, context), None
@@ -50,7 +50,7 @@ def evaluate_usage(run: Run) -> tuple[float, dict[str, Any] | None]:
 
 
 def finish(run: Run) -> dict[str, Any]:
-    """Results of a trained model: all the held-out text, its experts' use there, and a sample."""
+    """Evaluates a trained model on the held-out text and samples from it."""
     settings, model = run.settings, run.model
     bits, atlas = evaluate_usage(run)
     model.eval()
@@ -85,7 +85,7 @@ def finish(run: Run) -> dict[str, Any]:
 
 
 def format_table(rows: list[dict[str, Any]]) -> str:
-    """The rows side by side, for a terminal."""
+    """Formats the rows as a table for the terminal."""
     heads = ("", "parameters", "active", "FLOPs/token", "bits per byte", "tokens/s", "minutes")
     lines = [heads] + [
         (
@@ -107,7 +107,7 @@ def format_table(rows: list[dict[str, Any]]) -> str:
 
 
 def draw_curves(runs: list[Run], path: Path) -> None:
-    """Bits per byte over tokens seen, one line a model."""
+    """Draws bits per byte over training tokens, one line per model."""
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     for run in runs:
         tokens, bits = zip(*run.progress.curve, strict=True)
@@ -125,7 +125,7 @@ def draw_curves(runs: list[Run], path: Path) -> None:
         )
     axes.set_xlabel("training tokens (millions)")
     axes.set_ylabel("bits per byte, part of the held-out files")
-    axes.set_title("Python of the held-out files: the dense model and its PEER twin")
+    axes.set_title("Held-out Python files: the dense model and the PEER model")
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
@@ -134,7 +134,7 @@ def draw_curves(runs: list[Run], path: Path) -> None:
 
 
 def draw_atlas(run: Run, path: Path) -> None:
-    """The expert grid as an image: brightness is the log of an expert's share of router weight."""
+    """Draws the expert grid; brightness is the log of an expert's share of router weight."""
     rows, columns = run.settings.peer.grid
     atlas = run.progress.results["atlas"]
     mass = atlas["mass"].view(rows, columns)
@@ -156,7 +156,7 @@ def draw_atlas(run: Run, path: Path) -> None:
 
 
 def append_rows(rows: list[dict[str, Any]], path: Path) -> None:
-    """Appends one line a model to a CSV file, with a head line if the file is new."""
+    """Appends one line per model to a CSV file, after a header if the file is new."""
     new = not path.exists()
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", newline="") as file:
@@ -167,7 +167,7 @@ def append_rows(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def show(runs: list[Run], folder: Path) -> None:
-    """Prints and draws the results of finished runs."""
+    """Prints and plots the results of finished runs."""
     rows = [run.progress.results["row"] for run in runs]
     print("\n" + format_table(rows) + "\n")
     draw_curves(runs, folder / "curves.png")

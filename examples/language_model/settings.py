@@ -1,4 +1,4 @@
-"""What a run is made of: the demo's own values, and a small copy of them for tests."""
+"""The settings of a run: those of the demo, and small ones for tests."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ MODELS = ("dense", "peer")
 
 @dataclass(frozen=True)
 class Settings:
-    """One pair of models, trained on the same tokens in the same order.
+    """The settings of both models, which are trained on the same tokens in the same order.
 
     Attributes:
-        seed: seeds initialisation and data order.
-        steps: optimizer steps of each model.
-        batch: windows in a step.
-        model: sizes of the dense model; the PEER model differs in one block.
+        seed: seed for initialisation and data order.
+        steps: optimizer steps for each model.
+        batch: windows per step.
+        model: sizes of the dense model. The PEER model differs in one block.
         peer: the PEER layer.
         dense_lr: peak learning rate of the dense model.
         peer_lr: peak learning rate of the PEER model outside its PEER layer.
         router_lr: peak learning rate of the layer's query network and keys.
         table_lr: peak learning rate of the expert tables.
-        weight_decay: of the matrices outside the PEER layer.
-        warm_up: steps over which learning rates rise; after them they fall to zero along a cosine.
-        curve_points: evaluations during a run.
-        curve_tokens: held-out tokens that such an evaluation reads; the final one reads them all.
-        sample_tokens: length of the generated sample.
-        megabytes: roughly how much of the library to use, None for all.
+        weight_decay: weight decay of the matrices outside the PEER layer.
+        warm_up: steps of linear warm-up; a cosine decay to zero follows.
+        curve_points: number of evaluations during a run.
+        curve_tokens: held-out tokens per evaluation; the final evaluation uses all of them.
+        sample_tokens: length of the generated sample in tokens.
+        megabytes: approximate amount of text to use, None for all.
     """
 
     seed: int = 0
@@ -53,7 +53,7 @@ class Settings:
         return replace(self.model, peer=self.peer if name == "peer" else None)
 
     def describe(self, name: str) -> dict[str, Any]:
-        """What decides the outcome of training the model called `name`, as plain values."""
+        """The settings that affect the model called `name`, as plain values."""
         others = {"dense": ("peer", "peer_lr", "router_lr", "table_lr"), "peer": ("dense_lr",)}[
             name
         ]
@@ -61,7 +61,7 @@ class Settings:
 
 
 def smoke() -> Settings:
-    """Small enough for a test: the same path with a 32 x 32 grid and a little of the text."""
+    """Settings for tests: the same code with a 32 x 32 grid and a part of the text."""
     return Settings(
         steps=24,
         batch=4,
@@ -75,7 +75,9 @@ def smoke() -> Settings:
     )
 
 
-def differences(kept: dict[str, Any], wanted: dict[str, Any]) -> str:
-    """The settings in which two descriptions differ, for people."""
-    names = sorted(name for name in kept | wanted if kept.get(name) != wanted.get(name))
-    return ", ".join(f"{name} = {kept.get(name)} there, {wanted.get(name)} here" for name in names)
+def differences(saved: dict[str, Any], current: dict[str, Any]) -> str:
+    """The settings in which a saved run differs from the current one, as text."""
+    names = sorted(name for name in saved | current if saved.get(name) != current.get(name))
+    return ", ".join(
+        f"{name} = {saved.get(name)} there, {current.get(name)} here" for name in names
+    )

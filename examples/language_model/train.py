@@ -1,4 +1,4 @@
-"""Trains one model: schedule, optimizers, checkpoints, and a Ctrl-C that loses nothing."""
+"""Trains one model, with checkpoints that Ctrl-C also writes."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ CHECKPOINT_SECONDS = 180.0
 
 
 class OtherRunError(Exception):
-    """The output folder holds a run with other settings."""
+    """The output folder contains a run with other settings."""
 
 
 @dataclass
 class Progress:
-    """Everything that a run has produced so far, the weights and optimizer states apart.
+    """The progress of a run, without weights and optimizer states.
 
     Attributes:
-        step: optimizer steps done.
+        step: number of completed optimizer steps.
         losses: training loss of every step, in nats per token.
-        curve: (tokens seen, bits per byte) of the evaluations on a part of the held-out text.
-        seconds: time spent in training steps.
-        finished: whether all the steps are done and the final evaluation with them.
-        results: what the final evaluation found.
+        curve: (training tokens, bits per byte) of each evaluation on a part of the held-out text.
+        seconds: time in training steps.
+        finished: whether all steps and the final evaluation are complete.
+        results: results of the final evaluation.
     """
 
     step: int = 0
@@ -50,7 +50,7 @@ class Progress:
 
 
 class Interrupt:
-    """While active, the first Ctrl-C sets `requested`; the second one has its usual effect."""
+    """A context in which the first Ctrl-C sets `requested`. The second has its usual effect."""
 
     def __init__(self) -> None:
         self.requested = False
@@ -63,19 +63,19 @@ class Interrupt:
         signal.signal(signal.SIGINT, self.previous)
 
     def handle(self, number: int, frame: FrameType | None) -> None:
-        """Notes the wish to stop."""
+        """Sets `requested` and restores the previous handler."""
         self.requested = True
         signal.signal(signal.SIGINT, self.previous)
 
 
 def schedule(step: int, settings: Settings) -> float:
-    """Factor on every learning rate: a linear rise, then a cosine to zero."""
-    rise = min(1.0, (step + 1) / settings.warm_up)
-    return rise * 0.5 * (1.0 + math.cos(math.pi * step / settings.steps))
+    """The factor on every learning rate: linear warm-up times a cosine decay to zero."""
+    warm_up = min(1.0, (step + 1) / settings.warm_up)
+    return warm_up * 0.5 * (1.0 + math.cos(math.pi * step / settings.steps))
 
 
 def make_optimizers(model: LanguageModel, settings: Settings) -> list[torch.optim.Optimizer]:
-    """AdamW for all but the expert tables; SparseAdam for those, which get row-sparse gradients."""
+    """SparseAdam for the expert tables, which have row-sparse gradients; AdamW for the rest."""
     layer = model.peer
     router = list(layer.router.parameters()) if layer else []
     tables = list(layer.experts.parameters()) if layer else []
@@ -99,7 +99,7 @@ def make_optimizers(model: LanguageModel, settings: Settings) -> list[torch.opti
 
 @torch.no_grad()
 def evaluate(model: nn.Module, corpus: Corpus, context: int, limit: int | None = None) -> float:
-    """Bits per byte of held-out text: code length of its tokens, separators too, over its bytes."""
+    """Bits per byte of held-out text: the code length of all tokens over the number of bytes."""
     model.eval()
     nats, size = 0.0, 0
     for inputs, targets in held_out_batches(corpus.held_out, context, 16, limit):
@@ -111,7 +111,7 @@ def evaluate(model: nn.Module, corpus: Corpus, context: int, limit: int | None =
 
 
 class Run:
-    """One model, its optimizers and its progress, kept in one file."""
+    """One model with its optimizers and progress, saved in one file."""
 
     def __init__(self, name: str, settings: Settings, corpus: Corpus, path: Path) -> None:
         self.name, self.settings, self.corpus, self.path = name, settings, corpus, path
@@ -122,11 +122,11 @@ class Run:
         self.saved = time.monotonic()
 
     def describe(self) -> dict[str, Any]:
-        """What decides the outcome: the settings that this model reads, and the text."""
+        """The settings that affect this model, and the fingerprint of the text."""
         return {**self.settings.describe(self.name), "corpus": self.corpus.fingerprint[:12]}
 
     def save(self) -> None:
-        """Writes the file, whole or not at all. A finished run keeps no optimizer states."""
+        """Writes the file atomically. A finished run has no optimizer states."""
         state = {
             "settings": self.describe(),
             "progress": vars(self.progress),
@@ -141,30 +141,30 @@ class Run:
         self.saved = time.monotonic()
 
     def load(self) -> None:
-        """Goes on from the file, if there is one.
+        """Resumes from the file if it exists.
 
         Raises:
-            OtherRunError: the file belongs to a run with other settings.
+            OtherRunError: the file contains a run with other settings.
         """
         if not self.path.exists():
             return
         state = torch.load(self.path, mmap=True, weights_only=True)
-        wanted = self.describe()
-        if state["settings"] != wanted:
+        current = self.describe()
+        if state["settings"] != current:
             raise OtherRunError(
                 f"{self.path} holds a run with other settings "
-                f"({differences(state['settings'], wanted)}): pass --restart to replace it, "
+                f"({differences(state['settings'], current)}): pass --restart to replace it, "
                 "or another folder as --out"
             )
         self.progress = Progress(**state["progress"])
         self.model.load_state_dict(state["model"])
         if not self.progress.finished:
-            for optimizer, kept in zip(self.optimizers, state["optimizers"], strict=True):
-                optimizer.load_state_dict(kept)
+            for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+                optimizer.load_state_dict(saved)
         torch.set_rng_state(state["generator"])
 
     def step(self, inputs: Tensor, targets: Tensor) -> float:
-        """One optimizer step; the loss before it, in nats per token."""
+        """Runs one optimizer step. Returns the loss before it, in nats per token."""
         factor = schedule(self.progress.step, self.settings)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
@@ -179,10 +179,14 @@ class Run:
         return loss.item()
 
     def train(self, interrupt: Interrupt, finish: Callable[[Run], dict[str, Any]]) -> bool:
-        """Trains to the end, or until Ctrl-C; `finish` makes the results of a run at its end.
+        """Trains until the last step or Ctrl-C.
+
+        Args:
+            interrupt: set by Ctrl-C.
+            finish: evaluates the run after the last step, and returns the results.
 
         Returns:
-            Whether the run reached its end.
+            Whether the run is finished.
         """
         settings, progress = self.settings, self.progress
         tokens = settings.batch * settings.model.context
@@ -217,7 +221,7 @@ class Run:
         if progress.step < settings.steps:
             self.save()
             return False
-        print(f"{self.name}: reading all the held-out files")
+        print(f"{self.name}: evaluating on all held-out files")
         progress.results = finish(self)
         progress.finished = True
         self.save()

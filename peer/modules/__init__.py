@@ -1,4 +1,4 @@
-"""The modules: the layer, its parts, and the normalisations of its queries."""
+"""The layer, its router and expert pool, and the normalisations of its queries."""
 
 from peer.modules.experts import ExpertPool
 from peer.modules.norms import BatchQueryNorm, LayerQueryNorm, RMSQueryNorm, make_query_norm

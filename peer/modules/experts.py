@@ -1,6 +1,6 @@
-"""The pool of experts: the table that the retrieved ids point into."""
+"""The pool of experts: a table with one expert per row."""
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -12,33 +12,43 @@ from peer.modules.grid import parse_grid
 __all__ = ["ExpertPool"]
 
 
+class FusedForward(Protocol):
+    """Replaces the forward pass of a pool while an optimizer is fused into its backward pass."""
+
+    def forward(self, pool: "ExpertPool", x: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
+        """Computes the pool's output and records a backward pass that updates the table."""
+        ...
+
+
 class ExpertPool(nn.Module):
-    r"""N experts, each an MLP with one hidden neuron.
+    r"""A pool of N experts, each an MLP with one hidden neuron.
 
-    Expert e maps a token x to :math:`\sigma(x^\top \text{down}_e)\, \text{up}_e`, with `glu`
-    to :math:`\sigma(x^\top \text{down}_e)\, (x^\top \text{gate}_e)\, \text{up}_e`. The output
-    for a token is the weighted sum over its experts. One pool can serve several layers.
+    Expert e maps a token x to :math:`\sigma(x^\top \text{down}_e)\, \text{up}_e`. With `glu`, it
+    maps x to :math:`\sigma(x^\top \text{down}_e)\, (x^\top \text{gate}_e)\, \text{up}_e`. The
+    output for a token is the weighted sum over its experts. Several layers can share a pool.
 
-    State: `weight` (N, parts, dim). An expert is a row, whose parts are [down, up] or, with `glu`,
-    [down, gate, up]. `w_down`, `w_gate` and `w_up` are views of it.
+    State: `weight` (N, parts, dim). Row e holds [down, up], or [down, gate, up] with `glu`.
+    `w_down`, `w_gate` and `w_up` are views of `weight`.
 
     Args:
         dim: width of input and output.
-        num_experts: N; a pair (rows, columns) stands for its product.
-        activation: one of "gelu" (by erf), "gelu_tanh", "relu", "silu", "identity" and "relu2"
-            (the square of ReLU).
+        num_experts: N, or a pair (rows, columns) with this product.
+        activation: "gelu" (by erf), "gelu_tanh", "relu", "silu", "identity" or "relu2" (ReLU
+            squared).
         glu: whether the experts have a linear gate.
-        num_experts_per_token: P, for how many experts of a token the initialisation is scaled.
-        sparse_grad: whether the table gets a coalesced sparse gradient, which holds the retrieved
-            rows and needs an optimizer that takes it, such as `peer.optim.RowwiseAdagrad`. In
-            eager mode only.
-        zero_init_out: whether `w_up` starts at zero, so that a layer added to a trained model
-            changes nothing at first.
-        device: of the table.
-        dtype: of the table.
+        num_experts_per_token: P, the number of experts per token. The initialisation scales with
+            it.
+        sparse_grad: whether the table gets a coalesced sparse gradient that holds only the
+            retrieved rows. It needs an optimizer for sparse gradients, such as
+            `peer.optim.RowwiseAdagrad`. Eager mode only.
+        zero_init_out: whether `w_up` starts at zero. A new layer then adds zero to the output of a
+            trained model.
+        device: device of the table.
+        dtype: dtype of the table.
 
     Raises:
         ValueError: an option is out of range.
+        TypeError: `num_experts` is neither an int nor a pair of ints.
 
     Source: arXiv 2407.04153, equations 3, 6 and 7.
 
@@ -86,32 +96,32 @@ class ExpertPool(nn.Module):
         self.num_experts_per_token = num_experts_per_token
         self.sparse_grad = sparse_grad
         self.zero_init_out = zero_init_out
-        # What updates the table in the backward pass, while an optimizer is fused into it.
-        self.fused_update: Any = None
+        # Set while an optimizer is fused into the backward pass, by peer.optim.FusedUpdate.
+        self.fused_update: FusedForward | None = None
         parts = 3 if glu else 2
         self.weight = nn.Parameter(empty_huge(num_experts, parts, dim, device=device, dtype=dtype))
         self.reset_parameters()
 
     @property
     def w_down(self) -> Tensor:
-        """What the experts multiply a token by: (N, dim), a view of `weight`."""
+        """The down vectors (N, dim), a view of `weight`."""
         return self.weight[:, 0]
 
     @property
     def w_gate(self) -> Tensor | None:
-        """What their gates multiply it by: (N, dim), a view of `weight`; None without `glu`."""
+        """The gate vectors (N, dim), a view of `weight`. None without `glu`."""
         return self.weight[:, 1] if self.glu else None
 
     @property
     def w_up(self) -> Tensor:
-        """What they add to the output: (N, dim), a view of `weight`."""
+        """The up vectors (N, dim), a view of `weight`."""
         return self.weight[:, -1]
 
     def reset_parameters(self) -> None:
-        """Initialises the table.
+        """Initialises the table with normal random numbers.
 
-        Normal, with standard deviation 1 / sqrt(dim) in `w_down` and `w_gate` and 1 / sqrt(P) in
-        `w_up` (zero with `zero_init_out`): the output's scale does not depend on N.
+        The standard deviation is 1 / sqrt(dim) in `w_down` and `w_gate`, and 1 / sqrt(P) in `w_up`.
+        The scale of the output then does not depend on N. With `zero_init_out`, `w_up` is zero.
         """
         _draw_normal(self.w_down, self.dim**-0.5)
         if self.w_gate is not None:
@@ -122,11 +132,11 @@ class ExpertPool(nn.Module):
             _draw_normal(self.w_up, self.num_experts_per_token**-0.5)
 
     def forward(self, x: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
-        """Sums the weighted outputs of the experts that each token names.
+        """Computes the weighted sum of the outputs of each token's experts.
 
         Args:
             x: (..., dim).
-            weights: (..., H, K) or (..., P), floating.
+            weights: (..., H, K) or (..., P), of a floating dtype.
             indices: weights' shape, int64, in [0, N).
 
         Returns:
@@ -134,14 +144,13 @@ class ExpertPool(nn.Module):
 
         Raises:
             ValueError: a shape does not fit.
-            TypeError: a dtype is not supported in its place.
+            TypeError: an argument has an unsupported dtype.
             IndexError: an index is outside [0, N).
         """
         if not torch.jit.is_scripting():  # type: ignore[attr-defined]
             update = self.fused_update
             if update is not None and torch.is_grad_enabled():
-                fused: Tensor = update.forward(self, x, weights, indices)
-                return fused
+                return update.forward(self, x, weights, indices)
         return expert_mlp(x, weights, indices, self.weight, self.activation, self.sparse_grad)
 
     def extra_repr(self) -> str:
@@ -152,14 +161,14 @@ class ExpertPool(nn.Module):
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy has a table of its own, which no optimizer knows.
+        # A copy has its own table, which the optimizer does not hold.
         return {**self.__dict__, "fused_update": None}
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *rest)
         error_msgs: list[str] = rest[-1]
         saved = state_dict.get(prefix + "weight")
-        # Of other numbers of dimensions is no pool's; torch has listed the shapes.
+        # A tensor that is not 3-D is not from a pool; torch has reported its shape.
         if isinstance(saved, Tensor) and saved.dim() == 3 and saved.shape != self.weight.shape:
             error_msgs.append(
                 f"{prefix.rstrip('.') or 'experts'}: the checkpoint's pool has "
@@ -170,8 +179,9 @@ class ExpertPool(nn.Module):
 
 @torch.no_grad()
 def _draw_normal(part: Tensor, std: float) -> None:
-    # By rows in memory of their own: torch draws other numbers, and slowly, where memory is not
-    # contiguous or holds fewer than 16. By multiples of 16 they are those of the whole part.
+    # `part` is not contiguous, and torch draws slowly and other numbers for such tensors. So each
+    # block of rows is drawn into contiguous memory. For blocks of a multiple of 16 elements, the
+    # numbers equal those of one contiguous tensor.
     sizes = [4096] * max(len(part) // 4096, 1)
     sizes[-1] += len(part) - sum(sizes)
     for rows in part.split(sizes):

@@ -1,4 +1,4 @@
-"""The grid of experts: how many rows and columns a number of experts makes."""
+"""The rows and columns of the grid of experts."""
 
 from __future__ import annotations
 
@@ -9,14 +9,17 @@ __all__ = ["parse_grid"]
 
 
 def parse_grid(num_experts: int | Sequence[int]) -> tuple[int, int]:
-    """Rows and columns of the grid of experts.
+    """Returns the rows and columns of the grid of experts.
 
     Args:
         num_experts: N, a perfect square, or the pair (rows, columns).
 
+    Returns:
+        Rows and columns.
+
     Raises:
-        ValueError: N is not a perfect square, or a number is not positive.
-        TypeError: neither an int nor a pair of ints.
+        ValueError: N is not a perfect square, or a size is not positive.
+        TypeError: `num_experts` is neither an int nor a pair of ints.
 
     Example:
         >>> from peer.modules.grid import parse_grid

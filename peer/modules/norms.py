@@ -1,6 +1,6 @@
-"""Normalisations of the queries, over the batch or within each head's query.
+"""Normalisations of the queries, over the batch or over each head's features.
 
-Each maps queries (T, H * dim_key) to the same shape and has a weight for every feature.
+Each module maps queries (T, H * dim_key) to the same shape and has a weight for every feature.
 """
 
 from typing import ClassVar
@@ -15,23 +15,24 @@ QUERY_NORMS = ("batch", "layer", "rms", None)
 
 
 class BatchQueryNorm(nn.BatchNorm1d):
-    r"""Batch normalisation that leaves padding out of its statistics.
+    r"""Batch normalisation whose statistics exclude padding.
 
-    In training a feature :math:`q` becomes :math:`w (q - \mu) / \sqrt{\sigma^2 + \epsilon} + b`,
-    where :math:`\mu` and :math:`\sigma^2` are the mean and the biased variance of the feature over
-    the tokens that are not padding, and the running statistics move by `momentum` towards
-    :math:`\mu` and the unbiased variance. In evaluation the running statistics take their place.
-    Without padding that is `torch.nn.BatchNorm1d`; its state has the same names always.
+    In training, a feature :math:`q` becomes :math:`w (q - \mu) / \sqrt{\sigma^2 + \epsilon} + b`.
+    Here :math:`\mu` and :math:`\sigma^2` are the mean and the biased variance of the feature over
+    the tokens that are not padding. The running statistics move by `momentum` towards :math:`\mu`
+    and the unbiased variance. In evaluation, the running statistics replace :math:`\mu` and
+    :math:`\sigma^2`. Without padding, the module computes what `torch.nn.BatchNorm1d` does. Its
+    state always has the same names.
 
-    Statistics are in float32 for 16-bit queries. In training they depend on all tokens of the
-    batch, so the routing of a token depends on the tokens after it.
+    Statistics of 16-bit queries are in float32. In training they depend on all tokens of the batch,
+    so the routing of a token depends on later tokens.
 
     Args:
         num_features: H * dim_key.
         eps: added to the variance.
-        momentum: how far the running statistics move; None lets them be the average of all batches.
-        device: of the parameters and buffers.
-        dtype: of the parameters and floating-point buffers.
+        momentum: fraction by which the running statistics move; None averages over all batches.
+        device: device of the parameters and buffers.
+        dtype: dtype of the parameters and floating-point buffers.
 
     Source: arXiv 2407.04153, table 2; arXiv 1907.05242.
 
@@ -59,15 +60,15 @@ class BatchQueryNorm(nn.BatchNorm1d):
 
         Args:
             query: (T, H * dim_key).
-            padding_mask: (T,) bool, True for tokens that are padding. They are normalised like the
-                others. If fewer than two tokens are not padding, there is no variance to learn
-                from, and the running statistics stay as they are.
+            padding_mask: (T,) bool, True for padding. Padding is normalised with the statistics of
+                the other tokens. With fewer than two other tokens there is no unbiased variance,
+                and the running statistics do not change.
 
         Returns:
-            query's shape and dtype.
+            (T, H * dim_key), query's dtype.
 
         Raises:
-            ValueError: there is one token, in training and without a mask.
+            ValueError: T = 1 in training without a mask.
         """
         uses_batch = self.training or self.running_mean is None
         if uses_batch and padding_mask is not None:
@@ -91,8 +92,8 @@ class BatchQueryNorm(nn.BatchNorm1d):
         )
 
     def _normalise_unpadded(self, query: Tensor, padding_mask: Tensor) -> Tensor:
-        # Sums with padding filled by zeros: shapes do not depend on the mask, and what stands in
-        # the padding, NaN included, cannot reach the statistics.
+        # Filling padding with zeros keeps shapes independent of the mask, and values in the
+        # padding, including NaN, out of the statistics.
         values = query
         if query.dtype == torch.float16 or query.dtype == torch.bfloat16:
             values = query.float()
@@ -103,33 +104,33 @@ class BatchQueryNorm(nn.BatchNorm1d):
         deviation = values - mean
         variance = deviation.masked_fill(padding, 0.0).square().sum(0) / divisor
         if self.training:
-            self._move_running_statistics(mean.detach(), variance.detach(), count)
+            self._update_running_statistics(mean.detach(), variance.detach(), count)
         normed = deviation * (variance + self.eps).rsqrt() * self.weight + self.bias
         return normed.to(query.dtype)
 
-    def _move_running_statistics(self, mean: Tensor, variance: Tensor, count: Tensor) -> None:
+    def _update_running_statistics(self, mean: Tensor, variance: Tensor, count: Tensor) -> None:
         running_mean, running_var = self.running_mean, self.running_var
         batches = self.num_batches_tracked
         if running_mean is None or running_var is None or batches is None:
             return
-        # Nothing here requires grad. A block under torch.no_grad() would say so too, but a program
-        # that was exported with one can be saved and not loaded.
+        # Nothing here requires grad. A torch.no_grad() block is not needed, and an exported program
+        # that contains one can be saved but not loaded.
         has_variance = count > 1.0
         batches.add_(has_variance)
         factor = 1.0 / batches.clamp(min=1).to(mean.dtype)
         if self.momentum is not None:
             factor = torch.full_like(factor, self.momentum)
         unbiased = variance * (count / (count - 1.0).clamp(min=1.0))
-        _move_(running_mean, mean, factor, has_variance)
-        _move_(running_var, unbiased, factor, has_variance)
+        _lerp_where_(running_mean, mean, factor, has_variance)
+        _lerp_where_(running_var, unbiased, factor, has_variance)
 
 
-def _move_(running: Tensor, target: Tensor, factor: Tensor, is_moved: Tensor) -> None:
-    running.copy_(torch.where(is_moved, running + factor * (target - running), running))
+def _lerp_where_(running: Tensor, target: Tensor, factor: Tensor, condition: Tensor) -> None:
+    running.copy_(torch.where(condition, running + factor * (target - running), running))
 
 
 class _HeadNorm(nn.Module):
-    """What the normalisations of single heads share: sizes, a weight and maybe a bias."""
+    """The base of per-head normalisations: sizes, a weight and an optional bias."""
 
     has_bias: ClassVar[bool]
 
@@ -164,15 +165,15 @@ class LayerQueryNorm(_HeadNorm):
     r"""Layer normalisation of each head's query.
 
     A query :math:`q` of a head becomes
-    :math:`w \odot (q - \mathrm{mean}(q)) / \sqrt{\mathrm{var}(q) + \epsilon} + b`, with a weight
-    and a bias of its own for each head.
+    :math:`w \odot (q - \mathrm{mean}(q)) / \sqrt{\mathrm{var}(q) + \epsilon} + b`. Every head has
+    its own weight and bias.
 
     Args:
         heads: H.
         dim_key: query width per head.
         eps: added to the variance.
-        device: of the parameters.
-        dtype: of the parameters.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
 
     Example:
         >>> import torch
@@ -194,15 +195,15 @@ class LayerQueryNorm(_HeadNorm):
 class RMSQueryNorm(_HeadNorm):
     r"""Root-mean-square normalisation of each head's query.
 
-    A query :math:`q` of a head becomes :math:`w \odot q / \sqrt{\mathrm{mean}(q^2) + \epsilon}`,
-    with a weight of its own for each head.
+    A query :math:`q` of a head becomes :math:`w \odot q / \sqrt{\mathrm{mean}(q^2) + \epsilon}`.
+    Every head has its own weight.
 
     Args:
         heads: H.
         dim_key: query width per head.
         eps: added to the mean square.
-        device: of the parameters.
-        dtype: of the parameters.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
 
     Example:
         >>> import torch
@@ -227,7 +228,17 @@ def make_query_norm(
     device: torch.device | str | int | None = None,
     dtype: torch.dtype | None = None,
 ) -> BatchQueryNorm | LayerQueryNorm | RMSQueryNorm | nn.Identity:
-    """The normalisation of H * dim_key query features that goes by the name `kind`.
+    """Makes the query normalisation with the name `kind`.
+
+    Args:
+        kind: "batch", "layer", "rms" or None.
+        heads: H.
+        dim_key: query width per head.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
+
+    Returns:
+        The module; `torch.nn.Identity` if `kind` is None.
 
     Raises:
         ValueError: the name is unknown.

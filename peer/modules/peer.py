@@ -1,4 +1,4 @@
-"""The layer: a router and the pool of experts that it retrieves from."""
+"""The PEER layer: a router and a pool of experts."""
 
 import inspect
 from typing import Any
@@ -17,17 +17,18 @@ __all__ = ["PEER"]
 class PEER(nn.Module):
     r"""Parameter Efficient Expert Retrieval: a feed-forward layer with a million tiny experts.
 
-    Each of H heads retrieves K of N experts for a token x by product keys and weighs them by their
-    scores; the experts are MLPs with one hidden neuron, and all heads share them:
+    For a token x, each of H heads retrieves K of N experts by product keys and weights them by
+    their scores. An expert is an MLP with one hidden neuron. All heads share the experts:
 
     .. math:: y = \sum_{h=1}^{H} \sum_{p=1}^{K} g_{h,p}(x)\,
               \sigma(x^\top \text{down}_{e_{h,p}})\, \text{up}_{e_{h,p}} .
 
-    The defaults are the paper's layer. It replaces a feed-forward layer: x (..., dim) to
-    (..., dim). Of 2 * N * dim parameters in the table a token reads 2 * H * K * dim.
+    The defaults are those of the paper. The layer maps (..., dim) to (..., dim), like the
+    feed-forward layer that it replaces. The table has 2 * N * dim parameters; a token reads
+    2 * H * K * dim of them.
 
-    `layer.router` is a `ProductKeyRouter` and `layer.experts` an `ExpertPool`; their state is the
-    layer's, with the prefixes `router.` and `experts.`.
+    `layer.router` is a `ProductKeyRouter` and `layer.experts` an `ExpertPool`. The layer's state is
+    theirs, with the prefixes `router.` and `experts.`.
 
     Args:
         dim: width of input and output.
@@ -35,27 +36,28 @@ class PEER(nn.Module):
         heads: H.
         num_experts_per_head: K, at most N.
         dim_key: query width per head, even.
-        activation: of the experts: "gelu" (by erf), "gelu_tanh", "relu", "silu", "identity" or
-            "relu2" (the square of ReLU).
+        activation: the experts' activation: "gelu" (by erf), "gelu_tanh", "relu", "silu",
+            "identity" or "relu2" (ReLU squared).
         glu: whether the experts have a linear gate.
-        scores: from the K scores of a head to weights: "softmax", "sigmoid" or "relu".
+        scores: the function from the K scores of a head to weights: "softmax", "sigmoid" or "relu".
         query_norm: "batch", "layer", "rms" or None.
-        query_bias: whether the query network has a bias before the normalisation.
+        query_bias: whether the query projection has a bias before the normalisation.
         share_keys: whether all heads use the same keys.
-        dropout: probability with which, in training, each retrieved expert is left out for a token,
-            independently; the weights of the others are divided by 1 - dropout. As an expert has
-            one hidden neuron, this is dropout of the hidden layer.
+        dropout: the probability that a retrieved expert is dropped in training, independently for
+            each (token, expert) pair. The other weights are divided by 1 - dropout. Since an expert
+            has one hidden neuron, this is dropout of the hidden layer.
         sparse_grad: whether the table gets a coalesced sparse gradient.
-        zero_init_out: whether `w_up` starts at zero, so that the layer's output does.
-        router: an existing router instead of a new one. Options that describe it may be left out.
-        experts: an existing pool instead of a new one, for layers that share one. Options that
-            describe it may be left out.
-        device: of the new parameters.
-        dtype: of the new parameters.
+        zero_init_out: whether `w_up` starts at zero. The output of the layer is then zero at first.
+        router: an existing router. Options that describe the router can then be omitted.
+        experts: an existing pool, for layers that share one. Options that describe the pool can
+            then be omitted.
+        device: device of the new parameters.
+        dtype: dtype of the new parameters.
 
     Raises:
-        ValueError: an option is out of range, or contradicts the given router or pool; or the
-            router and the pool do not fit each other.
+        ValueError: an option is out of range or contradicts the given router or pool, or the
+            router and the pool have different sizes.
+        TypeError: `num_experts` is neither an int nor a pair of ints.
 
     Source: arXiv 2407.04153, algorithm 1 and equation 7.
 
@@ -112,7 +114,7 @@ class PEER(nn.Module):
         }
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         if router is not None and experts is not None and (device, dtype) != (None, None):
-            raise ValueError("device and dtype are of no use when router and experts are given")
+            raise ValueError("device and dtype have no effect if router and experts are given")
         if num_experts == _DEFAULTS["num_experts"]:
             if router is not None:
                 num_experts = (router.rows, router.columns)
@@ -146,7 +148,7 @@ class PEER(nn.Module):
         return self.router.num_experts
 
     def reset_parameters(self) -> None:
-        """Initialises the router and the pool, a shared one included."""
+        """Initialises the router and the pool, even if other layers share them."""
         self.router.reset_parameters()
         self.experts.reset_parameters()
 
@@ -155,16 +157,16 @@ class PEER(nn.Module):
 
         Args:
             x: (..., dim).
-            padding_mask: (...) bool, True for tokens that are padding. They get outputs like the
-                others, but do not enter the statistics of batch normalisation.
+            padding_mask: (...) bool, True for padding. Padding has outputs like other tokens, but
+                the statistics of batch normalisation exclude it.
 
         Returns:
-            (..., dim), x's dtype, under autocast the autocast dtype.
+            (..., dim), x's dtype, or the autocast dtype under autocast.
 
         Raises:
-            ValueError: x or the mask has the wrong shape; or there is one token in training under
-                batch normalisation.
-            TypeError: the mask is not bool, or x's dtype does not go with the parameters'.
+            ValueError: x or the mask has the wrong shape, or batch normalisation in training gets a
+                single token.
+            TypeError: the mask is not bool, or x's dtype does not fit the parameters'.
         """
         weights, indices = self.router(x, padding_mask)
         weights = F.dropout(weights, self.dropout, self.training)
@@ -172,7 +174,7 @@ class PEER(nn.Module):
         return out
 
     def extra_repr(self) -> str:
-        """The layer's own option, for `repr`."""
+        """The option that neither router nor pool has, for `repr`."""
         return f"dropout={self.dropout}"
 
 

@@ -1,4 +1,4 @@
-"""The router: from a token to the experts that it retrieves and their weights."""
+"""The router: maps a token to the ids and weights of its experts."""
 
 from typing import Any, ClassVar, TypeVar
 
@@ -18,37 +18,44 @@ Module = TypeVar("Module", bound=nn.Module)
 class ProductKeyRouter(nn.Module):
     r"""Retrieves experts for tokens by product keys.
 
-    A query network, linear and then normalised, gives each of H heads a query
-    :math:`q = [q_1; q_2]`. Every head takes the K experts with the highest scores
+    A linear projection and a normalisation give each of H heads a query :math:`q = [q_1; q_2]`. The
+    experts form a grid of R rows and C columns. Expert (r, c) has the id r * C + c and the score
 
-    .. math:: s_{r,c} = q_1^\top \text{row\_keys}_r + q_2^\top \text{col\_keys}_c
+    .. math:: s_{r,c} = q_1^\top \text{row\_keys}_r + q_2^\top \text{col\_keys}_c .
 
-    of the grid of R rows and C columns; expert (r, c) has the id r * C + c. Their weights are a
-    function of these K scores.
+    Each head retrieves the K experts with the highest scores. Their weights are a function of these
+    K scores.
 
-    State: `query.weight` (H * dim_key, dim) and, if asked for, `query.bias` (H * dim_key);
-    `row_keys` (R, dim_key / 2) and `col_keys` (C, dim_key / 2), with a leading H if they are not
-    shared; of the normalisation `norm.weight` and, not for "rms", `norm.bias`, and for "batch"
-    `norm.running_mean` and `norm.running_var`, all (H * dim_key), and `norm.num_batches_tracked`.
+    State:
+
+    * `query.weight` (H * dim_key, dim), and `query.bias` (H * dim_key) with `query_bias`;
+    * `row_keys` (R, dim_key / 2) and `col_keys` (C, dim_key / 2), with a leading H if the heads do
+      not share keys;
+    * `norm.weight` (H * dim_key) with a normalisation, and `norm.bias` (H * dim_key) with "batch"
+      and "layer";
+    * `norm.running_mean` and `norm.running_var` (H * dim_key) and `norm.num_batches_tracked` with
+      "batch".
 
     Args:
         dim: input width.
         num_experts: N, a perfect square, or the grid (rows, columns).
-        heads: H, the independent query networks.
+        heads: H.
         num_experts_per_head: K, at most N.
-        dim_key: query width per head. One half scores the rows, the other the columns.
+        dim_key: query width per head, even. The first half of a query scores rows, the second
+            columns.
         scores: "softmax", "sigmoid" or "relu", see `peer.functional.router_weights`.
         query_norm: "batch" normalises each feature over the tokens, see
-            `peer.modules.BatchQueryNorm`; "layer" and "rms" normalise each head's query; None
-            leaves it as it is.
-        query_bias: whether the query network has a bias before the normalisation.
+            `peer.modules.BatchQueryNorm`. "layer" and "rms" normalise each head's query. None
+            disables the normalisation.
+        query_bias: whether the query projection has a bias before the normalisation.
         share_keys: whether all heads use the same keys, as in the paper.
-        device: of the parameters.
-        dtype: of the parameters.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
 
     Raises:
-        ValueError: an option is out of range, or the router would have no gradient: the softmax
-            over a single expert is 1 whatever its score.
+        ValueError: an option is out of range, or the router would have no gradient, because the
+            softmax over a single expert is always 1.
+        TypeError: `num_experts` is neither an int nor a pair of ints.
 
     Source: arXiv 2407.04153, equations 1, 2, 4, 5 and algorithm 1; arXiv 1907.05242.
 
@@ -62,7 +69,7 @@ class ProductKeyRouter(nn.Module):
         (torch.Size([5, 7, 2, 3]), torch.Size([5, 7, 2, 3]))
     """
 
-    __constants__: ClassVar = ["masks_padding"]  # TorchScript drops the call that does not apply
+    __constants__: ClassVar = ["masks_padding"]  # lets TorchScript drop the dead branch
 
     def __init__(
         self,
@@ -99,8 +106,8 @@ class ProductKeyRouter(nn.Module):
             raise ValueError(f"expected scores to be one of {known}, got {scores!r}")
         if scores == "softmax" and num_experts_per_head == 1:
             raise ValueError(
-                "softmax over one expert per head is 1 whatever its score, so the router would get "
-                "no gradient: use scores='sigmoid' or 'relu', or num_experts_per_head > 1"
+                "the softmax over one expert per head is always 1, so the router would get no "
+                "gradient: use scores='sigmoid' or 'relu', or num_experts_per_head > 1"
             )
         self.dim = dim
         self.rows = rows
@@ -126,7 +133,7 @@ class ProductKeyRouter(nn.Module):
         self._reset_keys()
 
     def reset_parameters(self) -> None:
-        """Initialises everything: keys uniform in ±1 / sqrt(dim_key / 2), the rest as in torch."""
+        """Initialises all parameters: keys uniform in ±1 / sqrt(dim_key / 2), others as torch."""
         self.query.reset_parameters()
         if not isinstance(self.norm, nn.Identity):
             self.norm.reset_parameters()
@@ -138,25 +145,25 @@ class ProductKeyRouter(nn.Module):
         nn.init.uniform_(self.col_keys, -bound, bound)
 
     def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Retrieves experts.
+        """Retrieves the experts of every token.
 
         Args:
             x: (..., dim).
-            padding_mask: (...) bool, True for tokens that are padding (as `key_padding_mask` in
-                `torch.nn.MultiheadAttention`). They are routed like the others, but do not enter
-                the statistics of batch normalisation; the other normalisations have none.
+            padding_mask: (...) bool, True for padding, like `key_padding_mask` of
+                `torch.nn.MultiheadAttention`. Padding is routed like other tokens, but the
+                statistics of batch normalisation exclude it. It has no effect on the other
+                normalisations.
 
         Returns:
-            Weights (..., H, K), floating, and the ids of the experts (..., H, K), int64. A head's
-            experts are distinct and sorted by descending score. Weights are in float32 for 16-bit
-            parameters.
+            Weights (..., H, K), float32 or float64, and the ids of the experts (..., H, K), int64.
+            The experts of a head are distinct and sorted by descending score.
 
         Raises:
-            ValueError: x or the mask has the wrong shape; or there is one token in training under
-                batch normalisation.
+            ValueError: x or the mask has the wrong shape, or batch normalisation in training gets a
+                single token.
             TypeError: the mask is not bool.
         """
-        # A trace takes sizes for tensors and would warn of every comparison.
+        # A tracer turns sizes into tensors and warns about every comparison.
         if not torch.jit.is_tracing():  # type: ignore[attr-defined]
             self._check(x, padding_mask)
         query = self.query(x).reshape(-1, self.heads * self.dim_key)
@@ -182,7 +189,7 @@ class ProductKeyRouter(nn.Module):
         if padding_mask is not None:
             if padding_mask.dtype != torch.bool:
                 raise TypeError(
-                    f"expected padding_mask of dtype bool, True where padding, "
+                    f"expected padding_mask of dtype bool, True for padding, "
                     f"got {padding_mask.dtype}"
                 )
             if padding_mask.shape != x.shape[:-1]:
@@ -215,7 +222,7 @@ class ProductKeyRouter(nn.Module):
         names = ("query.weight", "row_keys", "col_keys")
         saved: list[Any] = [state_dict.get(prefix + name) for name in names]
         here = [self.query.weight, self.row_keys, self.col_keys]
-        if _are_a_routers(*saved) and [t.shape for t in saved] != [t.shape for t in here]:
+        if _is_router_state(*saved) and [t.shape for t in saved] != [t.shape for t in here]:
             error_msgs.append(
                 f"{prefix.rstrip('.') or 'router'}: the checkpoint's router has "
                 f"{_describe_sizes(*saved)}, this one {_describe_sizes(*here)}; build the layer "
@@ -223,8 +230,8 @@ class ProductKeyRouter(nn.Module):
             )
 
 
-def _are_a_routers(query_weight: Any, row_keys: Any, col_keys: Any) -> bool:
-    """Whether what a checkpoint holds has the dimensions of some router's state."""
+def _is_router_state(query_weight: Any, row_keys: Any, col_keys: Any) -> bool:
+    """Whether the entries of a checkpoint have the numbers of dimensions of a router's state."""
     if not all(isinstance(each, Tensor) for each in (query_weight, row_keys, col_keys)):
         return False
     return (
@@ -248,22 +255,22 @@ def _describe_sizes(query_weight: Tensor, row_keys: Tensor, col_keys: Tensor) ->
 def fold_query_norm_(module: Module) -> Module:
     r"""Folds batch normalisation of the queries into the query projections, for inference.
 
-    With the running mean :math:`\mu` and variance :math:`\sigma^2`, a feature of the query
-    :math:`w (a^\top x + c - \mu) / \sqrt{\sigma^2 + \epsilon} + b` is the linear function with
-    weights :math:`g a` and bias :math:`g (c - \mu) + b`, where
-    :math:`g = w / \sqrt{\sigma^2 + \epsilon}`. Outputs stay the same up to rounding; `query` has a
-    bias and `norm` is the identity afterwards, so the state loads into a router that is built with
+    With the running mean :math:`\mu` and variance :math:`\sigma^2`, a feature of the query is
+    :math:`w (a^\top x + c - \mu) / \sqrt{\sigma^2 + \epsilon} + b`. That is a linear function with
+    the weights :math:`g a` and the bias :math:`g (c - \mu) + b`, where
+    :math:`g = w / \sqrt{\sigma^2 + \epsilon}`. Outputs are equal up to rounding. Afterwards `query`
+    has a bias and `norm` is the identity, so the state loads into a router with
     `query_norm=None, query_bias=True`.
 
     Args:
-        module: a `ProductKeyRouter`, a `PEER` or any module that contains some, in evaluation mode.
+        module: a `ProductKeyRouter`, a `PEER` or a module that contains some, in evaluation mode.
             It is changed in place.
 
     Returns:
         The module.
 
     Raises:
-        ValueError: no router in it normalises by batch statistics, or one is in training mode.
+        ValueError: no router in the module has `query_norm="batch"`, or one is in training mode.
 
     Source: arXiv 1502.03167, section 3.1.
 
@@ -283,7 +290,7 @@ def fold_query_norm_(module: Module) -> Module:
         raise ValueError("expected a module with a router whose query_norm is 'batch', found none")
     if any(norm.training or norm.running_mean is None for _, norm in routers):
         raise ValueError(
-            "batch normalisation cannot be folded while it uses the statistics of each batch: call "
+            "batch normalisation cannot be folded while it uses the statistics of each batch; call "
             "eval() first"
         )
     for router, norm in routers:

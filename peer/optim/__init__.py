@@ -1,8 +1,8 @@
-"""Optimizers for expert tables, which touch only the rows that have a gradient.
+"""Optimizers for expert tables that update only rows with a gradient.
 
-A table has a million rows, of which a batch retrieves some thousands. The optimizers here update
-these rows and leave the others, and their state, alone: they take sparse gradients as they come, or
-no gradients at all, where the update is fused into the backward pass.
+A table has a million rows; a batch retrieves a few thousand of them. The optimizers read and write
+only these rows and their state. They take sparse gradients, or they update the table inside the
+backward pass without any gradient.
 """
 
 from peer.optim.clip_grad import clip_grad_norm_

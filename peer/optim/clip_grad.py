@@ -1,4 +1,4 @@
-"""Clipping of dense and sparse gradients by their common norm."""
+"""Clipping of dense and sparse gradients by their total norm."""
 
 from __future__ import annotations
 
@@ -17,26 +17,28 @@ def clip_grad_norm_(
     norm_type: float = 2.0,
     error_if_nonfinite: bool = False,
 ) -> Tensor:
-    r"""Scales all gradients, dense and sparse, so that their common norm is at most `max_norm`.
+    r"""Scales all gradients, dense and sparse, so that their total norm is at most `max_norm`.
 
-    As `torch.nn.utils.clip_grad_norm_`, which takes dense gradients only: with n the norm of all
-    gradients taken as one vector, they are multiplied by
-    :math:`\min(1, \text{max\_norm} / (n + 10^{-6}))`. Rows that a sparse gradient does not hold are
-    zero and add nothing. A sparse gradient with repeated ids, such as the sum of several
-    micro-batches, is coalesced first, since the norm is that of the sum.
+    Like `torch.nn.utils.clip_grad_norm_`, which takes only dense gradients, it multiplies all
+    gradients by :math:`\min(1, \text{max\_norm} / (n + 10^{-6}))`, where n is the norm of the
+    concatenated gradients. Rows that a sparse gradient does not hold count as zero. A sparse
+    gradient with repeated ids, such as the sum over micro-batches, is coalesced first, because the
+    norm is that of the sum.
 
     Args:
-        parameters: whose gradients are scaled in place; those without one are left out.
-        max_norm: the largest norm allowed.
+        parameters: the parameters; gradients are scaled in place, and parameters without a gradient
+            are skipped.
+        max_norm: the maximum of the total norm.
         norm_type: p of the p-norm, positive; infinity for the largest absolute value.
-        error_if_nonfinite: whether a norm that is infinite or NaN is an error.
+        error_if_nonfinite: whether an infinite or NaN norm raises an error.
 
     Returns:
-        The norm before scaling.
+        The total norm before scaling, a scalar.
 
     Raises:
-        ValueError: norm_type is not positive.
-        RuntimeError: the norm is infinite or NaN, and that is an error. No gradient is scaled then.
+        ValueError: `norm_type` is not positive.
+        RuntimeError: the norm is infinite or NaN and `error_if_nonfinite` is set. The gradients are
+            not changed.
 
     Example:
         >>> import torch, peer
@@ -66,7 +68,7 @@ def clip_grad_norm_(
 
 
 def _is_coalesced(gradient: Tensor) -> bool:
-    """Whether ids are distinct and ascending; the flag is lost when a gradient is accumulated."""
+    """Whether the ids are distinct and ascending. Accumulation of gradients clears the flag."""
     if gradient.is_coalesced():
         return True
     ids = gradient._indices()

@@ -17,22 +17,23 @@ def all_reduce_gradients_(
 ) -> None:
     """Replaces the gradients of tables by their mean over all processes.
 
-    `torch.nn.parallel.DistributedDataParallel` expects sparse gradients of `torch.nn.Embedding`
-    only; with those of a pool its backward pass fails. So the tables are hidden from it, and their
-    gradients averaged by this function between the backward pass and the step. Only the retrieved
-    rows travel. They are summed in float32, or float64, and come back coalesced, on every process
-    the same.
+    `torch.nn.parallel.DistributedDataParallel` supports sparse gradients only for
+    `torch.nn.Embedding`; its backward pass fails for those of a pool. Hide the tables from it, and
+    call this function between the backward pass and the step. The function communicates only the
+    retrieved rows and sums them in float32 or float64. The mean is coalesced and equal on all
+    processes.
 
     Args:
-        parameters: tables with sparse gradients. A table without a gradient counts as one with no
-            rows in it; the order must be the same on every process.
-        group: the processes; all by default. Its backend must reduce sparse tensors, as gloo does.
+        parameters: tables with sparse gradients, in the same order on every process. A table
+            without a gradient counts as one with an empty gradient.
+        group: the process group; None for the default group. Its backend must support sparse
+            tensors, as gloo does.
 
     Raises:
         RuntimeError: there is no process group.
 
     Example:
-        A model whose tables have sparse gradients, in each process:
+        In each process, for a model whose tables have sparse gradients:
 
             tables = {id(m.weight) for m in model.modules() if isinstance(m, peer.ExpertPool)}
             names = [name for name, p in model.named_parameters() if id(p) in tables]
@@ -42,7 +43,7 @@ def all_reduce_gradients_(
 
             dense, experts = peer.param_groups(model, lr=1e-3, expert_lr=1e-2)
             for table in experts["params"]:
-                torch.distributed.broadcast(table.detach(), src=0)  # DDP does not, now
+                torch.distributed.broadcast(table.detach(), src=0)  # DDP skips them
 
             loss(parallel(x), y).backward()
             peer.optim.all_reduce_gradients_(experts["params"])
@@ -54,7 +55,7 @@ def all_reduce_gradients_(
     for parameter in parameters:
         gradient = parameter.grad
         if gradient is None:
-            gradient = _without_rows(parameter)
+            gradient = _empty_gradient(parameter)
         total = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
         if total is gradient:
             total = gradient.clone()
@@ -62,7 +63,7 @@ def all_reduce_gradients_(
         parameter.grad = (total / processes).to(parameter.dtype)
 
 
-def _without_rows(parameter: Tensor) -> Tensor:
+def _empty_gradient(parameter: Tensor) -> Tensor:
     ids = torch.empty(1, 0, dtype=torch.int64, device=parameter.device)
     values = parameter.new_empty(0, *parameter.shape[1:])
     return torch.sparse_coo_tensor(ids, values, parameter.shape, check_invariants=True)

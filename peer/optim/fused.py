@@ -1,9 +1,9 @@
-"""The update of a pool's table inside the backward pass."""
+"""Updates the table of a pool inside the backward pass."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -11,34 +11,47 @@ from torch.autograd.function import once_differentiable
 
 from peer.functional import flatten_tokens
 from peer.modules import ExpertPool
-
-if TYPE_CHECKING:
-    from peer.optim.table_optimizer import TableOptimizer
+from peer.optim.row_gradient import RowGradient
 
 __all__ = ["FusedUpdate"]
 
 
-class FusedUpdate:
-    """The fusion of an optimizer's update into the backward passes of some pools.
+class RowUpdater(Protocol):
+    """What a fused update needs of an optimizer."""
 
-    `TableOptimizer.fuse_into_backward` makes it. It works as a context manager and ends when that
-    is left.
+    def holds(self, table: Tensor) -> bool:
+        """Whether the optimizer updates this table."""
+        ...
+
+    def apply_gradient(self, table: Tensor, gradient: RowGradient) -> None:
+        """Updates a table that the optimizer holds."""
+        ...
+
+
+class FusedUpdate:
+    """An optimizer's update, fused into the backward pass of pools.
+
+    `TableOptimizer.fuse_into_backward` makes this handle. As a context manager, it ends the fusion
+    at the end of the block.
 
     Args:
-        optimizer: holds the tables.
-        modules: pools, or modules that contain some.
+        optimizer: the optimizer that holds the tables.
+        modules: pools, or modules that contain pools.
 
     Attributes:
         pools: the fused pools.
+
+    Raises:
+        ValueError: the optimizer holds no pool's table, a table does not require grad, or a pool is
+            fused already.
     """
 
-    def __init__(self, optimizer: TableOptimizer, modules: Iterable[nn.Module]) -> None:
+    def __init__(self, optimizer: RowUpdater, modules: Iterable[nn.Module]) -> None:
         self.optimizer = optimizer
-        held = {id(table) for table in optimizer._tables()}
         self.pools = [
             part
             for part in dict.fromkeys(part for module in modules for part in module.modules())
-            if isinstance(part, ExpertPool) and id(part.weight) in held
+            if isinstance(part, ExpertPool) and optimizer.holds(part.weight)
         ]
         if not self.pools:
             raise ValueError("expected a module with an ExpertPool whose table the optimizer holds")
@@ -46,12 +59,12 @@ class FusedUpdate:
             if not pool.weight.requires_grad:
                 raise ValueError("a pool's weight does not require grad, so it cannot be updated")
             if pool.fused_update is not None:
-                raise ValueError("the pool's update is fused into its backward pass already")
+                raise ValueError("a pool's update is already fused into its backward pass")
         for pool in self.pools:
             pool.fused_update = self
 
     def remove(self) -> None:
-        """Ends the fusion: the pools' tables get gradients again."""
+        """Ends the fusion. Tables get gradients again."""
         for pool in self.pools:
             if pool.fused_update is self:
                 pool.fused_update = None
@@ -64,7 +77,7 @@ class FusedUpdate:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, pool: ExpertPool, x: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
-        """What the pool returns, with a backward pass that updates its table.
+        """Computes the pool's output and records a backward pass that updates its table.
 
         Args:
             pool: one of `pools`.
@@ -81,12 +94,13 @@ class FusedUpdate:
         if torch.compiler.is_exporting() or torch.jit.is_tracing():  # type: ignore[attr-defined]
             raise RuntimeError(
                 "a pool whose update is fused into its backward pass cannot be traced or exported; "
-                "call remove() on what fuse_into_backward returned, or do it under torch.no_grad()"
+                "call remove() on the handle from fuse_into_backward, or trace under "
+                "torch.no_grad()"
             )
         if not pool.weight.requires_grad:
             raise RuntimeError(
                 "the table of a pool whose update is fused into its backward pass does not require "
-                "grad; call remove() on what fuse_into_backward returned before freezing it"
+                "grad; call remove() on the handle from fuse_into_backward before freezing it"
             )
         device = x.device.type
         if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
@@ -99,15 +113,15 @@ class FusedUpdate:
 class _Experts(torch.autograd.Function):
     """`expert_mlp` with a backward pass that updates the table and returns no gradient for it.
 
-    The table is an input, so that a node exists even if nothing else requires grad. It is not among
-    the saved tensors: hooks on those, which may move them elsewhere, have no use for a whole table.
-    So its version is compared by hand.
+    The table is an input, so autograd records a node even if nothing else requires grad. It is not
+    a saved tensor, because hooks on saved tensors could copy the whole table. The backward pass
+    checks its version instead of autograd.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
-        optimizer: TableOptimizer,
+        optimizer: RowUpdater,
         activation: str,
         x: Tensor,
         weights: Tensor,
@@ -127,24 +141,25 @@ class _Experts(torch.autograd.Function):
         if table._version != ctx.version:
             raise RuntimeError(
                 "the table of a pool whose update is fused into its backward pass changed after "
-                "this forward pass: a pool can be used only once in a graph, each graph can be run "
-                "only once, and a backward pass must follow its forward pass before the next update"
+                "this forward pass: use a pool only once in a graph, run each graph only once, and "
+                "run a backward pass before the next update of its table"
             )
         x, weights, indices, hidden, gate = ctx.saved_tensors
         grad_x, grad_weights, coefficients = torch.ops.peer.expert_mlp_backward_coefficients(
             grad_out, x, weights, indices, table, hidden, gate, ctx.activation
         )
-        # What the coefficients of each part multiply: x, except that of the last the gradient.
+        # The gradients of the down and gate vectors are multiples of x, those of the up vectors
+        # multiples of grad_out.
         source = torch.stack([x] * (table.shape[1] - 1) + [grad_out], dim=1)
-        optimizer: TableOptimizer = ctx.optimizer
-        optimizer._update_by(table, optimizer._group_of(table), indices, source, coefficients)
-        # Autograd drops the gradients that nobody asked for.
+        optimizer: RowUpdater = ctx.optimizer
+        optimizer.apply_gradient(table, RowGradient(indices, source, coefficients))
+        # Autograd drops gradients of inputs that do not require grad.
         return None, None, grad_x, grad_weights, None, None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
         raise NotImplementedError(
             "a pool whose update is fused into its backward pass has no forward-mode derivative "
-            "while a graph is recorded; call it under torch.no_grad() or call remove() on what "
-            "fuse_into_backward returned"
+            "while a graph is recorded; call it under torch.no_grad() or call remove() on the "
+            "handle from fuse_into_backward"
         )

@@ -1,4 +1,4 @@
-"""AdaGrad with one number per row."""
+"""AdaGrad with one accumulator per row."""
 
 from __future__ import annotations
 
@@ -7,37 +7,37 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peer.optim.table_optimizer import TableOptimizer, number_per_row, require
+from peer.optim.row_gradient import RowGradient
+from peer.optim.table_optimizer import TableOptimizer, require, row_state
 
 __all__ = ["RowwiseAdagrad"]
 
 
 class RowwiseAdagrad(TableOptimizer):
-    r"""AdaGrad whose state is one number per row: the sum of the mean squares of its gradients.
+    r"""AdaGrad with one accumulator per row: the sum of the mean squares of its gradients.
 
-    For every row with a gradient g of width D, and for every part of a row that has parts,
+    For every row, or part of a row, with a gradient g of width D,
 
     .. math:: s &\leftarrow s + \tfrac1D \lVert g \rVert^2 \\
               w &\leftarrow (1 - \eta\lambda)\, w - \frac{\eta}{\sqrt{s} + \epsilon}\, g .
 
-    A row's learning rate falls with its own gradients and not with those of other rows, so an
-    expert that is retrieved rarely still learns fast. A million rows have 4 MB of state.
+    The learning rate of a row depends only on its own gradients, so rarely retrieved experts keep a
+    high learning rate. The state of a million rows takes 4 MB.
 
     Args:
         params: tables (N, D) or (N, parts, D), or groups of them.
         lr: the learning rate :math:`\eta`.
         eps: :math:`\epsilon`, added to the root.
-        weight_decay: :math:`\lambda`, decoupled from the gradient; rows decay when they have one.
+        weight_decay: :math:`\lambda`, decoupled from the gradient. A row decays only if it has one.
         initial_accumulator_value: s before the first step.
         stochastic_rounding: whether 16-bit tables are rounded stochastically instead of to nearest.
-        seed: of stochastic rounding.
+        seed: seed of stochastic rounding, int64.
 
     Raises:
-        ValueError: a parameter is not of two or three dimensions, or an option is out of range.
-        TypeError: a parameter's dtype is not supported.
+        ValueError: a parameter is neither 2-D nor 3-D, or an option is out of range.
+        TypeError: a parameter has an unsupported dtype.
 
-    Source: Duchi, Hazan and Singer, JMLR 12 (2011); one number per row as in FBGEMM's
-    `EXACT_ROWWISE_ADAGRAD`.
+    Source: Duchi, Hazan and Singer, JMLR 12 (2011); row-wise as FBGEMM's `EXACT_ROWWISE_ADAGRAD`.
 
     Example:
         >>> import torch, peer
@@ -80,11 +80,11 @@ class RowwiseAdagrad(TableOptimizer):
         table: Tensor,
         state: dict[str, Any],
         group: dict[str, Any],
-        gradient: tuple[Tensor | None, Tensor, Tensor | None],
+        gradient: RowGradient,
         rounding: dict[str, int | None],
     ) -> None:
         if "sum_of_squares" not in state:
-            state["sum_of_squares"] = number_per_row(table, group["initial_accumulator_value"])
+            state["sum_of_squares"] = row_state(table, group["initial_accumulator_value"])
         torch.ops.peer.rowwise_adagrad_(
             table,
             state["sum_of_squares"],

@@ -8,15 +8,16 @@ import torch
 from torch import Tensor
 
 from peer.memory import zeros_huge
-from peer.optim.table_optimizer import TableOptimizer, number_per_row, require
+from peer.optim.row_gradient import RowGradient
+from peer.optim.table_optimizer import TableOptimizer, require, row_state
 
 __all__ = ["RowwiseAdam"]
 
 
 class RowwiseAdam(TableOptimizer):
-    r"""Adam in which every row has its own number of steps, and one second moment.
+    r"""Adam with one second moment and one step count per row.
 
-    For every row with a gradient g of width D, and for every part of a row that has parts,
+    For every row, or part of a row, with a gradient g of width D,
 
     .. math:: t &\leftarrow t + 1 \\
               m &\leftarrow \beta_1 m + (1 - \beta_1)\, g \\
@@ -24,28 +25,29 @@ class RowwiseAdam(TableOptimizer):
               w &\leftarrow (1 - \eta\lambda)\, w - \eta\, \frac{m / (1 - \beta_1^t)}
                            {\sqrt{v / (1 - \beta_2^t)} + \epsilon} .
 
-    t, m and v belong to the row: it is updated as if the steps that did not touch it had not
-    happened. Dense Adam sees gradients of zero in those steps, so its moments fade and its momentum
-    goes on moving the row. `torch.optim.SparseAdam` leaves the moments of other rows alone, too,
-    but corrects their bias by the number of all steps; a row that is first touched late then gets
-    :math:`(1 - \beta_1) / \sqrt{1 - \beta_2}` times the step it should, 3.2 times with the default
-    betas. The second moment is a single number per row, or part, as in FBGEMM's
-    `PARTIAL_ROWWISE_ADAM`; the state is one table of momentum, in the table's dtype, instead of
-    two.
+    t, m and v belong to the row. A row is updated like in a run without the steps in which it has
+    no gradient. Dense Adam sees zero gradients in these steps: its moments decay and its momentum
+    keeps moving the row. `torch.optim.SparseAdam` does not change the moments of rows without a
+    gradient, but it corrects their bias by the total number of steps. A row with a late first
+    gradient then moves by :math:`(1 - \beta_1) / \sqrt{1 - \beta_2}` times the correct step, 3.2
+    times with the default betas.
+
+    The second moment is one scalar per row, or part of a row, as in FBGEMM's
+    `PARTIAL_ROWWISE_ADAM`. The state is therefore one table, in the table's dtype, and not two.
 
     Args:
         params: tables (N, D) or (N, parts, D), or groups of them.
         lr: the learning rate :math:`\eta`.
         betas: :math:`\beta_1` and :math:`\beta_2`.
         eps: :math:`\epsilon`, added to the root.
-        weight_decay: :math:`\lambda`, decoupled from the gradient; rows decay when they have one.
+        weight_decay: :math:`\lambda`, decoupled from the gradient. A row decays only if it has one.
         stochastic_rounding: whether 16-bit tables and their momentum are rounded stochastically
             instead of to nearest.
-        seed: of stochastic rounding.
+        seed: seed of stochastic rounding, int64.
 
     Raises:
-        ValueError: a parameter is not of two or three dimensions, or an option is out of range.
-        TypeError: a parameter's dtype is not supported.
+        ValueError: a parameter is neither 2-D nor 3-D, or an option is out of range.
+        TypeError: a parameter has an unsupported dtype.
 
     Source: Kingma and Ba, arXiv 1412.6980; decoupled decay from Loshchilov and Hutter, arXiv
     1711.05101.
@@ -93,12 +95,12 @@ class RowwiseAdam(TableOptimizer):
         table: Tensor,
         state: dict[str, Any],
         group: dict[str, Any],
-        gradient: tuple[Tensor | None, Tensor, Tensor | None],
+        gradient: RowGradient,
         rounding: dict[str, int | None],
     ) -> None:
         if "first_moment" not in state:
             state["first_moment"] = zeros_huge(*table.shape, dtype=table.dtype, device=table.device)
-            state["second_moment"] = number_per_row(table, 0.0)
+            state["second_moment"] = row_state(table, 0.0)
             state["row_steps"] = torch.zeros(len(table), dtype=torch.int32, device=table.device)
         beta1, beta2 = group["betas"]
         torch.ops.peer.rowwise_adam_(

@@ -8,40 +8,41 @@ import torch
 from torch import Tensor
 
 from peer.memory import zeros_huge
+from peer.optim.row_gradient import RowGradient
 from peer.optim.table_optimizer import TableOptimizer, require
 
 __all__ = ["SGD"]
 
 
 class SGD(TableOptimizer):
-    r"""Stochastic gradient descent, with a momentum that only moves rows that have a gradient.
+    r"""Stochastic gradient descent; momentum moves only rows that have a gradient.
 
     For every row with a gradient g,
 
     .. math:: m &\leftarrow \mu m + g \\
               w &\leftarrow (1 - \eta\lambda)\, w - \eta\, m ,
 
-    with `nesterov` :math:`w \leftarrow (1 - \eta\lambda)\, w - \eta\, (g + \mu m)`. A row is
-    updated as `torch.optim.SGD` would update it if the steps that did not touch it had not
-    happened. Without momentum there is no state. The decay of weights is decoupled from the
-    gradient: it does not enter the momentum, unlike in `torch.optim.SGD`.
+    or, with `nesterov`, :math:`w \leftarrow (1 - \eta\lambda)\, w - \eta\, (g + \mu m)`. Apart from
+    weight decay, this is the update of `torch.optim.SGD` in a run without the steps in which the
+    row has no gradient. Weight decay is decoupled from the gradient and does not enter the
+    momentum. Without momentum there is no state.
 
     Args:
         params: tables (N, D) or (N, parts, D), or groups of them.
         lr: the learning rate :math:`\eta`.
         momentum: :math:`\mu`.
-        nesterov: whether the step looks ahead.
-        weight_decay: :math:`\lambda`, decoupled from the gradient; rows decay when they have one.
+        nesterov: whether to use Nesterov momentum.
+        weight_decay: :math:`\lambda`, decoupled from the gradient. A row decays only if it has one.
         stochastic_rounding: whether 16-bit tables and their momentum are rounded stochastically
             instead of to nearest.
-        seed: of stochastic rounding.
+        seed: seed of stochastic rounding, int64.
 
     Raises:
-        ValueError: a parameter is not of two or three dimensions, an option is out of range, or
-            nesterov comes without momentum.
-        TypeError: a parameter's dtype is not supported.
+        ValueError: a parameter is neither 2-D nor 3-D, an option is out of range, or `nesterov` is
+            set without momentum.
+        TypeError: a parameter has an unsupported dtype.
 
-    Source: Sutskever, Martens, Dahl and Hinton, ICML 2013, in the form that Torch gives it.
+    Source: Sutskever, Martens, Dahl and Hinton, ICML 2013, in the form of `torch.optim.SGD`.
 
     Example:
         >>> import torch, peer
@@ -93,7 +94,7 @@ class SGD(TableOptimizer):
         table: Tensor,
         state: dict[str, Any],
         group: dict[str, Any],
-        gradient: tuple[Tensor | None, Tensor, Tensor | None],
+        gradient: RowGradient,
         rounding: dict[str, int | None],
     ) -> None:
         if group["momentum"] != 0 and "momentum_buffer" not in state:

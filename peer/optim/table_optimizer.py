@@ -1,4 +1,4 @@
-"""What the optimizers for expert tables share."""
+"""The base class of the optimizers for expert tables."""
 
 from __future__ import annotations
 
@@ -9,38 +9,38 @@ import torch
 from torch import Tensor, nn
 
 from peer.optim.fused import FusedUpdate
+from peer.optim.row_gradient import RowGradient
 
 __all__ = ["TableOptimizer"]
 
 
 class TableOptimizer(torch.optim.Optimizer):
-    """The base of the optimizers for tables, which update them row by row.
+    """The base of the optimizers for tables, which update single rows.
 
-    A table is (N, D), or (N, parts, D) as in `peer.ExpertPool`. Its parts are updated as tables of
-    their own would be, each with numbers of its own where the state has one per row.
+    A table is (N, D), or (N, parts, D) as in `peer.ExpertPool`. The parts are updated like separate
+    tables: row-wise state has one value per row and part.
 
-    A step updates the rows that have a gradient: those that a sparse gradient names, whether
-    coalesced or not, and all rows where the gradient is dense. Rows, and their state, that a step
-    does not touch are neither read nor written.
+    A step updates the rows that have a gradient: the rows of a sparse gradient, coalesced or not,
+    or all rows if the gradient is dense. It neither reads nor writes other rows and their state.
 
-    With `stochastic_rounding` a 16-bit table, and its momentum, is rounded up or down at random so
-    that its expectation is the exact result. The random bits are a function of the group's `seed`,
-    of how often the table was updated, of its place in the optimizer, of the row and the place in
-    the row: a run can be repeated and resumed bit by bit, whatever the number of threads.
+    With `stochastic_rounding`, 16-bit tables and their momentum are rounded up or down at random,
+    so that the expectation of a value is the exact result. The random bits are a function of the
+    group's `seed`, the number of updates of the table, the position of the table in the optimizer,
+    the row and the column. A run can be repeated and resumed bit by bit with any number of threads.
 
     Derived classes define `_update`.
     """
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds tables with options of their own.
+        """Adds a group of tables with its own options.
 
         Args:
             param_group: "params", one or several tables, and the options that differ from the
-                optimizer's.
+                optimizer's defaults.
 
         Raises:
-            ValueError: a parameter is not of two or three dimensions, or an option is out of range.
-            TypeError: a parameter is not of a floating dtype that the operators take.
+            ValueError: a parameter is neither 2-D nor 3-D, or an option is out of range.
+            TypeError: a parameter has an unsupported dtype.
         """
         params = param_group["params"]
         params = [params] if isinstance(params, Tensor) else list(params)
@@ -62,10 +62,10 @@ class TableOptimizer(torch.optim.Optimizer):
         """Updates every table that has a gradient.
 
         Args:
-            closure: computes the loss and its gradients again, and returns the loss.
+            closure: recomputes the loss and its gradients, and returns the loss.
 
         Returns:
-            What the closure returned, None without one.
+            The loss from the closure, or None without a closure.
 
         Raises:
             ValueError: a gradient is neither dense nor sparse by rows.
@@ -77,43 +77,48 @@ class TableOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             for table in group["params"]:
                 if table.grad is not None:
-                    self._update_by(table, group, *_rows_and_values(table.grad))
+                    self._update_table(table, group, RowGradient.from_tensor(table.grad))
         return loss
 
     def fuse_into_backward(self, *modules: nn.Module) -> FusedUpdate:
         r"""Makes every backward pass through a pool update its table, without a gradient.
 
-        The gradient of a row is :math:`\sum_p c_p\, x_{t(p)}` over the pairs that retrieved it,
-        where the coefficients c are numbers and x is the layer's input or the gradient of its
-        output. With this, the backward pass computes the coefficients, and updates each row by its
-        sum while that is in the cache; no gradient of a table is ever stored. `weight.grad` stays
-        None, so `step()` has nothing to do for these tables. Options such as the learning rate are
-        those of the table's group at the time of the backward pass. The update equals that of
-        `step()` with `sparse_grad=True` bit by bit in float32 and float64; 16-bit tables are
-        updated by unrounded sums.
+        The gradient of a row is :math:`\sum_p c_p\, x_{t(p)}` over the pairs that retrieved it. The
+        coefficients c are scalars, and x is the layer's input or the gradient of its output. The
+        fused backward pass computes the coefficients and updates each row by its sum while the row
+        is in the cache. It never stores the gradient of a table, so `weight.grad` stays None and
+        `step()` skips these tables. Options such as the learning rate are those of the table's
+        group at the time of the backward pass. In float32 and float64, the update equals that of
+        `step()` with `sparse_grad=True` bit by bit. 16-bit tables are updated by unrounded sums.
 
-        As every backward pass is a step, this excludes, without a way to tell: accumulation of
-        gradients over several backward passes, clipping by a global norm, `GradScaler`, and data
-        parallelism, under which each process would update its own copy by its own batch.
-        `torch.autograd.grad` through the pool updates, too.
+        Every backward pass is a step. The following therefore gives wrong results, and no error:
 
-        The forward pass must be in eager mode: `torch.compile` breaks its graph there, and
-        `torch.export`, TorchScript's tracer and `torch.func` are refused. Without grad mode, and in
-        a scripted copy, a pool works as always. A copied or unpickled pool is not fused.
+        * accumulation of gradients over several backward passes;
+        * clipping by a global norm;
+        * `GradScaler`;
+        * data parallelism, because each process would update its own copy by its own batch.
+
+        `torch.autograd.grad` through the pool also updates the table.
+
+        The forward pass must run in eager mode: `torch.compile` breaks the graph there, and
+        `torch.export`, TorchScript's tracer and `torch.func` raise an error. Without grad mode, and
+        in a scripted copy, a pool behaves as if it were not fused. A copied or unpickled pool is
+        not fused.
 
         Args:
-            modules: pools, or modules that contain some. Pools whose table this optimizer does
-                not hold are left alone.
+            modules: pools, or modules that contain pools. Pools with tables of other optimizers are
+                skipped.
 
         Returns:
-            A handle. Its `remove()` ends the fusion, and so does leaving it as a context manager.
+            A handle. Its `remove()` ends the fusion. As a context manager, it ends the fusion at
+            the end of the block.
 
         Raises:
-            ValueError: no pool's table is held by this optimizer, a table does not require grad, or
-                a pool is fused already.
+            ValueError: this optimizer holds no pool's table, a table does not require grad, or a
+                pool is fused already.
 
-        A backward pass raises RuntimeError if the table changed after its forward pass: where a
-        pool is used twice in one graph, or a graph is run twice.
+        A backward pass raises RuntimeError if the table changed after its forward pass. This
+        happens if a graph contains a pool twice, or if a graph runs twice.
 
         Example:
             >>> import torch, peer
@@ -129,13 +134,13 @@ class TableOptimizer(torch.optim.Optimizer):
         return FusedUpdate(self, modules)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continues from a saved state, bit by bit.
+        """Loads a saved state, so that training resumes bit by bit.
 
-        Unlike `torch.optim.Optimizer.load_state_dict` it keeps the dtypes of the state: float32
-        numbers of a 16-bit table stay what they are.
+        Unlike `torch.optim.Optimizer.load_state_dict`, it preserves the dtypes of the state: the
+        float32 state of a 16-bit table stays in float32.
 
         Args:
-            state_dict: what `state_dict()` of an optimizer of the same kind returned.
+            state_dict: the `state_dict()` of an optimizer of the same class.
 
         Raises:
             ValueError: the groups do not match.
@@ -147,31 +152,37 @@ class TableOptimizer(torch.optim.Optimizer):
                 if isinstance(value, Tensor):
                     self.state[table][name] = value.to(table.device)
 
+    def holds(self, table: Tensor) -> bool:
+        """Whether the optimizer updates this table."""
+        return any(each is table for each in self._tables())
+
+    def apply_gradient(self, table: Tensor, gradient: RowGradient) -> None:
+        """Updates one table by a gradient that is not in `table.grad`.
+
+        Args:
+            table: a table that the optimizer holds.
+            gradient: the gradient of its rows.
+
+        Raises:
+            ValueError: the optimizer does not hold the table.
+        """
+        for group in self.param_groups:
+            if any(each is table for each in group["params"]):
+                self._update_table(table, group, gradient)
+                return
+        raise ValueError("expected a table that the optimizer holds")
+
     def _tables(self) -> list[Tensor]:
         return [table for group in self.param_groups for table in group["params"]]
 
-    def _group_of(self, table: Tensor) -> dict[str, Any]:
-        for group in self.param_groups:
-            if any(each is table for each in group["params"]):
-                return group
-        raise ValueError("the optimizer does not hold the table")
-
-    def _update_by(
-        self,
-        table: Tensor,
-        group: dict[str, Any],
-        indices: Tensor | None,
-        source: Tensor,
-        coefficients: Tensor | None = None,
-    ) -> None:
-        """Updates one table by the gradient that the operators take in this form."""
+    def _update_table(self, table: Tensor, group: dict[str, Any], gradient: RowGradient) -> None:
         state = self.state[table]
         step = state.get("step", 0) + 1
         rounding: dict[str, int | None] = {"seed": None}
         if group["stochastic_rounding"]:
-            place = next(i for i, each in enumerate(self._tables()) if each is table)
-            rounding = {"seed": group["seed"], "step": step, "stream": place}
-        self._update(table, state, group, (indices, source, coefficients), rounding)
+            position = next(i for i, each in enumerate(self._tables()) if each is table)
+            rounding = {"seed": group["seed"], "step": step, "stream": position}
+        self._update(table, state, group, gradient, rounding)
         state["step"] = step
 
     def _update(
@@ -179,9 +190,18 @@ class TableOptimizer(torch.optim.Optimizer):
         table: Tensor,
         state: dict[str, Any],
         group: dict[str, Any],
-        gradient: tuple[Tensor | None, Tensor, Tensor | None],
+        gradient: RowGradient,
         rounding: dict[str, int | None],
     ) -> None:
+        """Runs the operator and creates the state that it needs.
+
+        Args:
+            table: (N, D) or (N, parts, D), updated in place.
+            state: state of the table.
+            group: options of the table.
+            gradient: gradient of the rows.
+            rounding: the operator's arguments for stochastic rounding.
+        """
         raise NotImplementedError
 
     def _check_options(self, options: dict[str, Any]) -> None:
@@ -191,24 +211,31 @@ class TableOptimizer(torch.optim.Optimizer):
         require(self, "seed", seed, isinstance(seed, int) and -(2**63) <= seed < 2**63, "int64")
 
 
-def require(owner: object, name: str, value: object, holds: bool, what: str) -> None:
-    """Raises ValueError unless an option is in range.
+def require(
+    optimizer: object, name: str, value: object, is_in_range: bool, valid_range: str
+) -> None:
+    """Checks an option of an optimizer.
 
     Args:
-        owner: the optimizer.
-        name: of the option.
-        value: of the option.
-        holds: whether it is in range.
-        what: the range in words.
+        optimizer: the optimizer.
+        name: name of the option.
+        value: value of the option.
+        is_in_range: whether the value is valid.
+        valid_range: description of the valid values.
+
+    Raises:
+        ValueError: `is_in_range` is False.
     """
-    if not holds:
-        raise ValueError(f"{type(owner).__name__}: expected {name} to be {what}, got {value}")
+    if not is_in_range:
+        kind = type(optimizer).__name__
+        raise ValueError(f"{kind}: expected {name} to be {valid_range}, got {value}")
 
 
-def number_per_row(table: Tensor, value: float) -> Tensor:
-    """State of a number for every row, (N,), or for every part of one, (N, parts).
+def row_state(table: Tensor, value: float) -> Tensor:
+    """Makes row-wise state, filled with `value`, in the accumulation dtype of the table.
 
-    In the dtype that the table's sums have.
+    Returns:
+        (N,), or (N, parts) for a table with parts.
     """
     dtype = torch.promote_types(table.dtype, torch.float32)
     return torch.full(table.shape[:-1], value, dtype=dtype, device=table.device)
@@ -218,28 +245,10 @@ def _check_table(optimizer: str, name: str, table: Tensor) -> None:
     if table.dim() not in (2, 3):
         raise ValueError(
             f"{optimizer}: expected tables of shape [rows, width] or [rows, parts, width], got "
-            f"{name} of shape {list(table.shape)}; give other parameters to an optimizer for dense "
-            f"ones"
+            f"{name} of shape {list(table.shape)}; use another optimizer for dense parameters"
         )
     if table.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         raise TypeError(
             f"{optimizer}: expected tables of dtype float32, float64, bfloat16 or float16, got "
             f"{name} of {table.dtype}"
         )
-
-
-def _rows_and_values(gradient: Tensor) -> tuple[Tensor | None, Tensor]:
-    if gradient.layout == torch.strided:
-        return None, gradient
-    if gradient.layout == torch.sparse_coo and gradient.sparse_dim() == 1:
-        # Accumulation drops the coalesced flag; the operators find out for themselves whether the
-        # ids are distinct and ascending, and sum the rows of equal ids if not.
-        return gradient._indices()[0], gradient._values()
-    raise ValueError(
-        "expected a dense gradient, or a sparse COO gradient with one sparse dimension, got "
-        + (
-            f"{gradient.sparse_dim()} sparse dimensions"
-            if gradient.layout == torch.sparse_coo
-            else str(gradient.layout)
-        )
-    )

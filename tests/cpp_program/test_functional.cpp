@@ -5,7 +5,7 @@
 
 #include <string>
 
-#include "../cpp/catch.hpp"
+#include "../kernels/catch.hpp"
 
 namespace {
 

@@ -11,7 +11,7 @@
 
 #include <sstream>
 
-#include "../cpp/catch.hpp"
+#include "../kernels/catch.hpp"
 
 namespace {
 

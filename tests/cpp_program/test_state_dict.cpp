@@ -9,7 +9,7 @@
 #include <random>
 #include <string>
 
-#include "../cpp/catch.hpp"
+#include "../kernels/catch.hpp"
 
 namespace {
 

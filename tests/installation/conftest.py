@@ -1,10 +1,10 @@
-"""Clean virtual environments, and the wheel and the source distribution that are tried in them.
+"""Clean virtual environments, and the wheel and source distribution under test.
 
 `make test-install` sets these variables:
     PEER_WHEEL        the wheel
-    PEER_PACKAGING    the directory in which it was built: the source distribution, and in `source/`
-                      what that unpacks to, with all that was compiled; empty where the wheel was
-                      built elsewhere
+    PEER_PACKAGING    the directory in which the wheel was built. It contains the source
+                      distribution, and in `source/` the unpacked source distribution with its
+                      build. Empty if the wheel was built elsewhere
     PEER_OTHER_TORCH  site-packages of an environment with another minor version of torch
 """
 
@@ -18,8 +18,8 @@ from pathlib import Path
 import pytest
 from environments import Environment, version_of, with_requirements
 
-# What a build reads.
-_OF_THE_BUILD = (
+# The environment variables that a build reads.
+_BUILD_VARIABLES = (
     *("PEER_CUDA", "FORCE_CUDA", "CUDACXX", "CUDA_HOME", "TORCH_CUDA_ARCH_LIST"),
     *("DEBUG", "CMAKE_ARGS", "CC", "CXX", "CXXFLAGS"),
 )
@@ -33,9 +33,9 @@ def torch_version() -> str:
 
 @pytest.fixture(scope="session")
 def wheel() -> Path:
-    """The wheel to be tried."""
+    """The wheel under test."""
     if "PEER_WHEEL" not in os.environ:
-        pytest.skip("PEER_WHEEL names no wheel; `make test-install` does")
+        pytest.skip("PEER_WHEEL is not set; `make test-install` sets it")
     return Path(os.environ["PEER_WHEEL"]).resolve(strict=True)
 
 
@@ -51,13 +51,13 @@ def packaging() -> Path:
 def other_torch() -> Path:
     """Site-packages with another minor version of torch."""
     if not os.environ.get("PEER_OTHER_TORCH"):
-        pytest.skip("PEER_OTHER_TORCH names no site-packages with another minor version of torch")
+        pytest.skip("PEER_OTHER_TORCH is not set to site-packages with another version of torch")
     return Path(os.environ["PEER_OTHER_TORCH"]).resolve(strict=True)
 
 
 @pytest.fixture(scope="module")
 def make_environment(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Environment]:
-    """Makes an environment with the distributions of these names and what they require."""
+    """Makes an environment with these distributions and their requirements."""
 
     def make(*names: str, other: Path | None = None) -> Environment:
         given = [found for name in ("pip", *names) for found in with_requirements(name)]
@@ -76,13 +76,13 @@ def with_torch(make_environment: Callable[..., Environment]) -> Environment:
 
 @pytest.fixture(scope="session")
 def build_variables() -> dict[str, str]:
-    """What the wheel was built with, for builds that are to find compiled what it was made of."""
-    return {name: os.environ[name] for name in _OF_THE_BUILD if name in os.environ}
+    """The variables of the wheel's build. A build with the same variables compiles nothing."""
+    return {name: os.environ[name] for name in _BUILD_VARIABLES if name in os.environ}
 
 
 @pytest.fixture
 def checkout(packaging: Path) -> Iterator[Path]:
-    """A checkout in which everything is compiled: the source distribution without PKG-INFO."""
+    """A compiled checkout: the source distribution without PKG-INFO."""
     source = packaging / "source"
     mark, hidden = source / "PKG-INFO", source / "build" / "PKG-INFO"
     mark.rename(hidden)

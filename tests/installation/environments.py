@@ -1,6 +1,6 @@
 """Clean virtual environments.
 
-Nothing here imports torch or peer: what is tested runs in the environments.
+This module imports neither torch nor peer. The tests run both in the environments.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from packaging.utils import canonicalize_name
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 
-# What a build reads, and what would let one environment see another.
+# Variables that a build reads, or that would make one environment visible in another.
 _NOT_INHERITED = re.compile(
     r"(PEER_|PYTHON|VIRTUAL_ENV|FORCE_CUDA|CUDA|TORCH_|CMAKE_|MAKE|DEBUG|CXX|CC$)"
 )
 
 
 class Environment:
-    """A virtual environment which has pip, and of other environments only what it is given.
+    """A virtual environment with pip and links to the given distributions.
 
-    What is given is installed elsewhere, in a directory that a .pth file names: pip sees it and
-    leaves it alone.
+    The links are in a directory that a .pth file adds to the path. pip sees these distributions but
+    does not change them.
     """
 
     def __init__(self, directory: Path, *distributions: importlib.metadata.Distribution) -> None:
@@ -56,7 +56,7 @@ class Environment:
     def run(
         self, command: str, cwd: Path | None = None, **variables: object
     ) -> subprocess.CompletedProcess[str]:
-        """Runs a line of shell as if this environment were activated; in it unless told where."""
+        """Runs a shell command with this environment activated, by default in its directory."""
         others = sysconfig.get_path("scripts")
         path = [p for p in os.environ["PATH"].split(os.pathsep) if p and p != others]
         environment = {n: v for n, v in os.environ.items() if not _NOT_INHERITED.match(n)}
@@ -73,14 +73,14 @@ class Environment:
         )
 
     def succeed(self, command: str, cwd: Path | None = None, **variables: object) -> str:
-        """Like `run`, for a command that must not fail; returns what it printed."""
+        """Runs a command that must succeed, and returns its output."""
         result = self.run(command, cwd, **variables)
         if result.returncode != 0:
             pytest.fail(f"{command}\n{result.stdout}\n{result.stderr}")
         return result.stdout
 
     def evaluate(self, *expressions: str) -> list[str]:
-        """What Python prints for expressions about peer, torch and importlib.metadata."""
+        """Evaluates expressions that can use peer, torch and importlib.metadata."""
         program = "import torch, peer; from importlib import metadata"
         prints = "".join(f"; print({expression})" for expression in expressions)
         return self.succeed(f"python -c {shlex.quote(program + prints)}").splitlines()
@@ -97,7 +97,7 @@ def _link(distribution: importlib.metadata.Distribution, directory: Path) -> Non
 def with_requirements(
     name: str, path: list[str] | None = None
 ) -> list[importlib.metadata.Distribution]:
-    """A distribution that is installed on this path, and all that it requires."""
+    """A distribution on this path, and its requirements."""
     installed = {
         canonicalize_name(distribution.metadata["Name"]): distribution
         for distribution in reversed(
@@ -123,13 +123,13 @@ def with_requirements(
 
 
 def record_of(wheel: Path) -> dict[str, Any]:
-    """What a wheel says of how it was built."""
+    """The build record in a wheel."""
     with zipfile.ZipFile(wheel) as archive:
         return json.loads(archive.read("peer/_build_info.json"))
 
 
 def release() -> str:
-    """The version of the checkout, without a tag."""
+    """The version of the checkout, without a build tag."""
     source = (CHECKOUT / "peer" / "_version.py").read_text()
     match = re.search(r'^__version__ = "([^"]+)"', source, re.MULTILINE)
     assert match is not None
@@ -137,7 +137,7 @@ def release() -> str:
 
 
 def version_of(site_packages: Path) -> str:
-    """What the torch in this directory says of itself."""
+    """The version of the torch in this directory."""
     source = (site_packages / "torch" / "version.py").read_text()
     match = re.search(r"^__version__ = '([^']+)'", source, re.MULTILINE)
     assert match is not None
@@ -145,5 +145,5 @@ def version_of(site_packages: Path) -> str:
 
 
 def minor(version: str) -> str:
-    """The part of a version of torch that peer is tied to."""
+    """The minor version of torch, "2.15" for "2.15.0+cu132"."""
     return ".".join(version.split(".")[:2])

@@ -1,7 +1,7 @@
 """Builds by pip: with torch and without, from a source distribution, editable, without CUDA.
 
-None compiles: those that get as far find all of it done, because the wheel was built in the same
-directory for the same torch.
+No test compiles. The wheel was built in the same directory for the same torch, so a build finds all
+objects up to date.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from environments import CHECKOUT, Environment, minor, record_of, release
 
 @pytest.fixture(scope="module")
 def tagged(wheel: Path, torch_version: str) -> str:
-    """The version of what was compiled, where it is built from a checkout."""
+    """The version of the compiled code, if built from a checkout."""
     cuda = record_of(wheel)["cuda"]
     kernels = f"cu{cuda['toolkit'].replace('.', '')}" if cuda else "cpu"
     return f"{release()}+torch{minor(torch_version)}{kernels}"
@@ -35,7 +35,7 @@ def sdist(packaging: Path) -> Path:
 
 @pytest.fixture
 def nothing_is_compiled(packaging: Path) -> Iterator[None]:
-    """Fails a test that compiled what is compiled already."""
+    """Fails a test that compiles again."""
 
     def objects() -> dict[Path, int]:
         return {o: o.stat().st_mtime_ns for o in packaging.glob("source/build/torch*/**/*.o")}
@@ -56,7 +56,7 @@ def test_without_torch_the_message_names_the_command(make_environment: Callable[
 
 
 def _unindented(text: str) -> str:
-    """What the build printed; pip frames it, and indents by six."""
+    """Removes the indent of six that pip adds to the output of the build."""
     return re.sub(r"^      ", "", text, flags=re.MULTILINE)
 
 
@@ -69,7 +69,7 @@ def test_pip_install_builds_for_the_torch_that_is_there(
 ):
     output = with_torch.succeed("pip install .", packaging / "source", **build_variables)
     assert "Collecting torch" not in output
-    assert not list(with_torch.site_packages.glob("torch*"))
+    assert not (with_torch.site_packages / "torch").exists()
     built_for = 'peer._library.build_info()["torch"]'
     assert with_torch.evaluate(built_for, "peer.__version__") == [torch_version, release()]
 
@@ -84,12 +84,13 @@ def test_wheel_from_a_checkout_is_tagged(
     shutil.rmtree(checkout / "wheels", ignore_errors=True)
     with_torch.succeed("pip wheel --no-deps --wheel-dir wheels .", checkout, **build_variables)
     (wheel,) = (checkout / "wheels").iterdir()
-    assert wheel.name.startswith(f"peer-{tagged}-py3-none-linux_")
-    with_torch.succeed("pip install wheels/peer-*.whl", checkout, PIP_NO_INDEX=1)
+    assert wheel.name.startswith(f"torch_peer-{tagged}-py3-none-linux_")
+    with_torch.succeed("pip install wheels/torch_peer-*.whl", checkout, PIP_NO_INDEX=1)
     assert with_torch.evaluate("peer.__version__") == [tagged]
-    assert f"peer=={tagged}" in with_torch.succeed("pip list --format freeze").split()
-    # It is a build of the release, for those who require that.
-    assert "already satisfied" in with_torch.succeed(f"pip install --no-index peer=={release()}")
+    assert f"torch-peer=={tagged}" in with_torch.succeed("pip list --format freeze").split()
+    # The tagged version satisfies a requirement on the release.
+    requirement = f"torch-peer=={release()}"
+    assert "already satisfied" in with_torch.succeed(f"pip install --no-index {requirement}")
 
 
 def test_editable_install_follows_the_source(
@@ -106,7 +107,7 @@ def test_editable_install_follows_the_source(
         assert with_torch.evaluate(
             "peer.__file__",
             "peer.__version__",
-            'metadata.version("peer")',
+            'metadata.version("torch-peer")',
             '__import__("peer.added_after_installation").added_after_installation.ops is torch.ops',
         ) == [str(checkout / "peer" / "__init__.py"), tagged, tagged, "True"]
     finally:
@@ -115,7 +116,7 @@ def test_editable_install_follows_the_source(
 
 def test_source_distribution_is_for_every_torch(sdist: Path):
     with tarfile.open(sdist) as archive:
-        file = archive.extractfile(f"peer-{release()}/PKG-INFO")
+        file = archive.extractfile(f"torch_peer-{release()}/PKG-INFO")
         assert file is not None
         metadata = email.message_from_bytes(file.read())
     assert metadata["Version"] == release()
@@ -125,7 +126,7 @@ def test_source_distribution_is_for_every_torch(sdist: Path):
 def test_source_distribution_of_a_source_distribution_is_the_same(
     make_environment: Callable[..., Environment], packaging: Path, sdist: Path
 ):
-    """Made in an environment that has no torch."""
+    """The environment has no torch."""
     source = packaging / "source"
     shutil.rmtree(source / "dist", ignore_errors=True)
     make_environment("build").succeed("python -m build --sdist", source)
@@ -142,7 +143,7 @@ def test_source_distribution_forgets_what_an_earlier_one_held(
         archive.extractall(tmp_path, filter="data")
     source = tmp_path / sdist.name.removesuffix(".tar.gz")
     (source / "notes.txt").touch()
-    (source / "peer.egg-info" / "SOURCES.txt").open("a").write("\nnotes.txt\n")
+    (source / "torch_peer.egg-info" / "SOURCES.txt").open("a").write("\nnotes.txt\n")
     environment.succeed("python setup.py sdist --dist-dir ..", source)
     assert _files(tmp_path / sdist.name) == _files(sdist)
 
@@ -155,13 +156,13 @@ def _files(archive: Path) -> set[str]:
 def test_pip_takes_the_source_distribution_by_name(
     make_environment: Callable[..., Environment], sdist: Path
 ):
-    """Which it refuses if the version of the build is not the one in the name."""
+    """pip rejects a source distribution if the build's version is not the one in its name."""
     environment = make_environment("torch", "setuptools")
     output = environment.succeed(
-        "pip install --dry-run --no-index --no-build-isolation --no-binary peer "
-        f"--find-links {sdist.parent} peer"
+        "pip install --dry-run --no-index --no-build-isolation --no-binary torch-peer "
+        f"--find-links {sdist.parent} torch-peer"
     )
-    assert f"Would install peer-{release()}" in output.splitlines()
+    assert f"Would install torch-peer-{release()}" in output.splitlines()
 
 
 def test_source_distribution_holds_what_git_tracks(sdist: Path):
@@ -171,7 +172,7 @@ def test_source_distribution_holds_what_git_tracks(sdist: Path):
     if git.returncode != 0:
         pytest.skip(f"not in a git checkout: {git.stderr}")
     tracked = git.stdout.splitlines()
-    # What only serves the repository itself.
+    # These files only serve the repository.
     needless = re.compile(r"\.ci/|\.git")
     wanted = {name for name in tracked if not needless.match(name) and (CHECKOUT / name).exists()}
     assert wanted - {name.split("/", 1)[1] for name in _files(sdist)} == set()
@@ -180,7 +181,7 @@ def test_source_distribution_holds_what_git_tracks(sdist: Path):
 def test_cpu_build_asks_for_no_cuda_toolkit(
     make_environment: Callable[..., Environment], tmp_path: Path
 ):
-    """Although torch was built with CUDA: its own CMake package would insist on a toolkit."""
+    """A torch with CUDA does not change that, although its own CMake package needs a toolkit."""
     environment = make_environment("torch", "cmake")
     path = [p for p in os.environ["PATH"].split(os.pathsep) if not Path(p, "nvcc").exists()]
     output = environment.succeed(

@@ -1,4 +1,4 @@
-"""docs/install.md says what is tested here and all that can be set."""
+"""docs/install.md contains only tested commands, and every environment variable."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_command_is_run_by_these_tests(command: str):
 
 
 def variables() -> set[str]:
-    """What the build and the package read from the environment."""
+    """The environment variables that the build and the package read."""
     sources = [
         CHECKOUT / "setup.py",
         *(CHECKOUT / "build_backend").glob("*.py"),

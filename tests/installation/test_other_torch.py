@@ -1,4 +1,4 @@
-"""The wheel beside a torch of another minor version than the one that it was built for."""
+"""The wheel in an environment with another minor version of torch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def with_other_torch(
 
 @pytest.fixture(scope="module")
 def forced(with_other_torch: Environment, wheel: Path) -> Environment:
-    """The environment into which the wheel was installed all the same."""
+    """An environment with another torch and, without its requirements, the wheel."""
     with_other_torch.succeed(f"pip install --no-index --no-deps {wheel}")
     return with_other_torch
 
@@ -28,7 +28,7 @@ def forced(with_other_torch: Environment, wheel: Path) -> Environment:
 def test_pip_refuses_the_wheel(with_other_torch: Environment, wheel: Path, torch_version: str):
     result = with_other_torch.run(f"pip install --no-index {wheel}")
     assert result.returncode != 0
-    required = rf"torch<\d+\.\d+,>={re.escape(minor(torch_version))} \(from peer\)"
+    required = rf"torch<\d+\.\d+,>={re.escape(minor(torch_version))} \(from torch-peer\)"
     assert re.search(required, result.stderr), result.stderr
 
 
@@ -50,7 +50,7 @@ def test_import_names_both_versions_and_what_to_type(
 
 
 def _without_particulars(text: str) -> list[str]:
-    """The words, with versions and places left out."""
+    """The words of a text, with versions and paths replaced."""
     return re.sub(r"\d+\.\d+(\.\d+)?(\+\S+(?=[ ,]))?|/\S+", "_", text).split()
 
 
@@ -66,4 +66,4 @@ def test_collect_env_reports_both_versions(
 def test_pip_check_names_the_mismatch(forced: Environment):
     result = forced.run("pip check")
     assert result.returncode != 0
-    assert re.search(r"peer \S+ has requirement torch<\d+\.\d+,>=\d+\.\d+", result.stdout)
+    assert re.search(r"torch-peer \S+ has requirement torch<\d+\.\d+,>=\d+\.\d+", result.stdout)

@@ -1,4 +1,4 @@
-"""The wheel: what it says and holds, and that it works where nothing but torch is installed."""
+"""The wheel: its metadata, its contents, and that it works in an environment with only torch."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_nothing_else_is_in_the_wheel(names: set[str]):
     others = {
         name
         for name in names
-        if not re.match(r"peer-[^/]*\.dist-info/", name)
+        if not re.match(r"torch_peer-[^/]*\.dist-info/", name)
         and not name.startswith(("peer/include/peer/", "peer/share/cmake/peer/"))
         and PurePosixPath(name).suffix != ".py"
     }
@@ -87,12 +87,12 @@ def test_torch_is_the_shared_one_and_the_only_one(installed: Environment, torch_
     version, file = installed.evaluate("torch.__version__", "torch.__file__")
     assert version == torch_version
     assert file.startswith(str(installed.directory / "given"))
-    assert not list(installed.site_packages.glob("torch*"))
+    assert not (installed.site_packages / "torch").exists()
 
 
 def test_import_comes_from_the_wheel_whose_metadata_tell_its_version(installed: Environment):
     file, version, metadata = installed.evaluate(
-        "peer.__file__", "peer.__version__", 'metadata.version("peer")'
+        "peer.__file__", "peer.__version__", 'metadata.version("torch-peer")'
     )
     assert Path(file).parents[1] == installed.site_packages
     assert version == metadata
@@ -137,5 +137,5 @@ def test_collect_env_reports_the_installation(installed: Environment, torch_vers
 def test_uninstalling_leaves_nothing(make_environment: Callable[..., Environment], wheel: Path):
     environment = make_environment("torch")
     environment.succeed(f"pip install --no-index {wheel}")
-    environment.succeed("python -c 'import peer' && pip uninstall --yes peer")
-    assert not list(environment.site_packages.glob("peer*"))
+    environment.succeed("python -c 'import peer' && pip uninstall --yes torch-peer")
+    assert not list(environment.site_packages.glob("*peer*"))

@@ -1,6 +1,6 @@
-"""Small layers that have every option between them, and what one step of a layer gives.
+"""Small layers that together cover every option, and the results of one step of a layer.
 
-New interpreters import this too, to compare a saved layer with the one that was saved.
+New interpreters also import this module, to compare a loaded layer with the saved one.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def make_layer(name: str = "paper", **options: Any) -> peer.PEER:
-    """The layer of that name, with `options` on top: repeatable, in training mode.
+    """Makes the layer with this name and additional `options`: seeded, in training mode.
 
-    Of the 30 experts a head retrieves 4, unless it is told otherwise.
+    By default a head retrieves 4 of 30 experts.
     """
     options = {
         "num_experts": (6, 5),
@@ -47,7 +47,7 @@ def make_layer(name: str = "paper", **options: Any) -> peer.PEER:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         layer = peer.PEER(DIM, **options)
-        # Nothing is left at a value under which a part would not show.
+        # Noise on all parameters, because a bias of zero or a weight of one has no effect.
         with torch.no_grad():
             for parameter in layer.parameters():
                 parameter += 0.3 * torch.randn_like(parameter)
@@ -57,7 +57,7 @@ def make_layer(name: str = "paper", **options: Any) -> peer.PEER:
 
 
 def draw(layer: nn.Module, length: int, masked: bool = True) -> tuple[Tensor, Tensor | None]:
-    """Four sequences of that many tokens in the layer's dtype, and which of them are padding."""
+    """Four sequences of `length` tokens in the layer's dtype, and their padding mask."""
     generator = torch.Generator().manual_seed(length)
     x = torch.randn(4, length, DIM, generator=generator).to(layer.router.query.weight.dtype)
     ends = torch.tensor([length, length, (length + 1) // 2, 1])
@@ -70,13 +70,13 @@ def step(
     padding_mask: Tensor | None,
     call: Callable[[Tensor, Tensor | None], Tensor] | None = None,
 ) -> dict[str, Tensor]:
-    """Runs a layer forward and backward: its output, all gradients, its buffers afterwards.
+    """Runs a layer forward and backward. Returns its output, all gradients and its buffers.
 
     Args:
-        layer: what has the parameters.
+        layer: the layer with the parameters.
         x: (..., dim).
         padding_mask: (...) or None.
-        call: what calls the layer; the layer itself unless given.
+        call: the function that calls the layer; the layer itself by default.
     """
     torch.manual_seed(0)
     layer.zero_grad()
@@ -95,8 +95,8 @@ def step(
 def differing(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> list[str]:
     """The names under which two steps differ in dtype, layout or value.
 
-    Outputs and buffers may not differ in a bit. Gradients may by the rounding of a few sums of the
-    largest of them: TorchScript and compilers differentiate by formulas of their own.
+    Outputs and buffers must be equal bit by bit. Gradients may differ by the rounding of a few sums
+    of the largest gradient, because TorchScript and compilers use other derivative formulas.
     """
     gradients = [tensor for name, tensor in theirs.items() if name.startswith("gradient")]
     largest = max(float(tensor.to_dense().abs().max()) for tensor in gradients)

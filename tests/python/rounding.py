@@ -1,9 +1,9 @@
-"""How far a result may be from the exact one: an error analysis of `expert_mlp`.
+"""Rounding error analysis of `expert_mlp`.
 
-A `Bounded` holds what a quantity is and how far a computation that rounds every operation may be
-from it. The model of an operation is the standard one, fl(a ∘ b) = (a ∘ b)(1 + δ) with |δ| ≤ u; a
-sum of n products in any order, with or without fused multiply-add, is off by at most g·Σ|a·b|
-where g = n·u / (1 - n·u).
+A `Bounded` holds exact values and an error bound for a computation that rounds every operation. An
+operation satisfies the standard model fl(a ∘ b) = (a ∘ b)(1 + δ) with |δ| ≤ u. The error of a sum
+of n products in any order, with or without fused multiply-add, is at most g·Σ|a·b| with
+g = n·u / (1 - n·u).
 """
 
 from __future__ import annotations
@@ -13,30 +13,30 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# The oracle computes in float64 and rounds too, so its unit roundoff is added to the operator's.
+# The oracle rounds to float64, so its unit roundoff is added to that of the operator.
 _ORACLE_ROUNDOFF = 2.0**-53
 
 
 class Bounded(NamedTuple):
-    """Exact values (float64) and a bound on a computation's distance from them."""
+    """Exact values (float64) and a bound on the absolute error of a computation."""
 
     value: Tensor
     error: Tensor
 
     @property
     def largest(self) -> Tensor:
-        """A bound on the magnitude of what was computed."""
+        """A bound on the magnitude of the computed values."""
         return self.value.abs() + self.error
 
 
 def exact(tensor: Tensor) -> Bounded:
-    """An input: every supported dtype is exact in its accumulation dtype."""
+    """An input without error: the accumulation dtype represents it exactly."""
     value = tensor.detach().double()
     return Bounded(value, torch.zeros_like(value))
 
 
 class Arithmetic:
-    """Operations on `Bounded` values in the accumulation dtype that belongs to `dtype`."""
+    """Operations on `Bounded` values in the accumulation dtype of `dtype`."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         accumulation = torch.float64 if dtype == torch.float64 else torch.float32
@@ -59,13 +59,13 @@ class Arithmetic:
         return Bounded(torch.einsum(equation, a.value, b.value), propagated + gamma * magnitude)
 
     def store(self, a: Bounded, dtype: torch.dtype) -> Bounded:
-        """a rounded once to `dtype`; half of the smallest subnormal covers what underflows."""
+        """a, rounded once to `dtype`. Half of the smallest subnormal bounds underflow."""
         info = torch.finfo(dtype)
         rounding = info.eps / 2 * a.largest + info.smallest_normal * info.eps / 2
         return Bounded(a.value, a.error + rounding)
 
     def activate(self, name: str, z: Bounded) -> Bounded:
-        """The activation: its slope times z's error, and 16 roundoffs of z for evaluating it."""
+        """The activation. Its error is the slope times z's error, plus 16 roundoffs of z."""
         steepest = {
             "gelu": 1.13,
             "gelu_tanh": 1.13,
@@ -80,9 +80,9 @@ class Arithmetic:
         return Bounded(activations[name](z.value), slope * z.error + evaluation)
 
     def activate_derivative(self, name: str, z: Bounded) -> Bounded:
-        """The activation's derivative.
+        """The derivative of the activation.
 
-        At the kink of relu it may take either value where z's sign is not certain.
+        At the kink of relu both values are valid if the sign of z is uncertain.
         """
         curvature = {
             "gelu": 0.8,
@@ -92,7 +92,7 @@ class Arithmetic:
             "identity": 0.0,
             "relu2": 2.0,
         }
-        # 1 - tanh² loses digits, and gelu_tanh multiplies it by z times a quadratic of z.
+        # 1 - tanh² loses digits, and gelu_tanh multiplies it by z times a quadratic function of z.
         growth = z.largest**3 if name == "gelu_tanh" else z.largest
         error = curvature[name] * z.error + 16 * self.unit * (1 + growth)
         if name == "relu":
@@ -125,7 +125,7 @@ def _derivative(name: str, z: Tensor) -> Tensor:
 
 
 class ExpertMlpResults(NamedTuple):
-    """What `expert_mlp` and its backward return; gate is None where the experts have none."""
+    """The results of `expert_mlp` and its backward; gate is None if the experts have no gates."""
 
     out: Bounded
     hidden: Bounded
@@ -148,10 +148,10 @@ def analyse_expert_mlp(
     activation: str,
     grad_out: Tensor,
 ) -> ExpertMlpResults:
-    """Exact results of the operator and its backward, and how far the operator may be from them.
+    """Exact results of the operator and its backward, with error bounds.
 
-    It assumes of the operator only what it promises: inputs are read exactly, sums and products
-    happen in the accumulation dtype in some order, and every result is rounded once to its dtype.
+    The bounds assume only the documented behaviour: inputs are read exactly, sums and products are
+    computed in the accumulation dtype in any order, and every result is rounded once to its dtype.
     """
     arithmetic = Arithmetic(table.dtype)
     multiply, store = arithmetic.multiply, arithmetic.store
@@ -216,7 +216,7 @@ def analyse_expert_mlp(
 
 
 def assert_within(actual: Tensor, expected: Tensor, error: Tensor) -> None:
-    """Asserts |actual - expected| <= error, elementwise, and says where it does not hold."""
+    """Asserts |actual - expected| <= error elementwise. The message names the first violation."""
     assert actual.shape == expected.shape, f"shape {actual.shape}, expected {expected.shape}"
     distance = (actual.detach().double() - expected.detach()).abs()
     outside = ~(distance <= error)  # NaN is outside

@@ -1,4 +1,4 @@
-"""Autocast: activations and keys are cast, weights and tables are left alone."""
+"""Autocast casts activations and keys, but not weights and tables."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 @pytest.fixture(params=[torch.bfloat16, torch.float16], ids=str)
 def low(request) -> torch.dtype:
-    """The dtype of the region."""
+    """The dtype of the autocast region."""
     return request.param
 
 
@@ -115,7 +115,7 @@ def run(indices):
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         return torch.ops.peer.expert_mlp(x, weights, indices, table, "gelu", False)[0]
 
-run(torch.zeros(16, 8, dtype=torch.long))  # touches what every call needs once
+run(torch.zeros(16, 8, dtype=torch.long))  # allocates what every call needs once
 before = status("VmRSS")
 out = run(torch.randint(experts, (16, 8)))
 assert out.dtype == torch.bfloat16
@@ -124,7 +124,7 @@ print(json.dumps({"extra": status("VmHWM") - before, "table": table.nbytes}))
 
 
 def test_no_copy_of_the_table_is_made(run_python):
-    # A bfloat16 copy of it would be 384 MiB.
+    # A bfloat16 copy of the table would have 384 MiB.
     peak = run_python(PEAK)
     assert peak["table"] == 3 * 2**28
     assert peak["extra"] < 2**23

@@ -1,4 +1,4 @@
-"""Derivatives against finite differences, in double; what autograd must refuse or notice."""
+"""Derivatives against finite differences in float64, and errors that autograd must raise."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def expert_function(inputs, activation: str, sparse_grad: bool = False):
 
 @pytest.fixture
 def small_experts(make_expert_inputs, glu):
-    """Inputs in double, with repeated ids, and no pre-activation near the kink of relu."""
+    """Inputs in float64 with repeated ids and no pre-activation near the kink of relu."""
     inputs = make_expert_inputs(
         tokens=4, per_token=3, experts=6, dim=4, dtype=torch.float64, glu=glu, seed=2
     )
@@ -77,7 +77,7 @@ def test_expert_mlp_passes_gradgradcheck_for_each_subset_of_inputs(make_expert_i
 
 
 def test_sparse_gradients_pass_gradcheck(small_experts, activation):
-    # The numerical side perturbs dense tables; the analytical gradient is densified on its way.
+    # The finite differences perturb dense tables, so the sparse gradient is compared as dense.
     function = expert_function(small_experts, activation, sparse_grad=True)
     inputs = small_experts.differentiable()
     weight = torch.randn(4, 4, generator=torch.Generator().manual_seed(3), dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""What a checkpoint of a layer holds, and that it comes back from files as it was."""
+"""The contents of a layer's checkpoint, and that a layer is unchanged after saving and loading."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def make_layer(**options):
 
 
 def lived_in(layer):
-    """The layer after a batch, so that its running statistics are not the initial ones."""
+    """The layer after one batch, so its running statistics are not the initial ones."""
     layer.train()(3 * torch.randn(50, 10) + 1)
     return layer.eval()
 
@@ -51,7 +51,7 @@ STATISTICS = {
 BATCH = {**WEIGHT, **OFFSET, **STATISTICS}
 TABLE, WITH_GATES = {"experts.weight": (48, 2, 10)}, {"experts.weight": (48, 3, 10)}
 
-# The promise of docs/checkpoints.md. A change here breaks the files that people have.
+# The format in docs/checkpoints.md. A change here breaks existing files.
 STATES = {
     "defaults": ({}, {**KEYS, **QUERY, **BATCH, **TABLE}),
     "layer norm": ({"query_norm": "layer"}, {**KEYS, **QUERY, **WEIGHT, **OFFSET, **TABLE}),
@@ -298,7 +298,7 @@ def test_a_layer_on_the_meta_device_takes_the_loaded_tensors_as_they_are(tmp_pat
     assert all(each.requires_grad for each in loaded.parameters())
     x = torch.randn(5, 10)
     assert torch.equal(loaded(x), layer(x))
-    # A mapped file stays as it is under training.
+    # Training does not change a memory-mapped file.
     optimizer = torch.optim.SGD(loaded.parameters(), lr=1.0)
     loaded(x).square().sum().backward()
     optimizer.step()

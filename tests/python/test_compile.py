@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import peer
 
-# None equals another dimension: equal sizes in the first call would be one symbol.
+# No two sizes are equal, because equal sizes in the first call would share one symbol.
 SIZES = (10, 19, 23)
 
 
@@ -116,7 +116,7 @@ def test_compiles_under_autocast(make_expert_inputs):
     assert_one_graph_with_the_gradients_of_eager(mixed, make, "aot_eager")
 
 
-# Torch adds the traceback of the forward call in a warning of its own.
+# Torch adds the traceback of the forward call as a separate warning.
 @pytest.mark.filterwarnings("ignore:Error detected in Peer:UserWarning")
 def test_sparse_gradients_are_refused_by_sentence(make_expert_inputs):
     def loss(*inputs):
@@ -179,15 +179,15 @@ def test_compiled_autograd_gives_the_gradients_of_eager(
 
 # --- the whole layer -----------------------------------------------------------------------------
 
-# None equals a size of the layer, such as its heads: that may be another graph.
+# No length equals a size of the layer, such as its heads, because that could add a graph.
 LENGTHS = (7, 9, 13)
 DENSE = [name for name in OPTIONS if name != "sparse"]
 
 
 def compile_copy(layer, backend="aot_eager", **options):
-    """A copy of the layer, what calls it compiled with its length marked, and the graph counter.
+    """A copy of the layer, a compiled call that marks the length as dynamic, and the graph counter.
 
-    Where the length is not marked, the first one is a constant.
+    Without the mark, the first length would be a constant.
     """
     counter = CompileCounterWithBackend(backend)
     ours = copy.deepcopy(layer)
@@ -286,7 +286,7 @@ def test_a_layer_compiles_under_autocast(name, training):
 
 
 def checkpointed(function):
-    """A call that computes again in the backward pass what that needs."""
+    """A call that recomputes its activations in the backward pass."""
     return lambda x, padding_mask: checkpoint(function, x, padding_mask, use_reentrant=False)
 
 
@@ -303,7 +303,7 @@ def test_a_checkpoint_compiles_with_the_layer(name):
 def assert_a_checkpoint_around_it_keeps_the_gradients(layer, call, ours):
     inputs = draw(layer, 7)
     found = differing(step(ours, *inputs, call=checkpointed(call)), step(layer, *inputs))
-    # A checkpoint outside of a compiled graph runs the layer twice, and so do its statistics.
+    # A checkpoint outside of a compiled graph runs the layer and its statistics twice.
     moved_twice = [f"router.norm.{name}" for name, _ in layer.router.norm.named_buffers()]
     assert found == sorted(moved_twice)
 
@@ -323,7 +323,7 @@ def test_a_checkpoint_around_the_compiled_layer_keeps_its_gradients(name):
     assert_a_checkpoint_around_it_keeps_the_gradients(layer, call, ours)
 
 
-# Torch adds the traceback of the forward call in a warning of its own.
+# Torch adds the traceback of the forward call as a separate warning.
 @pytest.mark.filterwarnings("ignore:Error detected in Peer:UserWarning")
 def test_training_a_layer_with_sparse_gradients_is_refused_by_sentence():
     layer = make_layer("sparse")

@@ -1,4 +1,4 @@
-"""Converted layers against the package that they come from."""
+"""Converted layers against PEER-pytorch."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def seed():
 
 
 def make_source(**options):
-    """A small layer of the package, with weights at which every term matters."""
+    """A small layer of PEER-pytorch whose weights make every term count."""
     sizes = {
         "heads": 3,
         "num_experts": 49,
@@ -42,7 +42,7 @@ def layer_of(converted):
 
 
 def gradients_in_their_layout(converted):
-    """The gradients of a converted layer, under their names in the package."""
+    """The gradients of a converted layer, under their names in PEER-pytorch."""
     layer = layer_of(converted)
     router, experts = layer.router, layer.experts
     query = router.query.weight.grad.view(router.heads, 2, -1, DIM).transpose(0, 1)
@@ -121,7 +121,7 @@ def test_sizes_and_exact_retrievals_are_kept(options):
 
 def test_experts_without_competition_that_are_more_than_one_keep_their_number():
     source = make_source(non_competing_scores=True)
-    source.num_experts_per_head_topk = 4  # undoes what the package does to the option
+    source.num_experts_per_head_topk = 4  # undoes a change of the option by PEER-pytorch
     converted = from_peer_pytorch(source)
     assert (converted.router.num_experts_per_head, converted.router.scores) == (4, "relu")
     assert_same_function(source, converted)
@@ -224,7 +224,7 @@ def test_dtypes_devices_modes_and_frozen_parameters_are_kept(dtype):
     assert frozen == ["1.router.row_keys", "1.router.col_keys", "1.experts.weight"]
     on_meta = from_peer_pytorch(make_source().to("meta"))
     assert {each.device.type for each in on_meta.parameters()} == {"meta"}
-    source.weight_down_embed.to(torch.float64)  # dtypes that differ stay so
+    source.weight_down_embed.to(torch.float64)  # different dtypes are preserved
     assert from_peer_pytorch(source)[1].experts.weight.dtype == torch.float64
     assert from_peer_pytorch(source)[1].router.row_keys.dtype == dtype
 
@@ -281,7 +281,7 @@ REFUSED = {
     "softmax over one expert": ({"num_experts_per_head": 1}, r"softmax over one expert per head"),
     "more candidates than keys": (
         {"product_key_topk": 8},
-        r"cannot take product_key_topk=8 of .*7",
+        r"product_key_topk of at most 7, .* got 8",
     ),
     "unknown activation": ({"activation": nn.Tanh}, r"activation to be .* got Tanh\(\)"),
 }
@@ -295,7 +295,7 @@ def test_what_no_layer_of_peer_computes_is_refused(case):
 
 
 def test_the_retrieval_that_is_refused_does_miss_experts():
-    # The reason for refusing it: with 3 candidates of each half the fourth pair may be missing.
+    # With 3 candidates of each half, the fourth best pair can be missing.
     source = make_source(product_key_topk=3)
     x = torch.randn(4, 50, DIM, dtype=torch.double)
     inexact = source(x)
@@ -348,7 +348,7 @@ def test_a_patched_module_is_refused():
 
 def test_options_beside_a_module_are_refused():
     with pytest.raises(
-        TypeError, match="a module tells its options itself, got activation, prefix"
+        TypeError, match=r"expected no options for a module, .* got activation, prefix"
     ):
         from_peer_pytorch(make_source(), activation="gelu", prefix="peer.")
 

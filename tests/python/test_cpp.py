@@ -1,6 +1,6 @@
-"""C++ programs that use the package as it is installed: the examples, and that they see the same.
+"""C++ programs that use the installed package: the examples, and comparisons with Python.
 
-The programs are compiled against what `peer.cmake_prefix_path` leads to, as a user's would be.
+The programs are compiled with `peer.cmake_prefix_path`, like those of a user.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ pytestmark = [
 
 
 def run(*command: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Runs a program with the warnings and errors that it prints kept."""
+    """Runs a program and captures its output."""
     return subprocess.run(
         list(map(str, command)),
-        # What is preloaded into Python, such as a sanitizer's runtime, these bring themselves.
+        # The programs link the sanitizer's runtime, which is preloaded into Python only.
         env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "LD_PRELOAD": "", **environment},
         capture_output=True,
         text=True,
@@ -49,13 +49,13 @@ def run(*command: object, **environment: str) -> subprocess.CompletedProcess[str
 
 
 def succeed(*command: object, **environment: str) -> str:
-    """What a program prints that has to end well."""
+    """Runs a program that must succeed, and returns its output."""
     result = run(*command, **environment)
     assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
     return result.stdout
 
 
-# The linker drops libraries to which nothing refers, as distributions' compilers make it do.
+# The linker drops unused libraries, as it does by default in some distributions.
 FLAGS = {
     "CMAKE_GENERATOR": "Ninja",
     "CXXFLAGS": os.environ.get("CXXFLAGS", "-Wall -Wextra -Werror"),
@@ -66,7 +66,7 @@ FLAGS = {
 
 @pytest.fixture(scope="module")
 def examples(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The directory with the examples' programs, made by the commands that the page gives."""
+    """The directory of the example programs, built with the commands in docs/cpp.md."""
     page = (CHECKOUT / "docs/cpp.md").read_text()
     (commands,) = re.findall(r"^```sh\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
     directory = tmp_path_factory.mktemp("examples")
@@ -82,7 +82,7 @@ def examples(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The directory with the tests' programs. Nothing of CUDA or of Python may be looked for."""
+    """The directory of the test programs. Their build must not search for CUDA or Python."""
     build = tmp_path_factory.mktemp("programs")
     unwanted = [f"-DCMAKE_DISABLE_FIND_PACKAGE_{name}=ON" for name in ("CUDAToolkit", "Python")]
     prefix = f"-DCMAKE_PREFIX_PATH={peer.cmake_prefix_path}"
@@ -130,7 +130,7 @@ endif()
 
 
 def find_package(directory: Path, arguments: str, *options: str, before: str = "") -> str:
-    """What CMake says to find_package(peer ...), after other lines."""
+    """The output of CMake for find_package(peer ...), after other lines."""
     project = CONSUMER.format(arguments=arguments, before=before)
     directory.joinpath("CMakeLists.txt").write_text(project)
     command = ["cmake", "-S", directory, "-B", directory / "build", "-G", "Ninja"]
@@ -139,7 +139,7 @@ def find_package(directory: Path, arguments: str, *options: str, before: str = "
 
 
 def fake_torch(directory: Path, version: str) -> Path:
-    """A directory that is torch's as far as the search for it goes."""
+    """A directory that find_package(peer) accepts as torch."""
     (directory / "torch/lib").mkdir(parents=True)
     (directory / "torch/lib/libtorch_cpu.so").touch()
     (directory / "torch/version.py").write_text(f"__version__ = '{version}'\n")
@@ -165,11 +165,11 @@ def test_another_torch_is_named(tmp_path: Path):
 def test_no_torch_says_what_to_type(tmp_path: Path):
     said = find_package(tmp_path, "REQUIRED", f"-DTORCH_DIR={tmp_path}")
     assert f"which is not in {tmp_path}" in said
-    assert "Say where it is: \"-DTORCH_DIR=$(python -c 'import torch" in said
+    assert "Set its directory: \"-DTORCH_DIR=$(python -c 'import torch" in said
 
 
 def test_torch_that_the_program_found_before_is_taken(tmp_path: Path):
-    # What find_package(Torch) leaves behind.
+    # The result of find_package(Torch).
     found = "add_library(torch INTERFACE IMPORTED)\nset(TORCH_INSTALL_PREFIX {})"
     here = Path(torch.__file__).parent
     assert "with torch" in find_package(tmp_path, "", before=found.format(here))
@@ -193,7 +193,7 @@ def test_torch_is_found_beside_peer_and_by_its_own_package(tmp_path: Path):
     assert f"with {beside}/lib" in find_package(tmp_path, "", f"-DCMAKE_PREFIX_PATH={here}")
     both = f"-DCMAKE_PREFIX_PATH={here};{elsewhere / 'share/cmake'}"
     assert f"with {elsewhere}/lib" in find_package(tmp_path, "", both)
-    directory_itself = f"-DCMAKE_PREFIX_PATH={here};{elsewhere}"  # as for LibTorch
+    directory_itself = f"-DCMAKE_PREFIX_PATH={here};{elsewhere}"  # as with LibTorch
     assert f"with {elsewhere}/lib" in find_package(tmp_path, "", directory_itself)
 
 
@@ -309,7 +309,7 @@ def test_program_tests_pass(programs: Path, hostile_states: Path):
 
 
 class Case(NamedTuple):
-    """One layer that both languages build."""
+    """A layer that both languages build."""
 
     options: dict[str, Any]
     training: bool = True
@@ -339,7 +339,7 @@ CASES = [
 
 
 def build(options: dict[str, Any]) -> peer.PEER:
-    """The layer of a case, whose dtype is a name."""
+    """The layer of a case. Its dtype is a string."""
     options = {**SMALL, **options}
     if "dtype" in options:
         options["dtype"] = getattr(torch, options["dtype"])
@@ -348,15 +348,15 @@ def build(options: dict[str, Any]) -> peer.PEER:
 
 @pytest.fixture(scope="module")
 def results_in_cpp(programs: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
-    """What the program makes of all cases: its results and the paths of the states it saved."""
+    """The program's results for all cases, and the paths of its saved states."""
     directory = tmp_path_factory.mktemp("cases")
     given = []
     for i, case in enumerate(CASES):
         torch.manual_seed(100 + i)
         layer = build(case.options)
-        layer(torch.randn(16, 16, dtype=layer.experts.weight.dtype))  # moves running statistics
+        layer(torch.randn(16, 16, dtype=layer.experts.weight.dtype))  # updates running statistics
         state = layer.state_dict()
-        if i == 0:  # a view, whose rows are far apart in its storage
+        if i == 0:  # a view with a large row stride
             table = state["experts.weight"]
             state["experts.weight"] = torch.stack([table, table], dim=1)[:, 0]
         torch.save(state, directory / f"python{i}.pt")
@@ -373,7 +373,7 @@ def results_in_cpp(programs: Path, tmp_path_factory: pytest.TempPathFactory) -> 
         )
     torch.save(given, directory / "cases.pt")
     succeed(programs / "same_as_python", directory / "cases.pt", directory / "results.pt")
-    # Written by torch's own writer, whose types Python reads only where it trusts the file.
+    # Written by LibTorch, whose types Python loads only with weights_only=False.
     results = torch.load(directory / "results.pt", weights_only=False)
     return list(zip(given, results, strict=True))
 
@@ -387,7 +387,7 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 @pytest.mark.parametrize("i", range(len(CASES)), ids=lambda i: str(CASES[i]))
 class TestSameAsPython:
-    """Names, parameters from the same seed, outputs, gradients and buffers: bit by bit."""
+    """Names, seeded parameters, outputs, gradients and buffers are equal bit by bit."""
 
     def test_a_seed_gives_the_same_parameters(self, results_in_cpp, i: int):
         given, _ = results_in_cpp[i]
@@ -419,7 +419,7 @@ class TestSameAsPython:
 
 
 def write_state(path: Path, program: bytes, records: dict[str, bytes] | None = None) -> None:
-    """An archive as torch.save makes them, with this pickle in it."""
+    """An archive in the format of torch.save with this pickle."""
     writer = torch._C.PyTorchFileWriter(str(path))
     writer.write_record("data.pkl", program, len(program))
     for name, content in (records or {"data/0": bytes(4 * 8)}).items():
@@ -441,7 +441,7 @@ def tensor(
     strides: tuple[int, ...] = (1,),
     elements: int = 8,
 ) -> bytes:
-    """The pickle of {"a": tensor}, whatever the numbers say."""
+    """The pickle of {"a": tensor} with arbitrary sizes and strides."""
 
     def number(value: int) -> bytes:
         return b"\x8a\x08" + value.to_bytes(8, "little", signed=True)
@@ -460,7 +460,7 @@ def tensor(
     )
 
 
-# What is wrong, the pickle, and what the reader says of it.
+# The error, the pickle, and the message of the reader.
 OUTSIDE = "lies outside its storage"
 HOSTILE: list[tuple[str, bytes, str]] = [
     ("runs a program", pickle.dumps({"a": os.getcwd}, protocol=2), "imports posix.getcwd"),
@@ -498,7 +498,7 @@ HOSTILE: list[tuple[str, bytes, str]] = [
     ("an unknown opcode", b"\x80\x02\xff.", "does not belong to a dictionary"),
     ("long number", b"\x80\x02\x8a\xff" + bytes(255) + b".", "a number has 255 bytes"),
     ("a name twice", tensor()[:-2] + tensor()[len(b"\x80\x02}q\x00(") :], "occurs twice"),
-    # A terabyte, if each recall were a copy.
+    # A terabyte if each recall made a copy.
     (
         "recalls a long text often",
         b"\x80\x02X"
@@ -509,7 +509,7 @@ HOSTILE: list[tuple[str, bytes, str]] = [
         + b".",
         "does not end with one value",
     ),
-    # 10**12 steps, if each tuple were searched.
+    # 10**12 steps if each tuple were searched.
     (
         "wraps a long tuple often",
         b"\x80\x02(" + b"K\x01" * 10**6 + b"tq\x00" + b"h\x00\x85" * 10**6 + b".",
@@ -520,9 +520,9 @@ HOSTILE: list[tuple[str, bytes, str]] = [
 
 @pytest.fixture(scope="session")
 def hostile_states(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory of archives that torch can open and that are no state of {"a": tensor of [8]}.
+    """A directory of archives that torch can open but that are not a state {"a": tensor of [8]}.
 
-    But for one, which is: it shows that it is not the name or the shape that is refused.
+    One archive is such a state. It shows that the reader does not reject the name or the shape.
     """
     directory = tmp_path_factory.mktemp("hostile")
     write_state(directory / "good.pt", tensor())

@@ -22,7 +22,7 @@ def make_model():
 
 
 def hide_tables(model):
-    """As the docstring of `all_reduce_gradients_` has it."""
+    """Hides the tables as in the docstring of `all_reduce_gradients_`."""
     tables = {id(m.weight) for m in model.modules() if isinstance(m, peer.ExpertPool)}
     names = [name for name, p in model.named_parameters() if id(p) in tables]
     parallel = nn.parallel.DistributedDataParallel
@@ -81,7 +81,7 @@ def reduce_some(rank):
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """What each of two processes has in the end. Starting them takes most of the time."""
+    """The results of two processes. Starting them takes most of the time."""
     folder = tmp_path_factory.mktemp("processes")
     torch.multiprocessing.spawn(one_of_two_processes, (str(folder),), nprocs=2)
     return [torch.load(folder / str(rank)) for rank in range(2)]

@@ -1,4 +1,4 @@
-"""The language model demo: its split, its FLOP count, its checkpoints, its run end to end."""
+"""The language model demo: split, FLOP count, checkpoints and a complete run."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def run_demo(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 
 
 def read_losses(path: Path) -> list[float]:
-    """The training losses that a checkpoint holds."""
+    """The training losses in a checkpoint."""
     return torch.load(path, weights_only=True)["progress"]["losses"]
 
 
@@ -57,7 +57,7 @@ def read_losses(path: Path) -> list[float]:
 def finished(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> tuple[Path, subprocess.CompletedProcess[str]]:
-    """One whole smoke run: its folder and what it printed."""
+    """A complete smoke run: its folder and its output."""
     folder = tmp_path_factory.mktemp("demo")
     result = run_demo("--out", folder, "--csv", folder / "rows.csv")
     assert result.returncode == 0, result.stderr
@@ -156,7 +156,7 @@ def test_the_dense_count_is_what_torch_counts() -> None:
         model(torch.zeros(3, config.context, dtype=torch.int64))
     total = 0.0
     for operator, count in counter.get_flop_counts()["Global"].items():
-        # Batched products are attention's: torch counts the square, the model uses its lower half.
+        # Batched products are attention's. Torch counts the square, the model the lower half.
         causal = operator is torch.ops.aten.bmm
         total += count * ((config.context + 1) / (2 * config.context) if causal else 1)
     assert total / (3 * config.context) == sum(flops.count_model(config).values())
@@ -183,7 +183,7 @@ def test_the_peer_count_is_what_torch_counts_for_plain_operations() -> None:
     assert counter.get_total_flops() / tokens == sum(parts.values()) - parts["selection"]
 
 
-# The whole.
+# Complete runs.
 
 
 def test_the_smoke_run_shows_table_sample_and_pictures(
@@ -208,7 +208,7 @@ def test_a_finished_run_says_so_and_shows_the_same_numbers(
     folder, result = finished
     again = run_demo("--out", folder)
     assert again.returncode == 0
-    assert again.stdout.count("finished earlier") == 2
+    assert again.stdout.count("already trained") == 2
     table = result.stdout[result.stdout.index("parameters") :]
     assert table == again.stdout[again.stdout.index("parameters") :]
 
@@ -248,7 +248,7 @@ def test_a_run_that_ctrl_c_stopped_resumes_as_if_nothing_had_happened(tmp_path: 
         process.send_signal(signal.SIGINT)
         output, _ = process.communicate(timeout=120)
     assert process.returncode == 130
-    assert b"the same command resumes it" in output
+    assert b"run the same command to resume" in output
     done = len(read_losses(stopped / "peer.pt"))
     assert 0 < done < steps
 

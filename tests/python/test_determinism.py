@@ -1,4 +1,4 @@
-"""Bitwise equal results, from run to run and for any number of threads."""
+"""Results are bitwise equal in every run and for any number of threads."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ THREADS = (1, 2, 3, 8)
 
 
 def bits(tensor: Tensor) -> Tensor:
-    """The bit patterns, in which -0 differs from 0 and NaN equals itself."""
+    """The bit patterns: -0 differs from 0, and NaN equals itself."""
     dense = tensor.coalesce().values() if tensor.is_sparse else tensor
     integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     return dense.contiguous().view(integers[dense.element_size()])
@@ -28,12 +28,12 @@ def assert_same_bits(function) -> None:
 
 
 def large_inputs(make_expert_inputs, dtype, glu, hot: bool):
-    """More pairs than a block of the sort holds, and rows of a width that fills no vector."""
+    """More pairs than one sort block, and a row width that is no multiple of a vector."""
     inputs = make_expert_inputs(
         tokens=640, per_token=64, experts=3000, dim=37, dtype=dtype, glu=glu
     )
     if hot:
-        # Nine of ten pairs retrieve expert 1234.
+        # Nine of ten pairs have expert 1234.
         chosen = torch.rand(640, 64, generator=torch.Generator().manual_seed(3)) < 0.9
         return inputs._replace(indices=inputs.indices.masked_fill(chosen, 1234))
     return inputs
@@ -99,7 +99,7 @@ def test_retrieval_forward(make_retrieval_inputs, dtype, shared):
 
 @pytest.mark.parametrize("shared", [True, False], ids=["shared keys", "keys per head"])
 def test_retrieval_backward(make_retrieval_inputs, dtype, shared):
-    # 48,000 pairs on 15 keys a half: every key is hot.
+    # 48,000 pairs on 15 keys per half: every key is hot.
     inputs = make_retrieval_inputs(
         tokens=1000, heads=3, rows=15, columns=11, dim_key=46, dtype=dtype, shared=shared
     )
@@ -114,7 +114,7 @@ def test_retrieval_backward(make_retrieval_inputs, dtype, shared):
 def test_a_token_gets_the_same_bits_alone_and_in_a_batch(
     make_expert_inputs, make_retrieval_inputs, dtype
 ):
-    # More experts than one part of a token has.
+    # More experts per token than one part of a token has.
     inputs = make_expert_inputs(tokens=30, per_token=70, dim=37, dtype=dtype, glu=True)
     together = torch.ops.peer.expert_mlp(*inputs, "gelu", False)[0]
     x, weights, indices, table = inputs

@@ -1,4 +1,4 @@
-"""Bad input: each gets the error that its author can act on."""
+"""Bad input raises an error that names the argument, the expected value and the actual one."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 
 import peer
 
-# Each case changes one argument and names the exception and what its message must say. On the meta
-# device the same checks must hold, or a traced program would fail later and elsewhere.
+# Each case changes one argument and has the exception and its message. The meta device must make
+# the same checks, because a traced program would otherwise fail later.
 BOTH = pytest.mark.parametrize("device", ["cpu", "meta"])
 
 
@@ -291,7 +291,7 @@ def test_the_backward_of_retrieval_names_a_gradient_that_does_not_fit(make_retri
         "expert_mlp_backward_coefficients",
     ],
 )
-def test_cuda_tensors_on_a_build_without_cuda_get_a_sentence(
+def test_cuda_tensors_on_a_build_without_cuda_raise_a_clear_error(
     make_expert_inputs, make_retrieval_inputs, name
 ):
     if json.loads(torch.ops.peer.build_info())["cuda"]:
@@ -306,7 +306,7 @@ def test_cuda_tensors_on_a_build_without_cuda_get_a_sentence(
         "expert_mlp_backward": (out, *pool, hidden, gate, "gelu", False, (True,) * 3),
         "expert_mlp_backward_coefficients": (out, *pool, hidden, gate, "gelu"),
     }
-    # What the dispatcher calls for CUDA tensors, called without a device that could make them.
+    # Calls the kernel that the dispatcher calls for CUDA tensors. No GPU is needed.
     operator = getattr(torch.ops.peer, name).default
     cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
     with pytest.raises(RuntimeError, match=f"peer::{name}: peer was built without CUDA"):

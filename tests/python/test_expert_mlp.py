@@ -45,7 +45,7 @@ def assert_equal(ours, theirs) -> None:
 
 
 def assert_exact_up_to_rounding(inputs, activation: str) -> None:
-    """Outputs and gradients are within the rounding errors that the operator's promises allow."""
+    """Outputs and gradients are within the error bounds of the documented rounding."""
     leaves = inputs.requiring_grad()
     out, hidden, gate = torch.ops.peer.expert_mlp(*leaves, activation, False)
     grad_out = random_like(out)
@@ -208,7 +208,7 @@ def test_the_derivative_at_the_kink_is_zero(name):
 
 
 def test_large_pre_activations_stay_finite(activation):
-    # Beyond the range in which exp and erf change: slopes are 1 above and 0 below.
+    # Outside the range in which exp and erf change, slopes are 1 above and 0 below.
     x = torch.tensor([[40.0], [-40.0], [1e4], [-1e4]], requires_grad=True)
     weights = torch.ones(4, 1)
     indices = torch.zeros(4, 1, dtype=torch.long)
@@ -251,7 +251,7 @@ def test_no_experts_per_token_give_zeros(make_expert_inputs):
 
 
 def strided(table: Tensor, kind: str) -> Tensor:
-    """The same values at other places in memory."""
+    """The same values in other memory layouts."""
     if kind == "rows far apart":
         return torch.stack([table, table + 1], dim=1)[:, 0]
     if kind == "part after part":
@@ -293,7 +293,7 @@ def test_one_vector_may_be_down_and_up(make_expert_inputs):
 
 
 def transposed(tensor: Tensor) -> Tensor:
-    """The same values with the last dimension far apart in memory."""
+    """The same values with a large stride in the last dimension."""
     return tensor.transpose(0, -1).contiguous().transpose(0, -1)
 
 
@@ -315,7 +315,7 @@ def test_an_expanded_gradient_gives_the_same_result(make_expert_inputs):
 
 
 def test_tables_beyond_two_to_the_31_elements_are_addressed_right():
-    # 2^31 + 8192 elements; only the pages of the first and last rows are ever touched.
+    # 2^31 + 8192 elements. Only the pages of the first and last rows are written.
     dim = 4096
     experts = 2**31 // (2 * dim) + 1
     table = torch.empty(experts, 2, dim, dtype=torch.bfloat16)
@@ -366,7 +366,7 @@ def test_frozen_inputs_get_no_gradient(make_expert_inputs):
 
 
 def test_a_table_gradient_in_16_bits_is_rounded_once():
-    # 1000 pairs retrieve the only expert. A running sum in bfloat16 would stop at 256.
+    # 1000 pairs have the same expert. A running sum in bfloat16 would stop at 256.
     x = torch.ones(100, 1, dtype=torch.bfloat16)
     weights = torch.ones(100, 10, dtype=torch.bfloat16)
     indices = torch.zeros(100, 10, dtype=torch.long)
@@ -386,7 +386,7 @@ def test_an_output_in_16_bits_is_rounded_once():
 
 @pytest.mark.parametrize("pairs", [127, 128, 129, 256, 257, 1000])
 def test_a_hot_expert_collects_every_pair(pairs):
-    # Every partial sum is an integer below 2^24, so the order of summation cannot matter.
+    # Every partial sum is an integer below 2^24, so any summation order gives the same result.
     x = torch.arange(1.0, pairs + 1)[:, None].remainder(50)
     weights = torch.ones(pairs, 1)
     indices = torch.zeros(pairs, 1, dtype=torch.long)
@@ -405,7 +405,7 @@ def test_a_sparse_gradient_is_coalesced_and_holds_the_retrieved_rows(
     assert gradient.is_coalesced()
     assert gradient.dtype == dtype
     assert gradient.shape == leaves.table.shape
-    # One list of ids, whose values are whole rows.
+    # One dimension of ids, and values that are whole rows.
     assert (gradient.sparse_dim(), gradient.dense_dim()) == (1, 2)
     assert torch.equal(gradient.indices(), retrieved[None])
     assert gradient.values().shape == (len(retrieved), 3 if glu else 2, 9)
@@ -441,7 +441,7 @@ def test_gradients_accumulate_over_two_backward_passes(make_expert_inputs):
 
 
 def test_gradients_reach_the_router_through_the_weights(make_expert_inputs):
-    # As in the layer: weights are a softmax of scores, and only the weights carry the gradient.
+    # As in the layer, weights are the softmax of scores, and only the weights have a gradient.
     inputs = make_expert_inputs(dtype=torch.float64)
     logits = inputs.weights.clone().requires_grad_()
     run(inputs._replace(weights=logits.softmax(-1))).square().sum().backward()

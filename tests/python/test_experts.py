@@ -87,7 +87,7 @@ def test_the_state_is_one_table(glu):
 
 
 def views_of(pool):
-    """By name, in the order in which they lie in a row."""
+    """The parts by name, in their order in a row."""
     names = ("w_down", "w_gate", "w_up") if pool.glu else ("w_down", "w_up")
     return {name: getattr(pool, name) for name in names}
 
@@ -97,7 +97,7 @@ def test_the_parts_of_a_row_are_down_gate_and_up(glu):
     views = views_of(pool)
     assert torch.equal(torch.stack(list(views.values()), dim=1), pool.weight)
     assert (pool.w_gate is None) == (not glu)
-    # The first part makes the hidden value, the last one goes to the output.
+    # The first part gives the hidden value, and the last part the output.
     x, e = torch.randn(9), 7
     hidden = nn.functional.gelu(x @ views["w_down"][e])
     hidden = hidden * (x @ views["w_gate"][e]) if glu else hidden
@@ -224,7 +224,7 @@ def test_weights_of_another_shape_than_indices_are_refused():
 
 @pytest.mark.parametrize("leading", [(7, 5), (35,)], ids=str)
 def test_weights_of_other_leading_dimensions_than_x_are_refused(leading):
-    # The number of tokens agrees, so the operator could not tell.
+    # The number of tokens is right, so the operator cannot detect the error.
     with pytest.raises(ValueError, match=r"\[5, 7\] \+ .* to match x, got "):
         make_pool()(torch.randn(5, 7, 9), *draw_pairs(*leading))
 

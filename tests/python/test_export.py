@@ -15,7 +15,7 @@ import peer
 
 
 class Layer(nn.Module):
-    """Retrieval and experts, called as a model would that knows the functions only."""
+    """A model that calls the functions for retrieval and experts."""
 
     def __init__(self, glu: bool, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()

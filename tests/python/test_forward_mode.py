@@ -1,4 +1,4 @@
-"""Forward mode: tangents against finite differences, reverse mode, the reference and a loop."""
+"""Forward mode: tangents against finite differences, reverse mode, the reference and loops."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ forward_over_reverse_check = {
 
 
 def draw_like(tensors, seed: int = 7):
-    """A direction: random tensors of the same shapes and dtypes."""
+    """Random tangents with the shapes and dtypes of the tensors."""
     generator = torch.Generator().manual_seed(seed)
     return tuple(
         torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.dtype) for t in tensors
@@ -39,7 +39,7 @@ def draw_like(tensors, seed: int = 7):
 
 
 def tangents_of(function, tensors, tangents):
-    """The tangents of all outputs, None where there is none, for those of some inputs."""
+    """The tangents of all outputs (or None) for the tangents of some inputs."""
     with forward_ad.dual_level():
         duals = [
             tensor if tangent is None else forward_ad.make_dual(tensor, tangent)
@@ -70,7 +70,7 @@ def assert_tangents_of_subsets_equal_those_with_zeros(function, tensors):
 
         expected = tangents_of(function, tensors, with_others(torch.zeros_like))
         assert any(tangent is not None and tangent.any() for tangent in expected), chosen
-        # Torch has zeros without memory, too; its own formulas produce them.
+        # Some formulas of torch return zero tensors without memory.
         without = with_others(lambda tangent: None)
         efficient = with_others(lambda t: torch._efficientzerotensor(t.shape, dtype=t.dtype))
         for tangents in without, efficient:
@@ -96,7 +96,7 @@ def experts_of(indices, activation="gelu", sparse_grad=False):
 
 @pytest.fixture
 def small(make_expert_inputs, glu):
-    """Few numbers in double, with repeated ids, and no pre-activation near the kink of relu."""
+    """Small float64 inputs with repeated ids and no pre-activation near the kink of relu."""
     inputs = make_expert_inputs(
         tokens=3, per_token=3, experts=5, dim=3, dtype=torch.float64, glu=glu, seed=2
     )
@@ -118,7 +118,7 @@ def test_tangents_of_the_gradients_of_experts_pass_gradgradcheck(small, activati
 
 
 def test_tangents_of_experts_can_be_differentiated(small):
-    # Reverse over forward: the tangent as a function of the point and of the direction.
+    # Reverse over forward: the tangent as a function of the inputs and their tangents.
     inputs = small.differentiable()
     function = experts_of(small.indices, "silu")
     direction = [tangent.requires_grad_() for tangent in draw_like(inputs)]
@@ -425,7 +425,7 @@ def test_tangents_of_scores_have_the_dtype_of_the_sums(make_retrieval_inputs, dt
 
 @pytest.fixture
 def whole(make_retrieval_inputs, make_expert_inputs, glu):
-    """The layer, as a function of a dictionary of all that has derivatives."""
+    """The layer as a function of a dictionary of all differentiable tensors."""
     retrieval = make_retrieval_inputs(
         tokens=2, heads=2, rows=3, columns=2, dim_key=4, dtype=torch.float64
     )

@@ -36,7 +36,7 @@ def make_layer(seed: int = 0, **options) -> peer.PEER:
 
 @pytest.fixture(params=["batch", "layer", "rms", None], ids=str)
 def layer(request, glu):
-    """Of each kind that transforms take: with batch normalisation, in evaluation mode."""
+    """One layer of each kind that transforms support; batch normalisation is in eval mode."""
     return make_layer(query_norm=request.param, glu=glu, share_keys=not glu).eval()
 
 

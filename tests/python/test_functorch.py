@@ -1,4 +1,4 @@
-"""`torch.func`: grad, vmap, vmap of grad and jacrev run, are right, and run batched."""
+"""`torch.func`: grad, vmap, vmap of grad and jacrev are correct and use the batching rules."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def retrieval(query, row_keys, col_keys):
 
 
 def stack_of_calls(function, batched, *shared):
-    """What vmap promises: the function called for each sample, stacked."""
+    """The definition of vmap: the function of each sample, stacked."""
     outputs = [function(*sample, *shared) for sample in zip(*batched, strict=True)]
     if isinstance(outputs[0], tuple):
         return tuple(torch.stack(parts) for parts in zip(*outputs, strict=True))
@@ -42,7 +42,7 @@ def inputs(make_expert_inputs, glu):
 
 @pytest.fixture
 def batches(make_expert_inputs, glu):
-    """Three samples of five tokens, for one table."""
+    """Three samples of five tokens with a shared table."""
     samples = [make_expert_inputs(dtype=torch.float64, glu=glu, seed=seed) for seed in (1, 2, 3)]
     x, weights, indices = (torch.stack([sample[i] for sample in samples]) for i in range(3))
     return x, weights, indices, samples[0].table
@@ -114,7 +114,7 @@ def test_vmap_over_one_argument_equals_a_loop(batches, batched):
 
 
 def test_vmap_over_tables_equals_a_loop(make_expert_inputs, glu):
-    # An ensemble: each member has a table of its own.
+    # In an ensemble, each member has its own table.
     members = [make_expert_inputs(dtype=torch.float64, glu=glu, seed=seed) for seed in (1, 2, 3)]
     tables = torch.stack([member.table for member in members])
 

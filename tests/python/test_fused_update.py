@@ -1,4 +1,4 @@
-"""The update inside the backward pass, against a gradient and a step."""
+"""The update inside the backward pass, against a gradient and an optimizer step."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def make_optimizer(kind, pool):
 
 
 def draw(tokens=(4, 5), dtype=torch.float32, hot=False):
-    """x, weights and indices, the first two requiring gradients."""
+    """x and weights, which require grad, and indices."""
     indices = torch.randint(30, (*tokens, 2, 3))
     if hot:
         indices[torch.rand(indices.shape) < 0.8] = 7
@@ -82,7 +82,7 @@ def test_equals_a_sparse_gradient_and_a_step_bit_by_bit(kind, dtype, glu, hot):
         assert_same_bits(inputs[0].grad, copies[0].grad)
         assert_same_bits(inputs[1].grad, copies[1].grad)
         assert_same_bits(pool.weight, fused.weight)
-        fused_optimizer.step()  # has nothing to do
+        fused_optimizer.step()  # has no gradient
         assert_same_bits(pool.weight, fused.weight)
 
 

@@ -1,9 +1,8 @@
-"""Files and tensors from strangers: an exception or a correct result, never the end of the process.
+"""Untrusted files and tensors raise an exception or give a correct result, and never crash.
 
-What might read out of bounds runs in one child process, for all tests together. There, tensors lie
-between pages that nobody may touch, so that a read beyond an end is a signal and not luck. The
-child writes the name of each case to its standard error before it runs it; if it dies, the last
-name is the culprit.
+One child process runs all cases that could read out of bounds. Its tensors lie between protected
+pages, so a read past the end raises a signal. The child writes the name of each case to standard
+error before it runs it. If the child dies, the last name is that of the failing case.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ BAD_IDS = (-1, N, -N, N + 1, 2**31, 2**32, 2**63 - 1, -(2**63))
 
 
 def fence(tensor: Tensor, at_end: bool) -> Tensor:
-    """A copy whose memory ends (or begins) where that of the process does."""
+    """A copy whose memory ends (or begins) at a protected page."""
     size, page = tensor.numel() * tensor.element_size(), mmap.PAGESIZE
     if size == 0:
         return tensor
@@ -58,7 +57,7 @@ def fence(tensor: Tensor, at_end: bool) -> Tensor:
 
 
 def touch_the_fence(at_end: bool) -> str:
-    """How a process ends that reads one byte too far."""
+    """The exit status of a process that reads one byte too far."""
     tensor = fence(torch.ones(N, D), at_end)
     bytes_ = tensor.numel() * tensor.element_size()
     pid = os.fork()
@@ -79,7 +78,7 @@ def outcome(call) -> str:
 
 
 def unless_changed(call, *tensors: Tensor) -> str:
-    """The outcome, or "changed" if it left a trace in the tensors."""
+    """The outcome, or "changed" if the call changed the tensors."""
     before = [tensor.clone() for tensor in tensors]
     found = outcome(call)
     same = all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True))
@@ -87,7 +86,7 @@ def unless_changed(call, *tensors: Tensor) -> str:
 
 
 class Updated:
-    """Fenced arguments of the operators that update a table, of rows (D) or (parts, D)."""
+    """Fenced arguments of the table update operators, with rows (D) or (parts, D)."""
 
     def __init__(self, dtype: torch.dtype, at_end: bool, parts: tuple[int, ...]) -> None:
         generator = torch.Generator().manual_seed(1)
@@ -126,7 +125,7 @@ class Updated:
         }
 
     def gradients(self):
-        """Each form of a row gradient, as a function of ids (T, P)."""
+        """Each form of a row gradient as a function of ids (T, P)."""
         return {
             "first rows": lambda ids: (ids[:, 0], self.source, None),
             "last rows": lambda ids: (ids[:, -1], self.source, None),
@@ -146,7 +145,7 @@ class Case:
         self.x, self.weights, self.grad_out = draw(T, D), draw(T, P), draw(T, D)
         self.experts = draw(N, 3, D)
         self.rows = torch.randint(N, (T, P), generator=generator)
-        self.rows[0, 0], self.rows[-1, -1] = N - 1, 0  # the rows at the fences
+        self.rows[0, 0], self.rows[-1, -1] = N - 1, 0  # the rows next to the protected pages
         wide = torch.promote_types(dtype, torch.float32)
         self.hidden, self.gate = (draw(T, P).to(wide) for _ in range(2))
         self.query, self.grad_scores = draw(T, 2, 8), draw(T, 2, P // 2)
@@ -157,7 +156,7 @@ class Case:
         return *self.flat.written(), *self.parted.written()
 
     def calls(self):
-        """By operator, a function of ids (T, P)."""
+        """For each operator, a function of ids (T, P)."""
         return {
             "expert_mlp": lambda ids: ops.expert_mlp(
                 self.x, self.weights, ids, self.experts, "gelu"
@@ -209,13 +208,13 @@ class Case:
 
 
 def by_head(ids):
-    """Ids (T, P) as those of two heads; what has another form keeps it."""
+    """Reshapes ids (T, P) to two heads. Other ids are returned unchanged."""
     are_plain = isinstance(ids, Tensor) and ids.layout == torch.strided and not ids.is_nested
     return ids.reshape(T, 2, P // 2) if are_plain and ids.shape == (T, P) else ids
 
 
 def run_good_ids():
-    """Valid ids between the fences: every row and every vector at an end is read."""
+    """Valid ids that read every row and the vectors next to the protected pages."""
     for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         for at_end in (True, False):
             case = Case(dtype, at_end)
@@ -258,7 +257,7 @@ def run_other_dtypes():
     case = Case()
     for name, call in case.calls().items():
         if name == "step by a sparse gradient":
-            continue  # torch makes none with such ids
+            continue  # torch cannot make a tensor with such ids
         for kind, ids in other_dtypes(case.rows).items():
             yield (
                 f"dtypes, {name}, {kind}",
@@ -267,7 +266,7 @@ def run_other_dtypes():
 
 
 def laid_out(ids):
-    """The same ids (T, P) in other strides, and their memory where it overlaps."""
+    """The same ids (T, P) with other strides, and their storage if they overlap."""
     wide = torch.full((2 * T, 3 * P), 2**62).mul_(-1)
     wide[::2, ::3] = ids
     line = torch.cat([ids[0], torch.full((P,), 2**62)])
@@ -284,7 +283,7 @@ def laid_out(ids):
 
 
 def same_result(call, ids, expected_ids) -> str:
-    # Two cases, because updates write what they are given.
+    # Two cases, because updates write to their arguments.
     results = []
     for given in (ids, expected_ids):
         case = Case()
@@ -334,7 +333,7 @@ def run_other_forms():
             )
 
 
-# The tensors beside the ids, all of which must fit.
+# The other tensors, whose shapes must match the ids.
 FORWARD = ("x", "weights", "experts")
 BACKWARD = ("grad_out", *FORWARD, "hidden", "gate")
 STATE_OF_ADAM = ("table", "momentum", "per_part", "row_steps")
@@ -376,14 +375,14 @@ ARE_RIGHT = (
 
 
 def replace(case: Case, path: str, make) -> None:
-    """Makes another tensor of the one at that path."""
+    """Replaces the tensor at a path."""
     *owners, name = path.split(".")
     owner = getattr(case, owners[0]) if owners else case
     setattr(owner, name, make(getattr(owner, name)))
 
 
 def run_wrong_shapes():
-    """One tensor of another shape than the rest asks for."""
+    """One tensor with a shape that does not match the others."""
     for name, attributes in USED.items():
         for attribute in attributes:
             for change, make in OTHER_SHAPES.items():
@@ -427,7 +426,7 @@ def make_layer(**options):
 
 
 def train(layer):
-    """Forward, backward and a step: all that reads what was loaded."""
+    """Forward, backward and an optimizer step, which read all loaded tensors."""
     x = torch.randn(5, 10, generator=torch.Generator().manual_seed(0)).requires_grad_()
     layer(x).square().sum().backward()
     (table,) = (each for each in layer.parameters() if each.dim() == 3)
@@ -485,8 +484,8 @@ READERS = {
     "layer.ts": {"read": lambda path: train(torch.jit.load(path))},
 }
 
-# Their program and its numbers are torch's to judge. Up to 2.11 at least, torch makes tensors that
-# are larger than their memory of an archive that says so.
+# Torch itself validates the program and its sizes. Torch 2.11 still creates tensors that are larger
+# than their storage if the archive says so.
 ONLY_TRUNCATED = ("layer.ts",)
 
 
@@ -512,7 +511,7 @@ def run_files():
 
 
 def alter(content: bytes, generator: random.Random) -> bytes:
-    """Other bytes at a place, the names and sizes in a header as likely as the numbers."""
+    """Changes random bytes, in headers as likely as in tensor data."""
     changed = bytearray(content)
     start = generator.randrange(
         min(2000, len(content)) if generator.random() < 0.5 else len(content)
@@ -523,7 +522,7 @@ def alter(content: bytes, generator: random.Random) -> bytes:
 
 
 def read_from(read, content: bytes) -> None:
-    # A new file each time: what is mapped must not change.
+    # A new file each time, because a mapped file must not change.
     with tempfile.NamedTemporaryFile(dir=".") as file:
         file.write(content)
         file.flush()
@@ -625,7 +624,7 @@ def test_whole_files_are_read_and_truncated_ones_refused(outcomes, file):
 
 @pytest.mark.parametrize("file", [file for file in READERS if file not in ONLY_TRUNCATED])
 def test_altered_files_are_refused_or_read_and_used(outcomes, file):
-    # That the child came to its end is the test; this is that it had something to survive.
+    # The test is that the child did not crash. This checks that it ran the cases.
     found = list(select(outcomes, f"altered, {file}").values())
     assert len(found) == 50 * len(READERS[file])
     assert 0 < found.count("returned") < len(found)

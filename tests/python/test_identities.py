@@ -1,4 +1,4 @@
-"""What the paper's definition implies, one identity after another."""
+"""Identities that follow from the definition in the paper."""
 
 from __future__ import annotations
 
@@ -185,7 +185,7 @@ def test_batch_norm_folds_into_the_projection_without_changing_outputs(x, query_
 
 
 class Routed(peer.ProductKeyRouter):
-    """A router that retrieves what it is told."""
+    """A router that retrieves the given experts."""
 
     def forward(self, x, padding_mask=None):
         indices = x.long()

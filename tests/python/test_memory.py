@@ -1,9 +1,9 @@
-"""Peak memory: what a pass needs beyond its inputs and results, measured in a new process.
+"""Peak memory: the memory of a pass beyond its inputs and results, measured in a new process.
 
-A step runs once at a small size, so that threads, kernels and autograd exist, then at the size in
-question. Afterwards temporaries are gone and results are there: the peak beyond what is resident
-then is what the step needed in between. Large blocks are always mapped and unmapped on their own
-(MALLOC_MMAP_THRESHOLD_), so freed memory does not linger and hide.
+A step runs once at a small size, which starts threads and initialises autograd, and then at full
+size. Afterwards temporaries are freed and results exist, so the peak minus the resident memory is
+the temporary memory of the step. MALLOC_MMAP_THRESHOLD_ makes malloc map large blocks separately,
+so freed memory is not resident.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Tables on large pages, and gradients on recycled ones."""
+"""Tables on huge pages, and gradients on recycled pages."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LARGE = 2**23
 
 
 def huge_page_flags(address: int) -> str:
-    """The flags of the mapping that holds an address."""
+    """The flags of the mapping that contains an address."""
     inside = False
     for line in Path("/proc/self/smaps").read_text().splitlines():
         name = line.split()[0]

@@ -16,7 +16,7 @@ OPERATORS = (
 
 
 def tolerances(dtype: torch.dtype) -> dict[str, float]:
-    """Compiled and eager runs call the same kernels; second derivatives are composed by Torch."""
+    """Compiled and eager runs call the same kernels; Torch composes second derivatives."""
     unit = torch.finfo(dtype).eps
     return {"atol": 8 * unit, "rtol": 8 * unit}
 
@@ -74,7 +74,7 @@ def test_expert_mlp_backward(make_expert_inputs, dtype, glu, mask):
 
 
 def test_sparse_gradients_follow_the_schema(make_expert_inputs, dtype):
-    # Fake tensors cannot know how many rows a sparse gradient has, so only the eager checks apply.
+    # The number of rows of a sparse gradient depends on data, so only eager checks apply.
     inputs = make_expert_inputs(dtype=dtype, glu=True)
     out, hidden, gate = torch.ops.peer.expert_mlp(*inputs, "gelu", True)
     opcheck(

@@ -1,4 +1,4 @@
-"""The optimizers for tables, against their mathematics on a dense table in float64."""
+"""The optimizers for tables against their formulas on a dense table in float64."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from peer.optim import SGD, RowwiseAdagrad, RowwiseAdam
 
 ROWS, WIDTH = 13, 9
 
-# Every optimizer, with options that make each part of its rule count.
+# Every optimizer, with options that use each term of its update rule.
 OPTIMIZERS = {
     "adagrad": (RowwiseAdagrad, {"lr": 0.1, "weight_decay": 0.5, "initial_accumulator_value": 0.3}),
     "sgd": (SGD, {"lr": 0.1, "weight_decay": 0.5}),
@@ -51,7 +51,7 @@ def sparse(ids, values, rows=ROWS):
 
 
 def draw_gradient(dtype=torch.float32, row=(WIDTH,)):
-    """Ten ids in any order, with repetitions, and never the last row."""
+    """Ten unordered ids with repetitions, without the last row."""
     return sparse(torch.randint(ROWS - 1, (10,)), torch.randn(10, *row).to(dtype))
 
 
@@ -64,7 +64,7 @@ def assert_same_bits(a, b):
 
 
 class Reference:
-    """The rules as their documentation has them, in float64, one row at a time."""
+    """The documented update rules in float64, one row at a time."""
 
     def __init__(self, kind: str, table: Tensor) -> None:
         self.optimizer, self.options = OPTIMIZERS[kind]
@@ -122,7 +122,7 @@ def test_a_dense_gradient_touches_every_row(kind):
     optimizer, reference = make_optimizer(kind, [table]), Reference(kind, table)
     for _ in range(3):
         table.grad = torch.randn_like(table)
-        table.grad[2] = 0  # touched nevertheless: its weights decay, its momentum moves it
+        table.grad[2] = 0  # updated anyway: its weights decay, and momentum moves it
         reference.step(table.grad)
         optimizer.step()
     torch.testing.assert_close(table.detach(), reference.table)
@@ -160,7 +160,7 @@ def test_sgd_on_dense_gradients_is_torch_s(nesterov):
 
 @pytest.mark.parametrize("name", ["Adagrad", "Adam", "AdamW"])
 def test_at_width_one_on_dense_gradients_it_is_torch_s(name):
-    # One number per row is one number per weight then.
+    # Row-wise state is then state per weight.
     table = make_table(shape=(ROWS, 1))
     other = nn.Parameter(table.detach().clone())
     decay = 0.3 if name == "AdamW" else 0.0
@@ -346,7 +346,7 @@ def test_parts_are_updated_as_tables_of_their_own(kind, dtype, parts, form):
         assert_same_bits(table[:, part], other)
         for name, value in for_alone.state[other].items():
             whole = optimizer.state[table][name]
-            if name in ("step", "row_steps"):  # of rows, whatever their parts
+            if name in ("step", "row_steps"):  # of rows, for any number of parts
                 assert torch.equal(torch.as_tensor(whole), torch.as_tensor(value))
             else:
                 assert_same_bits(whole[:, part], value)
@@ -391,7 +391,7 @@ def test_a_pool_is_updated_as_its_parts_would_be(kind, glu):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_updates_below_half_a_unit_arrive_on_average(dtype):
-    """6 standard deviations: a right optimizer fails once in 5 * 10^8."""
+    """6 standard deviations: a correct optimizer fails once in 5 * 10^8 runs."""
     change = 0.1 * torch.finfo(dtype).eps
     tables = [nn.Parameter(torch.ones(200, 50, dtype=dtype)) for _ in range(2)]
     for table, stochastic_rounding in zip(tables, (False, True), strict=True):
@@ -594,7 +594,7 @@ BAD_OPTIONS = {
 
 
 @pytest.mark.parametrize("case", BAD_OPTIONS)
-def test_a_bad_option_gets_a_sentence(case):
+def test_a_bad_option_is_named(case):
     optimizer, options = BAD_OPTIONS[case]
     with pytest.raises(ValueError, match=f"{optimizer.__name__}: expected {case.split()[0]} to be"):
         optimizer([make_table()], **options)
@@ -618,7 +618,7 @@ def test_a_gradient_that_is_sparse_by_elements_is_refused(kind, shape):
 
 
 def arguments(name, indices=..., coefficients=None, dtype=torch.float32, row=(WIDTH,), **changes):
-    """The tensors and numbers of an operator, by name; `changes` replaces some."""
+    """The arguments of an operator by name; `changes` replaces some."""
     table = torch.randn(ROWS, *row).to(dtype)
     second_moments = torch.ones(ROWS, *row[:-1]).to(torch.promote_types(dtype, torch.float32))
     numbers = {"weight_decay": 0.1, "lr": 0.1, "seed": 3, "step": 4, "stream": 5}
@@ -680,7 +680,7 @@ def test_the_coefficients_are_those_of_the_tables_gradient(make_expert_inputs, d
     assert_same_bits(grad_weights, grads[1])
     parts = 3 if glu else 2
     assert coefficients.shape == (parts, *inputs.indices.shape)
-    # A step of length -1 from zero. The last part's coefficients multiply the gradient.
+    # A step of length -1 from zero. The coefficients of the last part multiply the gradient.
     source = torch.stack([inputs.x] * (parts - 1) + [out], dim=1)
     table = torch.zeros_like(grads[2])
     torch.ops.peer.sgd_(table, None, inputs.indices, source, coefficients, -1.0, 0.0, False, 0.0)
@@ -788,7 +788,7 @@ BAD_STATE = {
     "second_moment": ("rowwise_adam_", torch.ones(26)[::2], r"to be contiguous, got strides \[2\]"),
     "row_steps": ("rowwise_adam_", torch.ones(13).long(), "of dtype Int, got Long"),
 }
-# Those of a table without parts, for one of two parts.
+# State of a table without parts, for a table with two parts.
 STATE_OF_ANOTHER_KIND = {
     "sum_of_squares": ("rowwise_adagrad_", torch.ones(13), r"of shape \[13, 2\] .* got \[13\]"),
     "momentum_buffer": (

@@ -1,4 +1,4 @@
-"""The package as installed: versions, reports, and what it says when the library does not fit."""
+"""The installed package: versions, reports, and errors if the library does not match torch."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ PACKAGE = Path(peer.__file__).resolve().parent
 def run(
     *arguments: str, package: Path = PACKAGE, **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    """Runs Python with this copy of the package, in the directory that holds it."""
+    """Runs Python with a copy of the package, in its directory."""
     return subprocess.run(
         [sys.executable, *arguments],
         cwd=package.parent,
@@ -43,13 +43,13 @@ def run(
 
 @pytest.fixture
 def copied_package(tmp_path: Path) -> Path:
-    """A copy of the package that a test may damage."""
+    """A copy of the package that a test can modify."""
     return Path(shutil.copytree(PACKAGE, tmp_path / "peer"))
 
 
 @pytest.fixture
 def package_for_another_torch(copied_package: Path) -> Path:
-    """A copy whose record says that it was built for torch 2.3."""
+    """A copy whose build record is for torch 2.3."""
     record = copied_package / "_build_info.json"
     built = json.loads(record.read_text())
     record.write_text(json.dumps({**built, "torch": "2.3.1+cpu", "torch_minor": "2.3"}))
@@ -58,7 +58,7 @@ def package_for_another_torch(copied_package: Path) -> Path:
 
 def test_version_is_the_metadata_s():
     try:
-        version = importlib.metadata.version("peer")
+        version = importlib.metadata.version("torch-peer")
     except importlib.metadata.PackageNotFoundError:
         pytest.skip("the package runs from the source tree, without metadata")
     assert peer.__version__ == version
@@ -169,7 +169,7 @@ def test_source_tree_in_which_nothing_is_compiled_says_so(copied_package: Path):
     result = run("-c", "import peer", package=copied_package)
     assert result.returncode != 0
     error = result.stderr.splitlines()[-1]
-    assert "is the source tree, in which nothing is compiled" in error
+    assert "is the source tree, and _build_info.json is missing because nothing was" in error
     assert "make build" in error
 
 
@@ -178,7 +178,7 @@ def test_library_that_the_loader_refuses_keeps_the_reason(copied_package: Path):
     result = run("-c", "import peer", package=copied_package)
     assert result.returncode != 0
     error = result.stderr.splitlines()[-1]
-    assert error.startswith("ImportError: peer: the loader refused")
+    assert error.startswith("ImportError: peer: the loader rejected")
     assert "invalid ELF header" in error or "file too short" in error
     assert "direct cause" in result.stderr
 
@@ -252,7 +252,7 @@ def test_examples_in_docstrings_hold(name: str):
 
 
 class TestBuild:
-    """What the build says, without building."""
+    """Messages and decisions of the build, without compiling."""
 
     pytestmark = pytest.mark.skipif(
         not (CHECKOUT / "setup.py").exists(), reason="not in a checkout"
@@ -263,7 +263,7 @@ class TestBuild:
     )
 
     def test_torch_is_found_from_an_isolated_build(self):
-        # -S: without site-packages, as in a build that a front end isolates.
+        # -S removes site-packages, like the isolated build of a front end.
         result = run("-S", "-c", self.find, PYTHONPATH="")
         assert result.stdout.strip() == str(Path(torch.__file__).resolve().parent), result.stderr
 
@@ -283,7 +283,7 @@ class TestBuild:
         result = build_in_place(TORCH_DIR=fake_torch(tmp_path), CUDA_HOME=tmp_path, **{variable: 1})
         assert result.returncode != 0
         assert result.stderr.strip() == (
-            f"peer: CUDA kernels are asked for, but there is no nvcc in CUDA_HOME={tmp_path}"
+            f"peer: CUDA kernels were requested, but there is no nvcc in CUDA_HOME={tmp_path}"
         )
 
     def test_cuda_with_a_torch_that_has_none_is_an_error(self, tmp_path: Path):
@@ -298,7 +298,8 @@ class TestBuild:
             TORCH_DIR=fake_torch(tmp_path, cuda="12.6"), CUDACXX=fake_nvcc(tmp_path), PEER_CUDA=1
         )
         assert result.returncode != 0
-        assert f"was built with CUDA 12.6, but {tmp_path / 'nvcc'} is of CUDA 13.0" in result.stderr
+        nvcc = tmp_path / "nvcc"
+        assert f"was built with CUDA 12.6, but {nvcc} is from CUDA 13.0" in result.stderr
 
     @pytest.mark.parametrize("value", ["yes", "2"])
     def test_peer_cuda_is_0_or_1(self, value: str, tmp_path: Path):
@@ -343,8 +344,8 @@ class TestBuild:
         )
         assert result.returncode != 0
         error = result.stderr.splitlines()[-1]
-        assert re.match(r"peer: the metadata were made for peer \S+\+torch2\.15cu130 and", error)
-        assert re.search(r"this is a build of peer \S+\+torch2\.15cpu for torch>=2\.15,<2", error)
+        assert re.match(r"peer: the metadata are for torch-peer \S+\+torch2\.15cu130 and", error)
+        assert re.search(r"a build of torch-peer \S+\+torch2\.15cpu for torch>=2\.15,<2", error)
 
     @pytest.mark.parametrize(
         ("minor", "toolkit", "found"),
@@ -356,7 +357,7 @@ class TestBuild:
         result = self.build_with_cmake_that_makes(minor, toolkit, tmp_path)
         assert result.returncode != 0
         assert result.stderr.splitlines()[-1].startswith(
-            f"peer: this was to be a build for torch2.15cpu, but CMake made one for {found}; "
+            f"peer: expected a build for torch2.15cpu, but CMake built for {found}; "
         )
 
     def test_record_gets_the_version(self, tmp_path: Path):
@@ -368,7 +369,7 @@ class TestBuild:
     def build_with_cmake_that_makes(
         self, minor: str, toolkit: str | None, directory: Path
     ) -> subprocess.CompletedProcess[str]:
-        """Builds for the CPU and torch 2.15 by a CMake that leaves nothing but such a record."""
+        """Builds for the CPU and torch 2.15 with a CMake that only writes such a record."""
         record = {"torch_minor": minor, "cuda": toolkit and {"toolkit": toolkit}}
         (directory / "cmake").mkdir()
         (directory / "cmake" / "__init__.py").write_text(
@@ -388,7 +389,7 @@ class TestBuild:
 
 
 class TestCudaToolkit:
-    """For which GPUs the CUDA kernels are compiled."""
+    """The GPUs that the CUDA kernels are compiled for."""
 
     pytestmark = TestBuild.pytestmark
     known: ClassVar = {75, 80, 86, 89, 90, 100, 120}
@@ -417,8 +418,8 @@ class TestCudaToolkit:
             ("Hopper", r"expected compute capabilities .*'8.0;9.0\+PTX', got 'Hopper'"),
             ("90", "got '90'"),
             (";", "got ''"),
-            ("7.0;7.5+PTX", "names no GPU of compute capability 8.0 or newer"),
-            ("8.0;13.0", "asks for 13.0, but this nvcc knows 7.5, 8.0, .*, 12.0"),
+            ("7.0;7.5+PTX", r"compute capability of 8\.0 or newer .* got '7\.0;7\.5\+PTX'"),
+            ("8.0;13.0", "has 13.0, but this nvcc supports 7.5, 8.0, .*, 12.0"),
         ],
     )
     def test_a_list_that_names_no_gpus_is_refused(self, toolkit, text: str, message: str):
@@ -430,8 +431,8 @@ class TestCudaToolkit:
         [
             ({90}, ["90"]),
             ({75, 80, 86, 90, 100}, ["80-real", "86-real", "90-real", "100"]),
-            ({86, 87}, ["86"]),  # nvcc does not know the second
-            ({130}, ["120"]),  # PTX of the newest that nvcc knows
+            ({86, 87}, ["86"]),  # nvcc does not support 8.7
+            ({130}, ["120"]),  # PTX of the newest that nvcc supports
         ],
     )
     def test_gpus_get_machine_code_and_the_newest_ptx(
@@ -440,7 +441,7 @@ class TestCudaToolkit:
         assert toolkit.choose_architectures(gpus, self.known) == expected
 
     @pytest.mark.parametrize(
-        ("gpus", "message"), [({70, 75}, "these are 7.0, 7.5"), (set(), "is unknown")]
+        ("gpus", "message"), [({70, 75}, "the GPUs have 7.0, 7.5"), (set(), "are unknown")]
     )
     def test_gpus_that_are_too_old_leave_no_build(self, toolkit, gpus: set[int], message: str):
         with pytest.raises(toolkit.NoCudaError, match=message):
@@ -480,12 +481,12 @@ class TestCudaToolkit:
 
 
 def build_in_place(**environment: object) -> subprocess.CompletedProcess[str]:
-    """Runs setup.py for a build that ends before it compiles anything."""
+    """Runs setup.py for a build that stops before it compiles."""
     return setup_py("build_ext", "--inplace", **environment)
 
 
 def setup_py(*arguments: str, **environment: object) -> subprocess.CompletedProcess[str]:
-    """Runs setup.py with no other variables than these of those that it reads."""
+    """Runs setup.py. Of the variables that it reads, only these are set."""
     pytest.importorskip("setuptools.command.bdist_wheel", reason="needs the build requirements")
     inherited = {
         name: value
@@ -503,7 +504,7 @@ def setup_py(*arguments: str, **environment: object) -> subprocess.CompletedProc
 
 
 def fake_torch(directory: Path, cuda: str | None = "13.2") -> Path:
-    """A directory that is torch's as far as the choice of a CUDA compiler goes."""
+    """A directory that the choice of a CUDA compiler accepts as torch."""
     directory = directory / "torch"
     directory.mkdir()
     (directory / "version.py").write_text(

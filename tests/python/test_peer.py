@@ -1,4 +1,4 @@
-"""The whole layer, and what users of `torch.nn` expect of it."""
+"""The layer, and the behaviour that users of `torch.nn` expect."""
 
 from __future__ import annotations
 
@@ -303,7 +303,7 @@ def test_a_pool_that_is_no_square_needs_its_grid():
 
 def test_a_device_without_a_new_part_to_put_there_is_refused():
     other = make_layer()
-    with pytest.raises(ValueError, match="of no use when router and experts are given"):
+    with pytest.raises(ValueError, match="have no effect if router and experts are given"):
         peer.PEER(10, router=other.router, experts=other.experts, dtype=torch.float64)
 
 

@@ -77,13 +77,13 @@ def test_every_parameter_gets_a_gradient(norm, scores):
     (weights * torch.randn_like(weights)).sum().backward()
     for name, parameter in router.named_parameters():
         assert parameter.grad is not None, name
-        # A bias before batch normalisation is subtracted again with the mean.
+        # Batch normalisation subtracts a preceding bias with the mean.
         if not (norm == "batch" and name == "query.bias"):
             assert parameter.grad.abs().max() > 1e-6, name
 
 
 def test_random_tokens_reach_every_expert_of_a_rectangular_grid():
-    # Wide keys: of few-dimensional ones, those inside the others' convex hull win for no query.
+    # Wide keys, because a key inside the convex hull of the others wins for no query.
     router = make_router(
         num_experts=(32, 24), num_experts_per_head=16, dim_key=64, query_norm="layer"
     )
@@ -146,7 +146,7 @@ def test_routing_of_a_token_does_not_depend_on_others_without_batch_norm(norm):
 
 
 def make_batch_norms(momentum, dtype=torch.float32):
-    """Ours and torch's, with the same random parameters."""
+    """Our normalisation and that of torch, with the same random parameters."""
     ours = BatchQueryNorm(24, momentum=momentum, dtype=dtype)
     nn.init.normal_(ours.weight)
     nn.init.normal_(ours.bias)
@@ -405,7 +405,7 @@ def test_a_mask_of_another_shape_is_named():
 
 
 def test_a_mask_that_is_not_bool_is_refused():
-    with pytest.raises(TypeError, match=r"dtype bool, True where padding, got torch.int64"):
+    with pytest.raises(TypeError, match=r"dtype bool, True for padding, got torch.int64"):
         make_router()(torch.randn(2, 3, 10), torch.ones(2, 3, dtype=torch.int64))
 
 
@@ -441,7 +441,7 @@ def test_a_checkpoint_of_the_same_options_loads():
 
 
 def trained_router(**options):
-    """A router with batch statistics unlike those of initialisation."""
+    """A router whose batch statistics are not the initial ones."""
     router = make_router(**options)
     with torch.no_grad():
         for parameter in router.norm.parameters():

@@ -1,4 +1,4 @@
-"""TorchScript: compile, save, load in a new process, forward and backward there."""
+"""TorchScript: compile, save, load in a new process, and run forward and backward."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from peer.modules.norms import QUERY_NORMS
 
 
 class Layer(nn.Module):
-    """Retrieval and experts, called as a model would that knows the operators only."""
+    """A model that calls the operators for retrieval and experts."""
 
     def __init__(self, activation: str, glu: bool, sparse_grad: bool) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class Layer(nn.Module):
 
 
 class FunctionalLayer(Layer):
-    """The same through peer.functional, with leading dimensions."""
+    """The same model with peer.functional and leading dimensions."""
 
     def forward(self, x: Tensor) -> Tensor:
         scores, indices = peer.functional.product_key_topk(
@@ -163,7 +163,7 @@ def test_the_layers_here_have_every_option_between_them():
 def test_a_scripted_layer_steps_as_in_eager(name, training):
     layer = make_layer(name).train(training)
     scripted = torch.jit.script(copy.deepcopy(layer))
-    # The profiling executor specialises after some runs, for the mask as well.
+    # The profiling executor specialises after a few runs, also for the mask.
     for length, masked in (7, True), (7, True), (7, False), (2, False), (11, True):
         inputs = draw(layer, length, masked)
         assert differing(step(scripted, *inputs), step(layer, *inputs)) == []

@@ -1,4 +1,4 @@
-"""The tracker of how experts are used."""
+"""The usage tracker."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def make_layer(**options):
 
 
 def sum_by_expert(weights, indices):
-    """The definition, one retrieval at a time."""
+    """The definition, computed one retrieval at a time."""
     mass, counts = [0.0] * 48, [0] * 48
     for weight, index in zip(weights.flatten().tolist(), indices.flatten().tolist(), strict=True):
         mass[index] += weight

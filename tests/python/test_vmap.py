@@ -1,4 +1,4 @@
-"""The vmap rules: every mixture of batched and shared arguments equals a loop over the samples."""
+"""Batching rules: every mix of batched and shared arguments equals a loop over the samples."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ apply_experts_backward = torch.ops.peer.expert_mlp_backward
 
 
 def batch(tensor: Tensor, dim: int, seed: int) -> Tensor:
-    """Samples that differ from the tensor and from one another, stacked at `dim`."""
+    """Distinct variations of a tensor, stacked at `dim`."""
     generator = torch.Generator().manual_seed(seed)
     if tensor.is_floating_point():
         samples = [
@@ -31,7 +31,7 @@ def batch(tensor: Tensor, dim: int, seed: int) -> Tensor:
 
 
 def loop(function, in_dims, *arguments):
-    """What vmap means."""
+    """The definition of vmap."""
 
     def select(argument, dim, sample):
         return argument if dim is None else argument.select(dim, sample)
@@ -52,7 +52,7 @@ def assert_equals_loop(function, in_dims, *arguments):
 
 
 def mixtures(count: int) -> list[tuple[int | None, ...]]:
-    """All choices of which of `count` arguments are batched, at alternating dimensions."""
+    """All subsets of `count` arguments to batch, at alternating dimensions."""
     choices = itertools.product([True, False], repeat=count)
     return [
         tuple((position % 2 if chosen else None) for position, chosen in enumerate(choice))
