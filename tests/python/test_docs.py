@@ -130,13 +130,141 @@ def test_the_examples_of_the_readme_run():
             return self.blocks(x)
 
     assert blocks_of(README)
-    x, y = torch.randn(4, 8, 16), torch.randn(4, 8, 16)
-    names = run_page(README, model=Model(), dim=16, x=x, y=y, batches=[(x, y)])
+    x, y = torch.randn(32, 16), torch.randn(32, 16)
+    paper = peer.PEER(16, num_experts=144, heads=3, num_experts_per_head=4, dim_key=8)
+    plain = {
+        "query": torch.nn.Sequential(paper.router.query, paper.router.norm),
+        "row_keys": paper.router.row_keys,
+        "col_keys": paper.router.col_keys,
+        "table": paper.experts.weight,
+        **{"H": 3, "K": 4, "torch": torch, "F": torch.nn.functional},
+    }
+    names = run_page(README, model=Model(), dim=16, x=x, y=y, batches=[(x, y)], **plain)
+    torch.testing.assert_close(names["out"], paper(x))
+    torch.testing.assert_close(names["out"], peer.reference.peer(paper, x))
     layer = names["model"].blocks[1].mlp
     assert isinstance(layer, peer.PEER)
     stepped = [p for optimizer in names["optimizers"] for p in optimizer.state]
     assert {id(p) for p in stepped} == {id(p) for p in names["model"].parameters()}
     assert set(names["optimizers"][1].state) == {layer.experts.weight}
+
+
+LINK = re.compile(r"\]\((?!https?:)(?P<file>[^)#]*)(?:#(?P<heading>[^)]*))?\)")
+
+
+@pytest.mark.skipif(not README.exists(), reason="not in a checkout")
+@pytest.mark.parametrize("page", [README, CHECKOUT / "CONTRIBUTING.md", *PAGES], ids=lambda p: p.name)
+def test_links_lead_to_files_and_headings(page: Path):
+    for link in LINK.finditer(page.read_text()):
+        target = (page.parent / link["file"]).resolve() if link["file"] else page
+        assert target.exists(), f"{page.name} links to {link['file']}, which does not exist"
+        if link["heading"]:
+            titles = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE)
+            slugs = [re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles]
+            assert link["heading"] in slugs, f"{page.name}: no heading for {link[0]}"
+
+
+@pytest.mark.skipif(not README.exists(), reason="not in a checkout")
+def test_files_in_the_map_of_the_design_exist():
+    page = (CHECKOUT / "docs" / "design.md").read_text()
+    section = page[page.index("## Map") : page.index("## The table")]
+    rows = [line.strip("| ").split(" | ") for line in section.splitlines() if line[:3] == "| `"]
+    assert len(rows) == 3
+    for _, operators, kernels, tests in rows:
+        for name in re.findall(r"`(\w+)`", operators):
+            assert (CHECKOUT / "csrc" / "ops" / f"{name}.cpp").exists(), name
+            for key in "autograd", "meta", "cpu", "cuda":
+                assert (CHECKOUT / "csrc" / "ops" / key / f"{name}.cpp").exists(), (key, name)
+        for name in re.findall(r"`(\w+)`", kernels):
+            for device in "cpu", "cuda":
+                found = (CHECKOUT / "csrc" / "kernels" / device).glob(f"{name}.c*")
+                assert list(found), (device, name)
+        for name in re.findall(r"`(test_\w+)", tests):
+            assert list((CHECKOUT / "tests").rglob(f"{name}.*")), name
+
+
+class TestSupportMatrix:
+    """What README's matrix says of CPUs, where no other test covers a dtype."""
+
+    class Layers(torch.nn.Module):
+        """One layer for each dtype, all applied to the same tokens."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            options = {"num_experts": (6, 5), "heads": 3, "num_experts_per_head": 4, "dim_key": 8}
+            self.in_float32 = peer.PEER(10, query_norm="layer", **options)
+            self.in_bfloat16 = peer.PEER(10, query_norm="layer", dtype=torch.bfloat16, **options)
+            self.in_float16 = peer.PEER(10, query_norm="layer", dtype=torch.float16, **options)
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+            return (
+                self.in_float32(x),
+                self.in_bfloat16(x.to(torch.bfloat16)),
+                self.in_float16(x.to(torch.float16)),
+            )
+
+    @pytest.fixture
+    def layers(self) -> Layers:
+        torch.manual_seed(0)
+        return self.Layers()
+
+    @pytest.fixture
+    def x(self) -> torch.Tensor:
+        return torch.randn(4, 7, 10)
+
+    @staticmethod
+    def gradients(layers: torch.nn.Module, outputs: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
+        loss = sum(out.float().square().sum() for out in outputs)
+        return list(torch.autograd.grad(loss, list(layers.parameters())))
+
+    def assert_steps_like(self, call: Any, layers: Layers, x: torch.Tensor) -> None:
+        expected = layers(x)
+        found = call(x)
+        torch.testing.assert_close(found, expected)
+        assert [out.dtype for out in found] == [torch.float32, torch.bfloat16, torch.float16]
+        for a, b in zip(
+            self.gradients(layers, found), self.gradients(layers, expected), strict=True
+        ):
+            torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)
+
+    def test_torchscript(self, layers: Layers, x: torch.Tensor):
+        self.assert_steps_like(torch.jit.script(layers), layers, x)
+
+    def test_compile(self, layers: Layers, x: torch.Tensor):
+        compiled = torch.compile(layers, fullgraph=True, backend="aot_eager")
+        self.assert_steps_like(compiled, layers, x)
+
+    def test_export_and_aotinductor(self, layers: Layers, x: torch.Tensor, tmp_path: Path):
+        sizes = {0: torch.export.Dim("sequences"), 1: torch.export.Dim("length")}
+        program = torch.export.export(layers, (x,), dynamic_shapes=(sizes,))
+        longer = torch.randn(3, 11, 10)
+        torch.testing.assert_close(program.module()(longer), layers(longer))
+        with torch.no_grad():
+            program = torch.export.export(layers, (x,), dynamic_shapes=(sizes,))
+        path = torch._inductor.aoti_compile_and_package(
+            program, package_path=str(tmp_path / "layers.pt2")
+        )
+        loaded = torch._inductor.aoti_load_package(path)
+        torch.testing.assert_close(tuple(loaded(longer)), layers(longer), rtol=2e-2, atol=2e-2)
+
+    def test_func(self, layers: Layers, x: torch.Tensor):
+        def loss(parameters: dict[str, torch.Tensor], sample: torch.Tensor) -> torch.Tensor:
+            outputs = torch.func.functional_call(layers, parameters, (sample,))
+            return sum(out.float().square().sum() for out in outputs)
+
+        parameters = {name: p.detach() for name, p in layers.named_parameters()}
+        samples = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, x)
+        together = torch.func.grad(loss)(parameters, x)
+        directions = {name: torch.randn_like(p) for name, p in parameters.items()}
+        _, tangent = torch.func.jvp(lambda p: loss(p, x), (parameters,), (directions,))
+        product = 0.0
+        for name, gradient in together.items():
+            assert gradient.dtype == parameters[name].dtype
+            torch.testing.assert_close(
+                samples[name].float().sum(0), gradient.float(), rtol=5e-2, atol=5e-2
+            )
+            product += float((gradient.float() * directions[name].float()).sum())
+        assert float(tangent) == pytest.approx(product, rel=5e-2)
 
 
 class TestReadingPages:
