@@ -71,9 +71,9 @@ help:
 demo: $(package) $(demo_tools)
 	cd examples && $(BIN)/python -m language_model --out "$(CURDIR)/demo-output" $(ARGS)
 
-# Started in benchmarks/, for the same reason.
+# Started in benchmarks/, which has peer_bench but not the package's source tree.
 bench: $(package) $(bench_tools)
-	cd benchmarks && $(BIN)/python -m peer.bench --preset targets --csv "$(CURDIR)/benchmark-rows.csv" $(ARGS)
+	cd benchmarks && $(BIN)/python -m peer_bench --preset targets --csv "$(CURDIR)/benchmark-rows.csv" $(ARGS)
 
 test: test-cpp test-python
 

@@ -40,7 +40,7 @@ jobs=$(($(nproc) < 8 ? $(nproc) : 8))
 build=$root/build/gpu
 run=(python3)
 pytest=(python3 -m pytest -q -p no:cacheprovider -c "$root/pyproject.toml" --rootdir "$root")
-bench=(-m peer.bench --device cuda --csv "$out/rows.csv")
+bench=(-m peer_bench --device cuda --csv "$out/rows.csv")
 steps=("$root/benchmarks/gpu/steps.py")
 tests=$root/tests/cuda
 if [ "${PEER_REHEARSE:-}" = 1 ]; then
@@ -51,7 +51,7 @@ if [ "${PEER_REHEARSE:-}" = 1 ]; then
   run=(python3 -m emulated_cuda)
   pytest+=(-p emulated_cuda)
   layer=(--tokens 16 --dim 32 --num-experts 1024 --heads 2 --k 4)
-  bench+=("${layer[@]}" --dim-key 16 --rounds 1 --min-time 0 --stream-mib 1)
+  bench+=("${layer[@]}" --dim-key 16 --rounds 1 --min-time 0 --bandwidth-mib 1)
   steps+=("${layer[@]}")
   export PYTHONPATH=$root/tests/emulated_cuda:${PYTHONPATH:-} PATH=$PATH:$root/tests/emulated_cuda/bin
 else
@@ -59,7 +59,7 @@ else
   configure=(-DPEER_CUDA=ON "-DCMAKE_CUDA_ARCHITECTURES=$capability")
 fi
 site=$build/site
-export PYTHONPATH=$site:${PYTHONPATH:-} PYTHONUNBUFFERED=1
+export PYTHONPATH=$site:$root/benchmarks:${PYTHONPATH:-} PYTHONUNBUFFERED=1
 
 failed=0
 record() { # PHASE STATUS SECONDS

@@ -1,4 +1,4 @@
-"""Draws rows of `python -m peer.bench`: `python benchmarks/plot.py rows.csv --out pictures`.
+"""Draws rows of `python -m peer_bench`: `python benchmarks/plot.py rows.csv --out pictures`.
 
 Bars show the time of each mode by provider, one picture a case that has several providers; lines
 show what changes with one size, one picture a size that takes several values while the others stay.
@@ -65,13 +65,13 @@ def read(paths: list[Path]) -> list[Row]:
         with path.open(newline="") as file:
             for row in csv.DictReader(file):
                 if row["median_s"]:
-                    names = ("mode", "provider", "spelling", "distribution", "routers")
+                    names = ("mode", "provider", "variant", "distribution", "routers")
                     latest[tuple(row[n] for n in (*names, "capability", *SIZES))] = row
     return list(latest.values())
 
 
 def fastest(rows: list[Row]) -> dict[str, Row]:
-    """Of each provider the fastest spelling, in the order of `COLORS`."""
+    """Of each provider the fastest variant, in the order of `COLORS`."""
     best: dict[str, Row] = {}
     for row in sorted(rows, key=lambda row: float(row["median_s"])):
         best.setdefault(row["provider"], row)
@@ -102,7 +102,7 @@ def spell_time(seconds: float) -> str:
 
 def name_stream(row: Row) -> str:
     """What bandwidth a row is compared with: read on a CPU, copied on a GPU."""
-    return "copy" if row["stream_formula"].startswith("copy") else "stream"
+    return "copy" if row["bandwidth_formula"].startswith("copy") else "stream"
 
 
 def draw_bars(rows: list[Row], folder: Path) -> list[Path]:
@@ -129,11 +129,11 @@ def draw_bars(rows: list[Row], folder: Path) -> list[Path]:
                 spread = (float(row["min_s"]), float(row["max_s"]))
                 axes.plot(spread, (place, place), color="black", linewidth=1)
                 text = f"  {spell_time(seconds)}"
-                if mode.startswith("experts") and row["stream_share"]:
-                    text += f", {100 * float(row['stream_share']):.0f} % of {name_stream(row)}"
+                if mode.startswith("experts") and row["bandwidth_share"]:
+                    text += f", {100 * float(row['bandwidth_share']):.0f} % of {name_stream(row)}"
                 axes.text(max(seconds, spread[1]), place, text, va="center", fontsize=8)
                 ticks.append(place)
-                labels.append(f"{name} ({row['spelling']})" if row["spelling"] else name)
+                labels.append(f"{name} ({row['variant']})" if row["variant"] else name)
                 place += 1
         axes.set_xscale("log")
         low, high = axes.get_xlim()
@@ -208,7 +208,7 @@ def _draw_sweep(field: str, rows: list[Row], path: Path) -> bool:
             style = {"color": COLORS.get(name, "#888888"), "marker": "o", "markersize": 3}
             top.plot(xs, [float(r["median_s"]) for r in line.values()], label=name, **style)
             if not name.startswith("dense"):
-                shares = [100 * float(r["stream_share"]) for r in line.values()]
+                shares = [100 * float(r["bandwidth_share"]) for r in line.values()]
                 bottom.plot(xs, shares, **style)
         top.set_title(MODES[mode], fontsize=10)
         top.set_yscale("log")
@@ -250,7 +250,7 @@ def _short(value: int) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Draws everything that the rows allow, and prints the pictures' names."""
-    parser = argparse.ArgumentParser(description="Draws rows of `python -m peer.bench`.")
+    parser = argparse.ArgumentParser(description="Draws rows of `python -m peer_bench`.")
     parser.add_argument("csv", type=Path, nargs="+", help="files of rows")
     parser.add_argument("--out", type=Path, default=Path("pictures"), help="folder for pictures")
     options = parser.parse_args(arguments)

@@ -1,7 +1,5 @@
-"""Benchmarks of the layer beside what it replaces: `python -m peer.bench`.
+"""Benchmarks of the layer beside the layers that it replaces: `python -m peer_bench`.
 
-Every provider is compared with a float64 reference before it is timed; providers take turns within
-a run, on the same tables and the same ids. `benchmarks/README.md` describes the rows.
-
-It needs `pip install 'peer[bench]'`; nothing here is imported by `import peer`.
+The benchmark compares every provider with a float64 reference before it times it. The providers of
+a case take turns on the same tables and the same ids. `benchmarks/README.md` describes the rows.
 """

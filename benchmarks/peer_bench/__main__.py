@@ -1,46 +1,32 @@
-"""Command line: `python -m peer.bench`."""
+"""Command line: `python -m peer_bench`."""
 
 from __future__ import annotations
 
 import argparse
 import os
-import subprocess
 import sys
-import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
-import torch
+from peer_bench import results
+from peer_bench.cases import DEVICES, DTYPES, MODES, PRESETS, PROVIDERS, list_plans
+from peer_bench.entries import list_entries
+from peer_bench.machine import ASSUMED_GPU, CPU, GIB, HEADROOM, Gpu, MachineError
+from peer_bench.problem import parse_exponent
+from peer_bench.results import HUGE_PAGES, TARGET_PRESETS, evaluate, evaluate_runs, uses_huge_pages
+from peer_bench.runner import SETTINGS, Failure, Run, Settings, count_turns
 
-from peer.bench import rows as csv_rows
-from peer.bench.cases import DEVICES, DTYPES, MODES, PRESETS, list_plans
-from peer.bench.distributions import parse_exponent
-from peer.bench.failures import Failure
-from peer.bench.machine import ASSUMED_GPU, MachineError, Sizes, open_machine
-from peer.bench.memory import HEADROOM
-from peer.bench.providers import PROVIDERS
-from peer.bench.rows import HUGE_PAGES, uses_huge_pages
-from peer.bench.run import Listing, Options, list_entries, run_plans
-from peer.bench.targets import TARGET_PRESETS, evaluate, evaluate_runs
-from peer.bench.timing import SETTINGS, Settings
-
-__all__ = ["main"]
-
-CAPABILITY = "PEER_CPU_CAPABILITY"
 DEFAULTS = {"cpu": "quick", "cuda": "cuda-targets"}  # presets
-GIB = 2**30
-
 SIZES = ("num_experts", "tokens", "dim", "heads", "k", "dim_key", "threads")
-TIMING = ("rounds", "min_time", "stream_mib", "max_memory")
-PASSED_ON = (*SIZES, "dtype", "providers", "modes", *TIMING)
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Reads the command line."""
+    """Reads the command line. `plans` are those of the preset with the options in place."""
     parser = argparse.ArgumentParser(
-        prog="python -m peer.bench",
+        prog="python -m peer_bench",
         description="Measures PEER layers beside plain PyTorch, PEER-pytorch and the feed-forward "
         "layers that they replace. Options for sizes take one value or several, separated by "
-        "commas, instead of the preset's; benchmarks/README.md describes the rows.",
+        "commas, and replace the preset's. benchmarks/README.md describes the rows.",
     )
     add = parser.add_argument
     add(
@@ -48,8 +34,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         choices=list(PRESETS),
         help=f"what to measure; default: {DEFAULTS['cpu']}, with --device cuda {DEFAULTS['cuda']}",
     )
-    add("--providers", help=f"out of {', '.join(PROVIDERS)}")
-    add("--modes", help=f"out of {', '.join(MODES)}; backward includes forward")
+    add("--providers", help=f"some of {', '.join(PROVIDERS)}")
+    add("--modes", help=f"some of {', '.join(MODES)}; backward includes forward")
     add("--distribution", help="of the ids: uniform, zipf:EXPONENT, router")
     add("--num-experts", help="N, a square")
     add("--tokens", help="T")
@@ -57,14 +43,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--heads", help="H")
     add("--k", help="experts per head")
     add("--dim-key", help="query width per head")
-    add("--dtype", help=f"out of {', '.join(DTYPES)}")
+    add("--dtype", help=f"some of {', '.join(DTYPES)}")
     add("--threads", help="of torch; default: as many as it chooses")
     add("--csv", type=Path, help="file to append rows to, as they are measured")
-    add(
-        "--rounds", type=int, help=f"turns of each provider; slow ones take 3; {_default('rounds')}"
-    )
-    add("--min-time", type=float, help=f"seconds of a turn, at least; {_default('min_time')}")
-    add("--stream-mib", type=int, help="size of the buffer that bandwidth is measured on")
+    add("--rounds", type=int, help=f"turns of each provider; slow ones take 3; {_say('rounds')}")
+    add("--min-time", type=float, help=f"seconds of a turn, at least; {_say('min_time')}")
+    add("--bandwidth-mib", type=int, help="size of the buffer that bandwidth is measured on")
     add("--max-memory", type=float, help="GiB to use at most; default: all but 2 GiB of the rest")
     add("--huge-pages", action="store_true", help=f"{HUGE_PAGES}=1: large tensors on huge pages")
     add("--device", choices=list(DEVICES), default="cpu", help="where to measure")
@@ -74,157 +58,135 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         type=Path,
         nargs="+",
         metavar="CSV",
-        help="measure nothing; print which targets the rows of these files meet, of each the last "
+        help="measure nothing; print which targets the rows of these files meet, each by the last "
         "run that measured it",
     )
     options = parser.parse_args(arguments)
-    if options.preset is None:
-        options.preset = DEFAULTS[options.device]
+    options.preset = options.preset or DEFAULTS[options.device]
     for name in ("rounds", "min_time"):
         if getattr(options, name) is None:
             setattr(options, name, getattr(SETTINGS[options.device], name))
-    if options.device != "cpu":
-        for name in ("threads", "huge_pages"):
-            if getattr(options, name):
-                parser.error(f"--{name.replace('_', '-')} is for --device cpu")
+    for name in ("threads", "huge_pages"):
+        if options.device != "cpu" and getattr(options, name):
+            parser.error(f"--{name.replace('_', '-')} is for --device cpu")
+    if options.rounds < 1 or options.min_time < 0:
+        parser.error("expected --rounds to be positive and --min-time not to be negative")
     try:
+        distributions = _split(options.distribution)
+        for distribution in distributions:
+            parse_exponent(distribution)
+        sizes: dict[str, tuple[int | str, ...]] = {
+            name: tuple(int(value) for value in getattr(options, name).split(","))
+            for name in SIZES
+            if getattr(options, name)
+        }
+        options.single_sizes = {
+            name: values[0] for name, values in sizes.items() if len(values) == 1
+        }
         options.plans = list_plans(
             options.preset,
-            modes=_names(options.modes, MODES, "--modes"),
-            providers=_names(options.providers, PROVIDERS, "--providers"),
-            distributions=_distributions(options.distribution),
-            sizes=_sizes(options),
+            modes=_split(options.modes, MODES, "--modes"),
+            providers=_split(options.providers, PROVIDERS, "--providers"),
+            distributions=distributions,
+            sizes={**sizes, "dtype": _split(options.dtype)} if options.dtype else sizes,
             device=options.device,
         )
     except ValueError as error:
         parser.error(str(error))
-    if options.rounds < 1 or options.min_time < 0:
-        parser.error("--rounds takes a positive number, --min-time none below 0")
     return options
 
 
-def _default(name: str) -> str:
+def _say(name: str) -> str:
     cpu, cuda = (getattr(SETTINGS[device], name) for device in DEVICES)
     return f"default: {cpu}, with --device cuda {cuda}"
 
 
-def _names(text: str | None, known: object, option: str) -> tuple[str, ...]:
+def _split(text: str | None, known: Iterable[str] = (), option: str = "") -> tuple[str, ...]:
+    """The distinct names of a list, which must be known ones."""
     names = tuple(dict.fromkeys(text.split(","))) if text else ()
     for name in names:
-        if name not in known:  # type: ignore[operator]
-            raise ValueError(f"{option} takes names out of {', '.join(known)}, got {name}")  # type: ignore[arg-type]
+        if known and name not in tuple(known):
+            raise ValueError(f"expected {option} out of {', '.join(known)}, got {name}")
     return names
-
-
-def _distributions(text: str | None) -> tuple[str, ...]:
-    names = tuple(dict.fromkeys(text.split(","))) if text else ()
-    for name in names:
-        parse_exponent(name)
-    return names
-
-
-def _sizes(options: argparse.Namespace) -> dict[str, tuple[int | str, ...]]:
-    sizes: dict[str, tuple[int | str, ...]] = {}
-    for name in SIZES:
-        if text := getattr(options, name):
-            sizes[name] = tuple(int(value) for value in text.split(","))
-    if options.dtype:
-        sizes["dtype"] = tuple(options.dtype.split(","))
-    return sizes
-
-
-def _sizes_of_all_plans(options: argparse.Namespace) -> dict[str, int]:
-    """The numbers that the command line gives in place of the preset's."""
-    return {
-        name: values[0]
-        for name, values in _sizes(options).items()
-        if len(values) == 1 and isinstance(values[0], int)
-    }
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs a preset.
 
     Returns:
-        The exit status: 1 if a provider was wrong or failed, 2 where something is missing, 130
-        after Ctrl-C.
+        The exit status: 1 if a provider was wrong or failed, 2 if something is missing, 130 after
+        Ctrl-C.
     """
     options = parse(arguments)
     try:
         from rich.console import Console
 
-        from peer.bench import report
+        from peer_bench import report
     except ModuleNotFoundError as error:
         if error.name != "rich":
             raise
-        print("peer.bench needs rich: pip install 'peer[bench]'", file=sys.stderr)
-        return 2
-    # A pipe or a file has no width of its own; tables are for reading there too.
+        return _refuse("rich is not installed: pip install rich")
+    # A pipe or a file has no width of its own; tables are read there, too.
     console = Console() if sys.stdout.isatty() else Console(width=160)
     if options.targets:
         try:
-            found = [row for path in options.targets for row in csv_rows.read(path)]
+            found = [row for path in options.targets for row in results.read(path)]
         except (OSError, ValueError) as error:
-            print(f"peer.bench: {error}", file=sys.stderr)
-            return 2
+            return _refuse(str(error))
         for device in sorted({row.device for row in found}):
             console.print(report.make_targets_table(evaluate_runs(found, device)))
         return 0
     memory = None if options.max_memory is None else round(options.max_memory * GIB)
+    machine = CPU
     try:
-        machine = open_machine(options.device)
-        sizes = machine.sizes
+        machine = CPU if options.device == "cpu" else Gpu()
+        available, cache = machine.available(), machine.last_level_cache
     except MachineError as error:
         if not options.dry_run:
-            print(f"peer.bench: {error}", file=sys.stderr)
-            return 2
-        sizes = ASSUMED_GPU
-        console.print(f"{error}. {describe_assumed(sizes, memory)}", highlight=False)
-    budget = sizes.memory - HEADROOM if memory is None else memory
-    listings = [
-        entry
-        for plan in options.plans
-        for entry in list_entries(plan, budget, sizes.last_level_cache)
-    ]
+            return _refuse(str(error))
+        available, cache = ASSUMED_GPU
+        size = f"{available / GIB:g} GiB of memory and {cache / 2**20:.0f} MiB of L2 cache"
+        console.print(f"{error}. The list assumes one with {size}.", highlight=False)
+    budget = available - HEADROOM if memory is None else memory
+    entries = [entry for plan in options.plans for entry in list_entries(plan, budget, cache)]
     if options.dry_run:
-        console.print(report.make_listing_table(listings))
+        console.print(report.make_entries_table(entries))
         return 0
-    run = Options(
+    display = report.Display(console, count_turns(entries, options.rounds))
+    failures: list[tuple[str, Failure]] = []
+    run = Run(
         preset=options.preset,
         csv=options.csv,
         settings=Settings(options.rounds, options.min_time),
-        stream_size=None if options.stream_mib is None else options.stream_mib * 2**20,
+        transfer_size=options.bandwidth_mib and options.bandwidth_mib * 2**20,
         memory=memory,
         machine=machine,
+        on_row=display.show_row,
+        on_progress=display.advance,
+        on_failure=lambda what, failure: failures.append((what, failure)),
     )
-    display = report.Display(console, count_turns(listings, options.rounds))
-    failures: list[tuple[str, Failure]] = []
-
-    def fail(what: str, failure: Failure) -> None:
-        failures.append((what, failure))
-
     try:
         with display.shown():
-            rows = run_plans(options.plans, run, display.show_row, display.advance, fail)
+            rows = run.measure(options.plans)
     except KeyboardInterrupt:
         print_failures(failures)
         print("\nStopped; rows that were measured are kept.", file=sys.stderr)
         return 130
     console.print(report.make_rows_table(rows))
     if options.preset in TARGET_PRESETS:
-        verdicts = evaluate(rows, options.device, _sizes_of_all_plans(options))
+        verdicts = evaluate(rows, options.device, options.single_sizes)
         console.print(report.make_targets_table(verdicts))
-    status = 1 if failures else 0
-    if options.preset == "targets" and torch.ops.peer.cpu_capability() == "avx512":
-        others, other_status = measure_as("avx2", options)
-        console.print(report.make_rows_table(others))
-        status = status or other_status
     print_failures(failures)
-    return status
+    return 1 if failures else 0
+
+
+def _refuse(reason: str) -> int:
+    print(f"peer_bench: {reason}", file=sys.stderr)
+    return 2
 
 
 def print_failures(failures: list[tuple[str, Failure]]) -> None:
-    """What was wrong or failed, on stderr: tracebacks, then a line each."""
+    """Prints what was wrong or failed to stderr: tracebacks, then a line each."""
     for what, failure in failures:
         if failure.traceback:
             print(f"{what}:\n{failure.traceback}", file=sys.stderr)
@@ -232,43 +194,8 @@ def print_failures(failures: list[tuple[str, Failure]]) -> None:
         print(f"{what}: {failure.reason}", file=sys.stderr)
 
 
-def describe_assumed(sizes: Sizes, memory: int | None) -> str:
-    """What the list of a dry run reckons with in place of a GPU.
-
-    Args:
-        sizes: that are assumed.
-        memory: bytes that the command line allows, or None.
-    """
-    cache = f"{sizes.last_level_cache / 2**20:.0f} MiB of last-level cache"
-    if memory is not None:
-        return f"The list is for one of which {memory / GIB:g} GiB may be used, with {cache}."
-    return f"The list is for one with {sizes.memory / GIB:g} GiB and {cache}."
-
-
-def count_turns(listings: list[Listing], rounds: int) -> int:
-    """Turns of the progress bar: for each entry a check, a peak and its rounds."""
-    return len(listings) * (rounds + 2)
-
-
-def measure_as(capability: str, options: argparse.Namespace) -> tuple[list[csv_rows.Row], int]:
-    """Rows of the preset `capability` and the exit status of a process that runs other kernels."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "rows.csv"
-        command = [sys.executable, "-m", "peer.bench", "--preset", "capability"]
-        command += ["--csv", str(path)]
-        for name in PASSED_ON:
-            if (value := getattr(options, name)) is not None:
-                command += [f"--{name.replace('_', '-')}", str(value)]
-        environment = {**os.environ, CAPABILITY: capability}
-        run = subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, check=False)
-        rows = csv_rows.read(path) if path.exists() else []
-    if options.csv is not None:
-        csv_rows.append(rows, options.csv)
-    return rows, run.returncode
-
-
 if __name__ == "__main__":
-    # Torch reads the variable when it first allocates, so it must be there before torch is.
+    # Torch reads the variable at its first allocation, so it must be set before torch is imported.
     if "--huge-pages" in sys.argv and not uses_huge_pages():
         os.environ[HUGE_PAGES] = "1"
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])

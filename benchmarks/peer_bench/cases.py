@@ -1,4 +1,4 @@
-"""What is measured: the sizes of a case, and the presets, lists of cases with their providers."""
+"""What is measured: the sizes of a case, and the presets, which are lists of plans."""
 
 from __future__ import annotations
 
@@ -9,41 +9,39 @@ from itertools import product
 
 import torch
 
-__all__ = [
-    "DEVICES",
-    "DTYPES",
-    "MODES",
-    "ONLY_ON",
-    "PRESETS",
-    "Case",
-    "Plan",
-    "canonical",
-    "list_plans",
-]
-
 DEVICES = ("cpu", "cuda")
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
+LAYER = ("forward", "backward", "step")
+EXPERTS = ("experts-forward", "experts-backward")
+CHOICE = ("routing", "retrieval", "selection")  # these read no expert
+
 # The whole layer, then its stages. "backward" is forward and backward; "step" adds the optimizer
 # and zero_grad; "experts-backward" is the backward pass alone; "routing" is the product with the
-# query weights and then retrieval.
-MODES = (
-    "forward",
-    "backward",
-    "step",
-    "experts-forward",
-    "experts-backward",
-    "routing",
-    "retrieval",
-    "selection",
-    "optimizer",
+# query weights, then retrieval.
+MODES = (*LAYER, *EXPERTS, *CHOICE, "optimizer")
+
+PROVIDERS = (
+    "peer",
+    "peer-dense-grad",
+    "peer-fused",
+    "peer-graph",
+    "eager",
+    "embedding_bag",
+    "compiled",
+    "PEER-pytorch",
+    "dense-4d",
+    "dense-active",
 )
+OURS = ("peer", "peer-fused")
+PLAIN = ("eager", "compiled")
+ALL = tuple(name for name in PROVIDERS if name != "peer-graph")
 
 
 @dataclass(frozen=True)
 class Case:
-    """Sizes of one layer and of its input.
+    """Sizes of a layer and its input; by default the paper's layer, 1024 tokens and D = 512.
 
     Args:
         num_experts: N, a perfect square.
@@ -52,10 +50,10 @@ class Case:
         heads: H.
         k: K, experts per head.
         dim_key: query width per head.
-        dtype: of the tables, a key of `DTYPES`. `activation_dtype` is that of all else.
+        dtype: of the table, a key of `DTYPES`. `activation_dtype` is the dtype of all else.
         threads: of torch.
-        routers: how many copies of the router take turns. With a single token the query weights
-            are most of the bytes, and one copy of them would stay in the caches.
+        routers: copies of the router that take turns. With a single token, the query weights are
+            most of the bytes, and one copy of them would stay in the caches.
         device: "cpu" or "cuda".
     """
 
@@ -71,42 +69,36 @@ class Case:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        if self.root**2 != self.num_experts:
-            raise ValueError(f"expected num_experts to be a square, got {self.num_experts}")
-        if self.dtype not in DTYPES:
-            raise ValueError(f"expected dtype out of {', '.join(DTYPES)}, got {self.dtype}")
-        if self.device not in DEVICES:
-            raise ValueError(f"expected device out of {', '.join(DEVICES)}, got {self.device}")
-        for name in ("num_experts", "tokens", "dim", "heads", "k", "routers"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"expected {name} to be positive, got {getattr(self, name)}")
-        if self.k > self.root:
-            raise ValueError(f"expected k of at most {self.root}, the keys of a half, got {self.k}")
-        if self.dim_key < 2 or self.dim_key % 2:
-            raise ValueError(f"expected dim_key to be even and positive, got {self.dim_key}")
+        for name, known in (("dtype", tuple(DTYPES)), ("device", DEVICES)):
+            self._require(name, getattr(self, name) in known, f"one of {', '.join(known)}")
+        for name in ("num_experts", "tokens", "dim", "heads", "routers"):
+            self._require(name, getattr(self, name) > 0, "positive")
+        self._require("num_experts", self.root**2 == self.num_experts, "a square")
+        self._require("k", 2 <= self.k <= self.root, f"between 2 and √N = {self.root}")
+        self._require("dim_key", self.dim_key > 0 and self.dim_key % 2 == 0, "even and positive")
+
+    def _require(self, name: str, is_right: bool, expected: str) -> None:
+        if not is_right:
+            raise ValueError(f"expected {name} to be {expected}, got {getattr(self, name)}")
 
     @property
     def root(self) -> int:
-        """Rows of the grid, and columns."""
+        """√N, the number of row keys and of column keys."""
         return math.isqrt(self.num_experts)
 
     @property
     def per_token(self) -> int:
-        """P = H · K."""
+        """P = H · K, the experts of a token."""
         return self.heads * self.k
 
     @property
     def itemsize(self) -> int:
-        """Bytes of one element of the tables."""
+        """Bytes of one element of the table."""
         return DTYPES[self.dtype].itemsize
 
     @property
     def activation_dtype(self) -> torch.dtype:
-        """The dtype of inputs, router and dense layers.
-
-        On a GPU the tables', as in a model that is trained in bfloat16; on a CPU float32 for 16-bit
-        tables, which only save memory there.
-        """
+        """Of inputs, router and dense layers: the table's on a GPU, at least float32 on a CPU."""
         tables = DTYPES[self.dtype]
         return tables if self.device == "cuda" else torch.promote_types(tables, torch.float32)
 
@@ -134,62 +126,56 @@ class Plan:
     distributions: tuple[str, ...] = ("uniform",)
 
 
-OURS = ("peer", "peer-fused")
-PLAIN = ("eager", "compiled")
-ALL = (
-    "peer",
-    "peer-dense-grad",
-    "peer-fused",
-    "eager",
-    "embedding_bag",
-    "compiled",
-    "PEER-pytorch",
-    "dense-4d",
-    "dense-active",
-)
+@dataclass(frozen=True)
+class Entry:
+    """One measurement to make. `estimate` is in bytes; `skipped` says why it does not run."""
 
+    case: Case
+    mode: str
+    provider: str
+    variant: str = ""
+    distribution: str = "uniform"
+    estimate: int = 0
+    skipped: str = ""
 
-def canonical(**changes: int | str) -> Case:
-    """The paper's layer with a million experts, 1024 tokens and D = 512, with changes."""
-    return replace(Case(), **changes)  # type: ignore[arg-type]
+    @property
+    def name(self) -> str:
+        """Provider and variant."""
+        return f"{self.provider} {self.variant}".strip()
+
+    def describe(self) -> str:
+        """The entry in one line."""
+        return f"{self.name} {self.mode}, {self.distribution}, {self.case.describe()}"
 
 
 def _targets() -> list[Plan]:
     plans = []
     for dim in (512, 1024):
-        case = canonical(dim=dim)
+        case = Case(dim=dim)
+        with_zipf = ("experts-forward", "experts-backward", "step")
         plans += [
             Plan(case, ("experts-forward",), ("peer", "eager", "embedding_bag", "compiled")),
             Plan(case, ("selection",), ("peer", "eager")),
             Plan(case, ("backward",), ("peer", *PLAIN)),
             Plan(case, ("step",), (*OURS, *PLAIN, "dense-4d")),
-            Plan(
-                case,
-                ("experts-forward", "experts-backward", "step"),
-                ("peer",),
-                ("uniform", "zipf:1.0"),
-            ),
-            Plan(
-                replace(case, dtype="bfloat16"),
-                ("experts-forward", "step"),
-                OURS,
-            ),
+            Plan(case, with_zipf, ("peer",), ("uniform", "zipf:1.0")),
+            Plan(replace(case, dtype="bfloat16"), ("experts-forward", "step"), OURS),
         ]
     for root in (256, 512, 1024, 2048):
-        plans.append(Plan(canonical(num_experts=root**2, dim=256), ("step",), OURS))
-    plans.append(Plan(canonical(tokens=1, routers=16), ("forward",), ("peer",), ("router",)))
+        plans.append(Plan(Case(num_experts=root**2, dim=256), ("step",), OURS))
+    plans.append(Plan(Case(tokens=1, routers=16), ("forward",), ("peer",), ("router",)))
     for dtype in ("float32", "bfloat16"):
-        wide = canonical(num_experts=512**2, dim=4096, dtype=dtype)
+        wide = Case(num_experts=512**2, dim=4096, dtype=dtype)
         plans.append(Plan(wide, ("experts-forward",), ("peer",)))
     return plans
 
 
 def _stages() -> list[Plan]:
-    return [Plan(canonical(dim=dim), MODES, ALL) for dim in (512, 1024)]
+    return [Plan(Case(dim=dim), MODES, ALL) for dim in (512, 1024)]
 
 
 def _cuda_targets() -> list[Plan]:
-    case = canonical(tokens=8192, dim=1024, dtype="bfloat16")
+    case = Case(tokens=8192, dim=1024, dtype="bfloat16")
     one_token = replace(case, tokens=1, routers=32)
     modes = ("experts-forward", "routing", "retrieval", "backward", "experts-backward", "step")
     with_zipf = ("experts-forward", "experts-backward", "step")
@@ -201,9 +187,7 @@ def _cuda_targets() -> list[Plan]:
 
 
 def _cuda_compiled() -> list[Plan]:
-    half, single = (
-        canonical(tokens=8192, dim=1024, dtype=dtype) for dtype in ("bfloat16", "float32")
-    )
+    half, single = (Case(tokens=8192, dim=1024, dtype=dtype) for dtype in ("bfloat16", "float32"))
     by_dtype = ("routing", "experts-backward", "step")
     return [
         Plan(half, ("experts-forward", "backward"), ("peer", "compiled")),
@@ -214,38 +198,34 @@ def _cuda_compiled() -> list[Plan]:
 
 def _capability() -> list[Plan]:
     modes = ("experts-forward", "experts-backward", "selection", "step")
-    return [Plan(canonical(dim=dim), modes, OURS) for dim in (512, 1024)]
+    return [Plan(Case(dim=dim), modes, OURS) for dim in (512, 1024)]
 
 
 def _quick() -> list[Plan]:
-    small = canonical(num_experts=64**2, tokens=64, dim=64, heads=4, k=8, dim_key=32)
-    eager = tuple(name for name in ALL if name != "compiled")
+    small = Case(num_experts=64**2, tokens=64, dim=64, heads=4, k=8, dim_key=32)
     return [
-        Plan(small, MODES, eager),
+        Plan(small, MODES, tuple(name for name in ALL if name != "compiled")),
         Plan(small, ("experts-forward",), ("peer", "compiled")),
         Plan(small, ("experts-forward", "experts-backward"), ("peer",), ("zipf:1.0", "router")),
     ]
 
 
-def _sweep(field: str, values: tuple[int | str, ...]) -> Callable[[], list[Plan]]:
-    def plans() -> list[Plan]:
-        modes = ("experts-forward", "experts-backward", "retrieval", "forward", "step")
-        providers = (*OURS, "eager", "dense-4d")
-        return [Plan(canonical(**{field: value}), modes, providers) for value in values]
-
-    return plans
+def _sweep(field: str, *values: int | str) -> Callable[[], list[Plan]]:
+    modes = ("experts-forward", "experts-backward", "retrieval", "forward", "step")
+    providers = (*OURS, "eager", "dense-4d")
+    cases = [replace(Case(), **{field: value}) for value in values]  # type: ignore[arg-type]
+    return lambda: [Plan(case, modes, providers) for case in cases]
 
 
 def _threads() -> list[Plan]:
-    most = torch.get_num_threads()
-    counts = sorted({1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, most})
-    return [plan for count in counts if count <= most for plan in _sweep("threads", (count,))()]
+    available = torch.get_num_threads()
+    counts = sorted({1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, available})
+    return _sweep("threads", *(count for count in counts if count <= available))()
 
 
 def _distributions() -> list[Plan]:
     modes = ("experts-forward", "experts-backward", "step")
-    distributions = ("uniform", "zipf:0.8", "zipf:1.0", "zipf:1.2", "router")
-    return [Plan(canonical(), modes, ("peer", "peer-fused"), distributions)]
+    return [Plan(Case(), modes, OURS, ("uniform", "zipf:0.8", "zipf:1.0", "zipf:1.2", "router"))]
 
 
 PRESETS: dict[str, Callable[[], list[Plan]]] = {
@@ -255,19 +235,17 @@ PRESETS: dict[str, Callable[[], list[Plan]]] = {
     "quick": _quick,
     "stages": _stages,
     "capability": _capability,
-    "sweep-num-experts": _sweep(
-        "num_experts", tuple(root**2 for root in (128, 256, 512, 1024, 2048))
-    ),
-    "sweep-tokens": _sweep("tokens", (2, 8, 32, 128, 512, 1024, 4096, 16384)),
-    "sweep-dim": _sweep("dim", (128, 256, 512, 1024, 2048)),
-    "sweep-heads": _sweep("heads", (1, 2, 4, 8, 16)),
-    "sweep-k": _sweep("k", (4, 8, 16, 32)),
-    "sweep-dtype": _sweep("dtype", tuple(DTYPES)),
+    "sweep-num-experts": _sweep("num_experts", *(n**2 for n in (128, 256, 512, 1024, 2048))),
+    "sweep-tokens": _sweep("tokens", 2, 8, 32, 128, 512, 1024, 4096, 16384),
+    "sweep-dim": _sweep("dim", 128, 256, 512, 1024, 2048),
+    "sweep-heads": _sweep("heads", 1, 2, 4, 8, 16),
+    "sweep-k": _sweep("k", 4, 8, 16, 32),
+    "sweep-dtype": _sweep("dtype", *DTYPES),
     "sweep-threads": _threads,
     "sweep-distribution": _distributions,
 }
 
-# Presets that mean something on one device only.
+# Presets for one device only.
 ONLY_ON = {
     "targets": "cpu",
     "capability": "cpu",
@@ -286,19 +264,10 @@ def list_plans(
     sizes: dict[str, tuple[int | str, ...]] | None = None,
     device: str | None = None,
 ) -> list[Plan]:
-    """The plans of a preset, with what the command line says instead.
+    """The plans of a preset, each once. Arguments replace what the preset says.
 
-    Args:
-        preset: a key of `PRESETS`.
-        modes: instead of the preset's.
-        providers: instead of the preset's.
-        distributions: instead of the preset's.
-        sizes: fields of `Case` with one value or several each; cases are their combinations. A
-            plan for one token, whose latency it is about, keeps its number of tokens.
-        device: of all cases, by default the preset's, which is "cpu" for most.
-
-    Returns:
-        Plans without repetitions.
+    `sizes` has fields of `Case` with one or several values each; the cases are their combinations.
+    A plan for one token is about latency and keeps its number of tokens.
 
     Raises:
         ValueError: a size is out of range, or the preset is for another device.
@@ -314,12 +283,11 @@ def list_plans(
             changes["device"] = device or own or "cpu"
             if plan.case.tokens == 1:
                 changes.pop("tokens", None)
-            plans[
-                Plan(
-                    replace(plan.case, **changes),  # type: ignore[arg-type]
-                    modes or plan.modes,
-                    providers or plan.providers,
-                    distributions or plan.distributions,
-                )
-            ] = None
+            changed = Plan(
+                replace(plan.case, **changes),  # type: ignore[arg-type]
+                modes or plan.modes,
+                providers or plan.providers,
+                distributions or plan.distributions,
+            )
+            plans[changed] = None
     return list(plans)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group
@@ -12,13 +11,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from peer.bench.rows import Row
-from peer.bench.run import Listing
-from peer.bench.verdicts import Verdict, format_number
-
-__all__ = ["Display", "make_listing_table", "make_rows_table", "make_targets_table"]
-
-GIB = 2**30
+from peer_bench.cases import Entry
+from peer_bench.results import GIB, Row, Verdict, format_number
 
 
 class Display:
@@ -52,20 +46,11 @@ class Display:
 
     def show_row(self, row: Row) -> None:
         """Prints a row above the bar."""
-        text = f"{_describe(row)}: "
-        if row.median_s is None:
-            text += row.skipped
-        else:
-            text += (
-                f"{_seconds(row.median_s)} ({_seconds(row.min_s)} to {_seconds(row.max_s)}), "
-                f"{_number(row.gb_per_s)} GB/s"
-            )
+        text = " ".join([row.mode, row.name, row.distribution, row.case.describe()])
+        times = [_seconds(value) for value in (row.median_s, row.min_s, row.max_s)]
+        measured = "{} ({} to {}), ".format(*times) + f"{_number(row.gb_per_s)} GB/s"
+        text += f": {row.skipped or measured}"
         self.progress.console.print(text, highlight=False, markup=False, soft_wrap=True)
-
-
-def _describe(row: Row) -> str:
-    words = [row.mode, row.provider, row.spelling, row.distribution, row.case.describe()]
-    return " ".join(filter(None, words))
 
 
 def _seconds(value: float | None) -> str:
@@ -84,12 +69,21 @@ def _gib(value: int | None) -> str:
     return "" if value is None else f"{value / GIB:.3f}"
 
 
+def _make_table(title: str, left: str, right: str, last: str) -> Table:
+    """A table whose columns are left-aligned, then right-aligned, then left-aligned."""
+    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
+    for names, justify in ((left, "left"), (right, "right"), (last, "left")):
+        for name in names.split(","):
+            table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    return table
+
+
 def make_rows_table(rows: list[Row]) -> Group:
-    """A table a case; of a provider with several spellings the fastest has a star."""
+    """A table for each case. A star marks the fastest of several variants of a provider."""
     best: dict[tuple[object, ...], float] = {}
-    spellings: dict[tuple[object, ...], set[str]] = {}
+    variants: dict[tuple[object, ...], set[str]] = {}
     for row in rows:
-        spellings.setdefault(_key(row), set()).add(row.spelling)
+        variants.setdefault(_key(row), set()).add(row.variant)
         if row.median_s is not None:
             best[_key(row)] = min(row.median_s, best.get(_key(row), row.median_s))
     tables: list[Table] = []
@@ -97,46 +91,21 @@ def make_rows_table(rows: list[Row]) -> Group:
     for row in rows:
         if (row.case, row.capability) != case:
             case = (row.case, row.capability)
-            tables.append(_make_table(f"{row.case.describe()}, {row.capability}", ROW_COLUMNS))
-        name = f"{row.provider} {row.spelling}".strip()
+            title = f"{row.case.describe()}, {row.capability}"
+            numbers = "median,min,max,GB/s,of bandwidth,peak GiB"
+            tables.append(_make_table(title, "mode,provider,ids", numbers, "skipped"))
         is_best = row.median_s is not None and row.median_s == best[_key(row)]
-        if is_best and len(spellings[_key(row)]) > 1:
-            name += " *"
-        share = "" if row.stream_share is None else f"{100 * row.stream_share:.0f} %"
         tables[-1].add_row(
             row.mode,
-            name,
+            row.name + (" *" if is_best and len(variants[_key(row)]) > 1 else ""),
             row.distribution,
-            _seconds(row.median_s),
-            _seconds(row.min_s),
-            _seconds(row.max_s),
+            *(_seconds(value) for value in (row.median_s, row.min_s, row.max_s)),
             _number(row.gb_per_s),
-            share,
+            "" if row.bandwidth_share is None else f"{100 * row.bandwidth_share:.0f} %",
             _gib(row.peak_bytes),
             Text(row.skipped),
         )
     return Group(*tables)
-
-
-ROW_COLUMNS = {
-    "mode": "left",
-    "provider": "left",
-    "ids": "left",
-    "median": "right",
-    "min": "right",
-    "max": "right",
-    "GB/s": "right",
-    "of stream": "right",
-    "peak GiB": "right",
-    "skipped": "left",
-}
-
-
-def _make_table(title: str, columns: dict[str, Any]) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
-    for name, justify in columns.items():
-        table.add_column(name, justify=justify)
-    return table
 
 
 def _key(row: Row) -> tuple[object, ...]:
@@ -147,8 +116,7 @@ def make_targets_table(verdicts: list[Verdict]) -> Table:
     """Targets with what was measured."""
     have_bounds = any(verdict.target.bound is not None for verdict in verdicts)
     title = "targets" if have_bounds else "targets at other sizes, for which there are no bounds"
-    columns = {"": "left", "D": "right", "target": "right", "measured": "right"}
-    table = _make_table(title, {**columns, "met": "left", "from": "left"})
+    table = _make_table(title, "", "D,target,measured", "met,from")
     for verdict in verdicts:
         target = verdict.target
         measured = "" if verdict.measured is None else format_number(verdict.measured, target.unit)
@@ -157,17 +125,15 @@ def make_targets_table(verdicts: list[Verdict]) -> Table:
     return table
 
 
-def make_listing_table(listings: list[Listing]) -> Group:
-    """What would run, with estimates of memory; a table a case."""
-    columns = {"mode": "left", "provider": "left", "ids": "left", "estimated GiB": "right"}
+def make_entries_table(entries: list[Entry]) -> Group:
+    """What would run, with estimates of memory; a table for each case."""
     tables: list[Table] = []
     case = None
-    for listing in listings:
-        if listing.case != case:
-            case = listing.case
-            tables.append(_make_table(case.describe(), {**columns, "skipped": "left"}))
-        name = f"{listing.provider} {listing.spelling}".strip()
-        tables[-1].add_row(
-            listing.mode, name, listing.distribution, _gib(listing.estimate), listing.skipped
-        )
+    for entry in entries:
+        if entry.case != case:
+            case = entry.case
+            title = case.describe()
+            tables.append(_make_table(title, "mode,provider,ids", "estimated GiB", "skipped"))
+        words = (entry.mode, entry.name, entry.distribution, _gib(entry.estimate), entry.skipped)
+        tables[-1].add_row(*words)
     return Group(*tables)
