@@ -1,12 +1,13 @@
-# What people do daily. Everything lives in $(VENV) and build/; `make clean` removes what was built, deleting $(VENV) the rest.
+# Daily commands. Everything is made in $(VENV) and build/. `make clean` removes what was built; $(VENV) can be deleted.
 #
-#   VENV    virtual environment to make and use
-#   TORCH   version of torch to install in it
-#   PYTHON  interpreter to make it from
-#   ARGS    further arguments for the demo, for the benchmarks, or for pytest
-#   WHEEL   wheel of peer to install and test, instead of one that is built here
+#   VENV     virtual environment to make and use
+#   TORCH    version of torch to install in it
+#   PYTHON   interpreter to make it from
+#   ARGS     further arguments for the demo, for the benchmarks, or for pytest
+#   WHEEL    wheel of peer to install and test, instead of one that is built here
+#   WORKERS  processes that run the Python tests
 #
-# What setup.py reads from the environment counts here too; its first lines say what that is.
+# The environment variables of setup.py apply too; its first lines list them.
 
 ifneq ($(words $(CURDIR)),1)
   $(error Make cannot work in $(CURDIR), whose path has a space)
@@ -17,16 +18,17 @@ TORCH ?= 2.15.*
 PYTHON ?= python3
 ARGS ?=
 WHEEL ?=
+WORKERS ?= 2
 # Sanitizers for `make test-cpp`: address,undefined or thread; for `make test-cuda`: memcheck, racecheck, initcheck or synccheck.
 SANITIZE ?=
 
 BIN := $(abspath $(VENV))/bin
 export PATH := $(BIN):$(PATH)
-# Only what is installed in the environment is tested and shown.
+# Tests and demos use only what is installed in the environment.
 unexport PYTHONPATH
 
 torch := $(VENV)/.made-torch-$(subst *,x,$(TORCH))
-# The CUDA kernels take minutes to compile: not for a machine that cannot run them, unless they are asked for.
+# The CUDA kernels take minutes to compile. Without a GPU they are compiled only if PEER_CUDA says so.
 ifeq ($(PEER_CUDA)$(FORCE_CUDA),)
   ifeq ($(shell nvidia-smi -L >/dev/null 2>&1 && echo yes),)
     PEER_CUDA := 0
@@ -34,8 +36,8 @@ ifeq ($(PEER_CUDA)$(FORCE_CUDA),)
 endif
 export PEER_CUDA
 package := $(VENV)/.made-package$(if $(WHEEL),-of-$(notdir $(WHEEL)),$(if $(PEER_CUDA),-cuda$(PEER_CUDA)))
-# Where the package is made as a release would be: a source distribution, what it unpacks to, and the wheel that is built there. The build
-# directory in it stays, so that only what changed is compiled again.
+# The package is made like a release: a source distribution, unpacked, and a wheel that is built from it. The build directory stays, so that
+# only changed files are compiled again.
 packaging := $(abspath build)/package-$(notdir $(abspath $(VENV)))
 build_tools := $(VENV)/.made-build-tools
 test_tools := $(VENV)/.made-test-tools
@@ -48,18 +50,19 @@ sources := $(shell find csrc cmake build_backend peer -path peer/include -prune 
 cpp_files = $(shell find csrc tests examples -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.hpp' -o -name '*.cuh')
 python_files := peer tests examples build_backend setup.py $(wildcard benchmarks)
 
-.PHONY: help demo bench test test-cpp test-python test-hostile test-install test-cuda test-cuda-installed rehearse build lint format clean catch2 compiler
+.PHONY: help demo bench test test-long test-short test-cpp test-python test-hostile test-install test-cuda test-cuda-installed rehearse build lint format clean catch2 compiler
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo          train a small language model with a PEER layer beside its dense twin"
-	@echo "make test          C++ and Python tests"
-	@echo "make test-install  what pip does with the package, in clean environments"
-	@echo "make test-hostile  files and ids made to mislead, under sanitizers"
+	@echo "make test          C++ and Python tests without the sweeps"
+	@echo "make test-long     all C++ and Python tests"
+	@echo "make test-install  installation by pip, in clean environments"
+	@echo "make test-hostile  hostile files and ids, under sanitizers"
 	@echo "make test-cuda     the tests that need a GPU, after a build with CUDA"
-	@echo "make rehearse      what is meant for a GPU, on a device that is emulated on the CPU"
-	@echo "make bench         measure the layer beside what it replaces, against its targets"
+	@echo "make rehearse      the GPU script and the tests of CUDA operators, on an emulated device"
+	@echo "make bench         measure the layer beside the layers that it replaces"
 	@echo "make build         compile in place, so that 'import peer' works from the checkout"
 	@echo "make lint          ruff, mypy and clang-format, changing nothing"
 	@echo "make format        ruff and clang-format, changing files"
@@ -75,7 +78,8 @@ demo: $(package) $(demo_tools)
 bench: $(package) $(bench_tools)
 	cd benchmarks && $(BIN)/python -m peer_bench --preset targets --csv "$(CURDIR)/benchmark-rows.csv" $(ARGS)
 
-test: test-cpp test-python
+test: test-cpp test-short
+test-long: test-cpp test-python
 
 test_build := build/tests$(if $(SANITIZE),-$(shell echo '$(SANITIZE)' | tr ',' '-'))
 test-cpp: $(test_tools) compiler catch2
@@ -83,9 +87,9 @@ test-cpp: $(test_tools) compiler catch2
 	cmake --build $(test_build)
 	ctest --test-dir $(test_build) --output-on-failure --no-tests=error --parallel 2
 
-# The readers of files, given hostile ones, with a library under AddressSanitizer and UndefinedBehaviorSanitizer. The sanitized C++ tests have the
-# same kernels, so both share a build directory. Python itself is not instrumented: its leaks are not ours, the sanitizer finds the thrower of
-# exceptions in a library that Python does not link, and the tests want to see signals.
+# The readers of files read hostile files, with a library under AddressSanitizer and UndefinedBehaviorSanitizer. The sanitized C++ tests have the
+# same kernels, so both share a build directory. Python is not instrumented: its leaks are not reported, libstdc++ is preloaded so that the
+# sanitizer finds the functions that throw, and signals reach the tests.
 sanitized := build/tests-address-undefined
 test-hostile: $(torch) $(test_tools) compiler catch2
 	cmake -S . -B $(sanitized) -G Ninja -DPEER_BUILD_LIBRARY=ON -DPEER_BUILD_TESTS=ON -DPEER_SANITIZE=address,undefined -DPEER_PYTHON=$(BIN)/python
@@ -97,22 +101,28 @@ test-hostile: $(torch) $(test_tools) compiler catch2
 	  CXXFLAGS="-fsanitize=address,undefined -fno-sanitize=vptr" $(BIN)/pytest $(ARGS) \
 	  tests/python/test_hostile_files.py tests/python/test_cpp.py::test_program_tests_pass
 
-# The pytest program, not `python -m pytest`: that would put this directory, with the package's source tree, on the path.
+# The pytest program, not `python -m pytest`, which would put this directory, with the package's source tree, on the path. Tests of one file
+# share fixtures, such as compiled programs, so a file stays with one worker.
+pytest := $(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile
 test-python: $(package) $(test_tools) $(demo_tools) $(bench_tools) catch2
-	$(BIN)/pytest $(ARGS)
+	$(pytest) $(ARGS)
 
-# In environments of their own, which share only torch with this one. PEER_OTHER_TORCH names the site-packages directory of an environment with
-# another minor version of torch, for what peer says there.
+# Without the tests marked `long`.
+test-short: $(package) $(test_tools) $(demo_tools) $(bench_tools) catch2
+	$(pytest) -m "not long" $(ARGS)
+
+# The tests make environments of their own, which share only torch with this one. PEER_OTHER_TORCH names the site-packages directory of an
+# environment with another minor version of torch, for the test of the error message.
 test-install: $(if $(WHEEL),$(torch) $(build_tools),$(package)) $(test_tools)
 	PEER_WHEEL="$(if $(WHEEL),$(abspath $(WHEEL)),$$(echo $(packaging)/*.whl))" PEER_PACKAGING="$(if $(WHEEL),,$(packaging))" \
 	  $(BIN)/pytest --confcutdir tests/installation tests/installation $(ARGS)
 
-# Asks for CUDA, which the other targets do without where there is no nvcc.
+# Requires a GPU and nvcc; the other targets do not.
 test-cuda:
 	@nvidia-smi -L || { echo "There is no GPU here that could run the CUDA tests: nvidia-smi -L lists none" >&2; exit 1; }
 	$(MAKE) PEER_CUDA=1 test-cuda-installed
 
-# Without Torch's own cache of memory, compute-sanitizer sees where every tensor ends.
+# Without Torch's caching allocator, compute-sanitizer sees where every tensor ends.
 test-cuda-installed: $(package) $(test_tools)
 ifeq ($(SANITIZE),)
 	$(BIN)/pytest tests/cuda $(ARGS)
@@ -120,8 +130,8 @@ else
 	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $(SANITIZE) --error-exitcode 1 $(BIN)/python $(BIN)/pytest tests/cuda/test_agreement.py $(ARGS)
 endif
 
-# First the script for a machine with a GPU, at tiny sizes; then the tests of the operators, with the CUDA operators in place of the CPU's. What
-# differs on purpose is left out: a bad index ends the kernel, k is at most 64, and CPU kernels have capabilities and threads.
+# Runs the script for a machine with a GPU at tiny sizes, then the tests of the operators with the CUDA operators in place of the CPU's. Tests of
+# intended differences are left out: a bad index ends a CUDA kernel, k is at most 64, and only CPU kernels have capabilities and threads.
 emulated_tests := $(addprefix tests/python/test_,expert_mlp.py product_key_topk.py optim.py fused_update.py opcheck.py autograd.py)
 rehearse: $(torch) $(test_tools) $(bench_tools) compiler
 	rm -rf build/rehearsal
@@ -152,7 +162,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
 
-# Another torch makes what was built for the last one worthless.
+# A package that was built for one torch does not work with another.
 $(torch): | $(BIN)/python
 	rm -f $(VENV)/.made-torch-* $(VENV)/.made-package*
 	$(BIN)/python -m pip install 'torch==$(TORCH)'
@@ -192,16 +202,16 @@ $(demo_tools): examples/language_model/requirements.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet -r $<
 	touch $@
 
-# Its requirements include torch, so torch comes first.
+# Its requirements include torch, which must not be replaced, so torch comes first.
 $(bench_tools): pyproject.toml $(torch)
 	$(BIN)/python -m pip install --quiet --group bench
 	touch $@
 
 compiler:
 	@command -v $(CXX) >/dev/null || { \
-	  echo "A C++20 compiler is needed, such as g++ 11 or newer; on Debian and Ubuntu: sudo apt-get install g++" >&2; exit 1; }
+	  echo "peer needs a C++20 compiler, such as g++ 11 or newer; on Debian and Ubuntu: sudo apt-get install g++" >&2; exit 1; }
 
-# Whether the compiler finds Catch2; Debian's package if not, where that can be installed.
+# Checks that the compiler finds Catch2. On Debian and Ubuntu, root installs the package; others get the command.
 catch2:
 	@echo '#include "tests/kernels/catch.hpp"' | $(CXX) -std=c++20 -I. -x c++ -fsyntax-only - 2>/dev/null || \
 	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \

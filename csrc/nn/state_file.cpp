@@ -355,7 +355,7 @@ class Unpickler {
   void push_storage() {
     const auto id = pop<std::shared_ptr<Tuple>>();
     TORCH_CHECK(id->items.size() == 5 && get<std::string_view>(id->items[0]) == "storage",
-                "a persistent id is not that of a storage");
+                "a persistent id is not a storage");
     push(Storage{get<std::string_view>(id->items[2]), get<at::ScalarType>(id->items[1]),
                  get<int64_t>(id->items[4])});
   }
