@@ -57,12 +57,16 @@ static inline OrderedVector<Real> to_ordered_vector(Vector<Real> scores) {
   return scores != scores ? OrderedVector<Real>{} + std::numeric_limits<Integer>::max() : order;
 }
 
-// An infinity counts as the largest finite number of its sign; NaN stays NaN.
+// An infinity becomes the largest finite number of its sign, whose bits are those of the infinity
+// minus one. NaN stays NaN.
 template <class Real>
 static inline Vector<Real> clamp_to_finite(Vector<Real> scores) {
-  const Vector<Real> largest = Vector<Real>{} + std::numeric_limits<Real>::max();
-  scores = scores > largest ? largest : scores;
-  return scores < -largest ? -largest : scores;
+  using Integers = OrderedVector<Real>;
+  const Integers infinity =
+      bit_cast<Integers>(Vector<Real>{} + std::numeric_limits<Real>::infinity());
+  const Integers bits = bit_cast<Integers>(scores);
+  const Integers magnitude = bits & std::numeric_limits<ordered_t<Real>>::max();
+  return bit_cast<Vector<Real>>(bits + (magnitude == infinity));  // true is -1
 }
 
 // The value of padding: less than the order of any score, -inf included.
