@@ -12,7 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from peer_bench.cases import Entry
-from peer_bench.results import GIB, Row, Verdict, format_number
+from peer_bench.machine import GIB
+from peer_bench.results import Row, Verdict, format_number
 
 
 class Display:

@@ -265,6 +265,7 @@ FORWARD, BACKWARD = "experts-forward", "experts-backward"
 def _cpu_targets() -> Iterator[Target]:
     """In float32 with 1024 tokens."""
     dims = (512, 1024)
+    rows: tuple[Wanted, ...]
     for text, mode, slow, fast, bounds, at_least in (
         ("experts forward / best compiled variant", FORWARD, "compiled", "peer", (1.8, 2.3), True),
         ("selection / torch.topk doing the same", "selection", "eager", "peer", (8, 8), True),
