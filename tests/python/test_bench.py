@@ -1209,7 +1209,7 @@ def test_targets_compare_with_the_best_of_the_others() -> None:
             make_row("peer", "forward", 51e-6, bandwidth_gb_per_s=50.0, **one_token),
         ]
     )
-    found = {(v.target.text, v.target.dim): v for v in verdicts}
+    found = {(v.target.target, v.target.dim): v for v in verdicts}
     compiled = found["experts forward / best compiled variant", 512]
     assert compiled.measured == 2.0
     assert compiled.is_met
@@ -1255,7 +1255,7 @@ def test_targets_of_a_gpu_are_times_shares_and_ratios() -> None:
         ],
         "cuda",
     )
-    found = {verdict.target.text: verdict for verdict in verdicts}
+    found = {verdict.target.target: verdict for verdict in verdicts}
     share = found["experts forward, share of copy bandwidth"]
     assert share.measured == 0.9
     assert share.is_met
@@ -1296,7 +1296,7 @@ def test_a_target_says_why_its_own_row_has_no_time() -> None:
         make_gpu_row("peer", "step", None, skipped=wrong),
         make_gpu_row("peer-fused", "step", 3e-3),
     ]
-    found = {verdict.target.text: verdict for verdict in evaluate(measured, "cuda")}
+    found = {verdict.target.target: verdict for verdict in evaluate(measured, "cuda")}
     assert found["retrieval, projection included"].note == "not measured"
     share = found["experts forward, share of copy bandwidth"]
     assert (share.measured, share.is_met, share.note) == (None, None, f"peer: {wrong}")
@@ -1318,7 +1318,7 @@ def test_at_other_sizes_numbers_are_reported_without_bounds() -> None:
         make_gpu_row("peer", "routing", 1e-6, **sizes),
         make_gpu_row("peer-graph", "forward", 1e-6, **one_token),
     ]
-    found = {verdict.target.text: verdict for verdict in evaluate(small, "cuda", sizes)}
+    found = {verdict.target.target: verdict for verdict in evaluate(small, "cuda", sizes)}
     for text in ("retrieval, projection included", "one token, layer forward in a CUDA graph"):
         assert found[text].measured == 1e-6
         assert found[text].is_met is None
@@ -1326,7 +1326,7 @@ def test_at_other_sizes_numbers_are_reported_without_bounds() -> None:
         assert found[text].target.dim == 32
     same = {"tokens": 8192, "dim": 1024, "heads": 8}
     verdicts = evaluate([make_gpu_row("peer", "routing", 1e-6)], "cuda", same)
-    (again,) = (v for v in verdicts if v.target.text == "retrieval, projection included")
+    (again,) = (v for v in verdicts if v.target.target == "retrieval, projection included")
     assert again.is_met
 
 
@@ -1349,7 +1349,7 @@ def test_of_several_runs_the_last_that_tried_a_target_counts() -> None:
         ],
         "cuda",
     )
-    found = {verdict.target.text: verdict for verdict in verdicts}
+    found = {verdict.target.target: verdict for verdict in verdicts}
     assert found["retrieval, projection included"].measured == 0.2e-3
     assert found["retrieval, projection included"].note == "peer 0.2 ms; run of 1"
     assert found["layer forward + backward / best compiled variant"].measured == 4.0
@@ -1400,7 +1400,7 @@ def test_every_target_is_measured_by_a_preset(presets: tuple[str, ...], device: 
         for entry in list_entries(plan, 2**50)
     ]
     assert set(presets) <= set(results.TARGET_PRESETS)
-    unmeasured = [v.target.text for v in evaluate_runs(measured, device) if v.measured is None]
+    unmeasured = [v.target.target for v in evaluate_runs(measured, device) if v.measured is None]
     assert unmeasured == []
 
 
