@@ -12,8 +12,8 @@ import statistics
 import sys
 from pathlib import Path
 
-MOST_LINES = 40
-MOST_FAILURES = 12
+MAX_LINES = 40
+MAX_FAILURES = 12
 SIZES = {"num_experts": "1048576", "dim": "1024", "dtype": "bfloat16"}
 
 
@@ -55,8 +55,8 @@ def find_failures(logs: dict[str, str]) -> list[str]:
         line for log in logs.values() for p in patterns for line in re.findall(p, log, re.MULTILINE)
     ]
     lines = [line[:118] for line in dict.fromkeys(found)]
-    if len(lines) > MOST_FAILURES:
-        lines = [*lines[:MOST_FAILURES], f"... and {len(lines) - MOST_FAILURES} more, in log.txt"]
+    if len(lines) > MAX_FAILURES:
+        lines = [*lines[:MAX_FAILURES], f"... and {len(lines) - MAX_FAILURES} more, in log.txt"]
     return lines
 
 
@@ -131,7 +131,7 @@ def summarize(out: Path) -> list[str]:
     ]
     timed = sum(bool(row["median_s"]) for row in rows)
     lines.append(f"rows.csv: {timed} timed, {len(rows) - timed} without a time")
-    return lines[:MOST_LINES]
+    return lines[:MAX_LINES]
 
 
 if __name__ == "__main__":

@@ -166,7 +166,7 @@ def main(arguments: list[str] | None = None) -> int:
         on_failure=lambda what, failure: failures.append((what, failure)),
     )
     try:
-        with display.shown():
+        with display.progress:
             rows = run.measure(options.plans)
     except KeyboardInterrupt:
         print_failures(failures)

@@ -88,12 +88,10 @@ class Case:
 
     @property
     def per_token(self) -> int:
-        """P = H · K, the experts of a token."""
-        return self.heads * self.k
+        return self.heads * self.k  # P
 
     @property
     def itemsize(self) -> int:
-        """Bytes of one element of the table."""
         return DTYPES[self.dtype].itemsize
 
     @property
@@ -104,15 +102,12 @@ class Case:
 
     @property
     def table_bytes(self) -> int:
-        """Bytes of the table."""
         return 2 * self.num_experts * self.dim * self.itemsize
 
     def describe(self) -> str:
         """The sizes in one line."""
-        text = (
-            f"N={self.root}² T={self.tokens} D={self.dim} H={self.heads} K={self.k} "
-            f"dim_key={self.dim_key} {self.dtype}"
-        )
+        text = f"N={self.root}² T={self.tokens} D={self.dim} H={self.heads} K={self.k}"
+        text += f" dim_key={self.dim_key} {self.dtype}"
         return f"{text}, {self.threads} threads" if self.threads else text
 
 
@@ -140,11 +135,9 @@ class Entry:
 
     @property
     def name(self) -> str:
-        """Provider and variant."""
         return f"{self.provider} {self.variant}".strip()
 
     def describe(self) -> str:
-        """The entry in one line."""
         return f"{self.name} {self.mode}, {self.distribution}, {self.case.describe()}"
 
 

@@ -2,7 +2,8 @@
 
 A layer is made for a problem, a router and a variant of the experts. It maps x (T, D), and
 optionally ids (T, H, K) that replace those it retrieves, to its output and the ids that its router
-chose. The router runs in full either way. `exact_queries` computes in float64 what the router computes.
+chose. The router runs in full either way. `exact_queries` computes in float64 what the router
+computes.
 """
 
 from __future__ import annotations

@@ -2,43 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
 from peer_bench.cases import Entry
-from peer_bench.results import GIB, Row, Verdict, format_number
+from peer_bench.machine import GIB
+from peer_bench.results import Row, Verdict, format_number
 
 
 class Display:
-    """A console with a progress bar.
-
-    Args:
-        console: to print to.
-        total: turns of the whole run.
-    """
+    """A console with a progress bar for a number of turns. `progress` shows it as a context."""
 
     def __init__(self, console: Console, total: int) -> None:
-        self.progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            console=console,
-            transient=True,
-        )
+        columns = BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn()
+        self.progress = Progress("{task.description}", *columns, console=console, transient=True)
         self.task = self.progress.add_task("", total=total)
-
-    @contextlib.contextmanager
-    def shown(self) -> Iterator[None]:
-        """Shows the bar."""
-        with self.progress:
-            yield
 
     def advance(self, what: str, turns: int) -> None:
         """Says what goes on, and that turns are done."""
@@ -114,14 +95,16 @@ def _key(row: Row) -> tuple[object, ...]:
 
 def make_targets_table(verdicts: list[Verdict]) -> Table:
     """Targets with what was measured."""
-    have_bounds = any(verdict.target.bound is not None for verdict in verdicts)
+    have_bounds = any(verdict.target.bound for verdict in verdicts)
     title = "targets" if have_bounds else "targets at other sizes, for which there are no bounds"
     table = _make_table(title, "", "D,target,measured", "met,from")
     for verdict in verdicts:
         target = verdict.target
         measured = "" if verdict.measured is None else format_number(verdict.measured, target.unit)
         met = {True: "[green]yes[/green]", False: "[red]no[/red]", None: ""}[verdict.is_met]
-        table.add_row(target.text, str(target.dim), str(target), measured, met, Text(verdict.note))
+        table.add_row(
+            target.target, str(target.dim), str(target), measured, met, Text(verdict.note)
+        )
     return table
 
 

@@ -94,7 +94,7 @@ def _run_forward(call: Any, *inputs: Any) -> Any:
         return call(*inputs)
 
 
-def _set_up_layer(
+def set_up_layer(
     problem: Problem,
     entry: Entry,
     make_layer: Callable[..., Any],
@@ -145,7 +145,12 @@ def _set_up_layer(
             else:
                 check.check_layer(problem, layer, call, ids, optimizers, learns)
 
-    run = {"forward": _run_forward, "backward": backward, "step": step, "optimizer": update}
+    run: dict[str, Callable[..., object]] = {
+        "forward": _run_forward,
+        "backward": backward,
+        "step": step,
+        "optimizer": update,
+    }
     make_arguments = prepare_update if entry.mode == "optimizer" else prepare
     return Workload(
         problem, make_arguments, run[entry.mode], check_all, open_turn, made, optimizers
@@ -181,7 +186,7 @@ class Graph:
         return self.out, self.chosen
 
 
-def _set_up_graph(problem: Problem, entry: Entry) -> Workload:
+def set_up_graph(problem: Problem, entry: Entry) -> Workload:
     """Forward passes replayed from CUDA graphs in turn: one for each router, or for each input.
 
     A graph reads the input that it was captured with, so nothing happens between two replays.
@@ -212,7 +217,7 @@ def _set_up_graph(problem: Problem, entry: Entry) -> Workload:
     return Workload(problem, prepare, replay, check_all, open_turn, made, is_back_to_back=True)
 
 
-def _set_up_experts(
+def set_up_experts(
     problem: Problem,
     entry: Entry,
     experts: Any,
@@ -245,12 +250,12 @@ def _set_up_experts(
     return Workload(problem, prepare, run, check_one, open_turn, (), optimizers)
 
 
-def _peer_experts(problem: Problem, entry: Entry, *, sparse_grad: bool = True) -> Workload:
+def _set_up_peer_experts(problem: Problem, entry: Entry, *, sparse_grad: bool = True) -> Workload:
     experts = functools.partial(peer.functional.expert_mlp, sparse_grad=sparse_grad)
-    return _set_up_experts(problem, entry, experts, problem.weight)
+    return set_up_experts(problem, entry, experts, problem.weight)
 
 
-def _fused_experts(problem: Problem, entry: Entry) -> Workload:
+def _set_up_fused_experts(problem: Problem, entry: Entry) -> Workload:
     """A pool in whose backward pass row-wise Adagrad updates the table."""
     pool = problem.make_pool()
     pool.weight = problem.weight
@@ -259,15 +264,15 @@ def _fused_experts(problem: Problem, entry: Entry) -> Workload:
         return pool(x, weights, ids)
 
     open_turn = functools.partial(layers.fused_row_wise, pool)
-    return _set_up_experts(problem, entry, experts, pool.weight, open_turn=open_turn)
+    return set_up_experts(problem, entry, experts, pool.weight, open_turn=open_turn)
 
 
-def _plain_experts(problem: Problem, entry: Entry) -> Workload:
+def _set_up_plain_experts(problem: Problem, entry: Entry) -> Workload:
     experts: Any = layers.VARIANTS[entry.variant]
     if entry.provider == "compiled":
         experts = compile_whole(experts)
     table = problem.rows if entry.variant in layers.VARIANTS_OF_ROWS else problem.weight
-    return _set_up_experts(problem, entry, experts, table, problem.dtype)
+    return set_up_experts(problem, entry, experts, table, problem.dtype)
 
 
 def _set_up_choice(
@@ -289,7 +294,7 @@ def _set_up_choice(
     return Workload(problem, prepare, _run_forward, check_one)
 
 
-def _routing(problem: Problem, entry: Entry, function: Any) -> Workload:
+def set_up_routing(problem: Problem, entry: Entry, function: Any) -> Workload:
     """From inputs to ids: the product with the query weights, then retrieval.
 
     There is no normalisation, because it can be folded into the weights after training.
@@ -308,7 +313,7 @@ def _routing(problem: Problem, entry: Entry, function: Any) -> Workload:
     return _set_up_choice(entry, problem, function, make_inputs, make_queries, keys)
 
 
-def _retrieval(
+def set_up_retrieval(
     problem: Problem, entry: Entry, function: Any, dim_key: int = 0, from_scores: bool = False
 ) -> Workload:
     """From queries to ids, products with the keys included; or from the scores of both halves."""
@@ -338,14 +343,14 @@ def _layers(
     modes: Sequence[str], make_layer: Callable[..., nn.Module], make_optimizers: Any
 ) -> dict[str, Setup]:
     options = {"make_layer": make_layer, "make_optimizers": make_optimizers}
-    return dict.fromkeys(modes, functools.partial(_set_up_layer, **options))
+    return dict.fromkeys(modes, functools.partial(set_up_layer, **options))
 
 
 def _choices(retrieve: Any, select: Setup) -> dict[str, Setup]:
     route = functools.partial(layers.route, retrieve=retrieve)
     return {
-        "routing": functools.partial(_routing, function=route),
-        "retrieval": functools.partial(_retrieval, function=retrieve),
+        "routing": functools.partial(set_up_routing, function=route),
+        "retrieval": functools.partial(set_up_retrieval, function=retrieve),
         "selection": select,
     }
 
@@ -353,13 +358,13 @@ def _choices(retrieve: Any, select: Setup) -> dict[str, Setup]:
 # peer has no operator for selection alone. Its workload is retrieval with queries of 4 features:
 # the products are then small, and count against it. Plain PyTorch starts from the same scores.
 _topk: Any = peer.functional.product_key_topk
-_peer_selection = functools.partial(_retrieval, function=_topk, dim_key=4)
+_peer_selection = functools.partial(set_up_retrieval, function=_topk, dim_key=4)
 _plain_selection = functools.partial(
-    _retrieval, function=layers.select, dim_key=4, from_scores=True
+    set_up_retrieval, function=layers.select, dim_key=4, from_scores=True
 )
 _plain: dict[str, Setup] = {
     **_layers(LAYER, layers.PlainLayer, layers.dense_adam),
-    **dict.fromkeys(EXPERTS, _plain_experts),
+    **dict.fromkeys(EXPERTS, _set_up_plain_experts),
     **_choices(layers.retrieve, _plain_selection),
 }
 _with_optimizer = (*LAYER, "optimizer")
@@ -370,22 +375,22 @@ _dense_active = functools.partial(layers.DenseLayer, get_hidden=lambda case: cas
 SETUPS: dict[str, dict[str, Setup]] = {
     "peer": {
         **_layers(_with_optimizer, layers.PeerLayer, layers.row_wise),
-        **dict.fromkeys(EXPERTS, _peer_experts),
+        **dict.fromkeys(EXPERTS, _set_up_peer_experts),
         **_choices(_topk, _peer_selection),
     },
     "peer-dense-grad": {
         **_layers(("backward", "step", "optimizer"), _dense_grad, layers.dense_adam),
-        "experts-backward": functools.partial(_peer_experts, sparse_grad=False),
+        "experts-backward": functools.partial(_set_up_peer_experts, sparse_grad=False),
     },
     "peer-fused": {
         **_layers(("step",), layers.PeerLayer, layers.fused_row_wise),
-        "experts-backward": _fused_experts,
+        "experts-backward": _set_up_fused_experts,
     },
-    "peer-graph": {"forward": _set_up_graph},
+    "peer-graph": {"forward": set_up_graph},
     "eager": {**_plain, **_layers(("optimizer",), layers.PlainLayer, layers.dense_adam)},
     "embedding_bag": {
         **_layers(_with_optimizer, layers.PlainLayer, layers.sparse_adam),
-        **dict.fromkeys(EXPERTS, _plain_experts),
+        **dict.fromkeys(EXPERTS, _set_up_plain_experts),
     },
     "compiled": _plain,
     "PEER-pytorch": _layers(LAYER, layers.PublishedLayer, layers.dense_adam),
