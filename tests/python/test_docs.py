@@ -1,7 +1,7 @@
-"""Every Python block of README.md and of the pages in docs/ runs.
+"""Every Python block of README.md and of the pages in docs/ runs as it stands there.
 
-The blocks of a page run from top to bottom in one namespace and in an empty directory. The line
-`<!-- not run: needs a GPU -->` before a block excludes it and gives the reason.
+The blocks of a page run from top to bottom in one namespace, in a directory of their own. One that
+cannot run everywhere says so in the line before it, `<!-- not run: needs a GPU -->`.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ NOT_RUN = re.compile(r"^<!-- not run: \S.* -->$")
 
 
 class Block(NamedTuple):
-    """A block of Python and its first line in the page."""
+    """A block of Python and the line of its page on which it begins."""
 
     line: int
     code: str
 
 
 def blocks_of(page: Path) -> list[Block]:
-    """The Python blocks to run. Fails for a block that is almost a Python block."""
+    """The Python blocks that are to be run. Fails where something looks like one and is not."""
     blocks, excludes = [], False
     lines = enumerate(page.read_text().splitlines(), start=1)
     for number, line in lines:
@@ -74,14 +74,14 @@ def run_page(page: Path, **names: Any) -> dict[str, Any]:
 
     Args:
         page: the Markdown file.
-        names: names that the page assumes to be defined.
+        names: what the page supposes to be there already.
     """
     program = sys.modules["__main__"] = ModuleType("__main__")
     program.__dict__.update(names)
     torch.manual_seed(0)
     for block in blocks_of(page):
         try:
-            # Empty lines before the code make the line numbers of a traceback those of the page.
+            # Behind empty lines, so that the traceback's numbers are those of the page.
             code = compile("\n" * (block.line - 1) + block.code, str(page), "exec")
             exec(code, program.__dict__)
         except Exception as error:
@@ -98,7 +98,7 @@ def _line_of(error: Exception, page: Path) -> int | None:
 
 @pytest.fixture(autouse=True)
 def own_program(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """An empty directory and a main module that a page can change."""
+    """A directory and a main module that a page may do with as it likes."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "__main__", sys.modules["__main__"])
     torch.compiler.reset()
@@ -268,7 +268,7 @@ class TestSupportMatrix:
 
 
 class TestReadingPages:
-    """Which blocks are examples, and the messages of failing examples."""
+    """What counts as an example, and what a failing one says."""
 
     @pytest.fixture
     def page(self, tmp_path: Path) -> Path:
