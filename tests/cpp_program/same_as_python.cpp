@@ -24,7 +24,10 @@ std::optional<std::string> string_or_none(const IValue& value) {
 }
 
 torch::Dtype dtype_named(const std::string& name) {
-  return name == "float64" ? torch::kDouble : name == "bfloat16" ? torch::kBFloat16 : torch::kFloat;
+  return name == "float64"    ? torch::kDouble
+         : name == "bfloat16" ? torch::kBFloat16
+         : name == "float16"  ? torch::kHalf
+                              : torch::kFloat;
 }
 
 peer::nn::PEEROptions parse(const c10::impl::GenericDict& given) {

@@ -335,6 +335,7 @@ CASES = [
     Case({"zero_init_out": True, "glu": True, "query_bias": True}),
     Case({"dtype": "float64", "query_norm": "layer"}),
     Case({"dtype": "bfloat16"}, masked=True),
+    Case({"dtype": "float16"}),
 ]
 
 

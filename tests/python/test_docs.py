@@ -137,7 +137,10 @@ def test_the_examples_of_the_readme_run():
         "row_keys": paper.router.row_keys,
         "col_keys": paper.router.col_keys,
         "table": paper.experts.weight,
-        **{"H": 3, "K": 4, "torch": torch, "F": torch.nn.functional},
+        "H": 3,
+        "K": 4,
+        "torch": torch,
+        "F": torch.nn.functional,
     }
     names = run_page(README, model=Model(), dim=16, x=x, y=y, batches=[(x, y)], **plain)
     torch.testing.assert_close(names["out"], paper(x))
@@ -153,7 +156,9 @@ LINK = re.compile(r"\]\((?!https?:)(?P<file>[^)#]*)(?:#(?P<heading>[^)]*))?\)")
 
 
 @pytest.mark.skipif(not README.exists(), reason="not in a checkout")
-@pytest.mark.parametrize("page", [README, CHECKOUT / "CONTRIBUTING.md", *PAGES], ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "page", [README, CHECKOUT / "CONTRIBUTING.md", *PAGES], ids=lambda p: p.name
+)
 def test_links_lead_to_files_and_headings(page: Path):
     for link in LINK.finditer(page.read_text()):
         target = (page.parent / link["file"]).resolve() if link["file"] else page
