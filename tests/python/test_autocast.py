@@ -123,6 +123,7 @@ print(json.dumps({"extra": status("VmHWM") - before, "table": table.nbytes}))
 """
 
 
+@pytest.mark.long
 def test_no_copy_of_the_table_is_made(run_python):
     # A bfloat16 copy of the table would have 384 MiB.
     peak = run_python(PEAK)

@@ -209,6 +209,7 @@ print(json.dumps(True))
 )
 
 
+@pytest.mark.long
 def test_a_run_is_resumed_bit_by_bit_in_a_new_process(tmp_path, run_python):
     functions = {}
     exec(RUN, functions)

@@ -188,6 +188,7 @@ def test_files_in_the_map_of_the_design_exist():
             assert list((CHECKOUT / "tests").rglob(f"{name}.*")), name
 
 
+@pytest.mark.long
 class TestSupportMatrix:
     """What README's matrix says of CPUs, where no other test covers a dtype."""
 

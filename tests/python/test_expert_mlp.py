@@ -465,6 +465,7 @@ print(json.dumps(torch.ops.peer.cpu_capability()))
 
 
 @pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
+@pytest.mark.long
 def test_every_cpu_capability_is_exact_up_to_rounding(
     make_expert_inputs, run_python, tmp_path, capability
 ):

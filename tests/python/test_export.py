@@ -141,6 +141,7 @@ print(json.dumps("close"))
 """
 
 
+@pytest.mark.long
 def test_saved_programs_step_the_same_in_a_new_process(tmp_path, run_python):
     names = []
     for name in OPTIONS:

@@ -146,6 +146,7 @@ def peak(run_python):
 
 
 @pytest.mark.parametrize("gradients", ["dense", "sparse"])
+@pytest.mark.long
 def test_the_layer_of_a_million_experts_needs_less_than_128_mib_beyond_its_gradients(
     peak, gradients
 ):
@@ -155,6 +156,7 @@ def test_the_layer_of_a_million_experts_needs_less_than_128_mib_beyond_its_gradi
 
 
 @pytest.mark.parametrize("gradients", ["dense", "sparse"])
+@pytest.mark.long
 def test_experts_keep_nothing_of_size_tokens_times_experts_per_token_times_dim(peak, gradients):
     # 2048 · 128 · 256 floats are 256 MiB. With 500 experts, the table's gradient is small.
     extra = peak(EXPERTS, gradients, 2048, 128, 500, 256)
@@ -162,6 +164,7 @@ def test_experts_keep_nothing_of_size_tokens_times_experts_per_token_times_dim(p
     assert extra > MIB, "the pre-activations alone take 1 MiB: nothing was measured"
 
 
+@pytest.mark.long
 def test_sparse_gradients_make_no_dense_buffer(run_python):
     room = run_python(MEASURE + LITTLE_ROOM)
     assert room == {"sparse": True, "dense": False}
@@ -173,6 +176,7 @@ def test_a_fused_update_makes_no_gradient_of_the_table(peak):
     assert peak(UPDATE, "step") > 128 * MIB, "otherwise the limit means nothing"
 
 
+@pytest.mark.long
 def test_retrieval_keeps_no_sub_scores(peak):
     # 2048 · 8 · 2 · 1024 floats are 128 MiB.
     extra = peak(RETRIEVAL)

@@ -463,6 +463,7 @@ print(json.dumps({
 
 
 @pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
+@pytest.mark.long
 def test_every_cpu_capability_retrieves_the_same(
     make_retrieval_inputs, run_python, tmp_path, capability
 ):

@@ -104,6 +104,7 @@ def test_a_saved_layer_trains_the_same_in_a_new_process(tmp_path, run_python, gl
     assert same == [True] * 4
 
 
+@pytest.mark.long
 def test_a_saved_layer_with_sparse_gradients_trains_the_same_in_a_new_process(tmp_path, run_python):
     layer = Layer("gelu", glu=True, sparse_grad=True)
     torch.jit.script(layer).save(str(tmp_path / "layer.pt"))
@@ -190,6 +191,7 @@ print(json.dumps(wrong))
 """
 
 
+@pytest.mark.long
 def test_saved_layers_step_the_same_in_a_new_process(tmp_path, run_python):
     expected = {}
     for name in OPTIONS:
