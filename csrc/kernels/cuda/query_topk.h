@@ -3,14 +3,16 @@
 //   BestKeys         the k best keys of a half, batch by batch
 //   PairSelection    the k best sums of a row key and a column key
 //
-// Sub-scores are finite or NaN, and NaN ranks first. So a sum is monotone in both ranks, and only
-// candidate pairs (kernels/product_key_topk.h) can be among the k best.
+// Infinite sub-scores are clamped to the largest finite numbers, and NaN ranks first. So a sum is
+// monotone in both ranks, and only candidate pairs (kernels/product_key_topk.h) can be among the k
+// best.
 #pragma once
 
 #include <cuda_runtime.h>
 
 #include <algorithm>
 #include <cstdint>
+#include <limits>
 
 #include "kernels/cuda/product_key_topk.h"
 #include "kernels/cuda/warp.h"
@@ -28,6 +30,16 @@ constexpr int kMinKeysPerBatch = 256;
 constexpr int kMaxPairs = count_candidate_pairs<int>(kMaxRetrieved, kMaxRetrieved, kMaxRetrieved);
 constexpr int kPairsPerLane = (kMaxPairs + kWarp - 1) / kWarp;
 
+// NaN, which is above infinity, stays.
+template <class Real>
+__device__ ordered_t<Real> clamp_to_finite(ordered_t<Real> score) {
+  using Order = ordered_t<Real>;
+  constexpr Real infinity = std::numeric_limits<Real>::infinity();
+  const Order lowest = to_ordered(-infinity) + 1;
+  const Order clamped = score == to_ordered(infinity) ? score - 1 : score;
+  return clamped > lowest ? clamped : lowest;
+}
+
 // The best keys of one half of a query, in shared memory. Read and written by one warp.
 template <class Real>
 struct BestKeys {
@@ -43,7 +55,7 @@ struct BestKeys {
 #pragma unroll
     for (int i = 0; i < kScoresPerLane; ++i) {
       const int position = position_of(i);
-      scores[i] = position < batch_keys ? batch[position] : kBelowAll<Order>;
+      scores[i] = position < batch_keys ? clamp_to_finite<Real>(batch[position]) : kBelowAll<Order>;
     }
     __syncwarp();
     // Every batch but the last has more than k keys.

@@ -3,14 +3,12 @@
 //
 // Staging    the queries' half, in shared memory, as many columns at once as fit
 // Tiles      the warps divide the batch's keys (score_tiles.h); each key is read once per block
-// Result     ordered integers (ordered.h). An infinite sub-score counts as the largest finite
-//            number of its sign, so that sums of sub-scores are NaN only if one of the two is
+// Result     ordered integers (ordered.h)
 #pragma once
 
 #include <cuda_runtime.h>
 
 #include <cstdint>
-#include <limits>
 
 #include "kernels/common.h"
 #include "kernels/cuda/launch.h"
@@ -19,12 +17,6 @@
 #include "kernels/ordered.h"
 
 namespace peer::cuda {
-
-template <class Real>
-__device__ Real clamp_to_finite(Real score) {
-  constexpr Real largest = std::numeric_limits<Real>::max();
-  return score > largest ? largest : score < -largest ? -largest : score;  // NaN stays
-}
 
 // Called by all threads of the block, with a barrier before the stage is read. The last query
 // stands in for queries beyond it.
@@ -51,17 +43,16 @@ __device__ void score_tile(const HalfRows<Query>& keys,
                            const Stage<Query>& stage,
                            const ScoreRows<Real>& scores) {
   ScoreTile<Query> tile(keys, first_key);
-  const bool is_last_stage = stage.first_column + stage.columns >= keys.width;
   tile.visit(scores, [&]<int count>(Real* sums, const Vec<ordered_t<Real>, count>& partial) {
     for (int i = 0; i < count; ++i) {
       sums[i] = stage.first_column == 0 ? Real(0) : from_ordered<Real>(partial.values[i]);
     }
   });
   tile.template multiply<is_vectorized>(keys, stage);
-  tile.visit(scores, [&]<int count>(const Real* sums, Vec<ordered_t<Real>, count>& result) {
+  tile.visit(scores, []<int count>(const Real* sums, Vec<ordered_t<Real>, count>& result) {
     Vec<ordered_t<Real>, count> orders;
     for (int i = 0; i < count; ++i) {
-      orders.values[i] = to_ordered(is_last_stage ? clamp_to_finite(sums[i]) : sums[i]);
+      orders.values[i] = to_ordered(sums[i]);
     }
     result = orders;
   });
