@@ -1283,6 +1283,20 @@ def test_targets_of_a_gpu_are_times_shares_and_ratios() -> None:
     assert str(found["one token, layer forward in a CUDA graph"].target) == "≤ 15 µs"
 
 
+def test_growth_with_the_number_of_experts_is_that_of_one_provider() -> None:
+    rows = [
+        make_row(name, "step", seconds, dim=256, num_experts=num_experts)
+        for name, seconds, num_experts in (
+            ("peer", 2.0, 2**22),
+            ("peer-fused", 3.0, 2**22),
+            ("peer", 1.6, 2**16),
+            ("peer-fused", 1.0, 2**16),
+        )
+    ]
+    found = {verdict.target.target: verdict for verdict in evaluate(rows)}
+    assert found["training step, N = 2^22 over N = 2^16"].measured == 1.25
+
+
 def test_rows_of_one_device_do_not_count_on_the_other() -> None:
     on_gpu = make_gpu_row("peer", "step", 1.0, tokens=1024, dtype="float32", dim=512)
     assert all(verdict.measured is None for verdict in evaluate([on_gpu]))
