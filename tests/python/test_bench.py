@@ -152,6 +152,15 @@ def measure_once(workload: Workload, settings: Settings = FAST, **options: Any) 
     return measured
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quick_collection() -> Iterator[None]:
+    """Every measured entry collects garbage. What the tests imported is none."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 @pytest.fixture
 def problem() -> Problem:
     """The tensors of a small case."""
