@@ -1,24 +1,24 @@
 #!/usr/bin/env bash
-# Builds peer on a machine with a GPU, tests it and measures it. It fetches nothing.
+# Builds peer on a machine with a GPU, tests it and measures it. It downloads nothing.
 #
 #   benchmarks/gpu.sh OUT [PHASE...]
 #
 # Needs CUDA 13 with nvcc, torch 2.11 or newer, cmake, ninja, rich, hypothesis, and pytest with xdist.
-# What it finds is in OUT as soon as it is found: log.txt (everything that was printed), phases.csv,
+# It writes each result to the folder OUT as soon as it exists: log.txt (all output), phases.csv,
 # rows.csv (the benchmark), kernels.csv (a training step by kernel), counters.csv, card.txt, and at
-# the end summary.txt. A later call with the same OUT goes on there.
+# the end summary.txt. A later call with the same OUT adds to them.
 #
-#   build     the library, for the GPU at hand, into build/gpu
-#   agree     a first look: results are the CPU's
-#   tests     tests/cuda but for large sizes and torch.compile
+#   build     the library, for the GPUs of this machine, into build/gpu
+#   agree     a first look: results equal the CPU's
+#   tests     tests/cuda except large sizes and torch.compile
 #   scale     large sizes
 #   bench     the targets of the benchmark in bfloat16, beside eager and dense layers
 #   profile   one training step with sparse gradients and one with the fused update, by kernel
-#   counters  hardware counters of the five longest kernels of these
+#   counters  hardware counters of the five longest kernels of these steps
 #   sanitize  compute-sanitizer on a few tests: memcheck, racecheck, synccheck, initcheck
 #   compiled  torch.compile: tests, and the benchmark beside compiled layers and in float32; minutes
 #
-# Without a PHASE it runs all but the last, which take PEER_GPU_SECONDS at most, by default 480.
+# Without a PHASE it runs all but the last. It stops after PEER_GPU_SECONDS, by default 480.
 # With PEER_REHEARSE=1 it runs at tiny sizes on a device that is emulated on the CPU.
 set -uo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
@@ -68,7 +68,7 @@ record() { # PHASE STATUS SECONDS
   printf '%-14s %s, %d s\n' "$1" "$2" "$3"
 }
 
-# Runs a command within so many seconds, or what is left of all.
+# Runs a command within a time limit, and within the time that is left.
 phase() { # PHASE SECONDS COMMAND...
   local name=$1 limit=$2 from=$SECONDS status
   shift 2
@@ -116,7 +116,7 @@ elif [ ! -e "$site/peer/lib/libpeer.so" ]; then
   echo "nothing is built in $build; the first phase is build" >&2
   exit 2
 fi
-cd "$site" || exit 2 # python3 -m looks here first: for the package that was built, not its sources
+cd "$site" || exit 2 # python3 -m looks here first, and finds the package that was built, not its sources
 wants agree && phase agree 60 "${pytest[@]}" -x "$tests/test_agreement.py" \
   -k "exact_scores or every_activation or same_bits"
 wants tests && phase tests 150 "${pytest[@]}" -n "$jobs" "$tests" -k "not compile" \

@@ -1,8 +1,8 @@
 """Draws rows of `python -m peer_bench`: `python benchmarks/plot.py rows.csv --out pictures`.
 
-Bars show the time of each mode by provider, one picture a case that has several providers; lines
-show what changes with one size, one picture a size that takes several values while the others stay.
-It reads files alone, and needs matplotlib but no torch.
+Bars show the time of each mode by provider, in one picture for each case with several providers.
+Lines show what changes with one size, in one picture for each size that takes several values while
+the others stay. The script reads only files. It needs matplotlib but no torch.
 """
 
 from __future__ import annotations
@@ -100,8 +100,8 @@ def spell_time(seconds: float) -> str:
     return f"{seconds * 1e6:.2g} µs"
 
 
-def name_stream(row: Row) -> str:
-    """What bandwidth a row is compared with: read on a CPU, copied on a GPU."""
+def name_transfer(row: Row) -> str:
+    """The transfer whose bandwidth a row is compared with: a read on a CPU, a copy on a GPU."""
     return "copy" if row["bandwidth_formula"].startswith("copy") else "stream"
 
 
@@ -130,7 +130,7 @@ def draw_bars(rows: list[Row], folder: Path) -> list[Path]:
                 axes.plot(spread, (place, place), color="black", linewidth=1)
                 text = f"  {spell_time(seconds)}"
                 if mode.startswith("experts") and row["bandwidth_share"]:
-                    text += f", {100 * float(row['bandwidth_share']):.0f} % of {name_stream(row)}"
+                    text += f", {100 * float(row['bandwidth_share']):.0f} % of {name_transfer(row)}"
                 axes.text(max(seconds, spread[1]), place, text, va="center", fontsize=8)
                 ticks.append(place)
                 labels.append(f"{name} ({row['variant']})" if row["variant"] else name)
@@ -157,7 +157,7 @@ def _left(axes: plt.Axes) -> object:
 
 
 def draw_sweeps(rows: list[Row], folder: Path) -> list[Path]:
-    """For each size, time and share of stream over its values, by mode and provider."""
+    """For each size, time and share of the bandwidth over its values, by mode and provider."""
     paths = []
     for field in (*SIZES, "distribution"):
         others = [name for name in (*SIZES, "distribution", "capability") if name != field]
@@ -228,7 +228,7 @@ def _draw_sweep(field: str, rows: list[Row], path: Path) -> bool:
                 axes.set_xticks(range(len(values)), values, fontsize=7, rotation=45)
             axes.minorticks_off()
     grid[0][0].set_ylabel("time, median over rounds")
-    grid[1][0].set_ylabel(f"algorithmic bytes per second,\n% of {name_stream(rows[0])} bandwidth")
+    grid[1][0].set_ylabel(f"algorithmic bytes per second,\n% of {name_transfer(rows[0])} bandwidth")
     handles: dict[str, object] = {}
     for axes in grid[0]:
         handles.update(zip(*axes.get_legend_handles_labels()[::-1], strict=True))

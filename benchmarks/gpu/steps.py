@@ -4,7 +4,7 @@
     python steps.py --once sparse             # one step, for a profiler
     python steps.py --largest 5 OUT/kernels.csv
 
-It measures the installed `peer`: start it outside of a checkout's root.
+It measures the installed `peer`: start it outside the root of a checkout.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def make_step(kind: str, options: argparse.Namespace) -> tuple[Callable[[], None
     """A training step with sparse gradients, or with the tables' update fused into backward.
 
     Returns:
-        The step, and what must stay open for as long as it is called.
+        The step, and a stack that must stay open while the step is in use.
     """
     torch.manual_seed(0)
     layer = peer.PEER(

@@ -1,7 +1,8 @@
-"""What a run of `benchmarks/gpu.sh` found, in at most 40 lines: `python summary.py OUT`.
+"""Summarizes a run of `benchmarks/gpu.sh` in at most 40 lines: `python summary.py OUT`.
 
-Predictions are those of `predictions.csv`, made before the kernels had run on any GPU, from
-instructions and bytes, for an H200 and 8192 tokens, D = 1024, N = 1024², H = 8, K = 16, bfloat16.
+It compares the measured times with `predictions.csv`. These predictions are for an H200, 8192
+tokens, D = 1024, N = 1024², H = 8, K = 16 and bfloat16. They were derived from instruction counts
+and bytes before the kernels had run on a GPU.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ def measure(
 ) -> float | None:
     """Milliseconds of a predicted stage: of a benchmark row, or of kernels in a step.
 
-    Of kernels, it is a call of those in the pattern: the sum of their mean times.
+    For kernels it is one call of each kernel that matches the pattern.
     """
     if prediction["mode"] == "kernels":
         chosen = [
@@ -91,7 +92,7 @@ def measure(
 def compare(
     predictions: list[dict[str, str]], rows: list[dict[str, str]], kernels: list[dict[str, str]]
 ) -> list[str]:
-    """A table of what was predicted, measured and aimed at."""
+    """A table of predicted, measured and target times."""
     lines = [f"{'milliseconds':<40} {'predicted':>13} {'measured':>9} {'target':>7}"]
     for prediction in predictions:
         low, high = float(prediction["low_ms"]), float(prediction["high_ms"])

@@ -123,7 +123,7 @@ def main(arguments: list[str] | None = None) -> int:
 
         from peer_bench import report
     except ModuleNotFoundError as error:
-        if error.name != "rich":
+        if (error.name or "").partition(".")[0] != "rich":
             raise
         return _refuse("rich is not installed: pip install rich")
     # A pipe or a file has no width of its own; tables are read there, too.

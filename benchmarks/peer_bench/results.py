@@ -142,7 +142,7 @@ class Target:
     mode: str
     provider: str  # one or several
     sizes: str  # such as "tokens=1 distribution=router"
-    over: str  # providers of the second row
+    over: str  # providers of the second row, or "same" for the provider of the first one
     over_sizes: str
 
     def __str__(self) -> str:
@@ -154,9 +154,12 @@ class Target:
     def judge(self, rows: list[Row], sizes: Mapping[str, object]) -> Verdict:
         """The number in the rows of a run with these sizes, or why there is none."""
         sizes = {"dim": self.dim, "mode": self.mode, **sizes}
-        found = [_find(rows, self.provider, self.sizes, sizes)]
+        first = _find(rows, self.provider, self.sizes, sizes)
+        found = [first]
         if self.over:
-            found.append(_find(rows, self.over, self.over_sizes, sizes))
+            same = first.provider if isinstance(first, Row) else self.provider
+            over = same if self.over == "same" else self.over
+            found.append(_find(rows, over, self.over_sizes, sizes))
         timed = [row for row in found if isinstance(row, Row)]
         if reasons := [reason for reason in found if isinstance(reason, str)]:
             reasons = [reason for reason in reasons if reason != NOT_MEASURED] or reasons
