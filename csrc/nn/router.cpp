@@ -31,7 +31,7 @@ void check(const ProductKeyRouterOptions& options) {
       options.scores() == "softmax" || options.scores() == "sigmoid" || options.scores() == "relu",
       "expected scores to be one of 'softmax', 'sigmoid', 'relu', got '", options.scores(), "'");
   TORCH_CHECK_VALUE(options.scores() != "softmax" || options.num_experts_per_head() > 1,
-                    "softmax over one expert per head is 1 whatever its score, so the router "
+                    "the softmax over one expert per head is always 1, so the router "
                     "would get no gradient: use scores 'sigmoid' or 'relu', or "
                     "num_experts_per_head > 1");
 }
@@ -120,7 +120,7 @@ std::tuple<Tensor, Tensor> ProductKeyRouterImpl::forward(const Tensor& x,
                     options.dim(), "], got ", x.sizes());
   if (padding_mask.defined()) {
     TORCH_CHECK_TYPE(padding_mask.scalar_type() == torch::kBool,
-                     "expected padding_mask of dtype bool, true where padding, got ",
+                     "expected padding_mask of dtype bool, true for padding, got ",
                      padding_mask.scalar_type());
     TORCH_CHECK_VALUE(padding_mask.sizes() == x.sizes().slice(0, x.dim() - 1),
                       "expected padding_mask of shape ", x.sizes().slice(0, x.dim() - 1),
