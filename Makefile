@@ -50,18 +50,19 @@ sources := $(shell find csrc cmake build_backend peer -path peer/include -prune 
 cpp_files = $(shell find csrc tests examples -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.hpp' -o -name '*.cuh')
 python_files := peer tests examples build_backend setup.py $(wildcard benchmarks)
 
-.PHONY: help demo bench test test-long test-short test-cpp test-python test-hostile test-install test-cuda test-cuda-installed rehearse build lint format clean catch2 compiler
+.PHONY: help demo bench test test-long test-short test-cpp test-python test-hostile test-install test-cuda test-cuda-installed test-emulated rehearse build lint format clean catch2 compiler
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo          train a small language model with a PEER layer beside its dense twin"
 	@echo "make test          C++ and Python tests without the sweeps"
-	@echo "make test-long     all C++ and Python tests"
+	@echo "make test-long     all tests that need no GPU"
 	@echo "make test-install  installation by pip, in clean environments"
 	@echo "make test-hostile  hostile files and ids, under sanitizers"
 	@echo "make test-cuda     the tests that need a GPU, after a build with CUDA"
-	@echo "make rehearse      the GPU script and the tests of CUDA operators, on an emulated device"
+	@echo "make test-emulated the tests of the operators, with the CUDA operators on an emulated device"
+	@echo "make rehearse      the GPU script on an emulated device"
 	@echo "make bench         measure the layer beside the layers that it replaces"
 	@echo "make build         compile in place, so that 'import peer' works from the checkout"
 	@echo "make lint          ruff, mypy and clang-format, changing nothing"
@@ -79,7 +80,7 @@ bench: $(package) $(bench_tools)
 	cd benchmarks && $(BIN)/python -m peer_bench --preset targets --csv "$(CURDIR)/benchmark-rows.csv" $(ARGS)
 
 test: test-cpp test-short
-test-long: test-cpp test-python
+test-long: test-cpp test-python test-hostile test-emulated
 
 test_build := build/tests$(if $(SANITIZE),-$(shell echo '$(SANITIZE)' | tr ',' '-'))
 test-cpp: $(test_tools) compiler catch2
@@ -130,13 +131,16 @@ else
 	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $(SANITIZE) --error-exitcode 1 $(BIN)/python $(BIN)/pytest tests/cuda/test_agreement.py $(ARGS)
 endif
 
-# Runs the script for a machine with a GPU at tiny sizes, then the tests of the operators with the CUDA operators in place of the CPU's. Tests of
-# intended differences are left out: a bad index ends a CUDA kernel, k is at most 64, and only CPU kernels have capabilities and threads.
-emulated_tests := $(addprefix tests/python/test_,expert_mlp.py product_key_topk.py optim.py fused_update.py opcheck.py autograd.py)
+# Runs the script for a machine with a GPU on an emulated device, at tiny sizes.
 rehearse: $(torch) $(test_tools) $(bench_tools) compiler
 	rm -rf build/rehearsal
 	PEER_REHEARSE=1 benchmarks/gpu.sh build/rehearsal build agree tests scale bench profile counters sanitize compiled; \
 	  status=$$?; cat build/rehearsal/log.txt; exit $$status
+
+# The tests of the operators, with the CUDA operators in place of the CPU's. Tests of intended differences are left out: a bad index ends a CUDA
+# kernel, k is at most 64, and only CPU kernels have capabilities and threads.
+emulated_tests := $(addprefix tests/python/test_,expert_mlp.py product_key_topk.py optim.py fused_update.py opcheck.py autograd.py)
+test-emulated: rehearse
 	PEER_EMULATE_EVERYTHING=1 PYTHONPATH=$(abspath build/emulated/site):$(abspath tests/emulated_cuda) \
 	  $(BIN)/pytest -n 2 -p emulated_cuda $(emulated_tests) $(ARGS)
 
