@@ -134,7 +134,8 @@ def set_up_layer(
             optimizer.zero_grad(set_to_none=True)
 
     def prepare_update(index: int) -> Arguments:
-        backward(*prepare(index))
+        _, *inputs = prepare(index)
+        backward(made[0], *inputs)
         return ()
 
     def check_all() -> None:
