@@ -109,7 +109,7 @@ def _parse(kind: str, text: str) -> Any:
     return int(text) if kind.startswith("int") else float(text)
 
 
-# Targets: what the layer is meant to reach, in targets.csv.
+# Targets: bounds on the results, in targets.csv.
 
 TARGET_PRESETS = ("targets", "cuda-targets", "cuda-compiled")
 NOT_MEASURED = "not measured"
