@@ -11,7 +11,7 @@ from peer_bench.machine import CPU, Machine
 
 
 class Problem:
-    """The parameters and the inputs. Several inputs take turns, so that caches do not hold the rows.
+    """The parameters and the inputs. Inputs take turns, so that caches do not hold the rows.
 
     The routers are `peer.ProductKeyRouter`s, and the table is that of a `peer.ExpertPool`.
 
