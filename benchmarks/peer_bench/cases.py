@@ -1,4 +1,4 @@
-"""What is measured: the sizes of a case, and the presets, which are lists of plans."""
+"""The sizes of a case, and the presets, which are lists of plans."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ class Case:
 
     @property
     def activation_dtype(self) -> torch.dtype:
-        """Of inputs, router and dense layers: the table's on a GPU, at least float32 on a CPU."""
+        """The dtype of all but the table: the table's on a GPU, at least float32 on a CPU."""
         tables = DTYPES[self.dtype]
         return tables if self.device == "cuda" else torch.promote_types(tables, torch.float32)
 

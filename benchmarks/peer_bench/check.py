@@ -1,4 +1,4 @@
-"""Is a provider right? Its results for a few tokens are compared with float64 before it is timed.
+"""Compares the results of a provider for a few tokens with float64, before it is timed.
 
 The incoming gradient is zero except for these tokens. So the rows of the table that they retrieve
 get a gradient from them alone. A router's choice is judged by the exact scores of the experts: they
@@ -28,10 +28,10 @@ from peer_bench.problem import Problem
 # 16 bits, plain providers round each intermediate result, such as scores before the softmax.
 TOLERANCES = {torch.float32: 3e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 # The same for the exact scores of the chosen experts against the best ones, by the activations'
-# dtype: what a choice by rounded queries and scores loses at near ties. The next best experts lose
-# more.
+# dtype. A choice by rounded queries and scores loses this much at near ties; the next best experts
+# lose more.
 CHOICE_TOLERANCES = {torch.float32: 3e-4, torch.float16: 2e-3, torch.bfloat16: 1e-2}
-# Factors for the steps of row-wise Adagrad: usual ones are mostly lost in 16-bit rounding.
+# Factors for the steps of row-wise Adagrad. In 16 bits, rounding would hide most of a usual step.
 STEP_SCALES = {torch.float32: 1.0, torch.float16: 64.0, torch.bfloat16: 64.0}
 TOKENS = 8
 
@@ -252,7 +252,7 @@ def _check_step(
     for part, gradient, old, got in zip(PARTS, gradients, before.unbind(1), changes, strict=True):
         scale = gradient.square().mean(-1, keepdim=True).sqrt() + 1e-10
         expected = -TABLE_LEARNING_RATE * STEP_SCALES[old.dtype] * gradient / scale
-        # Row plus change rounds to one of its two neighbours, in 16 bits by chance. The root mean
+        # Row plus change rounds to one of two neighbours, at random in 16 bits. The root mean
         # square of that error is at most half their distance.
         spacing = 0.5 * torch.finfo(old.dtype).eps * float(old.double().norm() / expected.norm())
         tolerance = TOLERANCES[old.dtype] + spacing

@@ -1,4 +1,4 @@
-"""What is known of an entry before it runs: reasons not to run it, memory, and bytes moved.
+"""Facts about an entry before it runs: reasons not to run it, memory, and bytes moved.
 
 Bytes moved are those that must move between memory and processor, whatever the implementation.
 With T tokens, P = H · K experts per token, U distinct experts among them, N experts, D their width,

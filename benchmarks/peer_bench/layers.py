@@ -1,4 +1,4 @@
-"""What is compared: the layer and its parts in plain PyTorch, the layers, and their optimizers.
+"""The code that is compared: the parts in plain PyTorch, the layers, and their optimizers.
 
 A layer is made for a problem, a router and a variant of the experts. It maps x (T, D), and
 optionally ids (T, H, K) that replace those it retrieves, to its output and the ids that its router
@@ -230,7 +230,7 @@ class DenseLayer(nn.Module):
         return self.down(F.gelu(self.up(x))), None
 
 
-# The optimizers of a turn. What they add to the stack is undone when the turn ends.
+# The optimizers of a turn. The end of the turn closes the stack.
 
 
 def row_wise(layer: nn.Module, _: ExitStack) -> Sequence[Optimizer]:
@@ -249,7 +249,7 @@ def fused_row_wise(layer: nn.Module, stack: ExitStack) -> Sequence[Optimizer]:
 
 
 def dense_adam(layer: nn.Module, _: ExitStack) -> Sequence[Optimizer]:
-    """Adam for everything, fused if the parameters are contiguous: torch's is wrong if not."""
+    """Adam for everything; fused for contiguous parameters only: torch's is wrong for others."""
     parameters = list(layer.parameters())
     fused = all(parameter.is_contiguous() for parameter in parameters)
     eps = 1e-8 if fused else _get_eps(parameters)
@@ -272,5 +272,5 @@ def dense_adamw(layer: nn.Module, _: ExitStack) -> Sequence[Optimizer]:
 
 
 def _get_eps(parameters: Sequence[nn.Parameter]) -> float:
-    """Of an Adam that computes in the parameters' dtype: 1e-8 is 0 in float16."""
+    """The eps of an Adam that computes in the parameters' dtype: 1e-8 is 0 in float16."""
     return 1e-4 if any(p.dtype == torch.float16 for p in parameters) else 1e-8

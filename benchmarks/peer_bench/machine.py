@@ -34,7 +34,7 @@ class MachineError(RuntimeError):
 
 
 class HostEvent:
-    """What is used of `torch.cuda.Event`, for calls that have done their work when they return."""
+    """The interface of `torch.cuda.Event`, for calls that return when their work is done."""
 
     def record(self) -> None:
         self.time = time.perf_counter()

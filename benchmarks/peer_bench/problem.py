@@ -11,15 +11,15 @@ from peer_bench.machine import CPU, Machine
 
 
 class Problem:
-    """The parameters, and the inputs that take turns so that caches do not hold the rows.
+    """The parameters and the inputs. Inputs take turns, so that caches do not hold the rows.
 
-    Router and table are a user's: a `peer.ProductKeyRouter` and the table of a `peer.ExpertPool`.
+    The routers are `peer.ProductKeyRouter`s, and the table is that of a `peer.ExpertPool`.
 
     Args:
         case: the sizes.
-        distributions: of the ids. "router" stands for those that the first router retrieves.
+        distributions: of the ids. "router" means the ids that the first router retrieves.
         seed: of torch's random numbers.
-        machine: that holds the tensors, of the case's device.
+        machine: holds the tensors.
 
     Raises:
         ValueError: the machine is another device than the case's.

@@ -109,7 +109,7 @@ def _parse(kind: str, text: str) -> Any:
     return int(text) if kind.startswith("int") else float(text)
 
 
-# Targets: what the layer is meant to reach, in targets.csv.
+# Targets: bounds on the results, in targets.csv.
 
 TARGET_PRESETS = ("targets", "cuda-targets", "cuda-compiled")
 NOT_MEASURED = "not measured"
@@ -237,12 +237,12 @@ def evaluate(
     reported without the bounds, which are for the targets' sizes.
     """
     with TARGETS.open(newline="") as file:
-        lines = [line for line in csv.DictReader(file) if line["device"] == device]
+        lines: list[dict[str, Any]] = [r for r in csv.DictReader(file) if r["device"] == device]
     targets = [Target(**{**line, "dim": int(line["dim"])}) for line in lines]
     usual, dims = DEFAULTS[device], {target.dim for target in targets}
     others = {n: size for n, size in (sizes or {}).items() if usual.get(n, size) != size}
-    if len(dims) == 1 and (dim := (sizes or {}).get("dim")) not in (None, *dims):
-        others["dim"] = dim
+    if sizes and "dim" in sizes and len(dims) == 1 and sizes["dim"] not in dims:
+        others["dim"] = sizes["dim"]
     rows = [row for row in rows if row.device == device]
     if others:
         targets = [replace(t, bound="", dim=others.get("dim", t.dim)) for t in targets]

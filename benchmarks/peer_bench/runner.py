@@ -36,7 +36,7 @@ NO_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATU
 
 @dataclass(frozen=True)
 class Failure:
-    """Why there is no time. Memory that does not suffice is not an error."""
+    """Why there is no time. Too little memory is not an error."""
 
     reason: str
     is_error: bool = True

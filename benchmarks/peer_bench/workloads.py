@@ -1,4 +1,4 @@
-"""What is timed: `SETUPS` has, for each provider and mode, a function that makes a workload.
+"""The workloads. `SETUPS` has a function for each provider and mode that makes one.
 
 A workload is two functions: `prepare` makes the arguments of a call, and `run` is the call. Only
 `run` is timed.
@@ -25,7 +25,7 @@ from peer_bench.problem import Problem
 NO_LEARNING_RATE = 1e-12
 
 Arguments = tuple[Any, ...]
-# Begins a turn: makes its optimizers. What it adds to the stack is undone when the turn ends.
+# Begins a turn and returns its optimizers. The end of the turn closes the stack.
 Open = Callable[[ExitStack], Sequence[Optimizer]]
 
 
@@ -39,7 +39,7 @@ class Workload:
         run: the call. What it returns is freed after the timer stops.
         check: compares a call with float64.
         open: begins a turn.
-        modules: that lose their gradients after each call.
+        modules: lose their gradients after each call.
         optimizers: of the current turn.
         is_back_to_back: whether the calls of a turn are timed together.
     """
@@ -134,7 +134,8 @@ def set_up_layer(
             optimizer.zero_grad(set_to_none=True)
 
     def prepare_update(index: int) -> Arguments:
-        backward(*prepare(index))
+        _, *inputs = prepare(index)
+        backward(made[0], *inputs)
         return ()
 
     def check_all() -> None:
