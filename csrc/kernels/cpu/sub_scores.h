@@ -57,16 +57,20 @@ static inline OrderedVector<Real> to_ordered_vector(Vector<Real> scores) {
   return scores != scores ? OrderedVector<Real>{} + std::numeric_limits<Integer>::max() : order;
 }
 
-// An infinity becomes the largest finite number of its sign, whose bits are those of the infinity
-// minus one. NaN stays NaN.
+// The same for a sub-score: an infinity becomes the largest finite number of its sign, whose bits
+// are those of the infinity minus one. Masks take the place of constants, which would occupy
+// registers that the product needs.
 template <class Real>
-static inline Vector<Real> clamp_to_finite(Vector<Real> scores) {
+static inline OrderedVector<Real> sub_scores_to_ordered(Vector<Real> scores) {
   using Integers = OrderedVector<Real>;
-  const Integers infinity =
-      bit_cast<Integers>(Vector<Real>{} + std::numeric_limits<Real>::infinity());
-  const Integers bits = bit_cast<Integers>(scores);
-  const Integers magnitude = bits & std::numeric_limits<ordered_t<Real>>::max();
-  return bit_cast<Vector<Real>>(bits + (magnitude == infinity));  // true is -1
+  using Unsigned = typename VectorOf<std::make_unsigned_t<ordered_t<Real>>, kLanes<Real>>::type;
+  const Vector<Real> zero_if_finite = scores - scores;
+  Integers bits = bit_cast<Integers>(scores + Real(0));
+  bits += zero_if_finite != zero_if_finite;  // true is -1
+  const Integers is_negative = bits >> (8 * sizeof(Real) - 1);
+  const Integers is_nan = scores != scores;
+  const Integers order = bits ^ Integers(Unsigned(is_negative) >> 1);
+  return (order & ~is_nan) | Integers(Unsigned(is_nan) >> 1);
 }
 
 // The value of padding: less than the order of any score, -inf included.
@@ -139,7 +143,7 @@ static inline void multiply_panels(const Real* query,
   for (int t = 0; t < queries; ++t) {
     for (int v = 0; v < vectors; ++v) {
       store_ordered<Real>(scores + t * scores_stride + v * lanes,
-                          to_ordered_vector<Real>(clamp_to_finite<Real>(sum[t][v])));
+                          sub_scores_to_ordered<Real>(sum[t][v]));
     }
   }
 }

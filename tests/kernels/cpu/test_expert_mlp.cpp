@@ -252,7 +252,11 @@ Element store_gradient(Capability capability, float value) {
                                    .coefficients = &one,
                                    .source = {&value, 1},
                                    .out = {&written, 1}};
-  const SegmentWork<float> work = {.pair_count = 1, .pairs = &pair, .chunks = &chunk};
+  const SegmentWork<float> work = {.pair_count = 1,
+                                   .pairs = &pair,
+                                   .chunks = &chunk,
+                                   .split_segments = nullptr,
+                                   .partial_sums = {}};
   kernels<TableGradKernels>(capability).of<Element>().sum_chunks(pass, work, false, 0, 1);
   return written;
 }
