@@ -102,7 +102,7 @@ def spell_time(seconds: float) -> str:
 
 def name_transfer(row: Row) -> str:
     """The transfer whose bandwidth a row is compared with: a read on a CPU, a copy on a GPU."""
-    return "copy" if row["bandwidth_formula"].startswith("copy") else "stream"
+    return "copy bandwidth" if row["bandwidth_formula"].startswith("copy") else "read bandwidth"
 
 
 def draw_bars(rows: list[Row], folder: Path) -> list[Path]:
