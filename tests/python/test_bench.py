@@ -567,6 +567,7 @@ def test_activations_have_the_dtype_of_the_tables_on_a_gpu_alone() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.long
 def test_every_provider_is_right_in_the_dtypes_of_a_gpu(dtype: str) -> None:
     case = replace(SMALL_ON_GPU, dtype=dtype)
     left_out = {"compiled", "peer-graph"}

@@ -303,6 +303,7 @@ def test_aoti_example_computes_what_python_does(examples: Path, tmp_path: Path):
 # ---- That C++ and Python are the same.
 
 
+@pytest.mark.long
 def test_program_tests_pass(programs: Path, hostile_states: Path):
     printed = succeed(programs / "program_tests", PEER_HOSTILE_FILES=str(hostile_states))
     assert "All tests passed" in printed

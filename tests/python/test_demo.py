@@ -213,6 +213,7 @@ def test_a_finished_run_says_so_and_shows_the_same_numbers(
     assert table == again.stdout[again.stdout.index("parameters") :]
 
 
+@pytest.mark.long
 def test_a_folder_with_other_settings_is_refused_until_restart(
     finished: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path
 ) -> None:
@@ -227,6 +228,7 @@ def test_a_folder_with_other_settings_is_refused_until_restart(
     assert len(read_losses(folder / "dense.pt")) == 5
 
 
+@pytest.mark.long
 def test_a_run_that_ctrl_c_stopped_resumes_as_if_nothing_had_happened(tmp_path: Path) -> None:
     steps = 150
     arguments = ("--models", "peer", "--steps", str(steps))

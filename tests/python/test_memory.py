@@ -170,6 +170,7 @@ def test_sparse_gradients_make_no_dense_buffer(run_python):
     assert room == {"sparse": True, "dense": False}
 
 
+@pytest.mark.long
 def test_a_fused_update_makes_no_gradient_of_the_table(peak):
     # 2^17 draws of 2^17 experts retrieve 63 % of them: the gradient is 162 MiB.
     assert peak(UPDATE, "fused") < 32 * MIB
