@@ -53,9 +53,12 @@ def _gib(value: int | None) -> str:
 def _make_table(title: str, left: str, right: str, last: str) -> Table:
     """A table whose columns are left-aligned, then right-aligned, then left-aligned."""
     table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
-    for names, justify in ((left, "left"), (right, "right"), (last, "left")):
-        for name in names.split(","):
-            table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    for name in left.split(","):
+        table.add_column(name)
+    for name in right.split(","):
+        table.add_column(name, justify="right")
+    for name in last.split(","):
+        table.add_column(name)
     return table
 
 
