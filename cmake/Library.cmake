@@ -61,10 +61,6 @@ set_source_files_properties(
 # system's libgomp as a second runtime, which torch.set_num_threads does not control. The loader finds the GOMP_* symbols in the runtime
 # of libtorch_cpu.so.
 target_compile_options(peer PRIVATE -fopenmp)
-if(PEER_SANITIZE)
-  # At higher levels, optimising Torch's instrumented headers takes minutes.
-  target_compile_options(peer PRIVATE -O1)
-endif()
 
 add_custom_command(
   TARGET peer

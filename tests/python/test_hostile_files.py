@@ -27,8 +27,6 @@ from torch import Tensor
 
 import peer
 
-pytestmark = pytest.mark.long
-
 ops = torch.ops.peer
 
 N, D, T, P = 30, 9, 4, 6
