@@ -10,13 +10,13 @@ Example:
     torch.Size([3, 16])
 """
 
-from peer import _library, _vmap, convert, functional, modules, optim, reference
+from peer import _library, _vmap, convert, functional, modules, optim, reference, select_rows
 from peer._library import BinaryMismatchError, cmake_prefix_path
 from peer.config import show_config
 from peer.memory import empty_huge, zeros_huge
 from peer.modules import PEER, ExpertPool, ProductKeyRouter, fold_query_norm_
 from peer.param_groups import param_groups
-from peer.usage import UsageTracker
+from peer.usage import UsageTracker, count_usage
 
 __all__ = [
     "PEER",
@@ -27,6 +27,7 @@ __all__ = [
     "__version__",
     "cmake_prefix_path",
     "convert",
+    "count_usage",
     "empty_huge",
     "fold_query_norm_",
     "functional",
@@ -34,6 +35,7 @@ __all__ = [
     "optim",
     "param_groups",
     "reference",
+    "select_rows",
     "show_config",
     "zeros_huge",
 ]

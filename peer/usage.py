@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from peer.modules import PEER, ProductKeyRouter
+from peer.modules import PEER, ExpertPool, ProductKeyRouter
 
-__all__ = ["UsageTracker"]
+__all__ = ["UsageTracker", "count_usage"]
 
 
 class UsageTracker:
@@ -123,3 +125,86 @@ class UsageTracker:
 
     def __exit__(self, *exception: object) -> None:
         self.remove()
+
+
+@torch.no_grad()
+def count_usage(model: nn.Module, batches: Iterable[Any]) -> dict[str, Tensor]:
+    """Counts how often each expert is retrieved while data passes through a model.
+
+    The model runs in evaluation mode and without gradients, and every module's mode is restored.
+    A retrieval counts whatever its router weight is. Padding does not count. Layers that share a
+    pool add to the same counts.
+
+    Args:
+        model: a model with at least one `ExpertPool`, as in `PEER` layers. Compiled parts run
+            eagerly.
+        batches: the arguments of the model's calls: a mapping of keyword arguments, a tuple or list
+            of positional arguments, or any other object as the only argument.
+
+    Returns:
+        For each pool, by its name in `model.named_modules()`, the number of retrievals of each
+        expert, (N,), int64, on the device of the table.
+
+    Raises:
+        ValueError: the model has no pool; scripted pools are not found.
+
+    Example:
+        >>> import torch, peer
+        >>> layer = peer.PEER(8, num_experts=16, heads=2, num_experts_per_head=4, dim_key=4)
+        >>> counts = peer.count_usage(layer, [torch.randn(100, 8), torch.randn(5, 20, 8)])
+        >>> {name: int(count.sum()) for name, count in counts.items()}
+        {'experts': 1600}
+    """
+    pools = {
+        name: module for name, module in model.named_modules() if isinstance(module, ExpertPool)
+    }
+    if not pools:
+        raise ValueError("expected a model with an ExpertPool, such as that of a PEER layer")
+    counts = {
+        name: torch.zeros(pool.num_experts, dtype=torch.int64, device=pool.weight.device)
+        for name, pool in pools.items()
+    }
+    modes = {module: module.training for module in model.modules()}
+    # The pool does not see the mask, so its layer notes it before the call, and drops it after.
+    padding_masks: list[Tensor | None] = []
+
+    def note_padding(_: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        padding_masks.append(arguments[1] if len(arguments) > 1 else keywords.get("padding_mask"))
+
+    def drop_padding(*_: object) -> None:
+        padding_masks.pop()
+
+    def count_in(count: Tensor) -> Any:
+        def hook(_: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+            indices = arguments[2] if len(arguments) > 2 else keywords["indices"]
+            uses = torch.ones_like(indices)
+            if padding_masks and padding_masks[-1] is not None:
+                mask = padding_masks[-1]
+                uses = uses.masked_fill(mask.view(*mask.shape, *[1] * (uses.dim() - mask.dim())), 0)
+            count.index_add_(0, indices.flatten(), uses.flatten())
+
+        return hook
+
+    with ExitStack() as stack:
+        for module in model.modules():
+            if isinstance(module, PEER):
+                for handle in (
+                    module.register_forward_pre_hook(note_padding, with_kwargs=True),
+                    module.register_forward_hook(drop_padding, always_call=True),
+                ):
+                    stack.callback(handle.remove)
+        for name, pool in pools.items():
+            handle = pool.register_forward_pre_hook(count_in(counts[name]), with_kwargs=True)
+            stack.callback(handle.remove)
+        for module, mode in modes.items():
+            stack.callback(setattr, module, "training", mode)
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        model.eval()
+        for batch in batches:
+            if isinstance(batch, Mapping):
+                model(**batch)
+            elif isinstance(batch, (tuple, list)):
+                model(*batch)
+            else:
+                model(batch)
+    return counts

@@ -170,3 +170,167 @@ def test_layers_of_different_sizes_are_refused():
 def test_no_layer_is_refused():
     with pytest.raises(ValueError, match="at least one layer"):
         peer.UsageTracker()
+
+
+# ---- Counts of a model's pools.
+
+
+def make_model(pool: peer.ExpertPool | None = None) -> nn.Sequential:
+    """Three layers, the last two of which share a pool."""
+    shared = peer.ExpertPool(10, num_experts=48)
+    sizes = {"heads": 3, "num_experts_per_head": 4, "dim_key": 8}
+    return nn.Sequential(
+        peer.PEER(10, num_experts=(8, 6), dropout=0.5, **sizes),
+        peer.PEER(10, num_experts=(8, 6), experts=shared, **sizes),
+        peer.PEER(10, num_experts=(8, 6), experts=shared, **sizes),
+    )
+
+
+def count_by_hand(model: nn.Sequential, batches: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The retrievals of each layer."""
+    counts = [torch.zeros(48, dtype=torch.int64) for _ in model]
+    for x in batches:
+        for layer, count in zip(model, counts, strict=True):
+            count += layer.router(x)[1].flatten().bincount(minlength=48)
+            x = layer(x)
+    return counts
+
+
+def test_counts_of_a_model_are_those_of_its_pools():
+    model, batches = make_model(), [torch.randn(20, 10), torch.randn(2, 7, 10)]
+    first, second, third = count_by_hand(model.eval(), batches)
+    counts = peer.count_usage(model, batches)
+    assert list(counts) == ["0.experts", "1.experts"]
+    assert torch.equal(counts["0.experts"], first)
+    assert torch.equal(counts["1.experts"], second + third)
+
+
+def test_counting_changes_nothing_of_a_model_in_training():
+    model = make_model().train()
+    model[1].eval()
+    model[2].router.norm.eval()
+    modes = [module.training for module in model.modules()]
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    peer.count_usage(model, [torch.randn(20, 10)])
+    assert [module.training for module in model.modules()] == modes
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert not any(module._forward_hooks for module in model.modules())
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_modes_and_hooks_are_restored_after_an_error():
+    model = make_model().train()
+    with pytest.raises(ValueError, match="expected x of shape"):
+        peer.count_usage(model, [torch.randn(20, 10), torch.randn(20, 9)])
+    assert all(module.training for module in model.modules())
+    assert not any(module._forward_hooks for module in model.modules())
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+class TwoInputs(nn.Module):
+    """Passes a mask on to its layer."""
+
+    def __init__(self, by_keyword: bool):
+        super().__init__()
+        self.layer, self.by_keyword = make_layer(), by_keyword
+
+    def forward(self, x, mask=None):
+        return self.layer(x, padding_mask=mask) if self.by_keyword else self.layer(x, mask)
+
+
+@pytest.mark.parametrize("by_keyword", [True, False])
+@pytest.mark.parametrize("form", ["positional", "keywords"])
+def test_padding_is_not_counted_in_a_model(by_keyword, form):
+    model, x = TwoInputs(by_keyword), torch.randn(4, 7, 10)
+    mask = torch.arange(7) >= torch.tensor([[7], [3], [0], [5]])
+    x[mask] = float("nan")
+    batch = {"x": x, "mask": mask} if form == "keywords" else (x, mask)
+    counts = peer.count_usage(model, [batch])
+    _, indices = model.layer.router(x)
+    assert torch.equal(counts["layer.experts"], indices[~mask].flatten().bincount(minlength=48))
+
+
+def test_the_mask_of_a_layer_does_not_reach_the_next():
+    first, second, x = make_layer(), make_layer(), torch.randn(5, 10)
+    both = nn.ModuleList([first, second])
+    both.forward = lambda x: second(first(x, torch.ones(5, dtype=torch.bool)))
+    counts = peer.count_usage(both, [x])
+    assert counts["0.experts"].sum() == 0
+    assert counts["1.experts"].sum() == 5 * 12
+
+
+def test_a_pool_without_a_layer_is_counted():
+    pool = peer.ExpertPool(10, num_experts=48)
+    indices = torch.randint(48, (20, 6))
+    counts = peer.count_usage(
+        pool, [{"x": torch.randn(20, 10), "weights": torch.rand(20, 6), "indices": indices}]
+    )
+    assert torch.equal(counts[""], indices.flatten().bincount(minlength=48))
+
+
+def test_a_compiled_model_is_counted():
+    model, x = make_model().eval(), torch.randn(20, 10)
+    compiled = torch.compile(model, backend="eager")
+    compiled(x)
+    counts = peer.count_usage(compiled, [x])
+    expected = peer.count_usage(model, [x])
+    assert [c.tolist() for c in counts.values()] == [c.tolist() for c in expected.values()]
+
+
+def test_a_model_without_pools_is_an_error():
+    with pytest.raises(ValueError, match="expected a model with an ExpertPool"):
+        peer.count_usage(nn.Linear(3, 3), [torch.randn(2, 3)])
+
+
+# ---- Selection by counts.
+
+
+def test_unused_experts_have_at_most_that_many_retrievals():
+    counts = torch.tensor([0, 3, 1, 2])
+    assert peer.select_rows.unused(counts).tolist() == [True, False, False, False]
+    assert peer.select_rows.unused(counts, at_most=2).tolist() == [True, False, True, True]
+
+
+def test_specific_experts_are_used_less_by_old_data_in_proportion_to_all_retrievals():
+    old, new = torch.tensor([0, 10, 20, 70, 0]), torch.tensor([1, 2, 2, 5, 0])
+    # Shares of old data: 0, 0.1, 0.2, 0.7, 0. Shares of new data: 0.1, 0.2, 0.2, 0.5, 0.
+    assert peer.select_rows.specific(old, new, 0.5).tolist() == [True, False, False, False, False]
+    assert peer.select_rows.specific(old, new, 0.51).tolist() == [True, True, False, False, False]
+    assert peer.select_rows.specific(10 * old, new, 1.01).tolist() == [True] * 3 + [False] * 2
+
+
+def test_selection_keeps_the_names_of_pools():
+    old = {"a": torch.tensor([0, 9]), "b": torch.tensor([4, 4, 2])}
+    new = {"a": torch.tensor([1, 1]), "b": torch.tensor([0, 0, 5])}
+    unused = peer.select_rows.unused(old, at_most=2)
+    assert {name: mask.tolist() for name, mask in unused.items()} == {
+        "a": [True, False],
+        "b": [False, False, True],
+    }
+    specific = peer.select_rows.specific(old, new, ratio=0.3)
+    assert {name: mask.tolist() for name, mask in specific.items()} == {
+        "a": [True, False],
+        "b": [False, False, True],
+    }
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: peer.select_rows.unused(torch.ones(3), at_most=-1), "at least 0, got -1"),
+        (lambda: peer.select_rows.unused(torch.ones(3, 2)), r"shape \(N,\)"),
+        (lambda: peer.select_rows.specific(torch.ones(3), torch.ones(3), 0), "positive ratio"),
+        (lambda: peer.select_rows.specific(torch.ones(3), torch.ones(4), 1), "the same shape"),
+        (lambda: peer.select_rows.specific(torch.zeros(3), torch.ones(3), 1), "one retrieval"),
+        (lambda: peer.select_rows.specific(torch.ones(3), torch.zeros(3), 1), "one retrieval"),
+        (
+            lambda: peer.select_rows.specific({"a": torch.ones(3)}, {"b": torch.ones(3)}, 1),
+            "same pools",
+        ),
+        (lambda: peer.select_rows.specific({"a": torch.ones(3)}, torch.ones(3), 1), "same pools"),
+        (lambda: peer.select_rows.specific(torch.ones(3), {"a": torch.ones(3)}, 1), "same form"),
+    ],
+)
+def test_wrong_arguments_of_a_selection_are_errors(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
