@@ -1,5 +1,5 @@
 # The kernels, which do not depend on torch. Those for the CPU are the target peer_kernels, for libpeer.so and for the C++ tests. Those for
-# CUDA are a list, for cmake/Cuda.cmake and for the tests that play them on the CPU.
+# CUDA are a list, for cmake/Cuda.cmake and for the tests that run them on the CPU.
 
 # Compiled once per capability.
 set(PEER_CPU_KERNELS

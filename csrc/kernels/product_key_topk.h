@@ -1,7 +1,7 @@
 // Product-key retrieval as the kernels of every device take it: the k best of R·C experts for every
 // token and head. Expert r·C + c has the score <q1, row_keys[r]> + <q2, col_keys[c]>.
 //
-// Sub-scores  a sub-score, the product of half a query with a key, that is infinite counts as the
+// Sub-scores  a sub-score is the product of half a query and a key. An infinite one counts as the
 //             largest finite number of its sign in the accumulation type. So the sum of two
 //             sub-scores is NaN only if one of them is
 // Order       NaN first, then the higher score; among equal scores the smaller (row rank, column
@@ -49,17 +49,10 @@ struct GatherSum {
   Rows<Real> out;  // (items, width)
 };
 
-// Whether the sum of the row and the column of these ranks can be among the k best. Every pair
-// (i', j') with i' <= i and j' <= j comes before (i, j), because rounding is monotone and equal
-// sums are ordered by rank: if (i + 1)(j + 1) > k, there are k better ones. At k = 16, 50 of 256
-// pairs are candidates.
-PEER_HOST_DEVICE static constexpr bool is_candidate(int64_t row_rank,
-                                                    int64_t column_rank,
-                                                    int64_t k) {
-  return (row_rank + 1) * (column_rank + 1) <= k;
-}
-
-// The number of columns, the best ones, that are candidates with a row.
+// The number of columns, the best ones, whose sum with the row of this rank can be among the k
+// best. Every pair (i', j') with i' <= i and j' <= j comes before (i, j), because rounding is
+// monotone and equal sums are ordered by rank: if (i + 1)(j + 1) > k, there are k better ones. At k
+// = 16, 50 of 256 pairs are candidates.
 template <class Integer>
 PEER_HOST_DEVICE static constexpr Integer count_candidate_columns(Integer row_rank,
                                                                   Integer column_count,

@@ -1,4 +1,4 @@
-// The gradient of an expert table as the kernels of every device take it.
+// The gradient of a table, of experts or of keys, as the kernels of every device take it.
 #pragma once
 
 #include <cstdint>

@@ -123,7 +123,7 @@ Activation check_expert_mlp_backward(const ExpertMlpInputs& inputs,
                                      const Tensor& gate);
 
 // Only for kernels that compute: while compiled autograd records a graph, the incoming gradient is
-// a stand-in of another shape.
+// a placeholder whose shape may differ.
 void check_expert_mlp_grad_out(const char* op, const Tensor& grad_out, const Tensor& x);
 
 }  // namespace peer::ops

@@ -1,5 +1,4 @@
-// An operator of the library as C++ sees it: one declaration of its parameters, for the functions
-// that call it and for those that implement it.
+// A typed handle for an operator. Callers and kernels share one declaration of its parameters.
 //
 // Each operator has a struct of its arguments, whose members are the parameters of its schema in
 // their order, and a name:
@@ -37,7 +36,7 @@ class Operator<Arguments, Result(Parameters...)> {
     return handle().redispatch(below, parameters...);
   }
 
-  // A function of the struct as the function of its members that the dispatcher takes.
+  // Adapts a function of the struct to the dispatcher, which passes each argument separately.
   template <Result (*function)(const Arguments&)>
   static Result kernel(Parameters... parameters) {
     return function(Arguments{parameters...});

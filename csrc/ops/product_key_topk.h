@@ -17,7 +17,8 @@ struct ProductKeyTopkArguments {
   int64_t k;
 };
 
-// The gradients of query, row_keys and col_keys.
+// indices is a result of product_key_topk. output_mask and the results are in the order query,
+// row_keys, col_keys.
 struct ProductKeyTopkBackwardArguments {
   static constexpr const char* kName = "peer::product_key_topk_backward";
   const Tensor& grad_scores;
@@ -44,7 +45,7 @@ void check_product_key_topk(const ProductKeyTopkArguments& args);
 void check_product_key_topk_backward(const ProductKeyTopkBackwardArguments& args);
 
 // Only for kernels that compute: while compiled autograd records a graph, the incoming gradient is
-// a stand-in of another shape.
+// a placeholder whose shape may differ.
 void check_product_key_topk_grad_scores(const Tensor& grad_scores, const Tensor& indices);
 
 }  // namespace peer::ops

@@ -32,7 +32,7 @@ struct ProductKeyTopkFunctions {
                            int64_t tokens_per_block,
                            int64_t first,
                            int64_t last);
-  // A work item is an item.
+  // A work item is one output row.
   void (*gather_sum)(const GatherSum<Real>& pass, int64_t first, int64_t last);
 };
 

@@ -1,8 +1,7 @@
 // Pairs are sorted by a radix sort, then cut into chunks.
 //
-// Work item   a block of kPairsPerBlock pairs, in each of two phases. The first phase counts, a
-// scan
-//             gives every block its positions, the second phase writes
+// Work item   a block of kPairsPerBlock pairs, in each of two phases. The first phase counts. A
+//             scan gives every block its positions. The second phase writes
 // Traffic     per digit of the owners, each pair is read twice and written once; then each pair is
 //             read twice
 // Exactness   the result depends on the owners only, not on the threads

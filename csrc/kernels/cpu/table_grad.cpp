@@ -1,12 +1,12 @@
 // The gradient of every table row is the sum, over the pairs that retrieved it, of a coefficient
-// times a row of x or grad_out.
+// times a row of the source: x, grad_out or the queries.
 //
 // A segment of more than kPairsPerChunk pairs is the ordered sum of its chunks' partial sums. So a
 // hot expert does not serialise the pass, and no result depends on the threads.
 //
 // Shapes      source (pairs / pairs_per_row, width)   coefficients (pairs)   out (·, width)
 // Work item   one chunk; then one split segment
-// Traffic     per pair, one row of x or grad_out, which stay in cache. Per owner, one row written.
+// Traffic     per pair, one row of the source, which stays in cache. Per owner, one row written.
 //             If these rows exceed the caches, they are written past them, because reading a row
 //             from memory before overwriting it would double the traffic
 // Exactness   sums in the order of the pairs within a chunk, then in the order of the chunks; each

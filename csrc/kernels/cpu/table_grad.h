@@ -1,4 +1,4 @@
-// The CPU kernels of the gradient of an expert table.
+// The CPU kernels of the gradient of a table, of experts or of keys.
 #pragma once
 
 #include <cstdint>

@@ -5,9 +5,9 @@
 //                  coefficients[part, pair]·source[pair / pairs_per_row, part]
 //   w[row, part], state[row, part] = rule(w[row, part], state[row, part], g[row, part])
 //
-// Shapes      source (·, parts·width)   table, momentum (N, parts·width)   second_moments (N,
-// parts) Work item   a row of the source, if its rows are the gradients; otherwise one chunk, then
-// one
+// Shapes      source (·, parts·width)   table, momentum (N, parts·width)
+//             second_moments (N, parts)
+// Work item   a row of the source, if its rows are the gradients; otherwise one chunk, then one
 //             split segment
 // Traffic     per row, the table's row and its state, read and written once; g stays in the
 //             first-level cache. Rows lie anywhere in a table far larger than any cache, so the

@@ -30,7 +30,7 @@ struct TableUpdateFunctions {
                                 int64_t last);
 };
 
-// The source is in the table's type or in that of its accumulation.
+// The source is in the table's type or its accumulation type.
 struct TableUpdateKernels : TableUpdateFunctions<float, float>,
                             TableUpdateFunctions<double, double>,
                             TableUpdateFunctions<BFloat16, BFloat16>,

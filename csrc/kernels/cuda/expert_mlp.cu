@@ -26,8 +26,8 @@ namespace peer::cuda {
 
 namespace {
 
-constexpr int kMaxWarps = 8;
-constexpr int kMaxThreads = kMaxWarps * kWarp;
+constexpr int kMaxWarpsPerToken = 8;
+constexpr int kMaxThreads = kMaxWarpsPerToken * kWarp;
 constexpr int kMinPairsPerWarp = 16;  // before a token gets another warp
 
 // Leaves 128 registers per thread. Half of them hold loads in flight.
@@ -276,7 +276,7 @@ __global__ void add_shares(Shares shares,
 
 // The shares of the warps of a token's block. They are equal, so that the warps end together.
 Shares make_block_shares(int pairs_per_token) {
-  const int equal = (pairs_per_token + kMaxWarps - 1) / kMaxWarps;
+  const int equal = (pairs_per_token + kMaxWarpsPerToken - 1) / kMaxWarpsPerToken;
   const int whole_groups = (equal + kRowsPerGroup - 1) / kRowsPerGroup * kRowsPerGroup;
   return make_shares(pairs_per_token, std::max(whole_groups, kMinPairsPerWarp));
 }

@@ -1,5 +1,5 @@
-// expert_mlp and its backward. Table is the element type of the expert tables. Input is that of the
-// activations: Table, or the accumulation type of Table.
+// expert_mlp and its backward. Table is the element type of the table. Input is that of x, out and
+// their gradients: Table, or the accumulation type of Table.
 #pragma once
 
 #include "kernels/cuda/launch.h"

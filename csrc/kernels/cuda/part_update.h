@@ -21,7 +21,9 @@ namespace peer::cuda {
 // All rules of kernels/table_update.h in one form:
 //
 //   v = second_moment_decay·v + second_moment_gain·mean(g²)     if there are second moments
-//   scale = lr / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps)
+//   scale = lr                                                  without second moments
+//         = lr / (sqrt(v) + eps)                                without a count of steps
+//         = lr / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps)
 //   m = momentum_decay·m + momentum_gain·g                      or m = g, without momentum
 //   w = decay_factor·w - scale·m                                or, with nesterov,
 //   w = decay_factor·w - scale·(g + momentum_decay·m)

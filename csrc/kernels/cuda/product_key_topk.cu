@@ -53,7 +53,7 @@ class SharedLayout {
         keys_per_batch_(keys_per_batch),
         sorted_(kScores + kQueries * score_stride() * int(sizeof(Order))),
         pairs_(sorted_ + 2 * kQueries * k * int(sizeof(Candidate<Order>))),
-        bytes_(pairs_ + kMaxPairs * int(sizeof(RankPair))) {}
+        bytes_(pairs_ + kMaxCandidatePairs * int(sizeof(RankPair))) {}
 
   int bytes() const { return bytes_; }
   PEER_HOST_DEVICE int keys_per_batch() const { return keys_per_batch_; }

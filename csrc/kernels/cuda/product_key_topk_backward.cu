@@ -36,8 +36,8 @@ __global__ void key_owners_kernel(KeyOwners pass) {
 //
 // Shapes      coefficients, indices (items, terms)   table (·, width)   out (items, width)
 // One warp    one item, all columns; up to 16 rows at once, with 16 bytes of each in flight per
-// lane Traffic     terms·width table elements per item. The table is expected to be small: keys
-// stay in
+//             lane
+// Traffic     terms·width table elements per item. The table is expected to be small: keys stay in
 //             the L2 cache, which serves all but the first reads
 // Exactness   accumulation in the table's own type, in an order fixed by p
 // Requires    indices in range; width and terms below 2^30; any strides and alignments

@@ -24,11 +24,13 @@ namespace peer::cuda {
 // The scores of a batch, in registers.
 constexpr int kScoresPerLane = 16;
 constexpr int kMaxKeysPerBatch = kScoresPerLane * kWarp;
-// In registers, a batch's scores leave their shared memory to the list of candidates.
+// The scores move to registers, then the list of candidates reuses their shared memory. It needs
+// the space of this many keys.
 constexpr int kMinKeysPerBatch = 256;
 
-constexpr int kMaxPairs = count_candidate_pairs<int>(kMaxRetrieved, kMaxRetrieved, kMaxRetrieved);
-constexpr int kPairsPerLane = (kMaxPairs + kWarp - 1) / kWarp;
+constexpr int kMaxCandidatePairs =
+    count_candidate_pairs<int>(kMaxRetrieved, kMaxRetrieved, kMaxRetrieved);
+constexpr int kCandidatePairsPerLane = (kMaxCandidatePairs + kWarp - 1) / kWarp;
 
 // NaN, which is above infinity, stays.
 template <class Real>
@@ -119,9 +121,9 @@ struct PairSelection {
 
   // Among equal sums, the smaller position in the list of pairs is better.
   __device__ void select(Candidate<Order>* list) const {
-    Order sums[kPairsPerLane];
+    Order sums[kCandidatePairsPerLane];
 #pragma unroll
-    for (int i = 0; i < kPairsPerLane; ++i) {
+    for (int i = 0; i < kCandidatePairsPerLane; ++i) {
       const int position = position_of(i);
       sums[i] = position < pair_count ? sum(position) : kBelowAll<Order>;
     }

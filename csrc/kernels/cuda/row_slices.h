@@ -235,7 +235,7 @@ __device__ Vec<accumulation_t<Element>, vec_size> widen_vec(
   return result;
 }
 
-// Requests the cache line of an address into the L2 cache.
+// Prefetches the cache line of an address into the L2 cache.
 __device__ inline void prefetch_l2(const void* address) {
 #ifdef __CUDA_ARCH__
   asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
@@ -244,7 +244,7 @@ __device__ inline void prefetch_l2(const void* address) {
 #endif
 }
 
-// Requests a slice into the L2 cache, one line per lane.
+// Prefetches a slice into the L2 cache, one line per lane.
 template <class Element, int vec_size>
 __device__ void prefetch_l2(const Slice<Element, vec_size>& slice) {
   constexpr int elements_per_line = 128 / int(sizeof(Element));

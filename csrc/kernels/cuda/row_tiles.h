@@ -114,7 +114,7 @@ __device__ Vec<Element, count> load_columns(const Element* row, int column, int 
   return elements;
 }
 
-// On the CPU, stands in for the hardware's trap.
+// Emulates, on the CPU, the GPU's trap on a misaligned access.
 __device__ inline void trap_unless_aligned(const void* address) {
   if (reinterpret_cast<uintptr_t>(address) % 16 != 0) {
     __trap();

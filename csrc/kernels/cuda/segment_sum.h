@@ -113,7 +113,7 @@ __device__ int32_t find_sum_start(const TermList<Real>& list, int32_t count, int
 
 constexpr int kMaxPositions = 64;
 constexpr int kMaxTerms = kMaxPositions + kPairsPerChunk - 1;
-constexpr int kMaxWarps = 16;
+constexpr int kMaxWarpsPerTile = 16;
 
 // The number of slices in a warp's ring buffer: one being added, the others in flight.
 constexpr int kRowsInRing = 4;
@@ -269,7 +269,7 @@ TileShape choose_tile_shape(int64_t terms, int64_t width) {
   constexpr int64_t kMinPositions = 8;
   constexpr int64_t kWarpsPerSm = 2 * 64;  // in two waves
   const int64_t slices = count_slices(width, kSliceColumns<vec_size>);
-  const int64_t rounds = (slices + kMaxWarps - 1) / kMaxWarps;
+  const int64_t rounds = (slices + kMaxWarpsPerTile - 1) / kMaxWarpsPerTile;
   const int64_t warps = (slices + rounds - 1) / rounds;
   const int64_t two_waves_of_tiles = sm_count() * kWarpsPerSm / warps;
   const int64_t positions =

@@ -1,4 +1,4 @@
-// Segments: pairs sorted by owner (which expert did each pair retrieve?), and the target of every
+// Segments: pairs sorted by owner (the table row that each pair retrieved), and the target of every
 // sum over them.
 //
 // Sorting     a stable radix sort of pair ids by owner, over as many bits as owners have

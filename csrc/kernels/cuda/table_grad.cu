@@ -1,5 +1,5 @@
 // The gradient of a table: every row is the sum, over the pairs that retrieved it, of a coefficient
-// times a row of x or grad_out.
+// times a row of the source: x, grad_out or the queries.
 //
 //   out[row] = Σ over the segment's pairs of coefficients[pair]·source[pair / pairs_per_row]
 //

@@ -35,8 +35,8 @@ class BlockReduce {
  public:
   // In shared memory.
   struct Storage {
-    Real warp_sums[2][kMaxWarps];  // two buffers: a warp is at most one sum ahead of another
-    Real row_sums[kMaxTerms];      // by the term that ends a row's sum
+    Real warp_sums[2][kMaxWarpsPerTile];  // two buffers: a warp is at most one sum ahead of another
+    Real row_sums[kMaxTerms];             // by the term that ends a row's sum
   };
 
   explicit __device__ BlockReduce(Storage* storage) : storage_(storage) {}

@@ -1,4 +1,4 @@
-// The operators that update tables, and the operator that prepares an update, have no derivative.
+// The operators that update tables, and expert_mlp_backward_coefficients, have no derivative.
 // Updates write in place, so they increment the versions of the tensors that they write: autograd
 // then notices that a tensor saved for a backward pass has changed.
 #include <torch/csrc/autograd/VariableTypeUtils.h>

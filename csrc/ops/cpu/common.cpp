@@ -11,8 +11,8 @@ namespace peer::ops::cpu {
 
 namespace {
 
-// More than a processor's last cache lends to one program, roughly.
-constexpr int64_t kCaches = int64_t(16) << 20;
+// Roughly the share of the last-level cache that one program gets.
+constexpr int64_t kCacheBytes = int64_t(16) << 20;
 
 std::shared_ptr<void> cached_memory(int64_t bytes) {
   const auto data = std::make_shared<c10::DataPtr>(cached_huge_pages().allocate(bytes));
@@ -51,7 +51,7 @@ at::Tensor TableGradient::sum(const at::Tensor& coefficients,
     const SegmentWork<Real> work = segments_.work(Rows<Real>{data_of<Real>(partial_sums), width});
     const int64_t written_bytes =
         segments_.chunks.size() * parts * width * int64_t(sizeof(Element));
-    const bool exceeds_caches = written_bytes > kCaches;
+    const bool exceeds_caches = written_bytes > kCacheBytes;
     const auto& kernel = kernels<TableGradKernels>().of<Element>();
     for (int64_t part = 0; part < parts; ++part) {
       const at::Tensor& source = sources[part];

@@ -51,7 +51,7 @@ struct Device {
     return accumulation_type(table);
   }
 
-  static constexpr int64_t kMaxPairs = std::numeric_limits<int64_t>::max();
+  static constexpr int64_t kMaxSortable = std::numeric_limits<int64_t>::max();
 
   // Every id must lie in [0, count): reading a row elsewhere would be silent corruption.
   static void check_index_range(const char* op,

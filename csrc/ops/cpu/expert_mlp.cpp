@@ -9,8 +9,8 @@ namespace peer::ops::cpu {
 
 namespace {
 
-// A token's pass takes tens of microseconds at the paper's sizes, so a few tokens outweigh waking a
-// thread.
+// A token's pass takes tens of microseconds at the paper's sizes, so a few tokens are worth the
+// cost of waking a thread.
 constexpr int64_t kTokensPerTask = 4;
 
 // With fewer tokens than this, several threads share the splits of a token.
@@ -20,7 +20,7 @@ struct Cpu : Device {
   static void forward(const Experts& experts, const TokenOutputs& tokens) {
     with_table_type(experts.type(), [&]<class Table>() {
       using Real = accumulation_t<Table>;
-      const auto pass = forward_pass<Table, Real>(experts, tokens);
+      const auto pass = forward_arguments<Table, Real>(experts, tokens);
       const auto& kernel = kernels<ExpertMlpKernels>().of<Table>();
       const int64_t splits = splits_per_token(pass.experts_per_token);
       if (pass.tokens < kFewTokens && splits > 1) {
@@ -40,7 +40,7 @@ struct Cpu : Device {
 
   static void backward(const Experts& experts, const TokenGradients& tokens) {
     with_table_type(experts.type(), [&]<class Table>() {
-      const auto pass = backward_pass<Table, accumulation_t<Table>>(experts, tokens);
+      const auto pass = backward_arguments<Table, accumulation_t<Table>>(experts, tokens);
       const auto& kernel = kernels<ExpertMlpKernels>().of<Table>();
       at::parallel_for(0, pass.tokens, kTokensPerTask,
                        [&](int64_t first, int64_t last) { kernel.backward(pass, first, last); });

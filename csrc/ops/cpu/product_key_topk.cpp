@@ -27,8 +27,8 @@ Tensor pack(const ProductKeyTopkFunctions<Real>& kernel, const Tensor& keys) {
   return packed;
 }
 
-// As many queries to a block as leave every thread one, in steps of what the product has in
-// registers.
+// The largest block that still gives every thread a block, rounded down to a multiple of the 4
+// queries that the product keeps in registers.
 int64_t tokens_per_block(int64_t tokens, int64_t heads) {
   const int64_t per_thread = tokens * heads / at::get_num_threads();
   return std::clamp<int64_t>(per_thread / 4 * 4, 4, kMaxTokensPerBlock);
@@ -40,7 +40,7 @@ struct Cpu : Device {
                        const Tensor& col_keys,
                        const Tensor& scores,
                        const Tensor& indices) {
-    // To shared keys all queries are alike, so that one token's heads make a block too.
+    // With shared keys, heads are like tokens, so the heads of one token can share a block.
     const bool keys_are_shared = row_keys.dim() == 2 && col_keys.dim() == 2;
     const int64_t heads = keys_are_shared ? 1 : query.size(1);
     const int64_t tokens = keys_are_shared ? query.size(0) * query.size(1) : query.size(0);

@@ -13,7 +13,7 @@ namespace {
 // A row takes a fraction of a microsecond.
 constexpr int64_t kRowsPerTask = 64;
 
-// Distinct rows in their order: each is its own pair, so there is nothing to sort or to sum.
+// Strictly ascending indices are distinct and sorted, so no sort and no sum is needed.
 bool ascend_strictly(const Tensor& contiguous_indices) {
   const int64_t* indices = contiguous_indices.const_data_ptr<int64_t>();
   const int64_t count = contiguous_indices.numel();

@@ -19,8 +19,8 @@ std::shared_ptr<void> stream_ordered_memory(int64_t bytes) {
   return {data, data->get()};
 }
 
-// Known to the device alone, so this waits for it.
-int64_t read_distinct_owners(const Segments& pairs, const Context& context) {
+// Only the device knows the number, so the host waits for the stream.
+int64_t read_distinct_owners(const Segments& segments, const Context& context) {
   TORCH_CHECK(c10::cuda::currentStreamCaptureStatusMayInitCtx() == c10::cuda::CaptureStatus::None,
               "peer::expert_mlp: sparse_grad=True cannot be captured in a CUDA graph, because the "
               "host has to read how many experts were retrieved; use sparse_grad=False, or fused "
@@ -38,12 +38,12 @@ TableGradient::TableGradient(const Tensor& contiguous_owners, int64_t owner_coun
     : owner_count_(owner_count),
       sparse_(sparse),
       context_(current_context()),
-      pairs_(make_segments(contiguous_owners.const_data_ptr<int64_t>(),
-                           contiguous_owners.numel(),
-                           owner_count,
-                           sparse ? OutputRows::compact : OutputRows::by_owner,
-                           context_)),
-      distinct_owners_(sparse ? read_distinct_owners(pairs_, context_) : 0) {}
+      segments_(make_segments(contiguous_owners.const_data_ptr<int64_t>(),
+                              contiguous_owners.numel(),
+                              owner_count,
+                              sparse ? OutputRows::compact : OutputRows::by_owner,
+                              context_)),
+      distinct_owners_(sparse ? read_distinct_owners(segments_, context_) : 0) {}
 
 Tensor TableGradient::sum(const Tensor& coefficients,
                           at::TensorList sources,
@@ -59,19 +59,19 @@ Tensor TableGradient::sum(const Tensor& coefficients,
           using Real = accumulation_t<Element>;
           const TableGrad<Element, Source> pass = {
               .width = width,
-              .pairs_per_row = source.size(0) > 0 ? pairs_.count / source.size(0) : 1,
-              .coefficients = const_data_of<Real>(coefficients) + part * pairs_.count,
+              .pairs_per_row = source.size(0) > 0 ? segments_.count / source.size(0) : 1,
+              .coefficients = const_data_of<Real>(coefficients) + part * segments_.count,
               .source = rows_of<Source>(source),
               .out = mutable_rows_of<Element>(values.select(1, part)),
           };
-          sum_segments(pass, pairs_, context_);
+          sum_segments(pass, segments_, context_);
         });
   }
   if (!sparse_) {
     return values;
   }
-  // The kernels' ids are freed with pairs_, after the copy has been queued.
-  const Tensor ids = at::for_blob(pairs_.distinct_owners.get(), {1, distinct_owners_})
+  // The kernels' ids are freed with segments_, after the copy has been queued.
+  const Tensor ids = at::for_blob(segments_.distinct_owners.get(), {1, distinct_owners_})
                          .options(like.dtype(at::kInt))
                          .target_device(values.device())
                          .make_tensor()

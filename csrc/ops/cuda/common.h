@@ -39,7 +39,7 @@ class TableGradient {
   int64_t owner_count_;
   bool sparse_;
   Context context_;
-  Segments pairs_;
+  Segments segments_;
   int64_t distinct_owners_ = 0;  // of a sparse gradient
 };
 
@@ -50,7 +50,7 @@ struct Device {
     return given == table ? table : accumulation_type(table);
   }
 
-  static constexpr int64_t kMaxPairs = std::numeric_limits<int32_t>::max();
+  static constexpr int64_t kMaxSortable = std::numeric_limits<int32_t>::max();
 
   // Checks nothing, because the host would have to wait for the ids. Kernels trap on an id that is
   // out of range.

@@ -13,14 +13,14 @@ struct Cuda : Device {
   static void forward(const Experts& experts, const TokenOutputs& tokens) {
     with_table_and_input_type(
         experts.type(), tokens.x.scalar_type(), [&]<class Table, class Input>() {
-          expert_mlp_forward(forward_pass<Table, Input>(experts, tokens), current_context());
+          expert_mlp_forward(forward_arguments<Table, Input>(experts, tokens), current_context());
         });
   }
 
   static void backward(const Experts& experts, const TokenGradients& tokens) {
     with_table_and_input_type(
         experts.type(), tokens.grad_out.scalar_type(), [&]<class Table, class Input>() {
-          expert_mlp_backward(backward_pass<Table, Input>(experts, tokens), current_context());
+          expert_mlp_backward(backward_arguments<Table, Input>(experts, tokens), current_context());
         });
   }
 };

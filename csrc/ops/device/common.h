@@ -6,10 +6,9 @@
 //
 //   input_type(given, table)           the dtype in which the kernels take an input of the given
 //                                      dtype beside a table
-//   kMaxPairs                          how many retrievals or table rows the device can sort
-//   check_index_range(op, ids, count)  raises IndexError for an id outside [0, count), if the
-//   device
-//                                      can tell before a kernel reads the ids
+//   kMaxSortable                       how many retrievals or table rows the device can sort
+//   check_index_range(op, ids, count)  raises IndexError for an id outside [0, count), unless only
+//                                      the kernels can tell
 //   TableGradient                      the gradient of a table from sorted retrievals
 #pragma once
 
@@ -112,8 +111,8 @@ Rows<Element> mutable_rows_of(const Tensor& table) {
 // Checks that the device's kernels can sort this many indices of this many rows.
 template <class Device>
 void check_sortable(const char* op, const Tensor& table, int64_t indices, int64_t rows) {
-  TORCH_CHECK_VALUE(indices <= Device::kMaxPairs && rows <= Device::kMaxPairs, op,
-                    ": expected at most ", Device::kMaxPairs, " indices and table rows on ",
+  TORCH_CHECK_VALUE(indices <= Device::kMaxSortable && rows <= Device::kMaxSortable, op,
+                    ": expected at most ", Device::kMaxSortable, " indices and table rows on ",
                     table.device(), ", got ", indices, " indices of ", rows, " rows");
 }
 

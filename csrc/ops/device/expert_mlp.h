@@ -3,8 +3,8 @@
 //   forward(const Experts&, const TokenOutputs&)
 //   backward(const Experts&, const TokenGradients&)
 //
-// which call the kernels with what forward_pass and backward_pass make of these arguments. The
-// table's gradient is a sum over retrievals for each part of a row; one sort serves all parts.
+// They convert their arguments with forward_arguments and backward_arguments and call the kernels.
+// The table's gradient is a sum over retrievals for each part of a row; one sort serves all parts.
 #pragma once
 
 #include <ATen/ops/empty.h>
@@ -63,7 +63,8 @@ struct TokenGradients {
 };
 
 template <class Table, class Input>
-ExpertMlpForward<Table, Input> forward_pass(const Experts& experts, const TokenOutputs& tokens) {
+ExpertMlpForward<Table, Input> forward_arguments(const Experts& experts,
+                                                 const TokenOutputs& tokens) {
   using Real = accumulation_t<Table>;
   return {
       .tokens = tokens.x.size(0),
@@ -84,8 +85,8 @@ ExpertMlpForward<Table, Input> forward_pass(const Experts& experts, const TokenO
 }
 
 template <class Table, class Input>
-ExpertMlpBackward<Table, Input> backward_pass(const Experts& experts,
-                                              const TokenGradients& tokens) {
+ExpertMlpBackward<Table, Input> backward_arguments(const Experts& experts,
+                                                   const TokenGradients& tokens) {
   using Real = accumulation_t<Table>;
   return {
       .tokens = tokens.grad_out.size(0),

@@ -59,7 +59,7 @@ std::tuple<Tensor, Tensor, Tensor> product_key_topk_backward_on(
   const auto& output_mask = args.output_mask;
   const c10::DeviceGuard guard(query.device());
   const at::ScalarType type = query.scalar_type();
-  const int64_t retrievals = query.size(0) * query.size(1);
+  const int64_t query_count = query.size(0) * query.size(1);
   const int64_t half_width = query.size(2) / 2;
   const Tensor grad = contiguous_as(args.grad_scores, accumulation_type(type));
   const RetrievedKeys keys(args.indices, row_keys, col_keys);
@@ -68,12 +68,12 @@ std::tuple<Tensor, Tensor, Tensor> product_key_topk_backward_on(
 
   Tensor grad_query;
   if (output_mask[0]) {
-    const Tensor sums = at::empty({retrievals, 2 * half_width}, grad.options());
-    const auto add_half = [&](const Tensor& given, const Tensor& retrieved, int64_t column) {
+    const Tensor sums = at::empty({query_count, 2 * half_width}, grad.options());
+    const auto sum_half = [&](const Tensor& given, const Tensor& retrieved, int64_t column) {
       const Tensor table = contiguous_as(given, sums.scalar_type()).reshape({-1, half_width});
       with_accumulation_type(sums.scalar_type(), [&]<class Real>() {
         const GatherSum<Real> pass = {
-            .items = retrievals,
+            .items = query_count,
             .terms = retrieved.size(2),
             .width = half_width,
             .coefficients = const_data_of<Real>(grad),
@@ -84,13 +84,13 @@ std::tuple<Tensor, Tensor, Tensor> product_key_topk_backward_on(
         Device::gather_sum(pass);
       });
     };
-    add_half(row_keys, keys.rows, 0);
-    add_half(col_keys, keys.columns, half_width);
+    sum_half(row_keys, keys.rows, 0);
+    sum_half(col_keys, keys.columns, half_width);
     grad_query = sums.view(query.sizes()).to(type);
   }
 
   const Tensor queries = output_mask[1] || output_mask[2]
-                             ? as_input<Device>(query, type).view({retrievals, 2 * half_width})
+                             ? as_input<Device>(query, type).view({query_count, 2 * half_width})
                              : Tensor();
   const auto grad_keys = [&](const Tensor& table, const Tensor& retrieved, int64_t column) {
     const int64_t count = table.numel() / half_width;

@@ -27,7 +27,7 @@ struct Problem {
         glu(glu),
         activation(activation) {
     Random random(seed);
-    // Rows lie further apart than they are long.
+    // Rows are padded: the stride exceeds the width.
     stride = parts() * dim + 3;
     table = random.normal<Table>(experts * stride);
     x = random.normal<Real>(tokens * dim);

@@ -268,11 +268,10 @@ TEMPLATE_TEST_CASE("infinities among many keys are ordered as brute force orders
                                       "-inf row, +inf column");
 }
 
-TEMPLATE_TEST_CASE(
-    "NaNs that hide an infinity from the list of the best fill the result themselves",
-    "[product_key_topk]",
-    float,
-    double) {
+TEMPLATE_TEST_CASE("k NaNs fill the result, whatever infinities there are",
+                   "[product_key_topk]",
+                   float,
+                   double) {
   const TestType inf = std::numeric_limits<TestType>::infinity();
   const TestType nan = std::numeric_limits<TestType>::quiet_NaN();
   const std::vector<TestType> hidden = {1, inf, nan, nan, 2, nan, nan, nan, -inf};

@@ -29,7 +29,7 @@ TEST_CASE("pairs come out by owner, and in their own order within an owner", "[s
 
 namespace {
 
-// Owners of which one is hot: its segment is longer than a block of pairs.
+// Owners, one of them hot: its segment is longer than a block of pairs.
 std::vector<int64_t> owners_with_a_hot_one(int64_t count, int64_t hot) {
   Random random(2);
   std::vector<int64_t> owners = random.integers(count, 300);

@@ -7,7 +7,7 @@ using namespace peer::test;
 
 namespace {
 
-// Everything that one table's gradient is made of, and its sum in double, one pair at a time.
+// The inputs of one table's gradient, and its sums in double, one pair at a time.
 template <class Element>
 struct Problem {
   using Real = accumulation_t<Element>;

@@ -13,7 +13,7 @@ using namespace peer::test;
 
 namespace {
 
-// Rows lie further apart than they are long.
+// Rows are padded: the stride exceeds the width.
 constexpr int64_t kPadding = 5;
 
 template <class Table, class Source>
@@ -158,7 +158,7 @@ TEMPLATE_TEST_CASE("rows with many pairs are updated once, and the same for any 
   }
 }
 
-// Stochastic rounding aside, whose bits go by the column in the row.
+// Not with stochastic rounding: its random bits depend on the column in the whole row.
 TEMPLATE_TEST_CASE("parts are updated as tables of their own", "[table_update]", float, double) {
   for (const Capability capability : capabilities()) {
     for (const Given given : kGiven) {
@@ -181,8 +181,7 @@ TEMPLATE_TEST_CASE("parts are updated as tables of their own", "[table_update]",
 
 namespace {
 
-// Stochastic rounding of values by the kernels: rows of zeros from which their negatives are
-// subtracted.
+// Rounds values with the kernels: subtracts their negatives from rows of zeros.
 template <class Table>
 std::vector<Table> round_stochastically(Capability capability,
                                         const std::vector<float>& values,
@@ -202,7 +201,7 @@ std::vector<Table> round_stochastically(Capability capability,
   return table;
 }
 
-// The neighbours of a value among those of the type, by their bit patterns, for positive values.
+// The two neighbouring values of the type around a positive value, by bisection of bit patterns.
 template <class Table>
 std::pair<double, double> neighbours(double value) {
   uint16_t low = 0, high = std::is_same_v<Table, Half> ? 0x7c00 : 0x7f80;
@@ -215,7 +214,7 @@ std::pair<double, double> neighbours(double value) {
 
 }  // namespace
 
-// 6 standard deviations: a right kernel fails one of these comparisons in 5·10^8.
+// 6 standard deviations: a correct kernel fails one comparison in 5·10^8.
 TEMPLATE_TEST_CASE("stochastic rounding is unbiased", "[table_update]", BFloat16, Half) {
   constexpr int64_t kRows = 400, kWidth = 250;
   const bool is_half = std::is_same_v<TestType, Half>;
@@ -284,7 +283,7 @@ TEMPLATE_TEST_CASE("stochastic rounding has the same bits on every capability, i
   std::vector<float> values = {0.f,       -0.f,      INFINITY, -INFINITY, NAN,      3.4028235e38f,
                                65504.f,   65519.9f,  65520.f,  65535.99f, 65536.f,  1e10f,
                                0x1p-149f, 0x1p-126f, 0x1p-14f, 0x1p-24f,  0x1p-25f, -0x1p-149f};
-  // Of all NaN, the one whose payload is next to the sign.
+  // NaNs with all bits set: adding the rounding constant would carry into the sign.
   values.push_back(std::bit_cast<float>(0x7fffffffu));
   values.push_back(std::bit_cast<float>(0xffffffffu));
   for (const int64_t bits : random.integers(7000 - values.size(), int64_t(1) << 32)) {
@@ -333,7 +332,7 @@ TEMPLATE_TEST_CASE(
   }
 }
 
-// A bit is wrong half of the time, or depends on another; 6 standard deviations, as above.
+// Each bit is set half of the time, independently of its neighbours, within 6 standard deviations.
 TEST_CASE("random words are balanced, and differ by row, column and key", "[table_update]") {
   constexpr int64_t kRows = 300, kColumns = 300;
   const double count = kRows * kColumns, allowed = 6 * std::sqrt(count) / 2;
