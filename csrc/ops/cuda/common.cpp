@@ -25,7 +25,7 @@ int64_t read_distinct_owners(const Segments& segments, const Context& context) {
               "peer::expert_mlp: sparse_grad=True cannot be captured in a CUDA graph, because the "
               "host has to read how many experts were retrieved; use sparse_grad=False, or fused "
               "updates, with CUDA graphs");
-  return count_distinct_owners(pairs, context);
+  return count_distinct_owners(segments, context);
 }
 
 }  // namespace
