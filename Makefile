@@ -57,7 +57,7 @@ python_files := peer tests examples build_backend setup.py $(wildcard benchmarks
 help:
 	@echo "make demo          train a small language model with a PEER layer beside its dense twin"
 	@echo "make test          C++ and Python tests without the sweeps"
-	@echo "make test-long     all tests that need no GPU"
+	@echo "make test-long     all tests but test-install and those that need a GPU"
 	@echo "make test-install  installation by pip, in clean environments"
 	@echo "make test-hostile  hostile files and ids, under sanitizers"
 	@echo "make test-cuda     the tests that need a GPU, after a build with CUDA"

@@ -7,7 +7,7 @@ The functions take the counts of one pool, (N,), or those of a model by the name
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -27,7 +27,8 @@ def unused(counts: Counts, at_most: int = 0) -> Counts:
         (N,) bool, or a dict of such tensors, True for selected experts.
 
     Raises:
-        ValueError: at_most is negative, or a tensor is not 1-D.
+        ValueError: at_most is negative, or counts are not 1-D.
+        TypeError: counts are neither a tensor nor a mapping.
 
     Example:
         >>> import torch, peer
@@ -42,9 +43,9 @@ def unused(counts: Counts, at_most: int = 0) -> Counts:
 def specific(old: Counts, new: Counts, ratio: float) -> Counts:
     r"""Selects the experts that new data uses and old data seldom uses.
 
-    With the shares :math:`o_e` and :math:`n_e` of expert e in all retrievals by old and by new
-    data, e is selected if :math:`o_e < \mathrm{ratio} \cdot n_e`. The amounts of old and new data
-    may differ.
+    With the shares :math:`o_e` and :math:`n_e` of expert e in all retrievals of its pool by old and
+    by new data, e is selected if :math:`o_e < \mathrm{ratio} \cdot n_e`. The amounts of old and
+    new data may differ. Shares are zero in a pool without retrievals.
 
     Args:
         old: retrievals by expert for old data, (N,), or a mapping of such tensors.
@@ -55,8 +56,8 @@ def specific(old: Counts, new: Counts, ratio: float) -> Counts:
         (N,) bool, or a dict of such tensors, True for selected experts.
 
     Raises:
-        ValueError: ratio is not positive, old and new have different names or shapes, or one of
-            them has no retrievals.
+        ValueError: ratio is not positive, or old and new have different names or shapes.
+        TypeError: old or new is neither a tensor nor a mapping, or only one is a tensor.
 
     Example:
         >>> import torch, peer
@@ -72,27 +73,29 @@ def specific(old: Counts, new: Counts, ratio: float) -> Counts:
                 f"expected old and new counts of the same shape, got {list(old_count.shape)} and "
                 f"{list(new_count.shape)}"
             )
-        old_total, new_total = old_count.sum(), new_count.sum()
-        if old_total == 0 or new_total == 0:
-            raise ValueError("expected counts of at least one retrieval by old and by new data")
-        # In float64, products of counts and totals up to 2^26 each are exact.
+        # Without a division, float64 is exact while the products are below 2^53.
+        old_total, new_total = (count.sum().clamp(min=1) for count in (old_count, new_count))
         return old_count.double() * new_total < ratio * (new_count.double() * old_total)
 
     return _map(select, old, new)
 
 
-def _map(select: Callable[..., Tensor], first: Counts, *others: Counts) -> Counts:
+def _map(select: Callable[..., Tensor], *counts: Any) -> Any:
     """Applies a function to the counts of each pool, after a check of their form."""
-    if isinstance(first, Tensor):
-        every = (first, *others)
-        for count in every:
-            if not isinstance(count, Tensor) or count.dim() != 1:
-                raise ValueError("expected counts of shape (N,), in the same form for old and new")
-        return select(*every)
-    for other in others:
-        if isinstance(other, Tensor) or other.keys() != first.keys():
-            raise ValueError(
-                f"expected old and new counts of the same pools, got {sorted(first)} and "
-                + ("a tensor" if isinstance(other, Tensor) else str(sorted(other)))
+    first = counts[0]
+    if all(isinstance(count, Tensor) for count in counts):
+        for count in counts:
+            if count.dim() != 1:
+                raise ValueError(f"expected counts of shape (N,), got {list(count.shape)}")
+        return select(*counts)
+    for count in counts:
+        if not isinstance(count, Mapping):
+            raise TypeError(
+                "expected counts as a tensor, or all as mappings from names to tensors, got "
+                f"{type(count).__name__}"
             )
-    return {name: _map(select, first[name], *(other[name] for other in others)) for name in first}
+        if count.keys() != first.keys():
+            raise ValueError(
+                f"expected counts of the same pools, got {sorted(first)} and {sorted(count)}"
+            )
+    return {name: _map(select, *(count[name] for count in counts)) for name in first}

@@ -44,7 +44,7 @@ class UsageTracker:
     Source: arXiv 2407.04153, table 2.
 
     Example:
-        >>> import torch, peer
+        >>> import math, torch, peer
         >>> layer = peer.PEER(8, num_experts=16, heads=2, num_experts_per_head=4, dim_key=4)
         >>> with peer.UsageTracker(layer) as tracker:
         ...     _ = layer(torch.randn(100, 8))
@@ -132,8 +132,8 @@ def count_usage(model: nn.Module, batches: Iterable[Any]) -> dict[str, Tensor]:
     """Counts how often each expert is retrieved while data passes through a model.
 
     The model runs in evaluation mode and without gradients, and every module's mode is restored.
-    A retrieval counts whatever its router weight is. Padding does not count. Layers that share a
-    pool add to the same counts.
+    A retrieval counts whatever its router weight is. Tokens that the `padding_mask` of a `PEER`
+    layer marks do not count. Layers that share a pool add to the same counts.
 
     Args:
         model: a model with at least one `ExpertPool`, as in `PEER` layers. Compiled parts run
@@ -160,28 +160,30 @@ def count_usage(model: nn.Module, batches: Iterable[Any]) -> dict[str, Tensor]:
     }
     if not pools:
         raise ValueError("expected a model with an ExpertPool, such as that of a PEER layer")
-    counts = {
-        name: torch.zeros(pool.num_experts, dtype=torch.int64, device=pool.weight.device)
-        for name, pool in pools.items()
-    }
+    with torch.inference_mode(False):
+        counts = {
+            name: torch.zeros(pool.num_experts, dtype=torch.int64, device=pool.weight.device)
+            for name, pool in pools.items()
+        }
     modes = {module: module.training for module in model.modules()}
-    # The pool does not see the mask, so its layer notes it before the call, and drops it after.
-    padding_masks: list[Tensor | None] = []
+    # A pool does not see the mask. So the layer notes its mask before the call, and drops it after.
+    masks: dict[nn.Module, Tensor | None] = {}  # of the layers that are being called, in order
 
-    def note_padding(_: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        padding_masks.append(arguments[1] if len(arguments) > 1 else keywords.get("padding_mask"))
+    def note_mask(layer: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        masks[layer] = arguments[1] if len(arguments) > 1 else keywords.get("padding_mask")
 
-    def drop_padding(*_: object) -> None:
-        padding_masks.pop()
+    def drop_mask(layer: nn.Module, *_: object) -> None:
+        masks.pop(layer, None)
 
-    def count_in(count: Tensor) -> Any:
+    def count_in(name: str) -> Any:
         def hook(_: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
             indices = arguments[2] if len(arguments) > 2 else keywords["indices"]
             uses = torch.ones_like(indices)
-            if padding_masks and padding_masks[-1] is not None:
-                mask = padding_masks[-1]
+            mask = next(reversed(masks.values()), None)
+            if mask is not None:
                 uses = uses.masked_fill(mask.view(*mask.shape, *[1] * (uses.dim() - mask.dim())), 0)
-            count.index_add_(0, indices.flatten(), uses.flatten())
+            counts[name] = counts[name].to(indices.device)
+            counts[name].index_add_(0, indices.flatten(), uses.flatten())
 
         return hook
 
@@ -189,17 +191,18 @@ def count_usage(model: nn.Module, batches: Iterable[Any]) -> dict[str, Tensor]:
         for module in model.modules():
             if isinstance(module, PEER):
                 for handle in (
-                    module.register_forward_pre_hook(note_padding, with_kwargs=True),
-                    module.register_forward_hook(drop_padding, always_call=True),
+                    module.register_forward_pre_hook(note_mask, with_kwargs=True),
+                    module.register_forward_hook(drop_mask, always_call=True),
                 ):
                     stack.callback(handle.remove)
         for name, pool in pools.items():
-            handle = pool.register_forward_pre_hook(count_in(counts[name]), with_kwargs=True)
+            handle = pool.register_forward_pre_hook(count_in(name), with_kwargs=True)
             stack.callback(handle.remove)
         for module, mode in modes.items():
+            # Not by train(), which a module may override, and which would not restore its parts.
             stack.callback(setattr, module, "training", mode)
+            module.training = False
         stack.enter_context(torch.compiler.set_stance("force_eager"))
-        model.eval()
         for batch in batches:
             if isinstance(batch, Mapping):
                 model(**batch)

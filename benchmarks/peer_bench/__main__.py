@@ -24,6 +24,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Reads the command line. `plans` are those of the preset with the options in place."""
     parser = argparse.ArgumentParser(
         prog="python -m peer_bench",
+        allow_abbrev=False,
         description="Measures PEER layers beside plain PyTorch, PEER-pytorch and the feed-forward "
         "layers that they replace. Options for sizes take one value or several, separated by "
         "commas, and replace the preset's. benchmarks/README.md describes the rows.",
@@ -49,7 +50,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--rounds", type=int, help=f"turns of each provider; slow ones take 3; {_say('rounds')}")
     add("--min-time", type=float, help=f"seconds of a turn, at least; {_say('min_time')}")
     add("--bandwidth-mib", type=int, help="size of the buffer that bandwidth is measured on")
-    add("--max-memory", type=float, help="GiB to use at most; default: all but 2 GiB of the rest")
+    add(
+        "--max-memory",
+        type=float,
+        help="memory limit in GiB; default: the available memory minus 2 GiB",
+    )
     add("--huge-pages", action="store_true", help=f"{HUGE_PAGES}=1: large tensors on huge pages")
     add("--device", choices=list(DEVICES), default="cpu", help="where to measure")
     add("--dry-run", action="store_true", help="list what would run, and allocate nothing")

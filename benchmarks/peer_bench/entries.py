@@ -86,7 +86,7 @@ def unsupported_reason(provider: str, case: Case, mode: str) -> str:
     if provider == "peer-graph":
         return "" if case.device == "cuda" else "a CUDA graph needs --device cuda"
     if provider == "compiled" and case.routers > 1:
-        return "not run with several routers in turn"  # each would be compiled, to no end
+        return "not run with several routers in turn"  # compiling every copy would serve no purpose
     is_cpu_half = (case.device, case.dtype) == ("cpu", "float16")
     if provider == "embedding_bag" and is_cpu_half and "forward" not in mode:
         return "torch does not add sparse float16 gradients on a CPU"
@@ -109,9 +109,8 @@ def estimate_case(case: Case, cache: int | None = None) -> int:
         cache: bytes of the last-level cache, None for this processor's.
     """
     tokens = count_inputs(case, cache or CPU.last_level_cache) * case.tokens
-    inputs = tokens * (case.dim * case.itemsize + 8 * case.per_token)
-    routers = case.routers * (case.dim * case.heads + case.root) * case.dim_key * case.itemsize
-    return case.table_bytes + inputs + routers
+    inputs = tokens * (case.dim * case.activation_dtype.itemsize + 8 * case.per_token)
+    return case.table_bytes + inputs + case.routers * router_bytes(case)
 
 
 def _get_gradients(entry: Entry) -> str:
@@ -126,7 +125,9 @@ def _estimate_provider(entry: Entry) -> int:
     """An upper estimate of the bytes that a provider allocates beyond parameters and inputs."""
     case, mode, gradients = entry.case, entry.mode, _get_gradients(entry)
     if entry.provider.startswith("dense"):  # parameters, gradients, moments; the hidden layer
-        return (8 * case.dim + 6 * case.tokens) * _get_hidden(entry) * case.itemsize
+        return (
+            (8 * case.dim + 6 * case.tokens) * _get_hidden(entry) * case.activation_dtype.itemsize
+        )
     # Queries before and after normalisation, with gradients, and the router's optimizer.
     router = 6 * case.tokens * case.heads * case.dim_key * max(4, case.itemsize)
     router += 5 * router_bytes(case) + 40 * case.tokens * case.per_token
@@ -141,7 +142,7 @@ def _estimate_provider(entry: Entry) -> int:
         if not learns:
             return graphs * router
         return router + gradient + 8 * case.num_experts + (moments if gradients == "dense" else 0)
-    gathered = case.tokens * case.per_token * case.dim * case.itemsize
+    gathered = case.tokens * case.per_token * case.dim * case.activation_dtype.itemsize
     total = router + 12 * case.tokens * case.heads * (2 * case.root + 3 * case.k**2)
     if mode in CHOICE:
         return total

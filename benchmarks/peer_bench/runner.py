@@ -138,7 +138,7 @@ class Measurement:
             workload.freeze_parameters()
             if self.warm or self.first < SLOW:
                 time_calls(workload, self.calls, machine.warm_up_calls)
-            self.calls += machine.warm_up_calls
+                self.calls += machine.warm_up_calls
             total = time_calls(workload, self.calls, count)
             self.calls += count
         if self.peak is None or self.peak > LARGE:
@@ -230,7 +230,7 @@ class Run:
         self.bandwidth: tuple[int, Bandwidth] | None = None  # with a number of threads
 
     def measure(self, plans: list[Plan]) -> list[Row]:
-        """Measures plans one after the other; all rows.
+        """Measures the plans in order. Returns all rows.
 
         A provider that is wrong, that raises an exception or that needs too much memory gets a row
         without a time.

@@ -156,6 +156,7 @@ class TableOptimizer(torch.optim.Optimizer):
         """Whether the optimizer updates this table."""
         return any(each is table for each in self._tables())
 
+    @torch.no_grad()
     def apply_gradient(self, table: Tensor, gradient: RowGradient) -> None:
         """Updates one table by a gradient that is not in `table.grad`.
 

@@ -70,6 +70,7 @@ def test_pip_install_builds_for_the_torch_that_is_there(
     output = with_torch.succeed("pip install .", packaging / "source", **build_variables)
     assert "Collecting torch" not in output
     assert not (with_torch.site_packages / "torch").exists()
+    assert not list(with_torch.site_packages.glob("torch-*"))
     built_for = 'peer._library.build_info()["torch"]'
     assert with_torch.evaluate(built_for, "peer.__version__") == [torch_version, release()]
 
