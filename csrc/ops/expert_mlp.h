@@ -25,23 +25,6 @@ struct ExpertMlpArguments {
 };
 
 // hidden and gate are results of expert_mlp.
-struct ExpertMlpBackwardArguments {
-  static constexpr const char* kName = "peer::expert_mlp_backward";
-  const Tensor& grad_out;
-  const Tensor& x;
-  const Tensor& weights;
-  const Tensor& indices;
-  const Tensor& table;
-  const Tensor& hidden;
-  const Tensor& gate;
-  std::string_view activation;
-  bool sparse_grad;
-  std::array<bool, 3> output_mask;
-};
-
-// Positions in the results of expert_mlp_backward and in its output_mask.
-enum ExpertMlpGradient { kGradX, kGradWeights, kGradTable };
-
 struct ExpertMlpBackwardCoefficientsArguments {
   static constexpr const char* kName = "peer::expert_mlp_backward_coefficients";
   const Tensor& grad_out;
@@ -53,6 +36,15 @@ struct ExpertMlpBackwardCoefficientsArguments {
   const Tensor& gate;
   std::string_view activation;
 };
+
+struct ExpertMlpBackwardArguments : ExpertMlpBackwardCoefficientsArguments {
+  static constexpr const char* kName = "peer::expert_mlp_backward";
+  bool sparse_grad;
+  std::array<bool, 3> output_mask;
+};
+
+// Positions in the results of expert_mlp_backward and in its output_mask.
+enum ExpertMlpGradient { kGradX, kGradWeights, kGradTable };
 
 using ExpertMlpOp = Operator<ExpertMlpArguments,
                              ThreeTensors(const Tensor&,

@@ -1,7 +1,8 @@
 // A typed handle for an operator. Callers and kernels share one declaration of its parameters.
 //
 // Each operator has a struct of its arguments, whose members are the parameters of its schema in
-// their order, and a name:
+// their order, and a name. Parameters that several operators share may be a struct in it, or its
+// base:
 //
 //   struct ScaleArguments {
 //     static constexpr const char* kName = "peer::scale";

@@ -99,12 +99,12 @@ void check_momentum(const char* op, const char* name, const Tensor& state, const
 }  // namespace
 
 void check_rowwise_adagrad(const RowwiseAdagradArguments& args) {
-  check_table(args.kName, args.table, gradient_of(args));
+  check_table(args.kName, args.table, args.gradient);
   check_second_moments(args.kName, "sum_of_squares", args.sum_of_squares, args.table);
 }
 
 void check_sgd(const SgdArguments& args) {
-  check_table(args.kName, args.table, gradient_of(args));
+  check_table(args.kName, args.table, args.gradient);
   if (args.momentum_buffer.has_value()) {
     check_momentum(args.kName, "momentum_buffer", *args.momentum_buffer, args.table);
   } else {
@@ -114,7 +114,7 @@ void check_sgd(const SgdArguments& args) {
 }
 
 void check_rowwise_adam(const RowwiseAdamArguments& args) {
-  check_table(args.kName, args.table, gradient_of(args));
+  check_table(args.kName, args.table, args.gradient);
   check_momentum(args.kName, "first_moment", args.first_moment, args.table);
   check_second_moments(args.kName, "second_moment", args.second_moment, args.table);
   check_row_state(args.kName, "row_steps", args.row_steps, args.table.sym_sizes().slice(0, 1),

@@ -31,26 +31,20 @@ struct RowwiseAdagradArguments {
   static constexpr const char* kName = "peer::rowwise_adagrad_";
   const Tensor& table;
   const Tensor& sum_of_squares;
-  const std::optional<Tensor>& indices;
-  const Tensor& source;
-  const std::optional<Tensor>& coefficients;
+  RowGradient gradient;
   double lr, eps, weight_decay;
-  std::optional<int64_t> seed;
-  int64_t step, stream;
+  Rounding rounding;
 };
 
 struct SgdArguments {
   static constexpr const char* kName = "peer::sgd_";
   const Tensor& table;
   const std::optional<Tensor>& momentum_buffer;
-  const std::optional<Tensor>& indices;
-  const Tensor& source;
-  const std::optional<Tensor>& coefficients;
+  RowGradient gradient;
   double lr, momentum;
   bool nesterov;
   double weight_decay;
-  std::optional<int64_t> seed;
-  int64_t step, stream;
+  Rounding rounding;
 };
 
 struct RowwiseAdamArguments {
@@ -59,12 +53,9 @@ struct RowwiseAdamArguments {
   const Tensor& first_moment;
   const Tensor& second_moment;
   const Tensor& row_steps;
-  const std::optional<Tensor>& indices;
-  const Tensor& source;
-  const std::optional<Tensor>& coefficients;
+  RowGradient gradient;
   double lr, beta1, beta2, eps, weight_decay;
-  std::optional<int64_t> seed;
-  int64_t step, stream;
+  Rounding rounding;
 };
 
 using RowwiseAdagradOp = Operator<RowwiseAdagradArguments,
@@ -108,16 +99,6 @@ using RowwiseAdamOp = Operator<RowwiseAdamArguments,
                                     std::optional<int64_t>,
                                     int64_t,
                                     int64_t)>;
-
-template <class Arguments>
-RowGradient gradient_of(const Arguments& args) {
-  return {args.indices, args.source, args.coefficients};
-}
-
-template <class Arguments>
-Rounding rounding_of(const Arguments& args) {
-  return {args.seed, args.step, args.stream};
-}
 
 // The checks are those that every device needs. They read no data.
 void check_rowwise_adagrad(const RowwiseAdagradArguments& args);

@@ -19,8 +19,8 @@ inline double decay_factor(double lr, double weight_decay) { return 1 - lr * wei
 template <class Device, class Arguments, class MakeRule>
 void update_table_on(const Arguments& args, const MakeRule& make_rule) {
   const Tensor& table = args.table;
-  const RowGradient gradient = gradient_of(args);
-  const Rounding rounding = rounding_of(args);
+  const RowGradient& gradient = args.gradient;
+  const Rounding& rounding = args.rounding;
   const c10::DeviceGuard guard(table.device());
   const Tensor indices = gradient.indices.has_value() ? gradient.indices->contiguous() : Tensor();
   if (indices.defined()) {
