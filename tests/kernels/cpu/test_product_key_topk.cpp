@@ -4,6 +4,7 @@
 
 #include "kernels/cpu/product_key_topk.h"
 #include "oracles/product_key_topk.h"
+#include "problems/product_key_topk.h"
 #include "support.h"
 
 using namespace peer;
@@ -194,21 +195,9 @@ TEMPLATE_TEST_CASE(
   Random random(9);
   // With a query of ones and one key element per half, the keys are the sub-scores.
   for (int repeat = 0; repeat < 200; ++repeat) {
-    const int64_t rows = 1 + random.integer(12), columns = 1 + random.integer(12);
-    const int64_t k = 1 + random.integer(std::min<int64_t>(rows * columns, 20));
-    const int64_t kinds =
-        1 + random.integer(special.size());  // few kinds make constant rows and long ties
-    const auto draw = [&](int64_t count) {
-      std::vector<TestType> values;
-      const int64_t first = random.integer(special.size());
-      for (const int64_t kind : random.integers(count, kinds)) {
-        values.push_back(special[(first + kind) % special.size()]);
-      }
-      return values;
-    };
-    const std::vector<TestType> row_keys = draw(rows), col_keys = draw(columns);
+    const auto [k, rows, columns] = draw_special_scores(random, special);
     check_against_brute_force<TestType>(
-        {1, 1, 1, rows, columns, k, true, {1, 1}, row_keys, col_keys},
+        {1, 1, 1, int64_t(rows.size()), int64_t(columns.size()), k, true, {1, 1}, rows, columns},
         "repeat " + std::to_string(repeat));
   }
 }

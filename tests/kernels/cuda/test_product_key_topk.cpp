@@ -7,6 +7,7 @@
 #include "kernels/cuda/elements.h"
 #include "kernels/cuda/product_key_topk.h"
 #include "oracles/product_key_topk.h"
+#include "problems/product_key_topk.h"
 
 using namespace peer;
 using namespace peer::cuda;
@@ -267,20 +268,8 @@ TEMPLATE_TEST_CASE(
                                        -kInf, kNan, largest, -largest, 0x1p-14};
   Random random(9);
   for (int repeat = 0; repeat < 60; ++repeat) {
-    const int64_t rows = 1 + random.integer(12), columns = 1 + random.integer(12);
-    const int64_t k = 1 + random.integer(std::min<int64_t>(rows * columns, 20));
-    const int64_t kinds =
-        1 + random.integer(special.size());  // few kinds make constant rows and many ties
-    const auto draw = [&](int64_t count) {
-      std::vector<double> values;
-      const int64_t first = random.integer(special.size());
-      for (const int64_t kind : random.integers(count, kinds)) {
-        values.push_back(special[(first + kind) % special.size()]);
-      }
-      return values;
-    };
-    const std::vector<double> row_scores = draw(rows), column_scores = draw(columns);
-    check_against_brute_force(given_scores<TestType>(row_scores, column_scores, k),
+    const auto [k, rows, columns] = draw_special_scores(random, special);
+    check_against_brute_force(given_scores<TestType>(rows, columns, k),
                               "repeat " + std::to_string(repeat));
   }
 }

@@ -189,11 +189,7 @@ namespace {
 // Special values, values around the range of half, and random bits.
 std::vector<float> values_to_round(int64_t count) {
   Random random(6);
-  std::vector<float> values = {0.f,       -0.f,      INFINITY, -INFINITY, NAN,      3.4028235e38f,
-                               65504.f,   65519.9f,  65520.f,  65535.99f, 65536.f,  1e10f,
-                               0x1p-149f, 0x1p-126f, 0x1p-14f, 0x1p-24f,  0x1p-25f, -0x1p-149f};
-  values.push_back(std::bit_cast<float>(0x7fffffffu));
-  values.push_back(std::bit_cast<float>(0xffffffffu));
+  std::vector<float> values = special_values_to_round();
   while (int64_t(values.size()) < count / 2) {  // the range of half
     values.push_back(std::ldexp(float(random.normal<double>(1)[0]), int(random.integer(48)) - 32));
   }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstdint>
 #include <random>
@@ -75,5 +76,13 @@ struct TableUpdateProblem {
   std::vector<Real> coefficients;
   State<Table> start;
 };
+
+// Floats whose rounding to 16 bits is special.
+inline std::vector<float> special_values_to_round() {
+  return {0.f, -0.f, INFINITY, -INFINITY, NAN, 3.4028235e38f, 65504.f, 65519.9f, 65520.f, 65535.99f,
+          65536.f, 1e10f, 0x1p-149f, 0x1p-126f, 0x1p-14f, 0x1p-24f, 0x1p-25f, -0x1p-149f,
+          // NaNs with all bits set: adding the rounding constant would carry into the sign.
+          std::bit_cast<float>(0x7fffffffu), std::bit_cast<float>(0xffffffffu)};
+}
 
 }  // namespace peer::test
