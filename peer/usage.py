@@ -88,16 +88,9 @@ class UsageTracker:
         output: tuple[Tensor, Tensor],
     ) -> None:
         weights, indices = output
-        padding_mask = arguments[1] if len(arguments) > 1 else keywords.get("padding_mask")
-        uses = torch.ones_like(indices)
-        if padding_mask is not None:
-            padding = padding_mask[..., None, None]
-            weights, uses = weights.masked_fill(padding, 0), uses.masked_fill(padding, 0)
-        if self.mass.device != weights.device:
-            self.mass, self.counts = self.mass.to(weights.device), self.counts.to(weights.device)
-        ids = indices.flatten()
-        self.mass.index_add_(0, ids, weights.flatten().double())
-        self.counts.index_add_(0, ids, uses.flatten())
+        padding_mask = _padding_mask(arguments, keywords)
+        self.mass = _add_uses(self.mass, indices, weights, padding_mask)
+        self.counts = _add_uses(self.counts, indices, torch.ones_like(indices), padding_mask)
 
     def usage(self) -> float:
         """The fraction of experts with a nonzero sum of weights, in [0, 1]."""
@@ -170,7 +163,7 @@ def count_usage(model: nn.Module, batches: Iterable[Any]) -> dict[str, Tensor]:
     masks: dict[nn.Module, Tensor | None] = {}  # of the layers that are being called, in order
 
     def note_mask(layer: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        masks[layer] = arguments[1] if len(arguments) > 1 else keywords.get("padding_mask")
+        masks[layer] = _padding_mask(arguments, keywords)
 
     def drop_mask(layer: nn.Module, *_: object) -> None:
         masks.pop(layer, None)
@@ -178,12 +171,8 @@ def count_usage(model: nn.Module, batches: Iterable[Any]) -> dict[str, Tensor]:
     def count_in(name: str) -> Any:
         def hook(_: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
             indices = arguments[2] if len(arguments) > 2 else keywords["indices"]
-            uses = torch.ones_like(indices)
             mask = next(reversed(masks.values()), None)
-            if mask is not None:
-                uses = uses.masked_fill(mask.view(*mask.shape, *[1] * (uses.dim() - mask.dim())), 0)
-            counts[name] = counts[name].to(indices.device)
-            counts[name].index_add_(0, indices.flatten(), uses.flatten())
+            counts[name] = _add_uses(counts[name], indices, torch.ones_like(indices), mask)
 
         return hook
 
@@ -211,3 +200,28 @@ def count_usage(model: nn.Module, batches: Iterable[Any]) -> dict[str, Tensor]:
             else:
                 model(batch)
     return counts
+
+
+def _padding_mask(arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Tensor | None:
+    """The mask in a call of a layer or a router."""
+    mask: Tensor | None = arguments[1] if len(arguments) > 1 else keywords.get("padding_mask")
+    return mask
+
+
+def _add_uses(total: Tensor, indices: Tensor, uses: Tensor, padding_mask: Tensor | None) -> Tensor:
+    """Adds the uses of experts, of all tokens but padding.
+
+    Args:
+        total: (N,), changed in place if it is on the device of the indices.
+        indices: (..., H, K) or (..., P).
+        uses: what each retrieval adds, in the shape of the indices.
+        padding_mask: (...), or None.
+
+    Returns:
+        The total on the device of the indices.
+    """
+    if padding_mask is not None:
+        trailing = (1,) * (uses.dim() - padding_mask.dim())
+        uses = uses.masked_fill(padding_mask.reshape(*padding_mask.shape, *trailing), 0)
+    total = total.to(indices.device)
+    return total.index_add_(0, indices.flatten(), uses.flatten().to(total.dtype))
