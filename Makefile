@@ -104,13 +104,9 @@ test-hostile: $(torch) $(test_tools) compiler catch2
 
 # The pytest program, not `python -m pytest`, which would put this directory, with the package's source tree, on the path. Tests of one file
 # share fixtures, such as compiled programs, so a file stays with one worker.
-pytest := $(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile
-test-python: $(package) $(test_tools) $(demo_tools) $(bench_tools) catch2
-	$(pytest) $(ARGS)
-
-# Without the tests marked `long`.
-test-short: $(package) $(test_tools) $(demo_tools) $(bench_tools) catch2
-	$(pytest) -m "not long" $(ARGS)
+test-short: private selection := -m "not long"
+test-python test-short: $(package) $(test_tools) $(demo_tools) $(bench_tools) catch2
+	$(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile $(selection) $(ARGS)
 
 # The tests make environments of their own, which share only torch with this one. PEER_OTHER_TORCH names the site-packages directory of an
 # environment with another minor version of torch, for the test of the error message.
