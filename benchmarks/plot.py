@@ -102,7 +102,7 @@ def spell_time(seconds: float) -> str:
 
 def name_transfer(row: Row) -> str:
     """The transfer whose bandwidth a row is compared with: a read on a CPU, a copy on a GPU."""
-    return "copy bandwidth" if row["bandwidth_formula"].startswith("copy") else "read bandwidth"
+    return "copy" if row["bandwidth_formula"].startswith("copy") else "read"
 
 
 def draw_bars(rows: list[Row], folder: Path) -> list[Path]:
@@ -130,7 +130,8 @@ def draw_bars(rows: list[Row], folder: Path) -> list[Path]:
                 axes.plot(spread, (place, place), color="black", linewidth=1)
                 text = f"  {spell_time(seconds)}"
                 if mode.startswith("experts") and row["bandwidth_share"]:
-                    text += f", {100 * float(row['bandwidth_share']):.0f} % of {name_transfer(row)}"
+                    share = f"{100 * float(row['bandwidth_share']):.0f} %"
+                    text += f", {share} of {name_transfer(row)} bandwidth"
                 axes.text(max(seconds, spread[1]), place, text, va="center", fontsize=8)
                 ticks.append(place)
                 labels.append(f"{name} ({row['variant']})" if row["variant"] else name)
