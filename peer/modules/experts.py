@@ -28,7 +28,8 @@ class ExpertPool(nn.Module):
     output for a token is the weighted sum over its experts. Several layers can share a pool.
 
     State: `weight` (N, parts, dim). Row e holds [down, up], or [down, gate, up] with `glu`.
-    `w_down`, `w_gate` and `w_up` are views of `weight`.
+    `w_down`, `w_gate` and `w_up` are views of `weight`. The masks `frozen` and `disabled`, (N,)
+    bool, are None, and not in the state, while no expert is frozen or disabled.
 
     Args:
         dim: width of input and output.
@@ -61,6 +62,9 @@ class ExpertPool(nn.Module):
     """
 
     __jit_unused_properties__ = ("w_down", "w_gate", "w_up")
+
+    frozen: Tensor | None
+    disabled: Tensor | None
 
     def __init__(
         self,
@@ -100,6 +104,8 @@ class ExpertPool(nn.Module):
         self.fused_update: FusedForward | None = None
         parts = 3 if glu else 2
         self.weight = nn.Parameter(empty_huge(num_experts, parts, dim, device=device, dtype=dtype))
+        self.register_buffer("frozen", None)
+        self.register_buffer("disabled", None)
         self.reset_parameters()
 
     @property

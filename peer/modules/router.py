@@ -34,7 +34,10 @@ class ProductKeyRouter(nn.Module):
     * `norm.weight` (H * dim_key) with a normalisation, and `norm.bias` (H * dim_key) with "batch"
       and "layer";
     * `norm.running_mean` and `norm.running_var` (H * dim_key) and `norm.num_batches_tracked` with
-      "batch".
+      "batch";
+    * while keys are frozen, `frozen_rows` (R) and `frozen_columns` (C), bool, and `kept_row_keys`
+      and `kept_col_keys`, like the keys: the values that frozen keys keep;
+    * `frozen`, a bool scalar, while the query network and its normalisation are frozen.
 
     Args:
         dim: input width.
@@ -70,6 +73,12 @@ class ProductKeyRouter(nn.Module):
     """
 
     __constants__: ClassVar = ["masks_padding"]  # lets TorchScript drop the dead branch
+
+    frozen: Tensor | None
+    frozen_rows: Tensor | None
+    frozen_columns: Tensor | None
+    kept_row_keys: Tensor | None
+    kept_col_keys: Tensor | None
 
     def __init__(
         self,
@@ -130,6 +139,8 @@ class ProductKeyRouter(nn.Module):
         self.col_keys = nn.Parameter(
             torch.empty(*per_head, columns, half, device=device, dtype=dtype)
         )
+        for name in ("frozen", "frozen_rows", "frozen_columns", "kept_row_keys", "kept_col_keys"):
+            self.register_buffer(name, None)
         self._reset_keys()
 
     def reset_parameters(self) -> None:
