@@ -5,6 +5,7 @@
 #include <ostream>
 
 #include "nn/factory.h"
+#include "nn/masks.h"
 #include "ops/expert_mlp.h"
 #include "peer/functional.h"
 
@@ -64,10 +65,39 @@ ExpertPoolImpl::ExpertPoolImpl(const ExpertPoolOptions& options) : options(optio
 
 void ExpertPoolImpl::reset() {
   weight = register_parameter("weight", make_table(options));
-  reset_parameters();
+  register_again(*this, "frozen", frozen);
+  register_again(*this, "disabled", disabled);
+  draw_parameters();
 }
 
 void ExpertPoolImpl::reset_parameters() {
+  unfreeze_experts();
+  enable_experts();
+  draw_parameters();
+}
+
+void ExpertPoolImpl::freeze_experts(const Tensor& experts) {
+  const Tensor mask = as_mask(experts, options.num_experts(), weight.device());
+  set_buffer(*this, "frozen", frozen, union_of(frozen, mask));
+  clear_gradient(weight, mask);
+}
+
+void ExpertPoolImpl::unfreeze_experts(const Tensor& experts) {
+  const Tensor mask = as_mask(experts, options.num_experts(), weight.device());
+  set_buffer(*this, "frozen", frozen, without(frozen, mask));
+}
+
+void ExpertPoolImpl::disable_experts(const Tensor& experts) {
+  const Tensor mask = as_mask(experts, options.num_experts(), weight.device());
+  set_buffer(*this, "disabled", disabled, union_of(disabled, mask));
+}
+
+void ExpertPoolImpl::enable_experts(const Tensor& experts) {
+  const Tensor mask = as_mask(experts, options.num_experts(), weight.device());
+  set_buffer(*this, "disabled", disabled, without(disabled, mask));
+}
+
+void ExpertPoolImpl::draw_parameters() {
   const torch::NoGradGuard no_grad;
   const double std_in = std::pow(static_cast<double>(options.dim()), -0.5);
   draw_normal(w_down(), std_in);
@@ -103,7 +133,7 @@ Tensor ExpertPoolImpl::forward(const Tensor& x, const Tensor& weights, const Ten
                     "token] or [..., heads, experts per head] to match x of shape ",
                     x.sizes(), ", got ", weights.sizes());
   return expert_mlp(as_rows(x), as_rows(token_weights), as_rows(token_indices), weight,
-                    options.activation(), options.sparse_grad())
+                    options.activation(), options.sparse_grad(), as_optional(frozen))
       .view(x.sizes());
 }
 

@@ -8,6 +8,7 @@
 #include <map>
 #include <vector>
 
+#include "nn/masks.h"
 #include "nn/state_file.h"
 
 namespace peer {
@@ -17,14 +18,16 @@ namespace {
 using at::Tensor;
 using nn::StoredTensor;
 
-// Parameters and buffers in one map, as in Python's state_dict.
+// Parameters and buffers in one map, as in Python's state_dict, which has no empty masks.
 std::map<std::string, Tensor> state_of(const torch::nn::Module& module) {
   std::map<std::string, Tensor> state;
   for (const auto& parameter : module.named_parameters()) {
     state.emplace(parameter.key(), parameter.value().detach());
   }
   for (const auto& buffer : module.named_buffers()) {
-    state.emplace(buffer.key(), buffer.value());
+    if (buffer.value().numel() > 0 || !nn::is_mask_name(buffer.key())) {
+      state.emplace(buffer.key(), buffer.value());
+    }
   }
   return state;
 }

@@ -161,7 +161,7 @@ class ProductKeyRouter(nn.Module):
         nn.init.uniform_(self.row_keys, -bound, bound)
         nn.init.uniform_(self.col_keys, -bound, bound)
 
-    def keys(self) -> tuple[Tensor, Tensor]:
+    def effective_keys(self) -> tuple[Tensor, Tensor]:
         """The keys that retrieval uses: the parameters, and for frozen keys their kept values.
 
         Returns:
@@ -184,7 +184,7 @@ class ProductKeyRouter(nn.Module):
             columns: mask (C,) bool of column keys, likewise.
         """
         rows, columns = self._key_masks(rows, columns)
-        row_keys, col_keys = self.keys()
+        row_keys, col_keys = self.effective_keys()
         clear_gradient_(self.row_keys, rows, dim=-2)
         clear_gradient_(self.col_keys, columns, dim=-2)
         self.frozen_rows = union(self.frozen_rows, rows)
@@ -202,10 +202,10 @@ class ProductKeyRouter(nn.Module):
         """
         rows, columns = self._key_masks(rows, columns)
         if self.frozen_rows is not None:
-            self.row_keys.copy_(self.keys()[0])
+            self.row_keys.copy_(self.effective_keys()[0])
             self.frozen_rows = without(self.frozen_rows, rows)
         if self.frozen_columns is not None:
-            self.col_keys.copy_(self.keys()[1])
+            self.col_keys.copy_(self.effective_keys()[1])
             self.frozen_columns = without(self.frozen_columns, columns)
         if self.frozen_rows is None:
             self.kept_row_keys = None
@@ -277,7 +277,7 @@ class ProductKeyRouter(nn.Module):
             query = self.norm(query, padding_mask.reshape(-1))
         else:
             query = self.norm(query)
-        row_keys, col_keys = self.keys()
+        row_keys, col_keys = self.effective_keys()
         scores, indices = product_key_topk(
             query.view(-1, self.heads, self.dim_key),
             row_keys,
