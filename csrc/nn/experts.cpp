@@ -5,6 +5,7 @@
 #include <ostream>
 
 #include "nn/factory.h"
+#include "nn/growth.h"
 #include "nn/masks.h"
 #include "ops/expert_mlp.h"
 #include "peer/functional.h"
@@ -67,13 +68,13 @@ void ExpertPoolImpl::reset() {
   weight = register_parameter("weight", make_table(options));
   register_again(*this, "frozen", frozen);
   register_again(*this, "disabled", disabled);
-  draw_parameters();
+  draw_experts(weight, options.zero_init_out());
 }
 
 void ExpertPoolImpl::reset_parameters() {
   unfreeze_experts();
   enable_experts();
-  draw_parameters();
+  draw_experts(weight, options.zero_init_out());
 }
 
 void ExpertPoolImpl::freeze_experts(const Tensor& experts) {
@@ -97,17 +98,34 @@ void ExpertPoolImpl::enable_experts(const Tensor& experts) {
   set_buffer(*this, "disabled", disabled, without(disabled, mask));
 }
 
-void ExpertPoolImpl::draw_parameters() {
+void ExpertPoolImpl::grow(int64_t experts) {
+  TORCH_CHECK_VALUE(experts >= 1, "expected experts to be positive, got ", experts);
+  require_growable("the weight of a pool", weight);
+  append_experts(
+      torch::zeros({1}, weight.options()).expand({experts, weight.size(1), weight.size(2)}));
+  draw_experts(weight.narrow(0, weight.size(0) - experts, experts), /*zero_out=*/true);
+}
+
+void ExpertPoolImpl::append_experts(const Tensor& rows) {
+  append_rows(weight, 0, rows);
+  options.num_experts(weight.size(0));
+  set_buffer(*this, "frozen", frozen, with_more(frozen, rows.size(0)));
+  set_buffer(*this, "disabled", disabled, with_more(disabled, rows.size(0)));
+}
+
+// Draws experts (M, parts, dim) into rows of the table.
+void ExpertPoolImpl::draw_experts(const Tensor& rows, bool zero_out) {
   const torch::NoGradGuard no_grad;
   const double std_in = std::pow(static_cast<double>(options.dim()), -0.5);
-  draw_normal(w_down(), std_in);
+  draw_normal(rows.select(1, 0), std_in);
   if (options.glu()) {
-    draw_normal(w_gate(), std_in);
+    draw_normal(rows.select(1, 1), std_in);
   }
-  if (options.zero_init_out()) {
-    w_up().zero_();
+  const Tensor up = rows.select(1, -1);
+  if (zero_out) {
+    up.zero_();
   } else {
-    draw_normal(w_up(), std::pow(static_cast<double>(options.num_experts_per_token()), -0.5));
+    draw_normal(up, std::pow(static_cast<double>(options.num_experts_per_token()), -0.5));
   }
 }
 

@@ -19,7 +19,9 @@ Tensor empty_if_unmarked(const Tensor& mask) {
 
 void set_buffer(torch::nn::Module& module, const char* name, Tensor& member, const Tensor& value) {
   if (member.defined()) {
-    member.set_data(value);
+    if (!value.is_same(member)) {
+      member.set_data(value);
+    }
   } else if (is_set(value)) {
     member = module.register_buffer(name, value);
   }
@@ -67,6 +69,10 @@ Tensor union_of(const Tensor& mask, const Tensor& more) {
 
 Tensor without(const Tensor& mask, const Tensor& fewer) {
   return is_set(mask) ? empty_if_unmarked(mask.logical_and(fewer.logical_not())) : mask;
+}
+
+Tensor with_more(const Tensor& mask, int64_t count) {
+  return is_set(mask) ? torch::cat({mask, torch::zeros({count}, mask.options())}) : mask;
 }
 
 void clear_gradient(const Tensor& parameter, const Tensor& mask, int64_t dim) {

@@ -44,6 +44,9 @@ torch::Tensor union_of(const torch::Tensor& mask, const torch::Tensor& more);
 // The mask without what the other marks; empty if nothing is left.
 torch::Tensor without(const torch::Tensor& mask, const torch::Tensor& fewer);
 
+// The mask with more entries that it does not mark; itself if it is undefined or empty.
+torch::Tensor with_more(const torch::Tensor& mask, int64_t count);
+
 // Sets the marked rows of a gradient to zero, or drops them from a sparse gradient.
 void clear_gradient(const torch::Tensor& parameter, const torch::Tensor& mask, int64_t dim = 0);
 

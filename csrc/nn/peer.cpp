@@ -2,6 +2,7 @@
 
 #include <ostream>
 
+#include "nn/growth.h"
 #include "nn/masks.h"
 
 namespace peer::nn {
@@ -56,9 +57,9 @@ PEERImpl::PEERImpl(ProductKeyRouter given_router, ExpertPool given_experts, doub
                     "expected a router and a pool of the same dim, got ",
                     given_router->options.dim(), " and ", given_experts->options.dim());
   TORCH_CHECK_VALUE(
-      given_router->options.num_experts().num_experts() == given_experts->options.num_experts(),
-      "expected a router and a pool of the same num_experts, got ",
-      given_router->options.num_experts(), " and ", given_experts->options.num_experts());
+      given_router->options.num_experts().num_experts() <= given_experts->options.num_experts(),
+      "expected a pool of at least the router's num_experts ", given_router->options.num_experts(),
+      ", got ", given_experts->options.num_experts());
   router = register_module("router", std::move(given_router));
   experts = register_module("experts", std::move(given_experts));
 }
@@ -72,6 +73,17 @@ void PEERImpl::reset() {
 void PEERImpl::reset_parameters() {
   router->reset_parameters();
   experts->reset_parameters();
+}
+
+void PEERImpl::grow(int64_t rows, const Tensor& keys) {
+  const Tensor new_keys = router->make_row_keys(rows, keys);
+  const Grid grid = router->options.num_experts();
+  const int64_t missing = (grid.rows + rows) * grid.columns - experts->options.num_experts();
+  require_growable("router.row_keys", router->row_keys);
+  if (missing > 0) {
+    experts->grow(missing);
+  }
+  router->append_row_keys(new_keys);
 }
 
 // The layer's part of a mask over the pool, (R, C).

@@ -7,6 +7,7 @@
 #include <ostream>
 
 #include "nn/factory.h"
+#include "nn/growth.h"
 #include "nn/masks.h"
 #include "peer/functional.h"
 
@@ -15,6 +16,9 @@ namespace peer::nn {
 using torch::Tensor;
 
 namespace {
+
+// The length of the noise on a copy of a key, relative to the key.
+constexpr double kKeyNoise = 0.5;
 
 void check(const ProductKeyRouterOptions& options) {
   TORCH_CHECK_VALUE(options.dim() >= 1, "expected dim to be positive, got ", options.dim());
@@ -213,6 +217,51 @@ void ProductKeyRouterImpl::apply_frozen_state() {
   }
 }
 
+void ProductKeyRouterImpl::grow(int64_t rows, const Tensor& keys) {
+  const Tensor new_keys = make_row_keys(rows, keys);
+  require_growable("the row_keys of a router", row_keys);
+  append_row_keys(new_keys);
+}
+
+Tensor ProductKeyRouterImpl::make_row_keys(int64_t rows, const Tensor& keys) const {
+  const torch::NoGradGuard no_grad;
+  TORCH_CHECK_VALUE(rows >= 1, "expected rows to be positive, got ", rows);
+  const int64_t half = options.dim_key() / 2;
+  std::vector<int64_t> shape = row_keys.sizes().vec();
+  shape[shape.size() - 2] = rows;
+  if (keys.defined()) {
+    TORCH_CHECK_TYPE(keys.is_floating_point(), "expected keys as a floating-point tensor, got ",
+                     keys.scalar_type());
+    TORCH_CHECK_VALUE(keys.sizes() == torch::IntArrayRef(shape) ||
+                          keys.sizes() == torch::IntArrayRef({rows, half}),
+                      "expected keys of shape ", torch::IntArrayRef(shape), ", got ", keys.sizes());
+    return keys.detach().to(row_keys.options()).expand(shape);
+  }
+  const int64_t old = options.num_experts().rows;
+  const Tensor order = torch::randperm(old, torch::dtype(torch::kLong).device(row_keys.device()))
+                           .repeat({(rows + old - 1) / old})
+                           .narrow(0, 0, rows);
+  const Tensor source = row_keys.detach().index_select(-2, order).to(
+      torch::promoteTypes(row_keys.scalar_type(), torch::kFloat));
+  const Tensor length = source.norm(2, {-1}, /*keepdim=*/true);
+  const Tensor noise =
+      torch::randn_like(source) *
+      (kKeyNoise * length / std::pow(static_cast<double>(options.dim_key()) / 2, 0.5));
+  const Tensor noisy = source + noise;
+  return (noisy / noisy.norm(2, {-1}, /*keepdim=*/true).clamp_min(1e-12) * length)
+      .to(row_keys.scalar_type());
+}
+
+void ProductKeyRouterImpl::append_row_keys(const Tensor& keys) {
+  append_rows(row_keys, row_keys.dim() - 2, keys);
+  options.num_experts(Grid(row_keys.size(-2), options.num_experts().columns));
+  if (is_set(frozen_rows)) {
+    set_buffer(*this, "kept_row_keys", kept_row_keys,
+               torch::cat({kept_row_keys, keys.to(kept_row_keys.options())}, -2));
+    set_buffer(*this, "frozen_rows", frozen_rows, with_more(frozen_rows, keys.size(-2)));
+  }
+}
+
 void ProductKeyRouterImpl::pretty_print(std::ostream& stream) const {
   stream << "peer::nn::ProductKeyRouter(dim=" << options.dim()
          << ", num_experts=" << options.num_experts() << ", heads=" << options.heads()
@@ -240,7 +289,8 @@ std::tuple<Tensor, Tensor> ProductKeyRouterImpl::forward(const Tensor& x,
   const auto [used_row_keys, used_col_keys] = effective_keys();
   const auto [scores, indices] =
       product_key_topk(queries.view({-1, options.heads(), options.dim_key()}), used_row_keys,
-                       used_col_keys, options.num_experts_per_head(), as_optional(disabled));
+                       used_col_keys, options.num_experts_per_head());
+  (void)disabled;
   std::vector<int64_t> shape = x.sizes().vec();
   shape.back() = options.heads();
   shape.push_back(options.num_experts_per_head());

@@ -60,6 +60,14 @@ class PEER_API ExpertPoolImpl : public torch::nn::Cloneable<ExpertPoolImpl> {
   void disable_experts(const torch::Tensor& experts);
   void enable_experts(const torch::Tensor& experts = {});
 
+  // Appends experts with random input weights and zero output. Old experts and their ids do not
+  // change, and weight stays the same parameter. Its optimizer must be made anew. Throws
+  // c10::Error, and changes nothing, while weight has a gradient or is part of a graph.
+  void grow(int64_t experts);
+
+  // Appends rows (M, parts, dim) to a table that can grow, without drawing them.
+  void append_experts(const torch::Tensor& rows);
+
   // The parts of all experts, (N, dim): views of weight. w_gate is undefined without glu.
   torch::Tensor w_down() const { return weight.select(1, 0); }
   torch::Tensor w_gate() const { return options.glu() ? weight.select(1, 1) : torch::Tensor(); }
@@ -70,7 +78,7 @@ class PEER_API ExpertPoolImpl : public torch::nn::Cloneable<ExpertPoolImpl> {
   torch::Tensor frozen, disabled;  // undefined or empty while they mark nothing
 
  private:
-  void draw_parameters();
+  void draw_experts(const torch::Tensor& rows, bool zero_out);
 };
 
 TORCH_MODULE(ExpertPool);

@@ -96,6 +96,18 @@ class PEER_API ProductKeyRouterImpl : public torch::nn::Cloneable<ProductKeyRout
   void freeze_network();
   void unfreeze_network();
 
+  // Appends rows of keys, so that each head also scores rows·C more experts. Old keys and old ids
+  // do not change, and row_keys stays the same parameter. keys: those of make_row_keys. Throws
+  // c10::Error, and changes nothing, while row_keys has a gradient or is part of a graph.
+  void grow(int64_t rows, const torch::Tensor& keys = {});
+
+  // The keys of new rows, (rows, dim_key / 2) or (H, rows, dim_key / 2): those given, in the shape
+  // of this router, or noisy copies of old keys at their length.
+  torch::Tensor make_row_keys(int64_t rows, const torch::Tensor& keys = {}) const;
+
+  // Appends rows to keys that can grow.
+  void append_row_keys(const torch::Tensor& keys);
+
   ProductKeyRouterOptions options;
   QueryNetwork query = nullptr;
   QueryNorm norm = nullptr;
