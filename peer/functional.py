@@ -112,6 +112,7 @@ def expert_mlp(
     table: Tensor,
     activation: str = "gelu",
     sparse_grad: bool = False,
+    frozen: Tensor | None = None,
 ) -> Tensor:
     r"""Computes the weighted sum of the outputs of the experts that each token retrieved.
 
@@ -125,7 +126,16 @@ def expert_mlp(
     twice counts twice. Sums are in float32, or in float64 for float64 inputs. Their order does not
     depend on the number of threads.
 
-    x, the weights and the table have gradients, and forward mode propagates their tangents.
+    x, the weights and the table have gradients, and forward mode propagates their tangents. Frozen
+    rows of the table are constants, as in
+
+    .. code-block:: python
+
+        torch.where(frozen[:, None, None], table.detach(), table)
+
+    The output, and the gradients of x and the weights, do not depend on the mask. A backward pass
+    uses the mask that its forward pass saw, even if the mask has been written since.
+
     Forward mode and second derivatives gather the retrieved rows: 2 * T * P * D elements, or
     3 * T * P * D with gates. The function and its first derivatives do not.
 
@@ -139,6 +149,8 @@ def expert_mlp(
             squared).
         sparse_grad: whether the table's gradient is a coalesced sparse tensor that holds only the
             retrieved rows. Eager mode only; it cannot be differentiated again.
+        frozen: (N,) bool, True for frozen rows. Their gradient is zero. A sparse gradient does not
+            hold them. None if no row is frozen.
 
     Returns:
         (..., D), x's dtype.
@@ -166,7 +178,7 @@ def expert_mlp(
     """
     rows, row_weights, row_indices = flatten_tokens(x, weights, indices)
     out: Tensor = torch.ops.peer.expert_mlp(
-        rows, row_weights, row_indices, table, activation, sparse_grad
+        rows, row_weights, row_indices, table, activation, sparse_grad, frozen
     )[0]
     return out.view(x.shape)
 

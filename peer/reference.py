@@ -80,7 +80,12 @@ def _clamp_to_finite(sub_scores: Tensor) -> Tensor:
 
 
 def expert_mlp(
-    x: Tensor, weights: Tensor, indices: Tensor, table: Tensor, activation: str = "gelu"
+    x: Tensor,
+    weights: Tensor,
+    indices: Tensor,
+    table: Tensor,
+    activation: str = "gelu",
+    frozen: Tensor | None = None,
 ) -> Tensor:
     """Computes `peer.functional.expert_mlp` by gathering the rows of all retrieved experts.
 
@@ -90,6 +95,7 @@ def expert_mlp(
         indices: weights' shape, int64, in [0, N).
         table: (N, 2, D), or (N, 3, D) with gates.
         activation: a key of `ACTIVATIONS`.
+        frozen: (N,) bool, True for rows that are constants.
 
     Returns:
         (..., D), x's dtype.
@@ -106,6 +112,8 @@ def expert_mlp(
         ... )
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
+    if frozen is not None:
+        table = torch.where(frozen[:, None, None], table.detach(), table)
     if weights.dim() == x.dim() + 1:
         weights, indices = weights.flatten(-2), indices.flatten(-2)
     down, *gate, up = table[indices].to(dtype).unbind(-2)
@@ -143,9 +151,9 @@ def peer(layer: PEER, x: Tensor, padding_mask: Tensor | None = None) -> Tensor:
     query = _normalise(router.norm, router.query(x), padding_mask)
     query = query.unflatten(-1, (router.heads, router.dim_key))
     k = router.num_experts_per_head
-    scores, indices = product_key_topk(query, router.row_keys, router.col_keys, k)
+    scores, indices = product_key_topk(query, *router.keys(), k)
     weights = router_weights(scores, router.scores)
-    return expert_mlp(x, weights, indices, experts.weight, experts.activation)
+    return expert_mlp(x, weights, indices, experts.weight, experts.activation, experts.frozen)
 
 
 def _normalise(norm: nn.Module, query: Tensor, padding_mask: Tensor | None) -> Tensor:

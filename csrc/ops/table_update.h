@@ -27,6 +27,7 @@ struct Rounding {
   int64_t stream;
 };
 
+// frozen: (N,) bool. Neither a frozen row nor its state is written.
 struct RowwiseAdagradArguments {
   static constexpr const char* kName = "peer::rowwise_adagrad_";
   const Tensor& table;
@@ -34,6 +35,7 @@ struct RowwiseAdagradArguments {
   RowGradient gradient;
   double lr, eps, weight_decay;
   Rounding rounding;
+  const std::optional<Tensor>& frozen;
 };
 
 struct SgdArguments {
@@ -45,6 +47,7 @@ struct SgdArguments {
   bool nesterov;
   double weight_decay;
   Rounding rounding;
+  const std::optional<Tensor>& frozen;
 };
 
 struct RowwiseAdamArguments {
@@ -56,6 +59,7 @@ struct RowwiseAdamArguments {
   RowGradient gradient;
   double lr, beta1, beta2, eps, weight_decay;
   Rounding rounding;
+  const std::optional<Tensor>& frozen;
 };
 
 using RowwiseAdagradOp = Operator<RowwiseAdagradArguments,
@@ -69,7 +73,8 @@ using RowwiseAdagradOp = Operator<RowwiseAdagradArguments,
                                        double,
                                        std::optional<int64_t>,
                                        int64_t,
-                                       int64_t)>;
+                                       int64_t,
+                                       const std::optional<Tensor>&)>;
 using SgdOp = Operator<SgdArguments,
                        void(const Tensor&,
                             const std::optional<Tensor>&,
@@ -82,7 +87,8 @@ using SgdOp = Operator<SgdArguments,
                             double,
                             std::optional<int64_t>,
                             int64_t,
-                            int64_t)>;
+                            int64_t,
+                            const std::optional<Tensor>&)>;
 using RowwiseAdamOp = Operator<RowwiseAdamArguments,
                                void(const Tensor&,
                                     const Tensor&,
@@ -98,7 +104,8 @@ using RowwiseAdamOp = Operator<RowwiseAdamArguments,
                                     double,
                                     std::optional<int64_t>,
                                     int64_t,
-                                    int64_t)>;
+                                    int64_t,
+                                    const std::optional<Tensor>&)>;
 
 // The checks are those that every device needs. They read no data.
 void check_rowwise_adagrad(const RowwiseAdagradArguments& args);

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from peer.functional import ACTIVATIONS, expert_mlp
 from peer.memory import empty_huge
 from peer.modules.grid import parse_grid
+from peer.modules.masks import Experts, as_mask, clear_gradient_, count, union, without
 
 __all__ = ["ExpertPool"]
 
@@ -124,11 +125,12 @@ class ExpertPool(nn.Module):
         return self.weight[:, -1]
 
     def reset_parameters(self) -> None:
-        """Initialises the table with normal random numbers.
+        """Initialises the table with normal random numbers. No expert is frozen or disabled then.
 
         The standard deviation is 1 / sqrt(dim) in `w_down` and `w_gate`, and 1 / sqrt(P) in `w_up`.
         The scale of the output then does not depend on N. With `zero_init_out`, `w_up` is zero.
         """
+        self.frozen = self.disabled = None
         _draw_normal(self.w_down, self.dim**-0.5)
         if self.w_gate is not None:
             _draw_normal(self.w_gate, self.dim**-0.5)
@@ -136,6 +138,63 @@ class ExpertPool(nn.Module):
             nn.init.zeros_(self.w_up)
         else:
             _draw_normal(self.w_up, self.num_experts_per_token**-0.5)
+
+    def freeze_experts(self, experts: Experts | None = None) -> None:
+        """Freezes experts: their rows of the table get no gradient and are never updated.
+
+        Gradients to tokens and router weights still flow through frozen experts. Their rows in a
+        gradient that exists are cleared. A backward pass uses the mask that its forward pass saw.
+
+        Args:
+            experts: ids, or a mask (N,) bool, added to those that are frozen; None for all.
+
+        Raises:
+            ValueError: a mask has another shape.
+            TypeError: ids are not integers.
+            IndexError: an id is outside [0, N).
+        """
+        mask = self._mask(experts)
+        self.frozen = union(self.frozen, mask)
+        clear_gradient_(self.weight, mask)
+
+    def unfreeze_experts(self, experts: Experts | None = None) -> None:
+        """Lets frozen experts learn again.
+
+        Args:
+            experts: as for `freeze_experts`.
+
+        Raises:
+            ValueError, TypeError, IndexError: as `freeze_experts`.
+        """
+        self.frozen = without(self.frozen, self._mask(experts))
+
+    def disable_experts(self, experts: Experts) -> None:
+        """Disables experts: the layers of this pool never retrieve them.
+
+        Args:
+            experts: ids, or a mask (N,) bool, added to those that are disabled.
+
+        Raises:
+            ValueError, TypeError, IndexError: as `freeze_experts`.
+        """
+        self.disabled = union(self.disabled, self._mask(experts))
+
+    def enable_experts(self, experts: Experts | None = None) -> None:
+        """Lets layers retrieve disabled experts again.
+
+        Args:
+            experts: ids, or a mask (N,) bool; None for all.
+
+        Raises:
+            ValueError, TypeError, IndexError: as `freeze_experts`.
+        """
+        self.disabled = without(self.disabled, self._mask(experts))
+
+    def _mask(self, experts: Experts | None) -> Tensor:
+        device = self.weight.device
+        if experts is None:
+            return torch.ones(self.num_experts, dtype=torch.bool, device=device)
+        return as_mask(experts, self.num_experts, device)
 
     def forward(self, x: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
         """Computes the weighted sum of the outputs of each token's experts.
@@ -157,13 +216,19 @@ class ExpertPool(nn.Module):
             update = self.fused_update
             if update is not None and torch.is_grad_enabled():
                 return update.forward(self, x, weights, indices)
-        return expert_mlp(x, weights, indices, self.weight, self.activation, self.sparse_grad)
+        return expert_mlp(
+            x, weights, indices, self.weight, self.activation, self.sparse_grad, self.frozen
+        )
 
     def extra_repr(self) -> str:
         """The options, for `repr`."""
         return (
             f"dim={self.dim}, num_experts={self.num_experts}, activation={self.activation!r}, "
             f"glu={self.glu}, sparse_grad={self.sparse_grad}"
+        ) + "".join(
+            f", {name}={count(mask)}"
+            for name, mask in (("frozen", self.frozen), ("disabled", self.disabled))
+            if mask is not None and not mask.is_meta
         )
 
     def __getstate__(self) -> dict[str, Any]:

@@ -88,9 +88,12 @@ class RowwiseAdagrad(TableOptimizer):
         torch.ops.peer.rowwise_adagrad_(
             table,
             state["sum_of_squares"],
-            *gradient,
+            gradient.indices,
+            gradient.source,
+            gradient.coefficients,
             lr=float(group["lr"]),
             eps=group["eps"],
             weight_decay=group["weight_decay"],
             **rounding,
+            frozen=gradient.frozen,
         )

@@ -104,10 +104,13 @@ class SGD(TableOptimizer):
         torch.ops.peer.sgd_(
             table,
             state.get("momentum_buffer"),
-            *gradient,
+            gradient.indices,
+            gradient.source,
+            gradient.coefficients,
             lr=float(group["lr"]),
             momentum=group["momentum"],
             nesterov=group["nesterov"],
             weight_decay=group["weight_decay"],
             **rounding,
+            frozen=gradient.frozen,
         )

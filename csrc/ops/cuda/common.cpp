@@ -34,7 +34,10 @@ Context current_context() {
   return {c10::cuda::getCurrentCUDAStream().stream(), stream_ordered_memory};
 }
 
-TableGradient::TableGradient(const Tensor& contiguous_owners, int64_t owner_count, bool sparse)
+TableGradient::TableGradient(const Tensor& contiguous_owners,
+                             int64_t owner_count,
+                             bool sparse,
+                             [[maybe_unused]] const Tensor& frozen)
     : owner_count_(owner_count),
       sparse_(sparse),
       context_(current_context()),

@@ -27,7 +27,11 @@ Context current_context();
 // gradient waits for the stream.
 class TableGradient {
  public:
-  TableGradient(const Tensor& contiguous_owners, int64_t owner_count, bool sparse);
+  // frozen: (owner_count,) contiguous, or undefined.
+  TableGradient(const Tensor& contiguous_owners,
+                int64_t owner_count,
+                bool sparse,
+                const Tensor& frozen = {});
 
   // coefficients: by part and pair, in the accumulation dtype of `like`; sources: for each part,
   // (rows, width) contiguous rows, as the kernels take inputs beside a table like this.

@@ -12,8 +12,8 @@ TEST_CASE("pairs come out by owner, and in their own order within an owner", "[s
   const int64_t count = GENERATE(0, 1, 2, 1000, 100'000);
   Random random(1);
   const std::vector<int64_t> owners = random.integers(count, owner_count);
-  const List<Pair> pairs = make_segments(owners.data(), count, owner_count, OutputRows::by_owner,
-                                         on_threads(2), plain_memory)
+  const List<Pair> pairs = make_segments(owners.data(), count, owner_count, nullptr,
+                                         OutputRows::by_owner, on_threads(2), plain_memory)
                                .pairs;
 
   std::vector<int64_t> expected(count);
@@ -43,8 +43,8 @@ TEST_CASE("chunks cover every pair once, and none is longer than allowed", "[seg
   const OutputRows rows = GENERATE(OutputRows::by_owner, OutputRows::compact);
   const int threads = GENERATE(1, 3);
   const std::vector<int64_t> owners = owners_with_a_hot_one(40'000, 20'000);
-  const Segments segments =
-      make_segments(owners.data(), owners.size(), 300, rows, on_threads(threads), plain_memory);
+  const Segments segments = make_segments(owners.data(), owners.size(), 300, nullptr, rows,
+                                          on_threads(threads), plain_memory);
 
   std::map<int64_t, int64_t> pairs_of_owner;
   for (const int64_t owner : owners) {
@@ -83,7 +83,7 @@ TEST_CASE("chunks cover every pair once, and none is longer than allowed", "[seg
 
 TEST_CASE("no pairs are no segments", "[segments]") {
   const Segments segments =
-      make_segments(nullptr, 0, 300, OutputRows::compact, on_threads(2), plain_memory);
+      make_segments(nullptr, 0, 300, nullptr, OutputRows::compact, on_threads(2), plain_memory);
   CHECK(segments.chunks.size() == 0);
   CHECK(segments.split_segments.size() == 0);
   CHECK(segments.distinct_owners.size() == 0);

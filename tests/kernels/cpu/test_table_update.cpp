@@ -56,7 +56,7 @@ struct Problem : TableUpdateProblem<Table, Source> {
       });
       return state;
     }
-    const Segments segments = make_segments(owners.data(), owners.size(), rows,
+    const Segments segments = make_segments(owners.data(), owners.size(), rows, nullptr,
                                             OutputRows::by_owner, parallel_for, plain_memory);
     std::vector<Real> partial_sums(segments.partial_rows * parts * width);
     const SegmentWork<Real> work = segments.work(Rows<Real>{partial_sums.data(), parts * width});
