@@ -66,24 +66,39 @@ template <class Table, int vec_size>
 struct PartUpdate {
   using Real = accumulation_t<Table>;
   SlicedRows<Table, vec_size> table, momentum;
-  int64_t first_column;  // of the part in the row
   Real* second_moments;  // null if the rule has none
-  int64_t moments_per_row;
   int32_t* row_steps;
-  bool is_last_part;  // which ends the row's step
+  int part, parts;
   Hyperparameters<Real> hyperparameters;
   bool stochastic_rounding;
   uint64_t key;
 
   __device__ bool needs_mean_of_squares() const { return second_moments != nullptr; }
   __device__ bool has_momentum() const { return momentum.data != nullptr; }
+  // The last part ends the row's step.
+  __device__ bool is_last_part() const { return part == parts - 1; }
+
+  // The update of an earlier part of the rows.
+  __device__ PartUpdate of_part(int earlier) const {
+    const int distance = part - earlier;
+    PartUpdate update = *this;
+    update.table.data -= distance * table.width;
+    if (has_momentum()) {
+      update.momentum.data -= distance * table.width;
+    }
+    if (needs_mean_of_squares()) {
+      update.second_moments -= distance;
+    }
+    update.part = earlier;
+    return update;
+  }
 
   __device__ RowState<Real> read_state(int32_t row) const {
-    return {second_moments[row * moments_per_row], row_steps ? row_steps[row] : 0};
+    return {second_moments[int64_t(row) * parts], row_steps ? row_steps[row] : 0};
   }
   __device__ void write_state(int32_t row, const RowState<Real>& state) const {
-    second_moments[row * moments_per_row] = state.second_moment;
-    if (row_steps && is_last_part) {
+    second_moments[int64_t(row) * parts] = state.second_moment;
+    if (row_steps && is_last_part()) {
       row_steps[row] = state.step;
     }
   }
@@ -111,7 +126,7 @@ struct PartUpdate {
       prefetch_l2(momentum.slice(row, column));
     }
     if (needs_mean_of_squares() && threadIdx.x == 0) {
-      prefetch_l2(second_moments + row * moments_per_row);
+      prefetch_l2(second_moments + int64_t(row) * parts);
       if (row_steps) {
         prefetch_l2(row_steps + row);
       }
@@ -174,7 +189,8 @@ class TableSlice {
     if (!update_.stochastic_rounding) {
       return narrow_vec<Table>(wide);
     }
-    const uint32_t column = uint32_t(update_.first_column + column_) + vec_offset<vec_size>(k);
+    const uint32_t column =
+        uint32_t(update_.part * update_.table.width + column_) + vec_offset<vec_size>(k);
     Vec<Table, vec_size> result;
     for_each_element<vec_size>([&](int i) {
       result.values[i] =
