@@ -43,8 +43,9 @@ def grow_(model: Module, rows: int) -> Module:
 
     Example:
         >>> import torch, peer
-        >>> first = peer.PEER(8, num_experts=(4, 6), heads=2, num_experts_per_head=4, dim_key=4)
-        >>> second = peer.PEER(8, num_experts=(2, 6), heads=2, dim_key=4, experts=first.experts)
+        >>> options = dict(heads=2, num_experts_per_head=4, dim_key=4)
+        >>> first = peer.PEER(8, num_experts=(4, 6), **options)
+        >>> second = peer.PEER(8, num_experts=(2, 6), experts=first.experts, **options)
         >>> model = peer.grow_(torch.nn.Sequential(first, second), rows=3)
         >>> first.num_experts, second.num_experts, first.experts.num_experts
         (42, 30, 42)

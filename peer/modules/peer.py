@@ -139,11 +139,8 @@ class PEER(nn.Module):
             )
         else:
             _require("experts", experts, {"dim": dim})
-            if experts.num_experts < rows * columns:
-                raise ValueError(
-                    f"expected a pool of at least {rows} * {columns} = {rows * columns} experts, "
-                    f"got one of {experts.num_experts}"
-                )
+            if experts.num_experts < rows * columns:  # a larger one is for other layers, too
+                _require("experts", experts, {"num_experts": rows * columns})
             _require("experts", experts, _without_defaults(pooling))
         self.router = router
         self.experts = experts
