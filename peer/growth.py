@@ -130,8 +130,10 @@ def grow_to_(model: Module, state_dict: Mapping[str, Any]) -> Module:
         new = state_dict[prefix + "row_keys"][..., router.rows :, :]
         if new.shape[-2] > 0:
             router.append_row_keys(new)
+        was_frozen = router.frozen is not None
         _set_masks(prefix, router, _ROUTER_MASKS, router.row_keys.device, state_dict)
-        router._apply_frozen_state()
+        if was_frozen != (router.frozen is not None):
+            router._apply_frozen_state()
     return model
 
 
@@ -185,7 +187,7 @@ def keys_from(
     masks: list[Tensor | None] = []  # of the call of the router that is running
     # The drawn queries (groups, rows, half) and their random priorities (groups, rows): those of
     # the highest priorities so far. A group is a head, or all heads if they share keys.
-    keys = router.row_keys.detach()
+    keys = router.keys()[0].detach()
     groups = 1 if router.share_keys else router.heads
     drawn = keys.new_empty(groups, 0, keys.shape[-1])
     priorities = torch.empty(groups, 0)

@@ -143,7 +143,7 @@ def peer(layer: PEER, x: Tensor, padding_mask: Tensor | None = None) -> Tensor:
     query = _normalise(router.norm, router.query(x), padding_mask)
     query = query.unflatten(-1, (router.heads, router.dim_key))
     k = router.num_experts_per_head
-    scores, indices = product_key_topk(query, router.row_keys, router.col_keys, k)
+    scores, indices = product_key_topk(query, *router.keys(), k)
     weights = router_weights(scores, router.scores)
     return expert_mlp(x, weights, indices, experts.weight, experts.activation)
 

@@ -1,6 +1,5 @@
 """The pool of experts: a table with one expert per row."""
 
-from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -11,6 +10,7 @@ from peer._row_state import append_rows, inner_optimizer, refresh, row_entries
 from peer.functional import ACTIVATIONS, expert_mlp
 from peer.memory import empty_huge
 from peer.modules.grid import parse_grid
+from peer.modules.masks import Experts, as_mask, clear_gradient_, count, union, without
 
 __all__ = ["ExpertPool"]
 
@@ -127,11 +127,12 @@ class ExpertPool(nn.Module):
         return self.weight[:, -1]
 
     def reset_parameters(self) -> None:
-        """Initialises the table with normal random numbers.
+        """Initialises the table with normal random numbers. No expert is frozen or disabled then.
 
         The standard deviation is 1 / sqrt(dim) in `w_down` and `w_gate`, and 1 / sqrt(P) in `w_up`.
         The scale of the output then does not depend on N. With `zero_init_out`, `w_up` is zero.
         """
+        self.frozen = self.disabled = None
         self._draw_experts(self.weight, zero_out=self.zero_init_out)
 
     def _draw_experts(self, rows: Tensor, zero_out: bool) -> None:
@@ -189,11 +190,11 @@ class ExpertPool(nn.Module):
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def reset_experts(self, ids: Tensor | Sequence[int], optimizer: Any = None) -> None:
+    def reset_experts(self, experts: Experts, optimizer: Any = None) -> None:
         """Makes experts fresh. See `peer.PEER.reset_experts`."""
-        rows = expert_ids(ids, self.num_experts, self.weight.device)
-        if self.frozen is not None and self.frozen[rows].any():
-            frozen = rows[self.frozen[rows]]
+        rows = self._mask(experts).nonzero()[:, 0]
+        frozen = rows[:0] if self.frozen is None else rows[self.frozen[rows]]
+        if len(frozen) > 0:
             raise ValueError(
                 f"expected experts that are not frozen, got {len(frozen)} frozen ones, such as "
                 f"{int(frozen[0])}; unfreeze them first"
@@ -216,6 +217,63 @@ class ExpertPool(nn.Module):
             self._draw_experts(fresh, zero_out=True)
             self.weight[block] = fresh
         refresh(optimizer, self.weight, rows, state)
+
+    def freeze_experts(self, experts: Experts | None = None) -> None:
+        """Freezes experts: their rows of the table get no gradient and are never updated.
+
+        Gradients to tokens and router weights still flow through frozen experts. Their rows in a
+        gradient that exists are cleared. A backward pass uses the mask that its forward pass saw.
+
+        Args:
+            experts: ids, or a mask (N,) bool, added to those that are frozen; None for all.
+
+        Raises:
+            ValueError: a mask has another shape.
+            TypeError: ids are not integers.
+            IndexError: an id is outside [0, N).
+        """
+        mask = self._mask(experts)
+        self.frozen = union(self.frozen, mask)
+        clear_gradient_(self.weight, mask)
+
+    def unfreeze_experts(self, experts: Experts | None = None) -> None:
+        """Lets frozen experts learn again.
+
+        Args:
+            experts: as for `freeze_experts`.
+
+        Raises:
+            ValueError, TypeError, IndexError: as `freeze_experts`.
+        """
+        self.frozen = without(self.frozen, self._mask(experts))
+
+    def disable_experts(self, experts: Experts) -> None:
+        """Disables experts: the layers of this pool never retrieve them.
+
+        Args:
+            experts: ids, or a mask (N,) bool, added to those that are disabled.
+
+        Raises:
+            ValueError, TypeError, IndexError: as `freeze_experts`.
+        """
+        self.disabled = union(self.disabled, self._mask(experts))
+
+    def enable_experts(self, experts: Experts | None = None) -> None:
+        """Lets layers retrieve disabled experts again.
+
+        Args:
+            experts: ids, or a mask (N,) bool; None for all.
+
+        Raises:
+            ValueError, TypeError, IndexError: as `freeze_experts`.
+        """
+        self.disabled = without(self.disabled, self._mask(experts))
+
+    def _mask(self, experts: Experts | None) -> Tensor:
+        device = self.weight.device
+        if experts is None:
+            return torch.ones(self.num_experts, dtype=torch.bool, device=device)
+        return as_mask(experts, self.num_experts, device)
 
     def forward(self, x: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
         """Computes the weighted sum of the outputs of each token's experts.
@@ -244,6 +302,10 @@ class ExpertPool(nn.Module):
         return (
             f"dim={self.dim}, num_experts={self.num_experts}, activation={self.activation!r}, "
             f"glu={self.glu}, sparse_grad={self.sparse_grad}"
+        ) + "".join(
+            f", {name}={count(mask)}"
+            for name, mask in (("frozen", self.frozen), ("disabled", self.disabled))
+            if mask is not None and not mask.is_meta
         )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -262,43 +324,6 @@ class ExpertPool(nn.Module):
                 f"layer with the checkpoint's options, or call peer.grow_to_(model, state_dict) "
                 f"before loading if the checkpoint's layer has grown."
             )
-
-
-def expert_ids(
-    ids_or_mask: Tensor | Sequence[int], num_experts: int, device: torch.device
-) -> Tensor:
-    """The distinct ids of experts, from ids or from a mask.
-
-    Args:
-        ids_or_mask: ids, int64, or a mask (N,) bool.
-        num_experts: N.
-        device: device of the result.
-
-    Returns:
-        The ids, int64, ascending.
-
-    Raises:
-        TypeError: the ids are neither int64 nor bool.
-        ValueError: the mask has another shape.
-        IndexError: an id is outside [0, N).
-    """
-    ids = torch.as_tensor(ids_or_mask)
-    if ids.dtype == torch.bool:
-        if ids.shape != (num_experts,):
-            raise ValueError(
-                f"expected a mask of experts of shape {[num_experts]}, got {list(ids.shape)}"
-            )
-        return ids.nonzero()[:, 0].to(device)
-    if ids.numel() == 0:
-        return torch.empty(0, dtype=torch.int64, device=device)
-    if ids.dtype != torch.int64:
-        raise TypeError(f"expected ids of experts of dtype int64 or a bool mask, got {ids.dtype}")
-    low, high = int(ids.min()), int(ids.max())
-    if low < 0 or high >= num_experts:
-        raise IndexError(
-            f"expected ids of experts in [0, {num_experts}), got {low if low < 0 else high}"
-        )
-    return ids.unique().to(device)
 
 
 @torch.no_grad()

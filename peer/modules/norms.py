@@ -24,6 +24,9 @@ class BatchQueryNorm(nn.BatchNorm1d):
     :math:`\sigma^2`. Without padding, the module computes what `torch.nn.BatchNorm1d` does. Its
     state always has the same names.
 
+    While `are_statistics_frozen` is set, training uses the running statistics, too, and does not
+    move them.
+
     Statistics of 16-bit queries are in float32. In training they depend on all tokens of the batch,
     so the routing of a token depends on later tokens.
 
@@ -54,6 +57,7 @@ class BatchQueryNorm(nn.BatchNorm1d):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(num_features, eps, momentum, device=device, dtype=dtype)
+        self.are_statistics_frozen = False
 
     def forward(self, query: Tensor, padding_mask: Tensor | None = None) -> Tensor:
         """Normalises queries.
@@ -70,11 +74,12 @@ class BatchQueryNorm(nn.BatchNorm1d):
         Raises:
             ValueError: T = 1 in training without a mask.
         """
-        uses_batch = self.training or self.running_mean is None
+        is_training = self.training and not self.are_statistics_frozen
+        uses_batch = is_training or self.running_mean is None
         if uses_batch and padding_mask is not None:
             return self._normalise_unpadded(query, padding_mask)
         factor = 0.0
-        if self.training and self.num_batches_tracked is not None:
+        if is_training and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
             if self.momentum is None:
                 factor = 1.0 / float(self.num_batches_tracked)
@@ -103,7 +108,7 @@ class BatchQueryNorm(nn.BatchNorm1d):
         mean = values.masked_fill(padding, 0.0).sum(0) / divisor
         deviation = values - mean
         variance = deviation.masked_fill(padding, 0.0).square().sum(0) / divisor
-        if self.training:
+        if self.training and not self.are_statistics_frozen:
             self._update_running_statistics(mean.detach(), variance.detach(), count)
         normed = deviation * (variance + self.eps).rsqrt() * self.weight + self.bias
         return normed.to(query.dtype)

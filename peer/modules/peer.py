@@ -1,7 +1,6 @@
 """The PEER layer: a router and a pool of experts."""
 
 import inspect
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from peer._growth import require_growable
 from peer.modules.experts import ExpertPool
 from peer.modules.grid import parse_grid
+from peer.modules.masks import Experts, count
 from peer.modules.router import ProductKeyRouter
 
 __all__ = ["PEER"]
@@ -214,7 +214,7 @@ class PEER(nn.Module):
             self.experts.grow(missing)
         self.router.append_row_keys(keys)
 
-    def reset_experts(self, ids: Tensor | Sequence[int], optimizer: Any = None) -> None:
+    def reset_experts(self, experts: Experts, optimizer: Any = None) -> None:
         """Makes experts fresh: random input weights, zero output and fresh optimizer state.
 
         For experts that no token needs any more, see `peer.select_rows.unused`. The layer then
@@ -222,16 +222,16 @@ class PEER(nn.Module):
         change. In the other layers that share the pool, the experts are fresh, too.
 
         Args:
-            ids: the experts: ids, int64, or a mask (N,) bool of the experts of the pool.
+            experts: ids, or a mask (N,) bool over the pool.
             optimizer: the optimizer that holds the table, or a wrapper that holds it as
                 `optimizer`. The state of the rows becomes what `peer.optim.grow_` gives new rows.
                 With None, no state changes.
 
         Raises:
-            ValueError: an expert is frozen, the mask has another shape, the optimizer does not hold
+            ValueError: an expert is frozen, a mask has another shape, the optimizer does not hold
                 the table, or its state has a shape that does not show where the state of a row is.
                 Nothing is changed.
-            TypeError: the ids are neither int64 nor bool, or `optimizer` is no optimizer.
+            TypeError: ids are not integers, or `optimizer` is no optimizer.
             IndexError: an id is outside [0, N).
             RuntimeError: the table has a gradient, or has grown and the state has not.
 
@@ -243,7 +243,140 @@ class PEER(nn.Module):
             >>> layer.experts.w_up[3].count_nonzero()
             tensor(0)
         """
-        self.experts.reset_experts(ids, optimizer)
+        self.experts.reset_experts(experts, optimizer)
+
+    def freeze_experts(
+        self, experts: Experts | None = None, keys: bool = True, router: bool | None = None
+    ) -> None:
+        r"""Freezes experts, so that training changes neither them nor, on request, their routing.
+
+        A frozen row of the table gets no gradient, and the optimizers of `peer.optim` never write
+        it. Torch's own optimizers update a dense gradient's rows even if they are zero: weight
+        decay and momentum then move frozen rows. Gradients to tokens and router weights still flow
+        through frozen experts.
+
+        Without `experts`, the layer stops learning. After `layer.freeze_experts()` and
+        `layer.grow(rows)`, only what is new learns.
+
+        The layers that share the pool share its frozen experts, but each has its own router.
+        Freeze before wrapping the model in `DistributedDataParallel`. A scripted or exported copy
+        has the masks that it was made with.
+
+        Args:
+            experts: ids, or a mask (N,) bool over the pool, added to those that are frozen; None
+                for all experts, all keys and, unless `router` is False, the query network.
+            keys: whether to freeze the row keys and column keys of these experts, for all heads. A
+                key serves many experts, so experts that still learn may have frozen keys. Frozen
+                keys hold their values under any optimizer.
+            router: whether to freeze the query network and its normalisation. Batch normalisation
+                then uses its running statistics in training, too. None: if `experts` is None.
+
+        Raises:
+            ValueError: a mask has another shape.
+            TypeError: ids are not integers.
+            IndexError: an id is outside [0, N).
+
+        Example:
+            >>> import torch, peer
+            >>> layer = peer.PEER(8, num_experts=16, heads=2, num_experts_per_head=4, dim_key=4)
+            >>> layer.freeze_experts([0, 5])
+            >>> int(layer.experts.frozen.sum()), layer.router.frozen_rows.tolist()
+            (2, [True, True, False, False])
+            >>> layer(torch.randn(3, 8)).sum().backward()
+            >>> int(layer.experts.weight.grad[[0, 5]].count_nonzero())
+            0
+        """
+        self.experts.freeze_experts(experts)
+        if keys:
+            grid = self._grid_of(self.experts._mask(experts))
+            if experts is None:
+                self.router.freeze_keys()
+            else:
+                self.router.freeze_keys(grid.any(1), grid.any(0))
+        if experts is None if router is None else router:
+            self.router.freeze_network()
+
+    def unfreeze_experts(
+        self, experts: Experts | None = None, keys: bool = True, router: bool | None = None
+    ) -> None:
+        """Lets frozen experts learn again.
+
+        Args:
+            experts: ids, or a mask (N,) bool over the pool; None for all.
+            keys: whether to unfreeze the keys that no frozen expert uses.
+            router: whether to unfreeze the query network and its normalisation. None: if `experts`
+                is None.
+
+        Raises:
+            ValueError, TypeError, IndexError: as `freeze_experts`.
+
+        Example:
+            >>> import torch, peer
+            >>> layer = peer.PEER(8, num_experts=16, heads=2, num_experts_per_head=4, dim_key=4)
+            >>> layer.freeze_experts()
+            >>> layer.unfreeze_experts(range(8))
+            >>> layer.router.frozen_rows.tolist(), layer.router.frozen_columns.tolist()
+            ([False, False, True, True], [True, True, True, True])
+        """
+        self.experts.unfreeze_experts(experts)
+        if keys:
+            frozen = self.experts.frozen
+            if frozen is None:
+                self.router.unfreeze_keys()
+            else:
+                grid = self._grid_of(frozen)
+                self.router.unfreeze_keys(~grid.any(1), ~grid.any(0))
+        if experts is None if router is None else router:
+            self.router.unfreeze_network()
+
+    def disable_experts(self, experts: Experts) -> None:
+        """Disables experts: no token retrieves them.
+
+        Retrieval equals the ranking of all other experts. It is exact, but slower than without
+        disabled experts, most of all if many of the best experts are disabled. All layers that
+        share the pool are affected.
+
+        Args:
+            experts: ids, or a mask (N,) bool over the pool, added to those that are disabled.
+
+        Raises:
+            ValueError: fewer than K experts of the layer would stay enabled, or a mask has another
+                shape.
+            TypeError: ids are not integers.
+            IndexError: an id is outside [0, N).
+
+        Example:
+            >>> import torch, peer
+            >>> layer = peer.PEER(8, num_experts=16, heads=2, num_experts_per_head=4, dim_key=4)
+            >>> layer.disable_experts(range(8))
+            >>> _, indices = layer.router(torch.randn(3, 8), disabled=layer.experts.disabled)
+            >>> int(indices.min()) >= 8
+            True
+        """
+        mask = self.experts._mask(experts)
+        disabled = mask if self.experts.disabled is None else mask | self.experts.disabled
+        enabled = self.num_experts - count(self._grid_of(disabled))
+        if enabled < self.router.num_experts_per_head:
+            raise ValueError(
+                f"expected at least num_experts_per_head={self.router.num_experts_per_head} "
+                f"enabled experts, but {enabled} of {self.num_experts} would be left"
+            )
+        self.experts.disable_experts(mask)
+
+    def enable_experts(self, experts: Experts | None = None) -> None:
+        """Lets tokens retrieve disabled experts again.
+
+        Args:
+            experts: ids, or a mask (N,) bool over the pool; None for all.
+
+        Raises:
+            ValueError, TypeError, IndexError: as `freeze_experts`.
+        """
+        self.experts.enable_experts(experts)
+
+    def _grid_of(self, mask: Tensor) -> Tensor:
+        """The layer's part of a mask over the pool, (R, C)."""
+        return mask[: self.num_experts].view(self.router.rows, self.router.columns)
 
     def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> Tensor:
         """Applies the layer to every token.

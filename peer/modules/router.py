@@ -11,6 +11,7 @@ from peer._growth import append_rows_, require_growable
 from peer._row_state import append_rows
 from peer.functional import SCORES, product_key_topk, router_weights
 from peer.modules.grid import parse_grid
+from peer.modules.masks import clear_gradient_, count, union, without
 from peer.modules.norms import BatchQueryNorm, make_query_norm
 
 __all__ = ["ProductKeyRouter", "fold_query_norm_"]
@@ -150,7 +151,12 @@ class ProductKeyRouter(nn.Module):
         self._reset_keys()
 
     def reset_parameters(self) -> None:
-        """Initialises all parameters: keys uniform in ±1 / sqrt(dim_key / 2), others as torch."""
+        """Initialises all parameters: keys uniform in ±1 / sqrt(dim_key / 2), others as torch.
+
+        Nothing is frozen then.
+        """
+        self.unfreeze_keys()
+        self.unfreeze_network()
         self.query.reset_parameters()
         if not isinstance(self.norm, nn.Identity):
             self.norm.reset_parameters()
@@ -220,7 +226,7 @@ class ProductKeyRouter(nn.Module):
                 raise ValueError(f"expected keys of shape {shape}{heads}, got {list(keys.shape)}")
             return keys.detach().to(self.row_keys).expand(shape)
         order = torch.randperm(self.rows, device=self.row_keys.device)
-        source = self.row_keys.detach()[..., order.repeat(-(-rows // self.rows))[:rows], :]
+        source = self.keys()[0][..., order.repeat(-(-rows // self.rows))[:rows], :]
         source = source.to(torch.promote_types(source.dtype, torch.float32))
         length = source.norm(dim=-1, keepdim=True)
         noise = torch.randn_like(source) * (KEY_NOISE * length / (self.dim_key / 2) ** 0.5)
@@ -242,8 +248,94 @@ class ProductKeyRouter(nn.Module):
         if self.kept_row_keys is not None:
             self.kept_row_keys = torch.cat([self.kept_row_keys, keys.to(self.kept_row_keys)], -2)
 
+    def keys(self) -> tuple[Tensor, Tensor]:
+        """The keys that retrieval uses: the parameters, and for frozen keys their kept values.
+
+        Returns:
+            Row keys and column keys, in the shapes of `row_keys` and `col_keys`.
+        """
+        return (
+            _with_kept(self.row_keys, self.frozen_rows, self.kept_row_keys),
+            _with_kept(self.col_keys, self.frozen_columns, self.kept_col_keys),
+        )
+
+    @torch.no_grad()
+    def freeze_keys(self, rows: Tensor | None = None, columns: Tensor | None = None) -> None:
+        """Freezes keys, for all heads: retrieval goes on using their present values.
+
+        The values are kept in buffers. So whatever an optimizer does to the parameters, by weight
+        decay or momentum, has no effect on retrieval. Frozen keys get no gradient.
+
+        Args:
+            rows: mask (R,) bool of row keys, added to those that are frozen; None for all.
+            columns: mask (C,) bool of column keys, likewise.
+        """
+        rows, columns = self._key_masks(rows, columns)
+        row_keys, col_keys = self.keys()
+        clear_gradient_(self.row_keys, rows, dim=-2)
+        clear_gradient_(self.col_keys, columns, dim=-2)
+        self.frozen_rows = union(self.frozen_rows, rows)
+        self.kept_row_keys = None if self.frozen_rows is None else row_keys.detach().clone()
+        self.frozen_columns = union(self.frozen_columns, columns)
+        self.kept_col_keys = None if self.frozen_columns is None else col_keys.detach().clone()
+
+    @torch.no_grad()
+    def unfreeze_keys(self, rows: Tensor | None = None, columns: Tensor | None = None) -> None:
+        """Lets frozen keys learn again, from the values that they kept.
+
+        Args:
+            rows: mask (R,) bool of row keys; None for all.
+            columns: mask (C,) bool of column keys; None for all.
+        """
+        rows, columns = self._key_masks(rows, columns)
+        if self.frozen_rows is not None:
+            self.row_keys.copy_(self.keys()[0])
+            self.frozen_rows = without(self.frozen_rows, rows)
+        if self.frozen_columns is not None:
+            self.col_keys.copy_(self.keys()[1])
+            self.frozen_columns = without(self.frozen_columns, columns)
+        if self.frozen_rows is None:
+            self.kept_row_keys = None
+        if self.frozen_columns is None:
+            self.kept_col_keys = None
+
+    def _key_masks(self, rows: Tensor | None, columns: Tensor | None) -> tuple[Tensor, Tensor]:
+        masks = []
+        for name, mask, size in ("rows", rows, self.rows), ("columns", columns, self.columns):
+            if mask is None:
+                mask = torch.ones(size, dtype=torch.bool, device=self.row_keys.device)
+            if mask.dtype != torch.bool or mask.shape != (size,):
+                raise ValueError(
+                    f"expected {name} as a bool mask of shape [{size}], got {mask.dtype} of shape "
+                    f"{list(mask.shape)}"
+                )
+            masks.append(mask.to(self.row_keys.device))
+        return masks[0], masks[1]
+
+    def freeze_network(self) -> None:
+        """Freezes the query network, and the parameters and statistics of its normalisation.
+
+        The parameters no longer require grad, and their gradients are dropped, so that no optimizer
+        updates them. Batch normalisation uses its running statistics from now on, in training too.
+        """
+        self.frozen = torch.ones((), dtype=torch.bool, device=self.row_keys.device)
+        self._apply_frozen_state()
+
+    def unfreeze_network(self) -> None:
+        """Lets a frozen query network and its normalisation learn again."""
+        if self.frozen is not None:
+            self.frozen = None
+            self._apply_frozen_state()
+
     def _apply_frozen_state(self) -> None:
-        """Lets the query network and its normalisation follow `frozen`."""
+        """Makes the query network learn, or not, as the buffer `frozen` says."""
+        is_frozen = self.frozen is not None
+        if isinstance(self.norm, BatchQueryNorm):
+            self.norm.are_statistics_frozen = is_frozen
+        for parameter in (*self.query.parameters(), *self.norm.parameters()):
+            parameter.requires_grad_(not is_frozen)
+            if is_frozen:
+                parameter.grad = None
 
     def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Retrieves the experts of every token.
@@ -272,10 +364,11 @@ class ProductKeyRouter(nn.Module):
             query = self.norm(query, padding_mask.reshape(-1))
         else:
             query = self.norm(query)
+        row_keys, col_keys = self.keys()
         scores, indices = product_key_topk(
             query.view(-1, self.heads, self.dim_key),
-            self.row_keys,
-            self.col_keys,
+            row_keys,
+            col_keys,
             self.num_experts_per_head,
         )
         weights = router_weights(scores, self.scores)
@@ -305,6 +398,13 @@ class ProductKeyRouter(nn.Module):
             f"dim={self.dim}, num_experts=({self.rows}, {self.columns}), heads={self.heads}, "
             f"num_experts_per_head={self.num_experts_per_head}, dim_key={self.dim_key}, "
             f"scores={self.scores!r}, share_keys={self.share_keys}"
+        ) + "".join(
+            f", {name}={count(mask)}"
+            for name, mask in (
+                ("frozen_rows", self.frozen_rows),
+                ("frozen_columns", self.frozen_columns),
+            )
+            if mask is not None and not mask.is_meta
         )
 
     def _load_from_state_dict(
@@ -330,6 +430,14 @@ class ProductKeyRouter(nn.Module):
                 f"with the checkpoint's options, or call peer.grow_to_(model, state_dict) before "
                 f"loading if the checkpoint's layer has grown."
             )
+
+
+def _with_kept(keys: Tensor, frozen: Tensor | None, kept: Tensor | None) -> Tensor:
+    if frozen is None or kept is None:
+        return keys
+    # The graph keeps the mask. DistributedDataParallel writes buffers in place before each forward
+    # pass, which must not change the mask of an earlier graph.
+    return torch.where(frozen.clone().unsqueeze(-1), kept, keys)
 
 
 def _is_router_state(query_weight: Any, row_keys: Any, col_keys: Any) -> bool:

@@ -681,7 +681,7 @@ def test_experts_that_cannot_be_reset_are_refused():
         ([3, 7], None, ValueError, "1 frozen ones, such as 7"),
         ([30], None, IndexError, r"in \[0, 30\), got 30"),
         ([-1], None, IndexError, r"in \[0, 30\), got -1"),
-        ([0.5], None, TypeError, "int64 or a bool mask, got torch.float32"),
+        ([0.5], None, TypeError, "integer ids or a bool mask, got torch.float32"),
         (torch.zeros(31, dtype=torch.bool), None, ValueError, r"shape \[30\], got \[31\]"),
         ([3], other, ValueError, "expected an optimizer that holds the table"),
         ([3], "sgd", TypeError, "expected a torch.optim.Optimizer, got str"),
