@@ -13,6 +13,7 @@ Example:
 from peer import _library, _vmap, convert, functional, modules, optim, reference, select_rows
 from peer._library import BinaryMismatchError, cmake_prefix_path
 from peer.config import show_config
+from peer.growth import grow_, grow_to_, keys_from
 from peer.memory import empty_huge, zeros_huge
 from peer.modules import PEER, ExpertPool, ProductKeyRouter, fold_query_norm_
 from peer.param_groups import param_groups
@@ -31,6 +32,9 @@ __all__ = [
     "empty_huge",
     "fold_query_norm_",
     "functional",
+    "grow_",
+    "grow_to_",
+    "keys_from",
     "modules",
     "optim",
     "param_groups",

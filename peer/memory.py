@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["empty_huge", "zeros_huge"]
+__all__ = ["append_zero_rows", "empty_huge", "zeros_huge"]
 
 
 def empty_huge(
@@ -72,6 +72,35 @@ def zeros_huge(
         0
     """
     return _allocate(torch.ops.peer.zeros_huge, torch.zeros, size, dtype, device)
+
+
+def append_zero_rows(table: Tensor, rows: int) -> Tensor:
+    """Appends rows of zeros to a table, without a copy if it is on pages of `empty_huge`.
+
+    On Linux, the storage of a tensor from `empty_huge` or `zeros_huge` grows in place. Its other
+    views stay valid and go on sharing memory with it. New rows take no memory until they are
+    written. On other systems and devices, and if the storage was allocated in another way or has
+    exported its address, as to NumPy, the rows are copied to a new tensor. The old and the new
+    tensor then exist at once.
+
+    Args:
+        table: the table, of at least one dimension, without gradients.
+        rows: how many rows are appended.
+
+    Returns:
+        The larger table. It shares memory with `table` if the storage grew in place.
+
+    Raises:
+        ValueError: `table` has no dimension or `rows` is negative.
+        RuntimeError: the memory cannot be allocated.
+
+    Example:
+        >>> import peer
+        >>> peer.memory.append_zero_rows(peer.zeros_huge(1000, 512), 24).shape
+        torch.Size([1024, 512])
+    """
+    larger: Tensor = torch.ops.peer.append_zero_rows(table, rows)
+    return larger
 
 
 def _allocate(

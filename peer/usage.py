@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from contextlib import ExitStack
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from peer._evaluate import padding_mask, run_batches
 from peer.modules import PEER, ExpertPool, ProductKeyRouter
 
 __all__ = ["UsageTracker", "count_usage"]
@@ -26,20 +28,22 @@ class UsageTracker:
     * unevenness is :math:`\mathrm{KL}(z \,\|\, \mathrm{uniform}) = \log N + \sum_e z_e \log z_e`
       in nats: 0 if all experts are used equally, log N if only one is used.
 
-    The weights are those before dropout. `mass` and `counts` stay on the device of the layers. As a
-    context manager, the tracker stops at the end of the block.
+    The weights are those before dropout. `mass` and `counts` stay on the device of the layers. If a
+    layer grows, they grow in its next call. As a context manager, the tracker stops at the end of
+    the block.
 
     Args:
-        layers: `PEER` layers or routers with the same number of experts. The tracker sums over all
-            of them, as for layers that share a pool.
+        layers: `PEER` layers or routers with the same number of experts, or `PEER` layers that
+            share a pool. The tracker sums over all of them.
 
     Attributes:
-        mass: (N,) float64, the sums :math:`z'`.
+        mass: (N,) float64, the sums :math:`z'`. N is the largest number of experts of a layer.
         counts: (N,) int64, the number of retrievals of each expert.
 
     Raises:
         TypeError: an argument is not a layer or a router; scripted modules are not.
-        ValueError: there is no layer, or the layers have different numbers of experts.
+        ValueError: there is no layer, or layers of different pools have different numbers of
+            experts.
 
     Source: arXiv 2407.04153, table 2.
 
@@ -62,18 +66,19 @@ class UsageTracker:
                 raise TypeError(
                     f"expected PEER layers or ProductKeyRouters, got {type(router).__name__}"
                 )
+        if not routers:
+            raise ValueError("expected at least one layer")
         sizes = {router.num_experts for router in routers}
-        if len(sizes) != 1:
+        pools = {layer.experts if isinstance(layer, PEER) else None for layer in layers}
+        if len(sizes) > 1 and (len(pools) > 1 or None in pools):
             raise ValueError(
-                f"expected layers with the same number of experts, got {sorted(sizes)}"
-                if sizes
-                else "expected at least one layer"
+                f"expected layers that share a pool or have the same number of experts, got "
+                f"{sorted(sizes)}"
             )
-        (self.num_experts,) = sizes
         device = routers[0].row_keys.device
         with torch.inference_mode(False):
-            self.mass = torch.zeros(self.num_experts, dtype=torch.float64, device=device)
-            self.counts = torch.zeros(self.num_experts, dtype=torch.int64, device=device)
+            self.mass = torch.zeros(max(sizes), dtype=torch.float64, device=device)
+            self.counts = torch.zeros(max(sizes), dtype=torch.int64, device=device)
         self._hooks = [
             router.register_forward_hook(self._observe, with_kwargs=True)
             for router in dict.fromkeys(routers)
@@ -82,15 +87,20 @@ class UsageTracker:
     @torch.no_grad()
     def _observe(
         self,
-        router: nn.Module,
+        router: ProductKeyRouter,
         arguments: tuple[Any, ...],
         keywords: dict[str, Any],
         output: tuple[Tensor, Tensor],
     ) -> None:
         weights, indices = output
-        padding_mask = _padding_mask(arguments, keywords)
-        self.mass = _add_uses(self.mass, indices, weights, padding_mask)
-        self.counts = _add_uses(self.counts, indices, torch.ones_like(indices), padding_mask)
+        mask = padding_mask(arguments, keywords)
+        added = router.num_experts - len(self.counts)
+        if added > 0:  # the layer has grown
+            with torch.inference_mode(False):
+                self.mass = F.pad(self.mass, (0, added))
+                self.counts = F.pad(self.counts, (0, added))
+        self.mass = _add_uses(self.mass, indices, weights, mask)
+        self.counts = _add_uses(self.counts, indices, torch.ones_like(indices), mask)
 
     def usage(self) -> float:
         """The fraction of experts with a nonzero sum of weights, in [0, 1]."""
@@ -99,7 +109,7 @@ class UsageTracker:
     def unevenness(self) -> float:
         """KL(z || uniform) in nats, in [0, log N]. NaN if no expert was used."""
         z = self.mass / self.mass.sum()
-        divergence = math.log(self.num_experts) + torch.special.xlogy(z, z).sum()
+        divergence = math.log(len(z)) + torch.special.xlogy(z, z).sum()
         return float(divergence.clamp(min=0.0))  # rounding may give a negative sum
 
     def reset(self) -> None:
@@ -120,7 +130,6 @@ class UsageTracker:
         self.remove()
 
 
-@torch.no_grad()
 def count_usage(model: nn.Module, batches: Iterable[Any]) -> dict[str, Tensor]:
     """Counts how often each expert is retrieved while data passes through a model.
 
@@ -158,12 +167,11 @@ def count_usage(model: nn.Module, batches: Iterable[Any]) -> dict[str, Tensor]:
             name: torch.zeros(pool.num_experts, dtype=torch.int64, device=pool.weight.device)
             for name, pool in pools.items()
         }
-    modes = {module: module.training for module in model.modules()}
     # A pool does not see the mask. So the layer notes its mask before the call, and drops it after.
     masks: dict[nn.Module, Tensor | None] = {}  # of the layers that are being called, in order
 
     def note_mask(layer: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        masks[layer] = _padding_mask(arguments, keywords)
+        masks[layer] = padding_mask(arguments, keywords)
 
     def drop_mask(layer: nn.Module, *_: object) -> None:
         masks.pop(layer, None)
@@ -187,41 +195,24 @@ def count_usage(model: nn.Module, batches: Iterable[Any]) -> dict[str, Tensor]:
         for name, pool in pools.items():
             handle = pool.register_forward_pre_hook(count_in(name), with_kwargs=True)
             stack.callback(handle.remove)
-        for module, mode in modes.items():
-            # Not by train(), which a module may override, and which would not restore its parts.
-            stack.callback(setattr, module, "training", mode)
-            module.training = False
-        stack.enter_context(torch.compiler.set_stance("force_eager"))
-        for batch in batches:
-            if isinstance(batch, Mapping):
-                model(**batch)
-            elif isinstance(batch, (tuple, list)):
-                model(*batch)
-            else:
-                model(batch)
+        run_batches(model, batches)
     return counts
 
 
-def _padding_mask(arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Tensor | None:
-    """The mask in a call of a layer or a router."""
-    mask: Tensor | None = arguments[1] if len(arguments) > 1 else keywords.get("padding_mask")
-    return mask
-
-
-def _add_uses(total: Tensor, indices: Tensor, uses: Tensor, padding_mask: Tensor | None) -> Tensor:
+def _add_uses(total: Tensor, indices: Tensor, uses: Tensor, mask: Tensor | None) -> Tensor:
     """Adds the uses of experts, of all tokens but padding.
 
     Args:
         total: (N,), changed in place if it is on the device of the indices.
         indices: (..., H, K) or (..., P).
         uses: what each retrieval adds, in the shape of the indices.
-        padding_mask: (...), or None.
+        mask: (...) bool, True for padding, or None.
 
     Returns:
         The total on the device of the indices.
     """
-    if padding_mask is not None:
-        trailing = (1,) * (uses.dim() - padding_mask.dim())
-        uses = uses.masked_fill(padding_mask.reshape(*padding_mask.shape, *trailing), 0)
+    if mask is not None:
+        trailing = (1,) * (uses.dim() - mask.dim())
+        uses = uses.masked_fill(mask.reshape(*mask.shape, *trailing), 0)
     total = total.to(indices.device)
     return total.index_add_(0, indices.flatten(), uses.flatten().to(total.dtype))

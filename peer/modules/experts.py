@@ -5,6 +5,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from peer._growth import append_rows_, growth_of, require_current_state, require_growable
+from peer._row_state import append_rows, inner_optimizer, refresh, row_entries
 from peer.functional import ACTIVATIONS, expert_mlp
 from peer.memory import empty_huge
 from peer.modules.grid import parse_grid
@@ -131,13 +133,90 @@ class ExpertPool(nn.Module):
         The scale of the output then does not depend on N. With `zero_init_out`, `w_up` is zero.
         """
         self.frozen = self.disabled = None
-        _draw_normal(self.w_down, self.dim**-0.5)
-        if self.w_gate is not None:
-            _draw_normal(self.w_gate, self.dim**-0.5)
-        if self.zero_init_out:
-            nn.init.zeros_(self.w_up)
+        self._draw_experts(self.weight, zero_out=self.zero_init_out)
+
+    def _draw_experts(self, rows: Tensor, zero_out: bool) -> None:
+        """Draws experts (..., parts, dim) into rows of a table."""
+        _draw_normal(rows[:, 0], self.dim**-0.5)
+        if self.glu:
+            _draw_normal(rows[:, 1], self.dim**-0.5)
+        if zero_out:
+            nn.init.zeros_(rows[:, -1])
         else:
-            _draw_normal(self.w_up, self.num_experts_per_token**-0.5)
+            _draw_normal(rows[:, -1], self.num_experts_per_token**-0.5)
+
+    def grow(self, experts: int) -> None:
+        """Appends experts with random input weights and zero output.
+
+        The old experts and their ids do not change. `weight` stays the same parameter and gets more
+        rows; new experts are neither frozen nor disabled. Afterwards, call `peer.optim.grow_` for
+        every optimizer that has state of the table. `peer.PEER.grow` describes what else follows.
+
+        Args:
+            experts: how many experts are appended.
+
+        Raises:
+            ValueError: `experts` is not positive.
+            RuntimeError: the table cannot grow now; see `peer.PEER.grow`. Nothing is changed.
+
+        Example:
+            >>> import peer
+            >>> pool = peer.ExpertPool(8, num_experts=24)
+            >>> pool.grow(6)
+            >>> pool.num_experts, pool.weight.shape
+            (30, torch.Size([30, 2, 8]))
+        """
+        if experts < 1:
+            raise ValueError(f"expected experts to be positive, got {experts}")
+        require_growable({"the weight of a pool": self.weight})
+        self.append_experts(experts)
+        self._draw_experts(self.weight[-experts:], zero_out=True)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def append_experts(self, rows: Tensor | int) -> None:
+        """Appends rows to a table that can grow, without drawing them.
+
+        Args:
+            rows: the rows (M, parts, dim), or the number M of rows of zeros.
+        """
+        old = self.num_experts
+        append_rows_(self.weight, 0, rows)
+        self.num_experts = len(self.weight)
+        for name in ("frozen", "disabled"):
+            mask = getattr(self, name)
+            if mask is not None:
+                setattr(self, name, append_rows(mask, 0, self.num_experts - old))
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def reset_experts(self, experts: Experts, optimizer: Any = None) -> None:
+        """Makes experts fresh. See `peer.PEER.reset_experts`."""
+        rows = self._mask(experts).nonzero()[:, 0]
+        frozen = rows[:0] if self.frozen is None else rows[self.frozen[rows]]
+        if len(frozen) > 0:
+            raise ValueError(
+                f"expected experts that are not frozen, got {len(frozen)} frozen ones, such as "
+                f"{int(frozen[0])}; unfreeze them first"
+            )
+        if self.weight.grad is not None:
+            raise RuntimeError(
+                "cannot reset experts: the table has a gradient of the old experts; call "
+                "zero_grad(set_to_none=True) first"
+            )
+        state: dict[str, Tensor] = {}
+        if optimizer is not None:
+            optimizer = inner_optimizer(optimizer)
+            if not any(p is self.weight for g in optimizer.param_groups for p in g["params"]):
+                raise ValueError("expected an optimizer that holds the table")
+            require_current_state(optimizer, self.weight)
+            growth = growth_of(self.weight)
+            state = row_entries(optimizer, self.weight, 0, growth.earlier if growth else ())
+        for block in rows.split(65536):
+            fresh = self.weight.new_empty(len(block), *self.weight.shape[1:])
+            self._draw_experts(fresh, zero_out=True)
+            self.weight[block] = fresh
+        refresh(optimizer, self.weight, rows, state)
 
     def freeze_experts(self, experts: Experts | None = None) -> None:
         """Freezes experts: their rows of the table get no gradient and are never updated.
@@ -244,7 +323,8 @@ class ExpertPool(nn.Module):
             error_msgs.append(
                 f"{prefix.rstrip('.') or 'experts'}: the checkpoint's pool has "
                 f"{_describe_sizes(saved)}, this one {_describe_sizes(self.weight)}; build the "
-                f"layer with the checkpoint's options."
+                f"layer with the checkpoint's options, or call peer.grow_to_(model, state_dict) "
+                f"before loading if the checkpoint's layer has grown."
             )
 
 

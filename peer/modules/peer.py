@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from peer._growth import require_growable
 from peer.modules.experts import ExpertPool
 from peer.modules.grid import parse_grid
 from peer.modules.masks import Experts, count
@@ -51,13 +52,13 @@ class PEER(nn.Module):
         zero_init_out: whether `w_up` starts at zero. The output of the layer is then zero at first.
         router: an existing router. Options that describe the router can then be omitted.
         experts: an existing pool, for layers that share one. Options that describe the pool can
-            then be omitted.
+            then be omitted. The layer uses its first R * C experts.
         device: device of the new parameters.
         dtype: dtype of the new parameters.
 
     Raises:
         ValueError: an option is out of range or contradicts the given router or pool, or the
-            router and the pool have different sizes.
+            pool is smaller than the router's grid.
         TypeError: `num_experts` is neither an int nor a pair of ints.
 
     Source: arXiv 2407.04153, algorithm 1 and equation 7.
@@ -137,7 +138,9 @@ class PEER(nn.Module):
                 **factory,
             )
         else:
-            _require("experts", experts, {"dim": dim, "num_experts": rows * columns})
+            _require("experts", experts, {"dim": dim})
+            if experts.num_experts < rows * columns:  # a larger one is for other layers, too
+                _require("experts", experts, {"num_experts": rows * columns})
             _require("experts", experts, _without_defaults(pooling))
         self.router = router
         self.experts = experts
@@ -145,13 +148,102 @@ class PEER(nn.Module):
 
     @property
     def num_experts(self) -> int:
-        """N, the number of experts."""
+        """N, the number of experts that the layer uses, at most those of its pool."""
         return self.router.num_experts
 
     def reset_parameters(self) -> None:
         """Initialises the router and the pool, even if other layers share them."""
         self.router.reset_parameters()
         self.experts.reset_parameters()
+
+    def grow(self, rows: int, keys: Tensor | None = None) -> None:
+        """Appends rows to the grid of experts, and with each row C experts.
+
+        Old experts, keys and ids do not change by a bit. New experts have random input weights and
+        zero output, so they change the output of a token only by taking the places of old experts.
+        The output of a token that retrieves old experts only stays equal bit for bit.
+
+        Columns cannot be appended: expert (r, c) has the id r * C + c, so another C would renumber
+        all experts.
+
+        `router.row_keys` and `experts.weight` stay the same parameters and get more rows, so
+        optimizers, parameter groups and hooks go on holding them. The following see the growth:
+
+        * Optimizers: call `peer.optim.grow_(optimizer)` before the next step. Until then, every
+          step raises RuntimeError.
+        * Layers that share the pool: they go on using its first experts. The pool grows only if
+          this layer needs more experts than it has; otherwise the new rows use experts that other
+          layers use already. Layers that share the router need larger pools: use `peer.grow_`.
+        * `torch.compile`: the next call recompiles.
+        * Scripted modules: a copy from `torch.jit.script` shares the parameters and grows with the
+          layer. A traced one does, too, but has the sizes of the old layer as constants.
+        * Programs from `torch.export`: they check or fix the old sizes; export again.
+        * CUDA graphs: they use the old memory, which growth frees; capture again.
+        * Averages such as `torch.optim.swa_utils.AveragedModel`: call
+          `peer.grow_to_(averaged.module, model.state_dict())`.
+        * DistributedDataParallel and sharding: grow before wrapping.
+
+        On Linux, a CPU table that `peer.ExpertPool` made is not copied. Other tables, and those on
+        CUDA, are copied, so the old and the new table exist at once.
+
+        Args:
+            rows: how many rows are appended.
+            keys: (rows, dim_key / 2), for all heads, or (H, rows, dim_key / 2) if the heads do not
+                share keys. By default they are noisy copies of old keys, see
+                `ProductKeyRouter.make_row_keys`. `peer.keys_from` takes them from new data. Keys
+                that are longer than the old ones win most retrievals.
+
+        Raises:
+            ValueError: `rows` is not positive, or the keys have another shape.
+            TypeError: the keys are no floating-point tensor.
+            RuntimeError: the keys or the table are sharded, are computed by a parametrisation, are
+                in shared memory, have a gradient, or are part of a graph of autograd: a loss that
+                is kept, or DistributedDataParallel. Nothing is changed.
+
+        Example:
+            >>> import torch, peer
+            >>> layer = peer.PEER(8, num_experts=(4, 6), heads=2, num_experts_per_head=4, dim_key=4)
+            >>> layer.grow(2)
+            >>> layer.num_experts, layer.experts.weight.shape
+            (36, torch.Size([36, 2, 8]))
+        """
+        keys = self.router.make_row_keys(rows, keys)
+        missing = (self.router.rows + rows) * self.router.columns - self.experts.num_experts
+        require_growable({"router.row_keys": self.router.row_keys})
+        if missing > 0:
+            self.experts.grow(missing)
+        self.router.append_row_keys(keys)
+
+    def reset_experts(self, experts: Experts, optimizer: Any = None) -> None:
+        """Makes experts fresh: random input weights, zero output and fresh optimizer state.
+
+        For experts that no token needs any more, see `peer.select_rows.unused`. The layer then
+        learns with them as with the new experts of `grow`, without more memory. Their keys do not
+        change. In the other layers that share the pool, the experts are fresh, too.
+
+        Args:
+            experts: ids, or a mask (N,) bool over the pool.
+            optimizer: the optimizer that holds the table, or a wrapper that holds it as
+                `optimizer`. The state of the rows becomes what `peer.optim.grow_` gives new rows.
+                With None, no state changes.
+
+        Raises:
+            ValueError: an expert is frozen, a mask has another shape, the optimizer does not hold
+                the table, or its state has a shape that does not show where the state of a row is.
+                Nothing is changed.
+            TypeError: ids are not integers, or `optimizer` is no optimizer.
+            IndexError: an id is outside [0, N).
+            RuntimeError: the table has a gradient, or has grown and the state has not.
+
+        Example:
+            >>> import torch, peer
+            >>> layer = peer.PEER(8, num_experts=16, heads=2, num_experts_per_head=4, dim_key=4)
+            >>> optimizer = peer.optim.RowwiseAdagrad(layer.experts.parameters())
+            >>> layer.reset_experts([3, 7], optimizer)
+            >>> layer.experts.w_up[3].count_nonzero()
+            tensor(0)
+        """
+        self.experts.reset_experts(experts, optimizer)
 
     def freeze_experts(
         self, experts: Experts | None = None, keys: bool = True, router: bool | None = None

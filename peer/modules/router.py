@@ -3,9 +3,12 @@
 from typing import Any, ClassVar, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from peer._growth import append_rows_, require_growable
+from peer._row_state import append_rows
 from peer.functional import SCORES, product_key_topk, router_weights
 from peer.modules.grid import parse_grid
 from peer.modules.masks import clear_gradient_, count, union, without
@@ -14,6 +17,9 @@ from peer.modules.norms import BatchQueryNorm, make_query_norm
 __all__ = ["ProductKeyRouter", "fold_query_norm_"]
 
 Module = TypeVar("Module", bound=nn.Module)
+
+# The length of the noise on a copy of a key, relative to the key.
+KEY_NOISE = 0.5
 
 
 class ProductKeyRouter(nn.Module):
@@ -160,6 +166,87 @@ class ProductKeyRouter(nn.Module):
         bound = (self.dim_key / 2) ** -0.5
         nn.init.uniform_(self.row_keys, -bound, bound)
         nn.init.uniform_(self.col_keys, -bound, bound)
+
+    def grow(self, rows: int, keys: Tensor | None = None) -> None:
+        """Appends rows of keys, so that each head also scores `rows` * C more experts.
+
+        Old keys and old ids do not change. `row_keys` stays the same parameter; new keys are not
+        frozen. The pool is not touched: it needs R * C experts before the next call.
+        `peer.PEER.grow` grows both and describes what else follows.
+
+        Args:
+            rows: how many rows are appended.
+            keys: (rows, dim_key / 2), for all heads, or (H, rows, dim_key / 2) if the heads do not
+                share keys. By default they are drawn by `make_row_keys`.
+
+        Raises:
+            ValueError: `rows` is not positive, or the keys have another shape.
+            TypeError: the keys are no floating-point tensor.
+            RuntimeError: the keys cannot grow now; see `peer.PEER.grow`. Nothing is changed.
+
+        Example:
+            >>> import peer
+            >>> router = peer.ProductKeyRouter(8, num_experts=(4, 6), heads=2, dim_key=4)
+            >>> router.grow(3)
+            >>> router.rows, router.columns, router.num_experts
+            (7, 6, 42)
+        """
+        keys = self.make_row_keys(rows, keys)
+        require_growable({"the row_keys of a router": self.row_keys})
+        self.append_row_keys(keys)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def make_row_keys(self, rows: int, keys: Tensor | None = None) -> Tensor:
+        """Returns the keys of new rows: those given, in the shape of this router, or drawn ones.
+
+        A drawn key is an old key of a random row plus normal noise of half its length, scaled to
+        the length of the old key. Copies of at most R rows are of different rows.
+
+        Args:
+            rows: how many rows.
+            keys: (rows, dim_key / 2) or, if the heads do not share keys, (H, rows, dim_key / 2).
+
+        Returns:
+            (rows, dim_key / 2), or (H, rows, dim_key / 2) if the heads do not share keys.
+
+        Raises:
+            ValueError: `rows` is not positive, or the keys have another shape.
+            TypeError: the keys are no floating-point tensor.
+        """
+        if rows < 1:
+            raise ValueError(f"expected rows to be positive, got {rows}")
+        shape = [*self.row_keys.shape[:-2], rows, self.dim_key // 2]
+        if keys is not None:
+            if not isinstance(keys, Tensor) or not keys.is_floating_point():
+                kind = keys.dtype if isinstance(keys, Tensor) else type(keys).__name__
+                raise TypeError(f"expected keys as a floating-point tensor, got {kind}")
+            if list(keys.shape) not in (shape, shape[-2:]):
+                heads = "" if self.share_keys else f" or {shape[-2:]}"
+                raise ValueError(f"expected keys of shape {shape}{heads}, got {list(keys.shape)}")
+            return keys.detach().to(self.row_keys).expand(shape)
+        order = torch.randperm(self.rows, device=self.row_keys.device)
+        source = self.effective_keys()[0][..., order.repeat(-(-rows // self.rows))[:rows], :]
+        source = source.to(torch.promote_types(source.dtype, torch.float32))
+        length = source.norm(dim=-1, keepdim=True)
+        noise = torch.randn_like(source) * (KEY_NOISE * length / (self.dim_key / 2) ** 0.5)
+        return F.normalize(source + noise, dim=-1).mul_(length).to(self.row_keys.dtype)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def append_row_keys(self, keys: Tensor) -> None:
+        """Appends rows to keys that can grow.
+
+        Args:
+            keys: (rows, dim_key / 2), or (H, rows, dim_key / 2) if the heads do not share keys.
+        """
+        append_rows_(self.row_keys, self.row_keys.dim() - 2, keys)
+        self.rows = self.row_keys.shape[-2]
+        self.num_experts = self.rows * self.columns
+        if self.frozen_rows is not None:
+            self.frozen_rows = append_rows(self.frozen_rows, 0, keys.shape[-2])
+        if self.kept_row_keys is not None:
+            self.kept_row_keys = torch.cat([self.kept_row_keys, keys.to(self.kept_row_keys)], -2)
 
     def effective_keys(self) -> tuple[Tensor, Tensor]:
         """The keys that retrieval uses: the parameters, and for frozen keys their kept values.
@@ -340,7 +427,8 @@ class ProductKeyRouter(nn.Module):
             error_msgs.append(
                 f"{prefix.rstrip('.') or 'router'}: the checkpoint's router has "
                 f"{_describe_sizes(*saved)}, this one {_describe_sizes(*here)}; build the layer "
-                f"with the checkpoint's options."
+                f"with the checkpoint's options, or call peer.grow_to_(model, state_dict) before "
+                f"loading if the checkpoint's layer has grown."
             )
 
 

@@ -8,6 +8,7 @@ backward pass without any gradient.
 from peer.optim.clip_grad import clip_grad_norm_
 from peer.optim.distributed import all_reduce_gradients_
 from peer.optim.fused import FusedUpdate
+from peer.optim.grow import grow_
 from peer.optim.rowwise_adagrad import RowwiseAdagrad
 from peer.optim.rowwise_adam import RowwiseAdam
 from peer.optim.sgd import SGD
@@ -21,4 +22,5 @@ __all__ = [
     "TableOptimizer",
     "all_reduce_gradients_",
     "clip_grad_norm_",
+    "grow_",
 ]

@@ -8,6 +8,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
+from peer._growth import require_current_state
 from peer.optim.fused import FusedUpdate
 from peer.optim.row_gradient import RowGradient
 
@@ -166,6 +167,7 @@ class TableOptimizer(torch.optim.Optimizer):
 
         Raises:
             ValueError: the optimizer does not hold the table.
+            RuntimeError: the table has grown, and its state has not.
         """
         for group in self.param_groups:
             if any(each is table for each in group["params"]):
@@ -177,6 +179,7 @@ class TableOptimizer(torch.optim.Optimizer):
         return [table for group in self.param_groups for table in group["params"]]
 
     def _update_table(self, table: Tensor, group: dict[str, Any], gradient: RowGradient) -> None:
+        require_current_state(self, table)
         state = self.state[table]
         step = state.get("step", 0) + 1
         rounding: dict[str, int | None] = {"seed": None}

@@ -56,4 +56,8 @@ PEER_API at::Tensor empty_huge(at::IntArrayRef size, at::ScalarType dtype = at::
 // The same, filled with zeros. Pages take no memory until they are written.
 PEER_API at::Tensor zeros_huge(at::IntArrayRef size, at::ScalarType dtype = at::kFloat);
 
+// The table with more rows of zeros. A tensor of empty_huge or zeros_huge is not copied on Linux:
+// its storage grows, so that its views stay valid and see the same rows. Others are copied.
+PEER_API at::Tensor append_zero_rows(const at::Tensor& table, int64_t rows);
+
 }  // namespace peer

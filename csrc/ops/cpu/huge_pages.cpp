@@ -1,6 +1,7 @@
 #include "ops/cpu/huge_pages.h"
 
 #include <ATen/EmptyTensor.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 #include <c10/core/CPUAllocator.h>
 #include <c10/util/accumulate.h>
@@ -30,11 +31,16 @@ struct Block {
 
 size_t round_to_pages(size_t bytes) { return (bytes + kHugePage - 1) / kHugePage * kHugePage; }
 
-Block map(size_t bytes) {
+void request_huge_pages([[maybe_unused]] const Block& block) {
+#if defined(MADV_HUGEPAGE)
+  madvise(block.data, block.bytes, MADV_HUGEPAGE);  // if this fails, pages stay small
+#endif
+}
+
+Block map(size_t bytes, int protection = PROT_READ | PROT_WRITE) {
   bytes = round_to_pages(bytes);
   // Maps one page more than needed, and unmaps what lies before and after the aligned part.
-  void* mapped =
-      mmap(nullptr, bytes + kHugePage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  void* mapped = mmap(nullptr, bytes + kHugePage, protection, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   TORCH_CHECK_WITH(OutOfMemoryError, mapped != MAP_FAILED, "peer: cannot allocate ", bytes,
                    " bytes: ", std::strerror(errno));
   char* const start = static_cast<char*>(mapped);
@@ -46,13 +52,36 @@ Block map(size_t bytes) {
   if (aligned + bytes < start + bytes + kHugePage) {
     munmap(aligned + bytes, start + kHugePage - aligned);
   }
-#if defined(MADV_HUGEPAGE)
-  madvise(aligned, bytes, MADV_HUGEPAGE);  // if this fails, pages stay small
-#endif
-  return {aligned, bytes};
+  const Block block{aligned, bytes};
+  request_huge_pages(block);
+  return block;
 }
 
 void unmap(const Block& block) { munmap(block.data, block.bytes); }
+
+// Makes a block larger without copying, and returns whether it did. The block may move. New pages
+// read as zero and take memory once they are touched.
+bool enlarge([[maybe_unused]] Block& block, [[maybe_unused]] size_t bytes) {
+#if defined(MREMAP_MAYMOVE)
+  bytes = round_to_pages(bytes);
+  void* data = mremap(block.data, block.bytes, bytes, 0);
+  if (data == MAP_FAILED) {
+    // The addresses after the block are taken. The pages move to a reserved range, because the
+    // system would choose one that is not aligned to huge pages. If the move fails, the reservation
+    // stays: the system may have given its addresses to another thread already.
+    const Block target = map(bytes, PROT_NONE);
+    data = mremap(block.data, block.bytes, bytes, MREMAP_MAYMOVE | MREMAP_FIXED, target.data);
+    if (data == MAP_FAILED) {
+      return false;
+    }
+  }
+  block = {data, bytes};
+  request_huge_pages(block);
+  return true;
+#else
+  return false;
+#endif
+}
 
 // Freed blocks for later requests, the last freed at the back.
 class BlockCache {
@@ -114,6 +143,20 @@ class PageAllocator final : public c10::Allocator {
     default_copy_data(target, source, bytes);
   }
 
+  // A storage is not resizable if something holds its address, such as a NumPy array.
+  static bool enlarge_storage(c10::StorageImpl& storage, size_t bytes) {
+    auto* loan = storage.data_ptr().cast_context<Loan>(&give_back);
+    if (loan == nullptr || loan->cache != nullptr || !storage.resizable() ||
+        !enlarge(loan->block, bytes)) {
+      return false;
+    }
+    // The old pointer gives its loan to the new one.
+    storage.set_data_ptr({loan->block.data, loan, &give_back, c10::DeviceType::CPU})
+        .release_context();
+    storage.set_nbytes(bytes);
+    return true;
+  }
+
  private:
   struct Loan {
     Block block;
@@ -154,6 +197,13 @@ at::Tensor zeros_in_huge_pages(at::IntArrayRef sizes, at::ScalarType dtype) {
   return empty_in(huge_pages(), sizes, dtype);
 }
 
+bool enlarge_in_huge_pages(const at::Tensor& tensor, size_t bytes) {
+  const bool fills_storage = tensor.is_contiguous() && tensor.storage_offset() == 0 &&
+                             tensor.storage().nbytes() == tensor.nbytes();
+  return fills_storage &&
+         PageAllocator::enlarge_storage(*tensor.storage().unsafeGetStorageImpl(), bytes);
+}
+
 }  // namespace peer::ops::cpu
 
 namespace peer {
@@ -166,9 +216,28 @@ at::Tensor zeros_huge(at::IntArrayRef size, at::ScalarType dtype) {
   return ops::cpu::zeros_in_huge_pages(size, dtype);
 }
 
+at::Tensor append_zero_rows(const at::Tensor& table, int64_t rows) {
+  TORCH_CHECK_VALUE(table.dim() > 0 && rows >= 0,
+                    "peer::append_zero_rows: expected a table with rows and a number of rows that "
+                    "is not negative, got shape ",
+                    table.sizes(), " and ", rows);
+  std::vector<int64_t> sizes = table.sizes().vec();
+  sizes[0] += rows;
+  if (table.is_cpu() && table.layout() == at::kStrided &&
+      ops::cpu::enlarge_in_huge_pages(
+          table, at::detail::computeStorageNbytesContiguous(sizes, table.element_size()))) {
+    return at::empty({0}, table.options()).set_(table.storage(), 0, sizes);
+  }
+  const at::Tensor larger =
+      table.is_cpu() ? zeros_huge(sizes, table.scalar_type()) : at::zeros(sizes, table.options());
+  larger.narrow(0, 0, table.size(0)).copy_(table);
+  return larger;
+}
+
 }  // namespace peer
 
 TORCH_LIBRARY_FRAGMENT(peer, m) {
   m.def("empty_huge(int[] size, ScalarType dtype) -> Tensor", &peer::empty_huge);
   m.def("zeros_huge(int[] size, ScalarType dtype) -> Tensor", &peer::zeros_huge);
+  m.def("append_zero_rows(Tensor(a) table, int rows) -> Tensor(a)", &peer::append_zero_rows);
 }

@@ -24,4 +24,8 @@ at::Tensor empty_in(c10::Allocator& allocator, at::IntArrayRef sizes, at::Scalar
 // A contiguous tensor of zeros. A page takes memory once it is touched.
 at::Tensor zeros_in_huge_pages(at::IntArrayRef sizes, at::ScalarType dtype);
 
+// Makes the storage of a tensor from `huge_pages` larger without copying, so that its views stay
+// valid, and returns whether it did. New memory reads as zero and takes memory once it is touched.
+bool enlarge_in_huge_pages(const at::Tensor& tensor, size_t bytes);
+
 }  // namespace peer::ops::cpu
