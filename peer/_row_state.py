@@ -7,7 +7,7 @@ as a step count, serve all rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -53,8 +53,7 @@ def row_entries(
         optimizer: the optimizer.
         parameter: a parameter that the optimizer may hold.
         dim: the dimension of the rows.
-        earlier: the numbers of rows that the parameter had before. They tell an entry with the
-            state of one row from one that serves all rows.
+        earlier: the numbers of rows that the parameter had before.
         skip_unknown: whether entries of other shapes are skipped.
 
     Returns:
@@ -63,18 +62,37 @@ def row_entries(
     Raises:
         ValueError: the shape of an entry does not show where its rows are.
     """
+    state = optimizer.state.get(parameter, {})
+    others = _without(parameter.shape, dim)
+    # An entry with fewer dimensions, or with ones, may be anything. Its number of rows tells.
+    counts = {parameter.shape[dim], *earlier}
+    counts.update(
+        entry.shape[dim]
+        for entry in state.values()
+        if isinstance(entry, Tensor)
+        and entry.dim() == parameter.dim()
+        and _without(entry.shape, dim) == others
+    )
     entries = {}
-    for name, entry in optimizer.state.get(parameter, {}).items():
-        if isinstance(entry, Tensor):
-            is_known, has_rows = _find_rows(name, entry, parameter, dim, earlier)
-        else:
+    for name, entry in state.items():
+        if not isinstance(entry, Tensor):
             values = entry.values() if isinstance(entry, dict) else entry
-            holds_tensors = isinstance(entry, (dict, list, tuple)) and any(
+            is_known = not isinstance(entry, (dict, list, tuple)) or not any(
                 isinstance(value, Tensor) for value in values
             )
-            is_known, has_rows = not holds_tensors, False
-        if has_rows:
-            entries[name] = entry
+        elif entry.dim() == 0 or name in _WITHOUT_ROWS:
+            is_known = True
+        else:
+            sizes = _without(entry.shape, dim)
+            is_known = (
+                entry.layout == torch.strided
+                and len(sizes) <= len(others)
+                and all(size in (1, full) for size, full in zip(sizes, others, strict=False))
+            )
+            if is_known and dim < entry.dim() and entry.shape[dim] in counts:
+                entries[name] = entry
+            else:
+                is_known = is_known and (dim >= entry.dim() or entry.shape[dim] == 1)
         if not is_known and not skip_unknown:
             found = f"of shape {list(entry.shape)}" if isinstance(entry, Tensor) else "a collection"
             raise ValueError(
@@ -85,22 +103,8 @@ def row_entries(
     return entries
 
 
-def _find_rows(
-    name: str, entry: Tensor, parameter: Tensor, dim: int, earlier: Collection[int]
-) -> tuple[bool, bool]:
-    """Whether the shape of an entry is known, and whether it has rows."""
-    if entry.dim() == 0 or name in _WITHOUT_ROWS:
-        return True, False
-    others = [size for i, size in enumerate(entry.shape) if i != dim]
-    expected = [size for i, size in enumerate(parameter.shape) if i != dim]
-    is_known = (
-        entry.layout == torch.strided
-        and len(others) <= len(expected)
-        and all(size in (1, full) for size, full in zip(others, expected, strict=False))
-    )
-    if dim >= entry.dim() or (entry.shape[dim] == 1 != parameter.shape[dim] and 1 not in earlier):
-        return is_known, False
-    return is_known, is_known
+def _without(shape: Sequence[int], dim: int) -> list[int]:
+    return [size for i, size in enumerate(shape) if i != dim]
 
 
 @torch.no_grad()
@@ -187,7 +191,7 @@ def _fresh_value(
 def _mean(entry: Tensor, dim: int, ids: Tensor) -> Tensor:
     """The mean of rows, for each column, without a copy of all of them."""
     dtype = torch.promote_types(entry.dtype, torch.float32)
-    total = entry.narrow(dim, 0, 1).to(dtype).zero_()
+    total = torch.zeros_like(entry.narrow(dim, 0, 1), dtype=dtype)
     for block in ids.split(_BLOCK):
         total += entry.index_select(dim, block).sum(dim, keepdim=True, dtype=dtype)
     return total / max(len(ids), 1)

@@ -306,7 +306,7 @@ def test_layers_in_data_parallelism_and_sharded_ones_are_refused():
         layer = make_layer()
         sharded = distribute_tensor(layer.experts.weight, init_device_mesh("cpu", (1,)))
         layer.experts.weight = nn.Parameter(sharded)
-        with pytest.raises(RuntimeError, match=r"weight: .*sharded"):
+        with pytest.raises(RuntimeError, match=r"weight of a pool: expected .* sharded"):
             layer.grow(2)
         assert layer.router.rows == ROWS
     finally:

@@ -8,6 +8,7 @@ so freed memory is not resident.
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -183,3 +184,29 @@ def test_retrieval_keeps_no_sub_scores(peak):
     extra = peak(RETRIEVAL)
     assert extra < 64 * MIB
     assert extra > MIB, "the indices alone take 2 MiB: nothing was measured"
+
+
+GROWTH = """
+# A pool of 256 MiB and its momentum, of which 8 rows were written, grow by a tenth.
+pool = peer.ExpertPool(256, num_experts=2**17, sparse_grad=True)
+if sys.argv[1] == "malloc":
+    pool.weight.data = torch.empty(0)
+    pool.weight.data = torch.empty(2**17, 2, 256).fill_(1)
+optimizer = peer.optim.SGD(pool.parameters(), lr=0.1, momentum=0.9)
+pool(torch.randn(4, 256), torch.rand(4, 2), torch.arange(8).view(4, 2)).sum().backward()
+optimizer.step()
+pool.zero_grad()
+before = status("VmRSS")
+pool.grow(2**17 // 10)
+peer.optim.grow_(optimizer)
+print(json.dumps({"extra": status("VmHWM") - before, "left": status("VmRSS") - before}))
+"""
+
+
+def test_growth_by_a_tenth_takes_the_memory_of_a_tenth(run_python):
+    # The new rows are 26 MiB. Their momentum is not written.
+    taken = run_python(MEASURE + GROWTH, "huge pages")
+    assert taken["extra"] < 40 * MIB
+    assert taken["left"] > 20 * MIB, "the new rows were not written: nothing was measured"
+    if sys.platform == "linux":
+        assert run_python(MEASURE + GROWTH, "malloc")["extra"] > 240 * MIB

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import ctypes
+import gc
 import io
+import sys
 from pathlib import Path
 
 import pytest
@@ -166,3 +169,98 @@ def test_sparse_gradients_can_be_added_to_and_zeroed():
     torch.testing.assert_close(doubled, 2 * pool.weight.grad.to_dense())
     pool.zero_grad(set_to_none=False)
     assert pool.weight.grad.to_dense().eq(0).all()
+
+
+@pytest.mark.parametrize("make", [peer.empty_huge, peer.zeros_huge, torch.empty])
+@pytest.mark.parametrize("rows", [0, 3, 1024, 2**15])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64, torch.int32, torch.bool])
+def test_appended_rows_are_zero_and_old_rows_equal(make, rows, dtype):
+    table = make((rows, 2, 64), dtype=dtype)
+    table.copy_(torch.randint(0, 2, table.shape))
+    before = table.clone()
+    for _ in range(3):
+        larger = peer.memory.append_zero_rows(table, 1000)
+        assert larger.shape == (len(table) + 1000, 2, 64)
+        assert larger.dtype == dtype
+        assert larger.is_contiguous()
+        assert torch.equal(larger[:rows], before)
+        assert not larger[len(table) :].any()
+        assert torch.equal(peer.memory.append_zero_rows(larger, 0), larger)
+        table = larger
+
+
+on_linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux remaps pages")
+
+
+@on_linux
+@pytest.mark.parametrize("is_blocked", [False, True])
+def test_views_of_a_table_on_huge_pages_stay_valid(is_blocked):
+    table = peer.empty_huge(2048, 1024).normal_()
+    # A mapping after the table leaves no room there, so its pages move.
+    blocker = mmap_after(table) if is_blocked else None
+    address = table.data_ptr()
+    view, row = table[5:9], table.detach()[7]
+    before = table.clone()
+    larger = peer.memory.append_zero_rows(table, 1024)
+    assert (larger.data_ptr() != address) >= is_blocked
+    assert larger.data_ptr() % 2**21 == 0
+    assert torch.equal(table, before)
+    assert torch.equal(larger[:2048], before)
+    larger[7] = 3
+    assert view[2].eq(3).all()
+    assert row.eq(3).all()
+    row.fill_(4)
+    del table, view, row
+    gc.collect()
+    assert larger[7].eq(4).all()
+    assert torch.equal(larger[8:2048], before[8:])
+    del blocker
+
+
+def mmap_after(table: torch.Tensor) -> ctypes.c_void_p:
+    """Reserves addresses directly after a tensor, until the process ends."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    end = table.data_ptr() + table.nbytes
+    none, private_anonymous_fixed_noreplace = 0, 0x02 | 0x20 | 0x100000
+    return libc.mmap(
+        ctypes.c_void_p(end), ctypes.c_size_t(2**21), none, private_anonymous_fixed_noreplace, -1, 0
+    )
+
+
+@on_linux
+@needs_proc
+def test_appended_rows_ask_for_large_pages():
+    if not Path("/sys/kernel/mm/transparent_hugepage").exists():
+        pytest.skip("the system has no large pages")
+    table = peer.memory.append_zero_rows(peer.empty_huge(2048, 1024), 2048)
+    for row in table[::512]:
+        assert "hg" in huge_page_flags(row.data_ptr()).split()
+
+
+def test_memory_whose_address_is_known_elsewhere_is_copied():
+    for table in (peer.empty_huge(2048, 1024), torch.empty(2048, 1024)):
+        table.normal_()
+        array = table.numpy()
+        larger = peer.memory.append_zero_rows(table, 1024)
+        assert torch.equal(torch.from_numpy(array), larger[:2048])
+        larger.fill_(3)
+        assert array.max() != 3
+
+
+@pytest.mark.parametrize("part", [lambda t: t[8:], lambda t: t[:8], lambda t: t[:, :8]])
+def test_a_part_of_a_table_is_copied(part):
+    table = peer.empty_huge(2048, 1024).normal_()
+    rows = part(table)
+    larger = peer.memory.append_zero_rows(rows, 3)
+    assert torch.equal(larger[:-3], rows)
+    assert larger.data_ptr() != rows.data_ptr()
+
+
+def test_rows_cannot_be_taken_away():
+    with pytest.raises(ValueError, match=r"got shape \[3, 4\] and -1"):
+        peer.memory.append_zero_rows(torch.zeros(3, 4), -1)
+    with pytest.raises(ValueError, match=r"got shape \[\] and 1"):
+        peer.memory.append_zero_rows(torch.zeros(()), 1)
+    with pytest.raises(RuntimeError, match=r"allocate|overflow"):
+        peer.memory.append_zero_rows(peer.empty_huge(2048, 1024), 2**55)
