@@ -6,9 +6,9 @@ A rule folds the B samples of a batch into a dimension of the operator and calls
 * samples with their own keys become heads;
 * samples with their own tables become experts.
 
-The gradient of a shared table is the exception. Every sample has a gradient as large as the table,
-so the rule computes one sample at a time. The same holds for a shared table of which samples freeze
-different rows.
+Some rules compute one sample at a time: the gradient of a shared table, because every sample has a
+gradient as large as the table, and samples with their own masks of frozen rows of a shared table,
+or of disabled experts.
 """
 
 from __future__ import annotations
@@ -29,19 +29,37 @@ def register() -> None:
 
 
 def product_key_topk(
-    info: Any, in_dims: Sequence[Any], query: Tensor, row_keys: Tensor, col_keys: Tensor, k: int
+    info: Any,
+    in_dims: Sequence[Any],
+    query: Tensor,
+    row_keys: Tensor,
+    col_keys: Tensor,
+    k: int,
+    disabled: Tensor | None = None,
 ) -> Results:
     """The batching rule of `torch.ops.peer.product_key_topk`."""
-    query_dim, row_dim, col_dim, _ = in_dims
+    operator = torch.ops.peer.product_key_topk
+    query_dim, row_dim, col_dim = in_dims[:3]
+    mask_dim = None if disabled is None else in_dims[4]
     query = _with_batch(query, query_dim, info)
+    if disabled is not None and mask_dim is not None:
+        samples = zip(
+            query,
+            _with_batch(row_keys, row_dim, info),
+            _with_batch(col_keys, col_dim, info),
+            disabled.movedim(mask_dim, 0),
+            strict=True,
+        )
+        outputs = [operator(*keys, k, mask) for *keys, mask in samples]
+        return _results(torch.stack(output) for output in zip(*outputs, strict=True))
     if row_dim is None and col_dim is None:
-        outputs = torch.ops.peer.product_key_topk(_fold(query), row_keys, col_keys, k)
+        outputs = operator(_fold(query), row_keys, col_keys, k, disabled)
         return _results(_unfold(output, query.shape) for output in outputs)
     row_keys = _with_batch(row_keys, row_dim, info)
     col_keys = _with_batch(col_keys, col_dim, info)
     heads = _Heads(query, row_keys)
-    outputs = torch.ops.peer.product_key_topk(
-        heads.fold(query), heads.fold_keys(row_keys), heads.fold_keys(col_keys), k
+    outputs = operator(
+        heads.fold(query), heads.fold_keys(row_keys), heads.fold_keys(col_keys), k, disabled
     )
     return _results(heads.unfold(output) for output in outputs)
 

@@ -337,7 +337,9 @@ class ProductKeyRouter(nn.Module):
             if is_frozen:
                 parameter.grad = None
 
-    def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, padding_mask: Tensor | None = None, disabled: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Retrieves the experts of every token.
 
         Args:
@@ -346,15 +348,17 @@ class ProductKeyRouter(nn.Module):
                 `torch.nn.MultiheadAttention`. Padding is routed like other tokens, but the
                 statistics of batch normalisation exclude it. It has no effect on the other
                 normalisations.
+            disabled: (R * C,) bool, True for experts that are never retrieved. At least K are
+                False. None if all experts can be retrieved.
 
         Returns:
             Weights (..., H, K), float32 or float64, and the ids of the experts (..., H, K), int64.
             The experts of a head are distinct and sorted by descending score.
 
         Raises:
-            ValueError: x or the mask has the wrong shape, or batch normalisation in training gets a
-                single token.
-            TypeError: the mask is not bool.
+            ValueError: x or a mask has the wrong shape, fewer than K experts are enabled, or batch
+                normalisation in training gets a single token.
+            TypeError: a mask is not bool.
         """
         # A tracer turns sizes into tensors and warns about every comparison.
         if not torch.jit.is_tracing():  # type: ignore[attr-defined]
@@ -370,6 +374,7 @@ class ProductKeyRouter(nn.Module):
             row_keys,
             col_keys,
             self.num_experts_per_head,
+            disabled,
         )
         weights = router_weights(scores, self.scores)
         shape = list(x.shape)

@@ -168,6 +168,19 @@ def test_a_frozen_layer_does_not_learn(options):
         assert torch.equal(buffer, buffers[name]), name
 
 
+@pytest.mark.parametrize("options", OPTIONS)
+def test_a_layer_with_masks_equals_the_reference(options):
+    layer = make_layer(options, dropout=0.0)
+    tables, others = split(layer)
+    layer.freeze_experts(HALF, router=True)
+    layer.disable_experts(range(1, 30, 4))
+    train(layer, OPTIMIZERS["SGD"](tables), DENSE_OPTIMIZERS["AdamW"](others))
+    x, mask = draw(layer, 6)
+    tolerance = {"atol": 2e-2, "rtol": 2e-2} if "bfloat16" in options else {}
+    torch.testing.assert_close(layer(x, mask), peer.reference.peer(layer, x, mask), **tolerance)
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["unmasked", "masked"])
 def test_a_frozen_batch_normalisation_uses_running_statistics_in_training(masked):
     layer = make_layer()
     train(layer)
@@ -178,11 +191,6 @@ def test_a_frozen_batch_normalisation_uses_running_statistics_in_training(masked
     layer.unfreeze_experts()
     assert not torch.equal(layer.train()(x, mask), y)
     assert all(parameter.requires_grad for parameter in layer.parameters())
-
-
-@pytest.fixture(params=[False, True], ids=["unmasked", "masked"])
-def masked(request):
-    return request.param
 
 
 def test_router_decides_alone_whether_the_query_network_is_frozen():

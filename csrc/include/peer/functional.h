@@ -17,13 +17,16 @@ namespace peer {
 //   query     (T, H, dim_key)
 //   row_keys  (R, dim_key / 2) shared by the heads, or (H, R, dim_key / 2)
 //   col_keys  (C, dim_key / 2) or (H, C, dim_key / 2)
+//   disabled  (R·C) bool, true for experts that are never retrieved; at least k must be false
 //
 // Returns scores (T, H, k), sorted descending, in float (double for double), and indices (T, H, k),
 // int64; expert (r, c) has the id r·C + c.
-PEER_API std::tuple<at::Tensor, at::Tensor> product_key_topk(const at::Tensor& query,
-                                                             const at::Tensor& row_keys,
-                                                             const at::Tensor& col_keys,
-                                                             int64_t k);
+PEER_API std::tuple<at::Tensor, at::Tensor> product_key_topk(
+    const at::Tensor& query,
+    const at::Tensor& row_keys,
+    const at::Tensor& col_keys,
+    int64_t k,
+    const std::optional<at::Tensor>& disabled = {});
 
 // The weights of retrieved experts from their scores (..., k), in the same shape and dtype:
 // "softmax" over the k experts of a head, or "sigmoid" or "relu" of each score.
