@@ -289,8 +289,7 @@ std::tuple<Tensor, Tensor> ProductKeyRouterImpl::forward(const Tensor& x,
   const auto [used_row_keys, used_col_keys] = effective_keys();
   const auto [scores, indices] =
       product_key_topk(queries.view({-1, options.heads(), options.dim_key()}), used_row_keys,
-                       used_col_keys, options.num_experts_per_head());
-  (void)disabled;
+                       used_col_keys, options.num_experts_per_head(), as_optional(disabled));
   std::vector<int64_t> shape = x.sizes().vec();
   shape.back() = options.heads();
   shape.push_back(options.num_experts_per_head());
