@@ -134,7 +134,8 @@ def expert_mlp(
         torch.where(frozen[:, None, None], table.detach(), table)
 
     The output, and the gradients of x and the weights, do not depend on the mask. A backward pass
-    uses the mask that its forward pass saw, even if the mask has been written since.
+    uses the mask that its forward pass saw, even if the mask has been written in place since. In a
+    graph that `torch.compile` optimised, such a write can instead be an error of autograd.
 
     Forward mode and second derivatives gather the retrieved rows: 2 * T * P * D elements, or
     3 * T * P * D with gates. The function and its first derivatives do not.

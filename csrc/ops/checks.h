@@ -79,7 +79,6 @@ inline void check_frozen(const char* op,
                     frozen->sym_sizes());
   TORCH_CHECK_TYPE(frozen->scalar_type() == at::kBool, op, ": expected frozen of dtype bool, got ",
                    frozen->scalar_type());
-  check_strided(op, "frozen", *frozen);
   check_same_device(op, "frozen", *frozen, "table", table);
 }
 

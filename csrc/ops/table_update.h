@@ -1,5 +1,6 @@
 // The operators that update the rows of a table in place: rowwise_adagrad_, sgd_ and rowwise_adam_.
-// kernels/table_update.h has their mathematics.
+// kernels/table_update.h has their mathematics. A row whose gradient is zero in all parts is not
+// updated, in either form of gradient: neither the row nor its state is written.
 #pragma once
 
 #include <optional>
@@ -27,7 +28,7 @@ struct Rounding {
   int64_t stream;
 };
 
-// frozen: (N,) bool. Neither a frozen row nor its state is written.
+// frozen: (N,) bool. Frozen rows are not updated, whatever their gradient.
 struct RowwiseAdagradArguments {
   static constexpr const char* kName = "peer::rowwise_adagrad_";
   const Tensor& table;
