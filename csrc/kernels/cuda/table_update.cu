@@ -60,8 +60,10 @@ class BlockReduce {
   // In shared memory. Two buffers, because a warp is at most one result ahead of another.
   struct Storage {
     WarpSum warp_sums[2][kMaxWarpsPerTile];
-    unsigned warp_sets[2][kMaxWarpsPerTile][TermSet::kWords];
-    Real row_sums[kMaxTerms];  // by the term that ends a row's sum
+    union {
+      Real row_sums[kMaxTerms];  // by the term that ends a row's sum
+      unsigned warp_sets[2][kMaxWarpsPerTile][TermSet::kWords];  // of rules without sums
+    };
   };
 
   explicit __device__ BlockReduce(Storage* storage) : storage_(storage) {}
@@ -125,13 +127,13 @@ class BlockReduce {
 // Updates the slices of a row that the warp has passed: those of the earlier parts, and the first
 // `rounds` of the update's own. Their gradients are zero. Called by all threads of the block if the
 // rule has state.
-template <class Table, int vec_size, class ColumnOfRound>
+template <class Table, int vec_size, class SliceColumnOfRound>
 __device__ void update_by_zeros(const PartUpdate<Table, vec_size>& update,
                                 int32_t row,
                                 bool has_updated_state,
                                 int rounds_per_row,
                                 int rounds,
-                                const ColumnOfRound& column_of_round) {
+                                const SliceColumnOfRound& slice_column_of_round) {
   using Real = accumulation_t<Table>;
 #pragma unroll 1
   for (int p = 0; p <= update.part; ++p) {
@@ -153,9 +155,7 @@ __device__ void update_by_zeros(const PartUpdate<Table, vec_size>& update,
     }
 #pragma unroll 1
     for (int round = 0; round < (is_earlier ? rounds_per_row : rounds); ++round) {
-      TableSlice<Table, vec_size> slice(part, row, column_of_round(round));
-      slice.read();
-      slice.apply_update({}, scale);
+      part.update_slice_by_zeros(row, slice_column_of_round(round), scale);
     }
   }
 }
@@ -186,16 +186,15 @@ __global__ void update_kernel(TermList<Real> list,
   const bool sums_twice = update.needs_mean_of_squares() && rounds_per_row > 1;
   const int mean_rounds = sums_twice ? rounds_per_row : 0;
   const int rounds = mean_rounds + rounds_per_row;
-  const auto column_of_round = [&](int round_of_row) {
-    return lane_column<vec_size>(int64_t(round_of_row) * columns_per_round +
-                                 warp_in_block() * kSliceColumns<vec_size>);
+  const auto slice_column_of_round = [&](int round_of_row) {
+    return int64_t(round_of_row) * columns_per_round + warp_in_block() * kSliceColumns<vec_size>;
   };
 
   // The rows with a nonzero gradient in earlier parts and rounds.
-  nonzero_rows += int64_t(blockIdx.x) * TermSet::kWords;
-  TermSet nonzero = update.part > 0 ? TermSet::load(nonzero_rows) : TermSet();
+  const int64_t first_word = int64_t(blockIdx.x) * TermSet::kWords;
+  TermSet nonzero = update.part > 0 ? TermSet::load(nonzero_rows + first_word) : TermSet();
   for (int round = 0; round < rounds; ++round) {
-    const int64_t column = column_of_round(round % rounds_per_row);
+    const int64_t column = lane_column<vec_size>(slice_column_of_round(round % rounds_per_row));
     const bool is_mean_round = round < mean_rounds;
     TermSet found;  // the rows with a nonzero gradient in this round, as far as the warp knows
     const auto prefetch_row = [&](int32_t target) {
@@ -213,50 +212,48 @@ __global__ void update_kernel(TermList<Real> list,
         slice.read();
       }
       bool is_nonzero = has_nonzero(gradient);
-      RowState<Real> before = {};
-      Real squares = 0;
-      if (update.needs_mean_of_squares()) {
-        // Every warp reads the state before the barrier; one thread writes it behind the barrier.
-        before = update.read_state(target);
-        squares = block_reduce.sum_of_squares(gradient, is_nonzero);
-      }
-      if (is_nonzero) {
-        found.insert(i);
-      }
-      if (is_mean_round) {
-        block_reduce.add_to_row_sum(i, round == 0, squares);
-        return;
-      }
-      if (!is_nonzero && !nonzero.has(i)) {
-        return;
-      }
+      const auto is_updated = [&] { return is_nonzero || nonzero.has(i); };
       Real scale = update.hyperparameters.lr;
       if (update.needs_mean_of_squares()) {
+        // Every warp reads the state before the barrier; one thread writes it behind the barrier.
+        const RowState<Real> before = update.read_state(target);
+        const Real squares = block_reduce.sum_of_squares(gradient, is_nonzero);
+        if (is_mean_round) {
+          found.insert_if(is_nonzero, i);
+          block_reduce.add_to_row_sum(i, round == 0, squares);
+          return;
+        }
         const RowState<Real> after =
             update.advance(before, (sums_twice ? block_reduce.row_sum(i) : squares) / Real(width));
-        if (threadIdx.x == 0 && round == rounds - 1) {
+        if (is_updated() && threadIdx.x == 0 && round == rounds - 1) {
           update.write_state(target, after);
         }
         scale = update.scale(after);
+      }
+      found.insert_if(is_nonzero, i);
+      if (!is_updated()) {
+        return;
       }
       slice.apply_update(gradient, scale);
     };
     add_terms<Source, Real>(count, source, column, prefetch_row, finish);
 
-    // Behind the barrier of a mean of g², all warps have found the same rows.
+    // Behind the barriers of the means of g², all warps have found the same rows.
     const TermSet found_by_block =
         update.needs_mean_of_squares() ? found : block_reduce.unite(found);
     const TermSet first_found = found_by_block - nonzero;
     nonzero = nonzero | found_by_block;
+    // What the warp has passed of these rows is zero, and is updated now.
     const int rounds_before = is_mean_round ? 0 : round - mean_rounds;
     const bool has_earlier_slices = update.part > 0 || rounds_before > 0;
     (has_earlier_slices ? first_found : first_found - found).for_each([&](int i) {
       update_by_zeros(update, TileStorage<Source, Real>::terms()[i].target, !is_mean_round,
-                      rounds_per_row, rounds_before + (found.has(i) ? 0 : 1), column_of_round);
+                      rounds_per_row, rounds_before + (found.has(i) ? 0 : 1),
+                      slice_column_of_round);
     });
   }
   if (!update.is_last_part() && warp_in_block() == 0) {
-    nonzero.store(nonzero_rows);
+    nonzero.store(nonzero_rows + first_word);
   }
 }
 

@@ -27,10 +27,8 @@ class TermSet {
     }
   }
 
-  __device__ void insert(int term) {
-    if (lane() == term / kWarp) {
-      bits_ |= 1u << term % kWarp;
-    }
+  __device__ void insert_if(bool condition, int term) {
+    bits_ |= unsigned(condition && lane() == term / kWarp) << term % kWarp;
   }
   __device__ bool has(int term) const {
     return __shfl_sync(kAllLanes, bits_, term / kWarp) >> term % kWarp & 1;

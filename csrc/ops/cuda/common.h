@@ -23,8 +23,8 @@ Context current_context();
 
 // A table's gradient from the pairs that retrieved its rows: part p of row `owner` is the sum of
 // coefficients[p, pair]·sources[p][pair / pairs_per_row]. Dense (owner_count, parts, width), or
-// sparse: coalesced COO with the owners that occur. Only the device knows their number, so a sparse
-// gradient waits for the stream.
+// sparse: coalesced COO with the owners that occur and are not frozen. Only the device knows their
+// number, so a sparse gradient waits for the stream.
 class TableGradient {
  public:
   // frozen: (owner_count,) contiguous, or undefined.
