@@ -30,7 +30,7 @@ class Growth(NamedTuple):
     """
 
     dim: int
-    earlier: frozenset[int]
+    earlier: tuple[int, ...]
 
 
 def growth_of(parameter: Tensor) -> Growth | None:
@@ -123,9 +123,9 @@ def append_rows_(parameter: Tensor, dim: int, rows: Tensor | int) -> None:
     parameter.data = larger
     # Assigning `data` keeps the version. With a new one, a graph that saved the parameter notices.
     torch.autograd.graph.increment_version(parameter)
-    growth = growth_of(parameter) or Growth(dim, frozenset())
-    # A tuple of builtins, because pickles of a parameter have its attributes.
-    parameter._peer_growth = (dim, growth.earlier | {old})  # type: ignore[attr-defined]
+    earlier = () if (growth := growth_of(parameter)) is None else growth.earlier
+    # Pickles of a parameter have its attributes, and loading restricts their types.
+    parameter._peer_growth = (dim, (*earlier, old))  # type: ignore[attr-defined]
     _check_before_steps()
 
 

@@ -175,10 +175,9 @@ class PEER(nn.Module):
           this layer needs more experts than it has; otherwise the new rows use experts that other
           layers use already. Layers that share the router need larger pools: use `peer.grow_`.
         * `torch.compile`: the next call recompiles.
-        * Scripted modules: a copy from `torch.jit.script` shares the parameters and grows with the
-          layer. A traced one does, too, but has the sizes of the old layer as constants.
-        * Programs from `torch.export`: they check or fix the old sizes; export again.
-        * CUDA graphs: they use the old memory, which growth frees; capture again.
+        * Scripted and traced modules and programs from `torch.export`: in the same process they
+          share the parameters and see the new experts. Those that were saved keep the old ones.
+        * CUDA graphs: they read the old memory, which growth frees; capture again.
         * Averages such as `torch.optim.swa_utils.AveragedModel`: call
           `peer.grow_to_(averaged.module, model.state_dict())`.
         * DistributedDataParallel and sharding: grow before wrapping.

@@ -341,16 +341,25 @@ def test_a_compiled_layer_sees_the_growth():
     assert differing(step(layer, x, mask, compiled), step(twin, x, mask)) == []
 
 
-def test_a_scripted_copy_grows_with_its_layer():
+@pytest.mark.parametrize(
+    "capture",
+    [
+        lambda layer, x: torch.jit.script(layer),
+        lambda layer, x: torch.jit.trace(layer, (x,)),
+        lambda layer, x: torch.export.export(layer, (x,)).module(),
+    ],
+    ids=["script", "trace", "export"],
+)
+def test_programs_of_the_process_see_the_growth(capture):
     layer = make_layer().eval()
-    scripted = torch.jit.script(layer)
     x, _ = draw(layer, 20)
+    program = capture(layer, x)
     with torch.no_grad():
-        scripted(x)
+        program(x)
         layer.grow(3)
         assert (layer.router(x)[1] >= OLD).any()
-        assert torch.equal(scripted(x), layer(x))
-    assert torch.equal(torch.jit.script(layer)(x), layer(x))
+        assert torch.equal(program(x), layer(x))
+        assert torch.equal(capture(layer, x)(x), layer(x))
 
 
 @pytest.mark.parametrize("pickled", [True, False])
@@ -362,6 +371,17 @@ def test_copies_of_a_grown_layer_are_independent_and_grow(pickled):
     assert torch.equal(other(x), layer(x))
     other.grow(1)
     assert (layer.num_experts, other.num_experts) == (40, 45)
+
+
+def test_a_file_with_grown_parameters_loads_without_trust():
+    layer = make_layer()
+    layer.grow(2)
+    layer.grow(1)
+    file = io.BytesIO()
+    torch.save(layer.state_dict(keep_vars=True), file)
+    file.seek(0)
+    state = torch.load(file, weights_only=True)
+    assert torch.equal(state["experts.weight"], layer.experts.weight)
 
 
 def test_growth_keeps_no_parameter_alive():

@@ -84,14 +84,14 @@ def test_old_rows_train_on_as_if_nothing_had_grown(name, table):
     later = gradients_of(pool.weight)
     train(optimizer, pool.weight, later)
     train(other, twin.weight, [gradient[:OLD] for gradient in later])
-    if table != "bfloat16_tables" or name in TORCH:
-        assert torch.equal(pool.weight[:OLD], twin.weight)
-    else:  # random rounding by position
-        torch.testing.assert_close(pool.weight[:OLD], twin.weight)
-    ours, theirs = optimizer.state[pool.weight], other.state[twin.weight]
+    ours = {**optimizer.state[pool.weight], "weight": pool.weight}
+    theirs = {**other.state[twin.weight], "weight": twin.weight}
     assert ours.keys() == theirs.keys()
     for entry, value in theirs.items():
-        assert same(rows_of(ours[entry], OLD), value), entry
+        if name in OURS:
+            assert same(rows_of(ours[entry], OLD), value), entry
+        else:  # torch rounds the last elements of a tensor in another way
+            torch.testing.assert_close(rows_of(ours[entry], OLD), value)
 
 
 # Adamax, Adadelta and Rprop keep a step count, but none that changes the update of a fresh row.
