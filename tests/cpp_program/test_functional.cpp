@@ -25,6 +25,16 @@ TEST_CASE("product_key_topk takes the best pairs of keys") {
   CHECK(indices.flatten().equal(torch::tensor({5, 4, 2}, torch::kLong)));
 }
 
+TEST_CASE("product_key_topk never takes disabled experts") {
+  const torch::Tensor columns = torch::tensor({0.0F, 1.0F, 3.0F}).view({3, 1});
+  const torch::Tensor disabled = torch::arange(6) == 5;
+  const torch::Tensor indices =
+      std::get<1>(peer::product_key_topk(torch::ones({1, 1, 2}), keys, columns, 3, disabled));
+  CHECK(indices.flatten().equal(torch::tensor({4, 2, 3}, torch::kLong)));
+  CHECK_THROWS_AS(peer::product_key_topk(torch::ones({1, 1, 2}), keys, columns, 6, disabled),
+                  c10::ValueError);
+}
+
 TEST_CASE("expert_mlp sums the weighted experts, with a gradient") {
   const torch::Tensor x = one_token.clone().requires_grad_();
   const torch::Tensor ids = torch::tensor({0, 1}, torch::kLong).view({1, 2});

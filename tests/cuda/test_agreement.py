@@ -132,6 +132,32 @@ def test_retrieval_of_special_values(make_retrieval_inputs, sized, kind):
     assert torch.equal(there[1].cpu(), indices)
 
 
+@pytest.mark.parametrize("shared", [True, False], ids=["shared keys", "keys per head"])
+@pytest.mark.parametrize("percent", [10, 90, 99.9])
+@pytest.mark.parametrize("k", [4, 16, 64])
+def test_retrieval_without_disabled_experts(
+    make_retrieval_inputs, on_gpu, sized, dtype, shared, percent, k
+):
+    rows, columns = sized((300, 280), (40, 50))
+    inputs = make_retrieval_inputs(
+        tokens=sized(45, 2),
+        heads=3,
+        rows=rows,
+        columns=columns,
+        shared=shared,
+        dtype=dtype,
+        integers=True,
+    )
+    generator = torch.Generator().manual_seed(0)
+    disabled = torch.rand(rows * columns, generator=generator) < percent / 100
+    disabled[columns : 3 * columns] = True  # two rows
+    disabled[-k:] = False
+    scores, indices = torch.ops.peer.product_key_topk(*inputs, k, disabled)
+    there = torch.ops.peer.product_key_topk(*on_gpu(inputs), k, disabled.cuda())
+    assert torch.equal(there[0].cpu(), scores)
+    assert torch.equal(there[1].cpu(), indices)
+
+
 def test_retrieval_of_random_scores(make_retrieval_inputs, on_gpu, sized, dtype):
     inputs = make_retrieval_inputs(
         tokens=sized(200, 6), heads=4, rows=1024, columns=1024, dim_key=256, dtype=dtype

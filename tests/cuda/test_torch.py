@@ -150,6 +150,26 @@ def test_a_graph_replays_forward_and_backward(sized):
     assert_same_bits([t + 0.0 for t in found], [t + 0.0 for t in train(layer, x)])
 
 
+def test_a_graph_replays_retrieval_with_the_mask_of_now(make_retrieval_inputs, on_gpu):
+    """Neither the filter nor the scan waits for the device."""
+    inputs = on_gpu(make_retrieval_inputs(tokens=20, rows=30, columns=20, integers=True))
+    disabled = torch.zeros(600, dtype=torch.bool, device="cuda")
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        torch.ops.peer.product_key_topk(*inputs, 8, disabled)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = torch.ops.peer.product_key_topk(*inputs, 8, disabled)
+    for first in (300, 8):  # half of the experts are enabled, or k
+        disabled.copy_(torch.arange(600) >= first)
+        graph.replay()
+        expected = torch.ops.peer.product_key_topk(
+            *(tensor.cpu() for tensor in inputs), 8, disabled.cpu()
+        )
+        assert_same_bits([each.cpu() for each in results], expected)
+
+
 def test_a_graph_replays_fused_updates(make_expert_inputs, on_gpu, sized):
     """The backward's coefficients and the update by them, without a gradient in between."""
     inputs = on_gpu(make_expert_inputs(tokens=sized(200, 20), per_token=16, experts=300, dim=64))
@@ -271,6 +291,22 @@ except RuntimeError as error:
 """
     for bad in (5, -1, 2**40):
         assert "CUDA" in run_python(snippet, backward, bad)
+
+
+def test_fewer_than_k_enabled_experts_end_in_an_error(run_python):
+    """In a separate process, because the device is unusable afterwards."""
+    snippet = """
+import json, torch, peer
+inputs = [t.cuda() for t in (torch.randn(3, 2, 8), torch.randn(6, 4), torch.randn(7, 4))]
+disabled = torch.arange(42).cuda() >= 3
+try:
+    torch.ops.peer.product_key_topk(*inputs, 4, disabled)
+    torch.cuda.synchronize()
+    print(json.dumps("nothing"))
+except RuntimeError as error:
+    print(json.dumps(str(error)))
+"""
+    assert "CUDA" in run_python(snippet)
 
 
 def test_more_than_64_per_head_is_refused(make_retrieval_inputs, on_gpu):

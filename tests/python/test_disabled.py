@@ -232,14 +232,6 @@ def test_a_mask_must_be_on_the_querys_device(make_retrieval_inputs):
         retrieve(*make_retrieval_inputs(), 4, disabled)
 
 
-def test_a_mask_must_be_dense(make_retrieval_inputs):
-    disabled = torch.zeros(42, dtype=torch.bool).to_sparse()
-    with pytest.raises(ValueError, match=r"^peer::product_key_topk: expected disabled to be dense"):
-        torch.ops.peer.product_key_topk(
-            *(t.to("meta") for t in make_retrieval_inputs()), 4, disabled.to("meta")
-        )
-
-
 # --- derivatives and transforms ------------------------------------------------------------------
 
 
