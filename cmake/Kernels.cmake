@@ -12,6 +12,7 @@ set(PEER_CUDA_KERNELS
     csrc/kernels/cuda/expert_mlp.cu
     csrc/kernels/cuda/product_key_topk.cu
     csrc/kernels/cuda/product_key_topk_backward.cu
+    csrc/kernels/cuda/product_key_topk_masked.cu
     csrc/kernels/cuda/segments.cu
     csrc/kernels/cuda/table_grad.cu
     csrc/kernels/cuda/table_update.cu)

@@ -12,6 +12,8 @@ add_library(
   peer SHARED
   csrc/nn/experts.cpp
   csrc/nn/grid.cpp
+  csrc/nn/growth.cpp
+  csrc/nn/masks.cpp
   csrc/nn/norms.cpp
   csrc/nn/peer.cpp
   csrc/nn/router.cpp

@@ -6,8 +6,9 @@ A rule folds the B samples of a batch into a dimension of the operator and calls
 * samples with their own keys become heads;
 * samples with their own tables become experts.
 
-The gradient of a shared table is the exception. Every sample has a gradient as large as the table,
-so the rule computes one sample at a time.
+Some rules compute one sample at a time: the gradient of a shared table, because every sample has a
+gradient as large as the table, and samples with their own masks of frozen rows of a shared table,
+or of disabled experts.
 """
 
 from __future__ import annotations
@@ -28,19 +29,37 @@ def register() -> None:
 
 
 def product_key_topk(
-    info: Any, in_dims: Sequence[Any], query: Tensor, row_keys: Tensor, col_keys: Tensor, k: int
+    info: Any,
+    in_dims: Sequence[Any],
+    query: Tensor,
+    row_keys: Tensor,
+    col_keys: Tensor,
+    k: int,
+    disabled: Tensor | None = None,
 ) -> Results:
     """The batching rule of `torch.ops.peer.product_key_topk`."""
-    query_dim, row_dim, col_dim, _ = in_dims
+    operator = torch.ops.peer.product_key_topk
+    query_dim, row_dim, col_dim = in_dims[:3]
+    mask_dim = None if disabled is None else in_dims[4]
     query = _with_batch(query, query_dim, info)
+    if disabled is not None and mask_dim is not None:
+        samples = zip(
+            query,
+            _with_batch(row_keys, row_dim, info),
+            _with_batch(col_keys, col_dim, info),
+            disabled.movedim(mask_dim, 0),
+            strict=True,
+        )
+        outputs = [operator(*keys, k, mask) for *keys, mask in samples]
+        return _results(torch.stack(output) for output in zip(*outputs, strict=True))
     if row_dim is None and col_dim is None:
-        outputs = torch.ops.peer.product_key_topk(_fold(query), row_keys, col_keys, k)
+        outputs = operator(_fold(query), row_keys, col_keys, k, disabled)
         return _results(_unfold(output, query.shape) for output in outputs)
     row_keys = _with_batch(row_keys, row_dim, info)
     col_keys = _with_batch(col_keys, col_dim, info)
     heads = _Heads(query, row_keys)
-    outputs = torch.ops.peer.product_key_topk(
-        heads.fold(query), heads.fold_keys(row_keys), heads.fold_keys(col_keys), k
+    outputs = operator(
+        heads.fold(query), heads.fold_keys(row_keys), heads.fold_keys(col_keys), k, disabled
     )
     return _results(heads.unfold(output) for output in outputs)
 
@@ -92,18 +111,27 @@ def expert_mlp(
     table: Tensor,
     activation: str,
     sparse_grad: bool = False,
+    frozen: Tensor | None = None,
 ) -> Results:
     """The batching rule of `torch.ops.peer.expert_mlp`."""
     x_dim, weight_dim, index_dim, table_dim = in_dims[:4]
+    frozen_dim = in_dims[6] if len(in_dims) > 6 else None
     x = _with_batch(x, x_dim, info)
     weights = _with_batch(weights, weight_dim, info)
     indices = _with_batch(indices, index_dim, info)
+    if table_dim is None and frozen is not None and frozen_dim is not None:
+        masks = frozen.movedim(frozen_dim, 0)
+        return _stack(
+            torch.ops.peer.expert_mlp(*sample, table, activation, sparse_grad, mask)
+            for *sample, mask in zip(x, weights, indices, masks, strict=True)
+        )
     if table_dim is not None:
         table = table.movedim(table_dim, 0)
         indices = _offset_indices(indices, table.shape[1])
         table = _fold(table)
+        frozen = None if frozen is None else _fold(_with_batch(frozen, frozen_dim, info))
     out, hidden, gate = torch.ops.peer.expert_mlp(
-        _fold(x), _fold(weights), _fold(indices), table, activation, sparse_grad
+        _fold(x), _fold(weights), _fold(indices), table, activation, sparse_grad, frozen
     )
     outputs = [_unfold(out, x.shape), _unfold(hidden, x.shape)]
     if table.shape[1] == 2:
@@ -124,9 +152,11 @@ def expert_mlp_backward(
     activation: str,
     sparse_grad: bool,
     output_mask: Sequence[bool],
+    frozen: Tensor | None = None,
 ) -> Results:
     """The batching rule of `torch.ops.peer.expert_mlp_backward`."""
     grad_dim, x_dim, weight_dim, index_dim, table_dim, hidden_dim, gate_dim = in_dims[:7]
+    frozen_dim = in_dims[10] if len(in_dims) > 10 else None
     *token_mask, needs_table = output_mask
     if sparse_grad and needs_table:
         raise NotImplementedError(
@@ -140,27 +170,37 @@ def expert_mlp_backward(
     hidden = _with_batch(hidden, hidden_dim, info)
     gate = _with_batch(gate, gate_dim, info)
 
-    def call(samples: Sequence[Tensor], table: Tensor, output_mask: list[bool]) -> list[Any]:
+    def call(
+        samples: Sequence[Tensor], table: Tensor, output_mask: list[bool], frozen: Tensor | None
+    ) -> list[Any]:
         *tokens, hidden, gate = samples
         # Without gates, `gate` is B empty tensors folded into one empty tensor.
-        arguments = (*tokens, table, hidden, gate, activation, sparse_grad, output_mask)
+        arguments = (*tokens, table, hidden, gate, activation, sparse_grad, output_mask, frozen)
         return list(torch.ops.peer.expert_mlp_backward(*arguments))
 
+    if table_dim is None and frozen is not None and frozen_dim is not None:
+        masks = frozen.movedim(frozen_dim, 0)
+        samples = [grad_out, x, weights, indices, hidden, gate]
+        return _stack(
+            call(sample, table, list(output_mask), mask)
+            for *sample, mask in zip(*samples, masks, strict=True)
+        )
     if table_dim is not None:
         table = table.movedim(table_dim, 0)
         indices = _offset_indices(indices, table.shape[1])
         samples = [_fold(each) for each in (grad_out, x, weights, indices, hidden, gate)]
-        *grads, grad_table = call(samples, _fold(table), list(output_mask))
+        frozen = None if frozen is None else _fold(_with_batch(frozen, frozen_dim, info))
+        *grads, grad_table = call(samples, _fold(table), list(output_mask), frozen)
         return _results([*(_unfold(g, x.shape) for g in grads), _unfold(grad_table, table.shape)])
 
     samples = [grad_out, x, weights, indices, hidden, gate]
     grads, grad_table = [None, None], None
     if any(token_mask):
         folded = [_fold(each) for each in samples]
-        grads = [_unfold(g, x.shape) for g in call(folded, table, [*token_mask, False])[:2]]
+        grads = [_unfold(g, x.shape) for g in call(folded, table, [*token_mask, False], frozen)[:2]]
     if needs_table:
         mask = [False, False, True]
-        grad_tables = [call(each, table, mask)[2] for each in zip(*samples, strict=True)]
+        grad_tables = [call(each, table, mask, frozen)[2] for each in zip(*samples, strict=True)]
         grad_table = torch.stack(grad_tables)
     return _results([*grads, grad_table])
 
@@ -215,6 +255,12 @@ def _fold(tensor: Tensor) -> Tensor:
 def _unfold(tensor: Tensor | None, sizes: Sequence[int]) -> Tensor | None:
     """(B * n, ...) to (B, n, ...); B and n are the first two `sizes`."""
     return None if tensor is None else tensor.view(*sizes[:2], *tensor.shape[1:])
+
+
+def _stack(samples: Iterable[Sequence[Tensor | None]]) -> Results:
+    """The results of a rule from those of each sample."""
+    outputs = zip(*samples, strict=True)
+    return _results(None if each[0] is None else torch.stack(each) for each in outputs)
 
 
 def _offset_indices(indices: Tensor, num_experts: int) -> Tensor:

@@ -16,7 +16,7 @@ SCORES = ("softmax", "sigmoid", "relu")
 
 
 def product_key_topk(
-    query: Tensor, row_keys: Tensor, col_keys: Tensor, k: int
+    query: Tensor, row_keys: Tensor, col_keys: Tensor, k: int, disabled: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     r"""Retrieves the k experts with the highest scores for every query.
 
@@ -31,6 +31,9 @@ def product_key_topk(
     rank), smaller first. The rank of a key is its position among the keys of its half, sorted by
     sub-score and then by id.
 
+    With `disabled`, the result equals scoring all experts in this order and striking out the
+    disabled ones. A query costs more then, the more of its best experts are disabled.
+
     The query and both key matrices have gradients. Forward mode propagates their tangents to the
     scores. The ids are constants in both modes.
 
@@ -38,14 +41,17 @@ def product_key_topk(
         query: (..., H, dim_key), the queries of H heads. dim_key is even.
         row_keys: (R, dim_key / 2) if the heads share keys, or (H, R, dim_key / 2). query's dtype.
         col_keys: (C, dim_key / 2) or (H, C, dim_key / 2), like `row_keys`.
-        k: experts per head, from 1 to R·C.
+        k: experts per head, from 1 to R·C. At most 64 on CUDA.
+        disabled: (R·C,) bool, True for experts that are never retrieved. At least k are False. None
+            if all experts can be retrieved.
 
     Returns:
         Scores (..., H, k) in descending order, float32 or float64, and the ids of their experts
         (..., H, k), int64. The k ids of a head are distinct.
 
     Raises:
-        ValueError: a shape does not fit, or k is not in [1, R·C].
+        ValueError: a shape does not fit, k is not in [1, R·C], or fewer than k experts are enabled.
+            On CUDA, the last error ends the kernel with a message, as a bad index does.
         TypeError: a dtype is not supported, or the query and the keys have different dtypes.
         RuntimeError: the tensors are on different devices, or the device is not supported.
 
@@ -59,13 +65,19 @@ def product_key_topk(
         ... )
         >>> scores.tolist(), indices.tolist()
         ([[[5.0, 3.0, 3.0]]], [[[5, 4, 2]]])
+        >>> disabled = torch.tensor([False, False, False, False, False, True])
+        >>> _, indices = peer.functional.product_key_topk(
+        ...     torch.ones(1, 1, 2), row_keys, col_keys, k=3, disabled=disabled
+        ... )
+        >>> indices.tolist()
+        [[[4, 2, 3]]]
     """
     flat = query
     if query.dim() > 3:
         flat = query.flatten(0, -3)
     elif query.dim() == 2:
         flat = query.unsqueeze(0)
-    scores, indices = torch.ops.peer.product_key_topk(flat, row_keys, col_keys, k)
+    scores, indices = torch.ops.peer.product_key_topk(flat, row_keys, col_keys, k, disabled)
     shape = list(query.shape)
     shape[-1] = k
     return scores.view(shape), indices.view(shape)
@@ -112,6 +124,7 @@ def expert_mlp(
     table: Tensor,
     activation: str = "gelu",
     sparse_grad: bool = False,
+    frozen: Tensor | None = None,
 ) -> Tensor:
     r"""Computes the weighted sum of the outputs of the experts that each token retrieved.
 
@@ -125,7 +138,17 @@ def expert_mlp(
     twice counts twice. Sums are in float32, or in float64 for float64 inputs. Their order does not
     depend on the number of threads.
 
-    x, the weights and the table have gradients, and forward mode propagates their tangents.
+    x, the weights and the table have gradients, and forward mode propagates their tangents. Frozen
+    rows of the table are constants, as in
+
+    .. code-block:: python
+
+        torch.where(frozen[:, None, None], table.detach(), table)
+
+    The output, and the gradients of x and the weights, do not depend on the mask. A backward pass
+    uses the mask that its forward pass saw, even if the mask has been written in place since. In a
+    graph that `torch.compile` optimised, such a write can instead be an error of autograd.
+
     Forward mode and second derivatives gather the retrieved rows: 2 * T * P * D elements, or
     3 * T * P * D with gates. The function and its first derivatives do not.
 
@@ -139,6 +162,8 @@ def expert_mlp(
             squared).
         sparse_grad: whether the table's gradient is a coalesced sparse tensor that holds only the
             retrieved rows. Eager mode only; it cannot be differentiated again.
+        frozen: (N,) bool, True for frozen rows. Their gradient is zero. A sparse gradient does not
+            hold them. None if no row is frozen.
 
     Returns:
         (..., D), x's dtype.
@@ -166,7 +191,7 @@ def expert_mlp(
     """
     rows, row_weights, row_indices = flatten_tokens(x, weights, indices)
     out: Tensor = torch.ops.peer.expert_mlp(
-        rows, row_weights, row_indices, table, activation, sparse_grad
+        rows, row_weights, row_indices, table, activation, sparse_grad, frozen
     )[0]
     return out.view(x.shape)
 

@@ -187,7 +187,7 @@ def keys_from(
     masks: list[Tensor | None] = []  # of the call of the router that is running
     # The drawn queries (groups, rows, half) and their random priorities (groups, rows): those of
     # the highest priorities so far. A group is a head, or all heads if they share keys.
-    keys = router.keys()[0].detach()
+    keys = router.effective_keys()[0].detach()
     groups = 1 if router.share_keys else router.heads
     drawn = keys.new_empty(groups, 0, keys.shape[-1])
     priorities = torch.empty(groups, 0)

@@ -29,7 +29,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def product_key_topk(
-    query: Tensor, row_keys: Tensor, col_keys: Tensor, k: int
+    query: Tensor, row_keys: Tensor, col_keys: Tensor, k: int, disabled: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Computes `peer.functional.product_key_topk` by scoring and sorting all experts.
 
@@ -38,12 +38,13 @@ def product_key_topk(
         row_keys: (R, dim_key / 2) or (H, R, dim_key / 2).
         col_keys: (C, dim_key / 2) or (H, C, dim_key / 2).
         k: experts per head.
+        disabled: (R * C,) bool, True for experts that are never retrieved.
 
     Returns:
         Scores (..., H, k) and indices (..., H, k).
 
     Raises:
-        ValueError: k is not in [1, R * C].
+        ValueError: k is not in [1, R * C], or fewer than k experts are enabled.
 
     Source: arXiv 2407.04153, equations 1, 4 and 5.
 
@@ -57,6 +58,8 @@ def product_key_topk(
     num_experts = row_keys.shape[-2] * col_keys.shape[-2]
     if not 1 <= k <= num_experts:
         raise ValueError(f"expected k between 1 and the number of experts {num_experts}, got {k}")
+    if disabled is not None and (enabled := int((~disabled).sum())) < k:
+        raise ValueError(f"expected at least k = {k} enabled experts, got {enabled}")
     dtype = torch.promote_types(query.dtype, torch.float32)
     query, row_keys, col_keys = query.to(dtype), row_keys.to(dtype), col_keys.to(dtype)
     row_query, col_query = query.chunk(2, dim=-1)
@@ -70,7 +73,11 @@ def product_key_topk(
     pair_scores = (row_scores.unsqueeze(-1) + col_scores.unsqueeze(-2)).flatten(-2)
     pair_ids = (row_ids.unsqueeze(-1) * col_keys.shape[-2] + col_ids.unsqueeze(-2)).flatten(-2)
     scores, order = pair_scores.sort(dim=-1, descending=True, stable=True)
-    return scores[..., :k], pair_ids.gather(-1, order[..., :k])
+    ids = pair_ids.gather(-1, order)
+    if disabled is not None:
+        enabled_first = disabled[ids].to(torch.uint8).argsort(dim=-1, stable=True)
+        scores, ids = scores.gather(-1, enabled_first), ids.gather(-1, enabled_first)
+    return scores[..., :k], ids[..., :k]
 
 
 def _clamp_to_finite(sub_scores: Tensor) -> Tensor:
@@ -80,7 +87,12 @@ def _clamp_to_finite(sub_scores: Tensor) -> Tensor:
 
 
 def expert_mlp(
-    x: Tensor, weights: Tensor, indices: Tensor, table: Tensor, activation: str = "gelu"
+    x: Tensor,
+    weights: Tensor,
+    indices: Tensor,
+    table: Tensor,
+    activation: str = "gelu",
+    frozen: Tensor | None = None,
 ) -> Tensor:
     """Computes `peer.functional.expert_mlp` by gathering the rows of all retrieved experts.
 
@@ -90,6 +102,7 @@ def expert_mlp(
         indices: weights' shape, int64, in [0, N).
         table: (N, 2, D), or (N, 3, D) with gates.
         activation: a key of `ACTIVATIONS`.
+        frozen: (N,) bool, True for rows that are constants.
 
     Returns:
         (..., D), x's dtype.
@@ -106,6 +119,8 @@ def expert_mlp(
         ... )
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
+    if frozen is not None:
+        table = torch.where(frozen[:, None, None], table.detach(), table)
     if weights.dim() == x.dim() + 1:
         weights, indices = weights.flatten(-2), indices.flatten(-2)
     down, *gate, up = table[indices].to(dtype).unbind(-2)
@@ -143,16 +158,19 @@ def peer(layer: PEER, x: Tensor, padding_mask: Tensor | None = None) -> Tensor:
     query = _normalise(router.norm, router.query(x), padding_mask)
     query = query.unflatten(-1, (router.heads, router.dim_key))
     k = router.num_experts_per_head
-    scores, indices = product_key_topk(query, *router.keys(), k)
+    disabled = experts.disabled
+    if disabled is not None:
+        disabled = disabled[: router.num_experts]
+    scores, indices = product_key_topk(query, *router.effective_keys(), k, disabled)
     weights = router_weights(scores, router.scores)
-    return expert_mlp(x, weights, indices, experts.weight, experts.activation)
+    return expert_mlp(x, weights, indices, experts.weight, experts.activation, experts.frozen)
 
 
 def _normalise(norm: nn.Module, query: Tensor, padding_mask: Tensor | None) -> Tensor:
     if not isinstance(norm, BatchQueryNorm):
         return norm(query.reshape(-1, query.shape[-1])).view_as(query)
     values = query.to(torch.promote_types(query.dtype, torch.float32))
-    if norm.training:
+    if norm.training and not norm.are_statistics_frozen:
         tokens = values.flatten(0, -2) if padding_mask is None else values[~padding_mask]
         mean, variance = tokens.mean(0), tokens.var(0, correction=0)
     else:

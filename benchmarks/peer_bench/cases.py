@@ -35,6 +35,7 @@ PROVIDERS = (
     "dense-active",
 )
 OURS = ("peer", "peer-fused")
+FREEZES = (*OURS, "peer-dense-grad")  # providers that can freeze experts
 PLAIN = ("eager", "compiled")
 ALL = tuple(name for name in PROVIDERS if name != "peer-graph")
 
@@ -54,6 +55,7 @@ class Case:
         threads: of torch.
         routers: copies of the router that take turns. With a single token, the query weights are
             most of the bytes, and one copy of them would stay in the caches.
+        frozen: percent of the experts that are frozen.
         device: "cpu" or "cuda".
     """
 
@@ -66,6 +68,7 @@ class Case:
     dtype: str = "float32"
     threads: int = 0
     routers: int = 1
+    frozen: int = 0
     device: str = "cpu"
 
     def __post_init__(self) -> None:
@@ -73,6 +76,7 @@ class Case:
             self._require(name, getattr(self, name) in known, f"one of {', '.join(known)}")
         for name in ("num_experts", "tokens", "dim", "heads", "routers"):
             self._require(name, getattr(self, name) > 0, "positive")
+        self._require("frozen", 0 <= self.frozen <= 100, "between 0 and 100")
         self._require("num_experts", self.root**2 == self.num_experts, "a square")
         self._require("k", 2 <= self.k <= self.root, f"between 2 and √N = {self.root}")
         self._require("dim_key", self.dim_key > 0 and self.dim_key % 2 == 0, "even and positive")
@@ -108,6 +112,7 @@ class Case:
         """The sizes in one line."""
         text = f"N={self.root}² T={self.tokens} D={self.dim} H={self.heads} K={self.k}"
         text += f" dim_key={self.dim_key} {self.dtype}"
+        text += f", {self.frozen} % frozen" if self.frozen else ""
         return f"{text}, {self.threads} threads" if self.threads else text
 
 
@@ -203,6 +208,12 @@ def _quick() -> list[Plan]:
     ]
 
 
+def _frozen() -> list[Plan]:
+    modes = ("experts-backward", "step")
+    cases = [Case(frozen=percent) for percent in (0, 50, 90, 100)]
+    return [Plan(case, modes, FREEZES) for case in cases]
+
+
 def _sweep(field: str, *values: int | str) -> Callable[[], list[Plan]]:
     modes = ("experts-forward", "experts-backward", "retrieval", "forward", "step")
     providers = (*OURS, "eager", "dense-4d")
@@ -228,6 +239,7 @@ PRESETS: dict[str, Callable[[], list[Plan]]] = {
     "quick": _quick,
     "stages": _stages,
     "capability": _capability,
+    "frozen": _frozen,
     "sweep-num-experts": _sweep("num_experts", *(n**2 for n in (128, 256, 512, 1024, 2048))),
     "sweep-tokens": _sweep("tokens", 2, 8, 32, 128, 512, 1024, 4096, 16384),
     "sweep-dim": _sweep("dim", 128, 256, 512, 1024, 2048),

@@ -142,9 +142,12 @@ class _ExactExperts:
         self.rows, self.places = ids.unique(return_inverse=True)
         self.problem = problem
         self.table = self.read_rows().double().requires_grad_()
+        self.frozen = None if problem.frozen is None else problem.frozen[self.rows]
 
     def __call__(self, x: Tensor, weights: Tensor) -> Tensor:
-        return peer.reference.expert_mlp(x, weights, self.places, self.table)
+        return peer.reference.expert_mlp(
+            x, weights, self.places, self.table, "gelu", frozen=self.frozen
+        )
 
     def read_rows(self) -> Tensor:
         """The current rows of the problem's table."""
@@ -154,7 +157,7 @@ class _ExactExperts:
         """The provider's gradients of w_down and w_up, in the form that it has them."""
         problem = self.problem
         if problem.weight.grad is not None:
-            return _select_rows(problem.weight.grad, self.rows).unbind(1)
+            return _select_rows(problem.weight.grad, self.rows, self.frozen).unbind(1)
         if problem.rows.grad is not None:
             return tuple(_select_rows(problem.rows.grad, 2 * self.rows + i) for i in (0, 1))
         if problem.w_down.grad is None or problem.w_up.grad is None:
@@ -162,16 +165,19 @@ class _ExactExperts:
         return tuple(_select_rows(p.grad, self.rows) for p in (problem.w_down, problem.w_up))
 
 
-def _select_rows(gradient: Any, rows: Tensor) -> Tensor:
-    """Some rows of a dense or sparse gradient."""
+def _select_rows(gradient: Any, rows: Tensor, frozen: Tensor | None = None) -> Tensor:
+    """Some rows of a dense or sparse gradient, which lacks those of frozen experts."""
     if not gradient.is_sparse:
         return gradient[rows]
     gradient = gradient.coalesce()
     ids, values = gradient.indices()[0], gradient.values()
-    places = torch.searchsorted(ids, rows).clamp(max=len(ids) - 1)
-    if not torch.equal(ids[places], rows):
-        raise WrongResultError("the sparse gradient lacks a row that was retrieved")
-    return values[places]
+    places = torch.searchsorted(ids, rows)
+    has_row = torch.isin(rows, ids)
+    if not torch.equal(has_row, torch.ones_like(has_row) if frozen is None else ~frozen):
+        raise WrongResultError("the sparse gradient has other rows than the trained ones retrieved")
+    selected = values.new_zeros(len(rows), *values.shape[1:])
+    selected[has_row] = values[places[has_row]]
+    return selected
 
 
 def _check_choice(problem: Problem, query: Tensor, keys: Keys, ids: Tensor) -> None:

@@ -8,7 +8,9 @@ R = C = √N keys per half:
     experts-forward   T·P·2D·s                         rows of the table read
     experts-backward  T·P·2D·s + G·2D·s                rows read again, G rows of gradients written:
                                                        U if they are sparse, N if dense; if the
-                                                       update is fused, the optimizer's bytes
+                                                       update is fused, the optimizer's bytes.
+                                                       Only U' of the U experts are not frozen:
+                                                       they take the place of U here and below
     router            D·H·dim_key·s + (R + C)·dim_key/2·s          query weights and keys read
     forward           router + experts-forward + 2·T·D·s           and x read, the output written
     backward          forward + experts-backward + 2·router + 2·T·D·s
@@ -28,7 +30,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterator
 
-from peer_bench.cases import CHOICE, LAYER, Case, Entry, Plan
+from peer_bench.cases import CHOICE, FREEZES, LAYER, Case, Entry, Plan
 from peer_bench.machine import CPU
 from peer_bench.problem import count_inputs
 from peer_bench.workloads import SETUPS
@@ -83,6 +85,8 @@ def list_variants(provider: str, mode: str) -> tuple[str, ...]:
 
 def unsupported_reason(provider: str, case: Case, mode: str) -> str:
     """Why a provider cannot run, "" if it can."""
+    if case.frozen and provider not in FREEZES:
+        return "it freezes no experts"
     if provider == "peer-graph":
         return "" if case.device == "cuda" else "a CUDA graph needs --device cuda"
     if provider == "compiled" and case.routers > 1:
@@ -199,6 +203,7 @@ def experts_bytes(case: Case, mode: str, distinct: float, gradients: str) -> int
         gradients: "sparse", "dense" or "fused".
     """
     retrieved = case.tokens * case.per_token
+    distinct *= 1 - case.frozen / 100
     written = {"sparse": distinct, "dense": case.num_experts, "fused": 0}[gradients]
     rows = {
         "experts-forward": retrieved,

@@ -48,6 +48,10 @@ class Problem:
             )
             for _ in range(case.routers)
         ]
+        self.frozen: Tensor | None = None
+        if case.frozen:
+            order = torch.randperm(case.num_experts, device=self.device)
+            self.frozen = order < case.num_experts * case.frozen // 100
         self.weight = self.make_pool(self.device).weight
         # The same memory for providers that take one table (2N, D) or two tables (N, D).
         table = self.weight.detach()
@@ -75,7 +79,7 @@ class Problem:
         self, device: torch.device | str = "meta", *, sparse_grad: bool = True
     ) -> peer.ExpertPool:
         """A pool of the case's sizes; on "meta" for a pool that will get the problem's table."""
-        return peer.ExpertPool(
+        pool = peer.ExpertPool(
             self.case.dim,
             num_experts=self.case.num_experts,
             num_experts_per_token=self.case.per_token,
@@ -83,6 +87,8 @@ class Problem:
             device=device,
             dtype=self.table_dtype,
         )
+        pool.frozen = self.frozen
+        return pool
 
     def parameters(self) -> list[nn.Parameter]:
         """Everything that may get a gradient."""
@@ -108,7 +114,7 @@ class Problem:
         return self._retrieved[index]
 
     def count_distinct(self, distribution: str) -> float:
-        """U, the number of distinct experts of an input: the mean of two inputs."""
+        """U, the number of distinct experts of an input, the frozen ones too: the mean of two."""
         drawn = self.ids.get(distribution) or [self.retrieve(index) for index in range(2)]
         return sum(ids.unique().numel() for ids in drawn[:2]) / 2
 

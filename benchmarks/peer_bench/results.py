@@ -47,6 +47,7 @@ class Row:
     dtype: str
     threads: int
     routers: int
+    frozen: int
     device: str
     huge_pages: int
     median_s: float | None = None

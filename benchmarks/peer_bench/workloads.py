@@ -252,7 +252,9 @@ def set_up_experts(
 
 
 def _set_up_peer_experts(problem: Problem, entry: Entry, *, sparse_grad: bool = True) -> Workload:
-    experts = functools.partial(peer.functional.expert_mlp, sparse_grad=sparse_grad)
+    experts = functools.partial(
+        peer.functional.expert_mlp, sparse_grad=sparse_grad, frozen=problem.frozen
+    )
     return set_up_experts(problem, entry, experts, problem.weight)
 
 

@@ -6,11 +6,16 @@
 //             sub-scores is NaN only if one of them is
 // Order       NaN first, then the higher score; among equal scores the smaller (row rank, column
 //             rank), in which ranks break ties by the smaller key id. -0 equals 0
+// Mask        disabled experts are struck out of that order. An unused key, all of whose experts
+//             are disabled, ranks behind all others of its half. So the pairs of the other keys
+//             keep their order
 #pragma once
 
 #include <cstdint>
+#include <limits>
 
 #include "kernels/common.h"
+#include "kernels/ordered.h"
 
 namespace peer {
 
@@ -18,8 +23,9 @@ namespace peer {
 template <class Element>
 struct Keys {
   const Element* data;
-  int64_t count;        // keys per head
-  int64_t head_stride;  // 0 if the heads share their keys
+  int64_t count;                 // keys per head
+  int64_t head_stride;           // 0 if the heads share their keys
+  const bool* unused = nullptr;  // (count), whether a key is unused; null without a mask
 };
 
 template <class Query>
@@ -31,9 +37,16 @@ struct ProductKeyTopk {
   int64_t k;
   const Query* query;  // (T, H, dim_key)
   Keys<Query> rows, columns;
-  Real* scores;      // (T, H, k)
-  int64_t* indices;  // (T, H, k)
+  Real* scores;                    // (T, H, k)
+  int64_t* indices;                // (T, H, k)
+  const bool* disabled = nullptr;  // (R·C), of which at least k are false; null without a mask
 };
+
+// The sub-score of an unused key, below that of every other key.
+template <class Real>
+PEER_HOST_DEVICE static inline ordered_t<Real> unused_key_order() {
+  return to_ordered(-std::numeric_limits<Real>::infinity());
+}
 
 // Weighted sums of rows, for the gradient of the queries:
 //

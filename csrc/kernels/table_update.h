@@ -42,6 +42,10 @@ struct UpdateRule {
 //
 // or, without pairs, a row of the source itself.
 //
+// A row is not updated, and counts no step, if it is frozen or if its gradient is zero in all
+// parts: then neither the row nor its state is written. Negative zero is zero, NaN is not. So a row
+// of zeros in a gradient equals a row that is missing.
+//
 // A 16-bit table and its momentum are rounded to nearest, or stochastically with random bits from
 // the key, the row and the column in the row.
 template <class Table, class Source>
@@ -56,6 +60,7 @@ struct TableUpdate {
   Rows<const Source> source;
   int64_t pairs_per_row = 1;
   const Real* coefficients = nullptr;  // by part and pair id, or null: all one
+  const bool* frozen = nullptr;        // by row of the table, or null: none is
 };
 
 }  // namespace peer

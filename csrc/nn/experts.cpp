@@ -5,6 +5,8 @@
 #include <ostream>
 
 #include "nn/factory.h"
+#include "nn/growth.h"
+#include "nn/masks.h"
 #include "ops/expert_mlp.h"
 #include "peer/functional.h"
 
@@ -64,20 +66,66 @@ ExpertPoolImpl::ExpertPoolImpl(const ExpertPoolOptions& options) : options(optio
 
 void ExpertPoolImpl::reset() {
   weight = register_parameter("weight", make_table(options));
-  reset_parameters();
+  register_again(*this, "frozen", frozen);
+  register_again(*this, "disabled", disabled);
+  draw_experts(weight, options.zero_init_out());
 }
 
 void ExpertPoolImpl::reset_parameters() {
+  unfreeze_experts();
+  enable_experts();
+  draw_experts(weight, options.zero_init_out());
+}
+
+void ExpertPoolImpl::freeze_experts(const Tensor& experts) {
+  const Tensor mask = as_mask(experts, options.num_experts(), weight.device());
+  set_buffer(*this, "frozen", frozen, union_of(frozen, mask));
+  clear_gradient(weight, mask);
+}
+
+void ExpertPoolImpl::unfreeze_experts(const Tensor& experts) {
+  const Tensor mask = as_mask(experts, options.num_experts(), weight.device());
+  set_buffer(*this, "frozen", frozen, without(frozen, mask));
+}
+
+void ExpertPoolImpl::disable_experts(const Tensor& experts) {
+  const Tensor mask = as_mask(experts, options.num_experts(), weight.device());
+  set_buffer(*this, "disabled", disabled, union_of(disabled, mask));
+}
+
+void ExpertPoolImpl::enable_experts(const Tensor& experts) {
+  const Tensor mask = as_mask(experts, options.num_experts(), weight.device());
+  set_buffer(*this, "disabled", disabled, without(disabled, mask));
+}
+
+void ExpertPoolImpl::grow(int64_t experts) {
+  TORCH_CHECK_VALUE(experts >= 1, "expected experts to be positive, got ", experts);
+  require_growable("the weight of a pool", weight);
+  append_experts(
+      torch::zeros({1}, weight.options()).expand({experts, weight.size(1), weight.size(2)}));
+  draw_experts(weight.narrow(0, weight.size(0) - experts, experts), /*zero_out=*/true);
+}
+
+void ExpertPoolImpl::append_experts(const Tensor& rows) {
+  append_rows(weight, 0, rows);
+  options.num_experts(weight.size(0));
+  set_buffer(*this, "frozen", frozen, with_more(frozen, rows.size(0)));
+  set_buffer(*this, "disabled", disabled, with_more(disabled, rows.size(0)));
+}
+
+// Draws experts (M, parts, dim) into rows of the table.
+void ExpertPoolImpl::draw_experts(const Tensor& rows, bool zero_out) {
   const torch::NoGradGuard no_grad;
   const double std_in = std::pow(static_cast<double>(options.dim()), -0.5);
-  draw_normal(w_down(), std_in);
+  draw_normal(rows.select(1, 0), std_in);
   if (options.glu()) {
-    draw_normal(w_gate(), std_in);
+    draw_normal(rows.select(1, 1), std_in);
   }
-  if (options.zero_init_out()) {
-    w_up().zero_();
+  const Tensor up = rows.select(1, -1);
+  if (zero_out) {
+    up.zero_();
   } else {
-    draw_normal(w_up(), std::pow(static_cast<double>(options.num_experts_per_token()), -0.5));
+    draw_normal(up, std::pow(static_cast<double>(options.num_experts_per_token()), -0.5));
   }
 }
 
@@ -103,7 +151,7 @@ Tensor ExpertPoolImpl::forward(const Tensor& x, const Tensor& weights, const Ten
                     "token] or [..., heads, experts per head] to match x of shape ",
                     x.sizes(), ", got ", weights.sizes());
   return expert_mlp(as_rows(x), as_rows(token_weights), as_rows(token_indices), weight,
-                    options.activation(), options.sparse_grad())
+                    options.activation(), options.sparse_grad(), as_optional(frozen))
       .view(x.sizes());
 }
 

@@ -78,8 +78,9 @@ Tensor QueryNormImpl::forward(const Tensor& query, const Tensor& padding_mask) {
     return query;
   }
   if (options.kind() == "batch") {
-    return is_training() && padding_mask.defined() ? normalise_unpadded(query, padding_mask)
-                                                   : normalise_batch(query);
+    return uses_batch_statistics() && padding_mask.defined()
+               ? normalise_unpadded(query, padding_mask)
+               : normalise_batch(query);
   }
   const Tensor per_head = query.view({-1, options.heads(), options.dim_key()});
   if (options.kind() == "layer") {
@@ -91,7 +92,7 @@ Tensor QueryNormImpl::forward(const Tensor& query, const Tensor& padding_mask) {
 
 Tensor QueryNormImpl::normalise_batch(const Tensor& query) {
   double factor = 0.0;
-  if (is_training()) {
+  if (uses_batch_statistics()) {
     num_batches_tracked.add_(1);
     factor = options.momentum() ? *options.momentum()
                                 : 1.0 / static_cast<double>(num_batches_tracked.item<int64_t>());
@@ -101,7 +102,7 @@ Tensor QueryNormImpl::normalise_batch(const Tensor& query) {
                                            torch::nn::functional::BatchNormFuncOptions()
                                                .weight(weight)
                                                .bias(bias)
-                                               .training(is_training())
+                                               .training(uses_batch_statistics())
                                                .momentum(factor)
                                                .eps(options.eps()));
 }

@@ -7,6 +7,8 @@
 #include <ostream>
 
 #include "nn/factory.h"
+#include "nn/growth.h"
+#include "nn/masks.h"
 #include "peer/functional.h"
 
 namespace peer::nn {
@@ -14,6 +16,9 @@ namespace peer::nn {
 using torch::Tensor;
 
 namespace {
+
+// The length of the noise on a copy of a key, relative to the key.
+constexpr double kKeyNoise = 0.5;
 
 void check(const ProductKeyRouterOptions& options) {
   TORCH_CHECK_VALUE(options.dim() >= 1, "expected dim to be positive, got ", options.dim());
@@ -34,6 +39,22 @@ void check(const ProductKeyRouterOptions& options) {
                     "the softmax over one expert per head is always 1, so the router "
                     "would get no gradient: use scores 'sigmoid' or 'relu', or "
                     "num_experts_per_head > 1");
+}
+
+Tensor with_kept(const Tensor& keys, const Tensor& frozen, const Tensor& kept) {
+  // The graph keeps a mask of its own, so that a later change does not affect it.
+  return is_set(frozen) ? torch::where(frozen.clone().unsqueeze(-1), kept, keys) : keys;
+}
+
+Tensor key_mask(const char* name, const Tensor& mask, int64_t size, const Tensor& keys) {
+  const auto options = torch::dtype(torch::kBool).device(keys.device());
+  if (!mask.defined()) {
+    return torch::ones({size}, options);
+  }
+  TORCH_CHECK_VALUE(mask.scalar_type() == torch::kBool && mask.sizes() == torch::IntArrayRef{size},
+                    "expected ", name, " as a bool mask of shape [", size, "], got ",
+                    mask.scalar_type(), " of shape ", mask.sizes());
+  return mask.to(keys.device());
 }
 
 QueryNormOptions norm_options(const ProductKeyRouterOptions& options) {
@@ -91,10 +112,24 @@ void ProductKeyRouterImpl::reset() {
   };
   row_keys = register_parameter("row_keys", keys(options.num_experts().rows));
   col_keys = register_parameter("col_keys", keys(options.num_experts().columns));
+  register_again(*this, "frozen_rows", frozen_rows);
+  register_again(*this, "frozen_columns", frozen_columns);
+  register_again(*this, "kept_row_keys", kept_row_keys);
+  register_again(*this, "kept_col_keys", kept_col_keys);
+  register_again(*this, "frozen", frozen);
   reset_keys();
 }
 
+std::shared_ptr<torch::nn::Module> ProductKeyRouterImpl::clone(
+    const std::optional<torch::Device>& device) const {
+  auto copy = Cloneable<ProductKeyRouterImpl>::clone(device);
+  static_cast<ProductKeyRouterImpl&>(*copy).apply_frozen_state();
+  return copy;
+}
+
 void ProductKeyRouterImpl::reset_parameters() {
+  unfreeze_keys();
+  unfreeze_network();
   query->reset_parameters();
   norm->reset_parameters();
   reset_keys();
@@ -106,6 +141,127 @@ void ProductKeyRouterImpl::reset_keys() {
   torch::nn::init::uniform_(col_keys, -bound, bound);
 }
 
+std::tuple<Tensor, Tensor> ProductKeyRouterImpl::effective_keys() const {
+  return {with_kept(row_keys, frozen_rows, kept_row_keys),
+          with_kept(col_keys, frozen_columns, kept_col_keys)};
+}
+
+void ProductKeyRouterImpl::freeze_keys(const Tensor& rows, const Tensor& columns) {
+  const torch::NoGradGuard no_grad;
+  const Tensor row_mask = key_mask("rows", rows, options.num_experts().rows, row_keys);
+  const Tensor column_mask = key_mask("columns", columns, options.num_experts().columns, col_keys);
+  const auto [present_rows, present_columns] = effective_keys();
+  const auto freeze = [&](const Tensor& keys, const Tensor& mask, const Tensor& present,
+                          std::pair<const char*, Tensor&> frozen,
+                          std::pair<const char*, Tensor&> kept) {
+    clear_gradient(keys, mask, /*dim=*/-2);
+    const Tensor all = union_of(frozen.second, mask);
+    set_buffer(*this, kept.first, kept.second,
+               is_set(all) ? present.detach().clone() : torch::empty({0}, present.options()));
+    set_buffer(*this, frozen.first, frozen.second, all);
+  };
+  freeze(row_keys, row_mask, present_rows, {"frozen_rows", frozen_rows},
+         {"kept_row_keys", kept_row_keys});
+  freeze(col_keys, column_mask, present_columns, {"frozen_columns", frozen_columns},
+         {"kept_col_keys", kept_col_keys});
+}
+
+void ProductKeyRouterImpl::unfreeze_keys(const Tensor& rows, const Tensor& columns) {
+  const torch::NoGradGuard no_grad;
+  const Tensor row_mask = key_mask("rows", rows, options.num_experts().rows, row_keys);
+  const Tensor column_mask = key_mask("columns", columns, options.num_experts().columns, col_keys);
+  const auto [present_rows, present_columns] = effective_keys();
+  const auto unfreeze = [&](Tensor& keys, const Tensor& mask, const Tensor& present,
+                            std::pair<const char*, Tensor&> frozen,
+                            std::pair<const char*, Tensor&> kept) {
+    if (!is_set(frozen.second)) {
+      return;
+    }
+    keys.copy_(present);
+    set_buffer(*this, frozen.first, frozen.second, without(frozen.second, mask));
+    if (!is_set(frozen.second)) {
+      set_buffer(*this, kept.first, kept.second, torch::empty({0}, present.options()));
+    }
+  };
+  unfreeze(row_keys, row_mask, present_rows, {"frozen_rows", frozen_rows},
+           {"kept_row_keys", kept_row_keys});
+  unfreeze(col_keys, column_mask, present_columns, {"frozen_columns", frozen_columns},
+           {"kept_col_keys", kept_col_keys});
+}
+
+void ProductKeyRouterImpl::freeze_network() {
+  set_buffer(*this, "frozen", frozen,
+             torch::ones({}, torch::dtype(torch::kBool).device(row_keys.device())));
+  apply_frozen_state();
+}
+
+void ProductKeyRouterImpl::unfreeze_network() {
+  if (is_set(frozen)) {
+    set_buffer(*this, "frozen", frozen, torch::empty({0}, frozen.options()));
+    apply_frozen_state();
+  }
+}
+
+void ProductKeyRouterImpl::apply_frozen_state() {
+  const bool is_frozen = is_set(frozen);
+  norm->are_statistics_frozen = is_frozen;
+  std::vector<Tensor> parameters = query->parameters();
+  for (const Tensor& parameter : norm->parameters()) {
+    parameters.push_back(parameter);
+  }
+  for (Tensor& parameter : parameters) {
+    parameter.requires_grad_(!is_frozen);
+    if (is_frozen) {
+      parameter.mutable_grad() = Tensor();
+    }
+  }
+}
+
+void ProductKeyRouterImpl::grow(int64_t rows, const Tensor& keys) {
+  const Tensor new_keys = make_row_keys(rows, keys);
+  require_growable("the row_keys of a router", row_keys);
+  append_row_keys(new_keys);
+}
+
+Tensor ProductKeyRouterImpl::make_row_keys(int64_t rows, const Tensor& keys) const {
+  const torch::NoGradGuard no_grad;
+  TORCH_CHECK_VALUE(rows >= 1, "expected rows to be positive, got ", rows);
+  const int64_t half = options.dim_key() / 2;
+  std::vector<int64_t> shape = row_keys.sizes().vec();
+  shape[shape.size() - 2] = rows;
+  if (keys.defined()) {
+    TORCH_CHECK_TYPE(keys.is_floating_point(), "expected keys as a floating-point tensor, got ",
+                     keys.scalar_type());
+    TORCH_CHECK_VALUE(keys.sizes() == torch::IntArrayRef(shape) ||
+                          keys.sizes() == torch::IntArrayRef({rows, half}),
+                      "expected keys of shape ", torch::IntArrayRef(shape), ", got ", keys.sizes());
+    return keys.detach().to(row_keys.options()).expand(shape);
+  }
+  const int64_t old = options.num_experts().rows;
+  const Tensor order = torch::randperm(old, torch::dtype(torch::kLong).device(row_keys.device()))
+                           .repeat({(rows + old - 1) / old})
+                           .narrow(0, 0, rows);
+  const Tensor source = row_keys.detach().index_select(-2, order).to(
+      torch::promoteTypes(row_keys.scalar_type(), torch::kFloat));
+  const Tensor length = source.norm(2, {-1}, /*keepdim=*/true);
+  const Tensor noise =
+      torch::randn_like(source) *
+      (kKeyNoise * length / std::pow(static_cast<double>(options.dim_key()) / 2, 0.5));
+  const Tensor noisy = source + noise;
+  return (noisy / noisy.norm(2, {-1}, /*keepdim=*/true).clamp_min(1e-12) * length)
+      .to(row_keys.scalar_type());
+}
+
+void ProductKeyRouterImpl::append_row_keys(const Tensor& keys) {
+  append_rows(row_keys, row_keys.dim() - 2, keys);
+  options.num_experts(Grid(row_keys.size(-2), options.num_experts().columns));
+  if (is_set(frozen_rows)) {
+    set_buffer(*this, "kept_row_keys", kept_row_keys,
+               torch::cat({kept_row_keys, keys.to(kept_row_keys.options())}, -2));
+    set_buffer(*this, "frozen_rows", frozen_rows, with_more(frozen_rows, keys.size(-2)));
+  }
+}
+
 void ProductKeyRouterImpl::pretty_print(std::ostream& stream) const {
   stream << "peer::nn::ProductKeyRouter(dim=" << options.dim()
          << ", num_experts=" << options.num_experts() << ", heads=" << options.heads()
@@ -115,7 +271,8 @@ void ProductKeyRouterImpl::pretty_print(std::ostream& stream) const {
 }
 
 std::tuple<Tensor, Tensor> ProductKeyRouterImpl::forward(const Tensor& x,
-                                                         const Tensor& padding_mask) {
+                                                         const Tensor& padding_mask,
+                                                         const Tensor& disabled) {
   TORCH_CHECK_VALUE(x.dim() > 0 && x.size(-1) == options.dim(), "expected x of shape [..., ",
                     options.dim(), "], got ", x.sizes());
   if (padding_mask.defined()) {
@@ -129,9 +286,10 @@ std::tuple<Tensor, Tensor> ProductKeyRouterImpl::forward(const Tensor& x,
   const Tensor queries =
       norm->forward(query->forward(x).reshape({-1, options.heads() * options.dim_key()}),
                     padding_mask.defined() ? padding_mask.reshape(-1) : padding_mask);
+  const auto [used_row_keys, used_col_keys] = effective_keys();
   const auto [scores, indices] =
-      product_key_topk(queries.view({-1, options.heads(), options.dim_key()}), row_keys, col_keys,
-                       options.num_experts_per_head());
+      product_key_topk(queries.view({-1, options.heads(), options.dim_key()}), used_row_keys,
+                       used_col_keys, options.num_experts_per_head(), as_optional(disabled));
   std::vector<int64_t> shape = x.sizes().vec();
   shape.back() = options.heads();
   shape.push_back(options.num_experts_per_head());

@@ -6,6 +6,8 @@
 #include <c10/core/ScalarType.h>
 #include <c10/util/Exception.h>
 
+#include <optional>
+
 namespace peer::ops {
 
 // float for the types up to 32 bits, double for double.
@@ -55,9 +57,29 @@ inline bool has_contiguous_rows(const at::Tensor& tensor) {
   return true;
 }
 
+// Whether an optional argument was given. Boxed calls may pass an undefined tensor for None.
+inline bool is_given(const std::optional<at::Tensor>& tensor) {
+  return tensor.has_value() && tensor->defined();
+}
+
 inline void check_strided(const char* op, const char* name, const at::Tensor& tensor) {
   TORCH_CHECK_VALUE(tensor.layout() == at::kStrided, op, ": expected ", name,
                     " to be dense, got layout ", tensor.layout());
+}
+
+// Which rows of the table are frozen, if any.
+inline void check_frozen(const char* op,
+                         const std::optional<at::Tensor>& frozen,
+                         const at::Tensor& table) {
+  if (!is_given(frozen)) {
+    return;
+  }
+  TORCH_CHECK_VALUE(frozen->dim() == 1 && frozen->sym_size(0) == table.sym_size(0), op,
+                    ": expected frozen of shape [", table.sym_size(0), "] to match table, got ",
+                    frozen->sym_sizes());
+  TORCH_CHECK_TYPE(frozen->scalar_type() == at::kBool, op, ": expected frozen of dtype bool, got ",
+                   frozen->scalar_type());
+  check_same_device(op, "frozen", *frozen, "table", table);
 }
 
 }  // namespace peer::ops

@@ -12,8 +12,10 @@ at::Tensor expert_mlp(const at::Tensor& x,
                       const at::Tensor& indices,
                       const at::Tensor& table,
                       std::string_view activation,
-                      bool sparse_grad) {
-  return std::get<0>(ops::ExpertMlpOp::call(x, weights, indices, table, activation, sparse_grad));
+                      bool sparse_grad,
+                      const std::optional<at::Tensor>& frozen) {
+  return std::get<0>(
+      ops::ExpertMlpOp::call(x, weights, indices, table, activation, sparse_grad, frozen));
 }
 
 namespace ops {
@@ -50,7 +52,7 @@ ExpertParts::ExpertParts(const Tensor& experts)
       gate(has_gate(experts) ? experts.select(-2, 1) : Tensor()) {}
 
 Activation check_expert_mlp(const ExpertMlpInputs& inputs) {
-  const auto& [op, x, weights, indices, table, activation] = inputs;
+  const auto& [op, x, weights, indices, table, activation, frozen] = inputs;
   TORCH_CHECK_VALUE(x.dim() == 2, op, ": expected x of shape [tokens, dim], got ", x.sym_sizes());
   TORCH_CHECK_VALUE(indices.dim() == 2 && indices.sym_size(0) == x.sym_size(0), op,
                     ": expected indices of shape [", x.sym_size(0),
@@ -76,6 +78,7 @@ Activation check_expert_mlp(const ExpertMlpInputs& inputs) {
   check_same_device(op, "table", table, "x", x);
   check_strided(op, "x", x);
   check_strided(op, "table", table);
+  check_frozen(op, frozen, table);
   return parse_activation(op, activation);
 }
 
@@ -83,7 +86,7 @@ Activation check_expert_mlp_backward(const ExpertMlpInputs& inputs,
                                      const Tensor& hidden,
                                      const Tensor& gate) {
   const Activation parsed = check_expert_mlp(inputs);
-  const auto& [op, x, weights, indices, table, activation] = inputs;
+  const auto& [op, x, weights, indices, table, activation, frozen] = inputs;
   TORCH_CHECK_VALUE(hidden.sym_sizes() == indices.sym_sizes(), op,
                     ": expected hidden of indices' shape ", indices.sym_sizes(), ", got ",
                     hidden.sym_sizes());
@@ -110,12 +113,12 @@ void check_expert_mlp_grad_out(const char* op, const Tensor& grad_out, const Ten
 TORCH_LIBRARY_FRAGMENT(peer, m) {
   m.def(
       "expert_mlp(Tensor x, Tensor weights, Tensor indices, Tensor table, str activation, bool "
-      "sparse_grad=False) -> (Tensor out, Tensor hidden, Tensor gate)",
+      "sparse_grad=False, Tensor? frozen=None) -> (Tensor out, Tensor hidden, Tensor gate)",
       {at::Tag::pt2_compliant_tag});
   m.def(
       "expert_mlp_backward(Tensor grad_out, Tensor x, Tensor weights, Tensor indices, Tensor "
-      "table, Tensor hidden, Tensor gate, str activation, bool sparse_grad, bool[3] output_mask) "
-      "-> (Tensor, Tensor, Tensor)",
+      "table, Tensor hidden, Tensor gate, str activation, bool sparse_grad, bool[3] output_mask, "
+      "Tensor? frozen=None) -> (Tensor, Tensor, Tensor)",
       {at::Tag::pt2_compliant_tag});
   m.def(
       "expert_mlp_backward_coefficients(Tensor grad_out, Tensor x, Tensor weights, Tensor indices, "

@@ -14,6 +14,7 @@ namespace peer::ops {
 
 using ThreeTensors = std::tuple<Tensor, Tensor, Tensor>;
 
+// frozen: (N,) bool. Frozen rows have no gradient: derivatives treat them as constants.
 struct ExpertMlpArguments {
   static constexpr const char* kName = "peer::expert_mlp";
   const Tensor& x;
@@ -22,6 +23,7 @@ struct ExpertMlpArguments {
   const Tensor& table;
   std::string_view activation;
   bool sparse_grad;
+  const std::optional<Tensor>& frozen;
 };
 
 // hidden and gate are results of expert_mlp.
@@ -41,6 +43,7 @@ struct ExpertMlpBackwardArguments : ExpertMlpBackwardCoefficientsArguments {
   static constexpr const char* kName = "peer::expert_mlp_backward";
   bool sparse_grad;
   std::array<bool, 3> output_mask;
+  const std::optional<Tensor>& frozen;
 };
 
 // Positions in the results of expert_mlp_backward and in its output_mask.
@@ -52,7 +55,8 @@ using ExpertMlpOp = Operator<ExpertMlpArguments,
                                           const Tensor&,
                                           const Tensor&,
                                           std::string_view,
-                                          bool)>;
+                                          bool,
+                                          const std::optional<Tensor>&)>;
 using ExpertMlpBackwardOp = Operator<ExpertMlpBackwardArguments,
                                      ThreeTensors(const Tensor&,
                                                   const Tensor&,
@@ -63,7 +67,8 @@ using ExpertMlpBackwardOp = Operator<ExpertMlpBackwardArguments,
                                                   const Tensor&,
                                                   std::string_view,
                                                   bool,
-                                                  std::array<bool, 3>)>;
+                                                  std::array<bool, 3>,
+                                                  const std::optional<Tensor>&)>;
 using ExpertMlpBackwardCoefficientsOp = Operator<ExpertMlpBackwardCoefficientsArguments,
                                                  ThreeTensors(const Tensor&,
                                                               const Tensor&,
@@ -88,7 +93,8 @@ struct ExpertParts {
 
 inline bool has_gate(const Tensor& experts) { return experts.sym_size(-2) == 3; }
 
-// The inputs of expert_mlp, which its backward operators take too.
+// The inputs of expert_mlp, which its backward operators take too. The coefficients of a gradient
+// do not depend on the frozen rows.
 struct ExpertMlpInputs {
   template <class Arguments>
   ExpertMlpInputs(const Arguments& args)
@@ -97,7 +103,11 @@ struct ExpertMlpInputs {
         weights(args.weights),
         indices(args.indices),
         table(args.table),
-        activation(args.activation) {}
+        activation(args.activation) {
+    if constexpr (requires { args.frozen; }) {
+      frozen = args.frozen;
+    }
+  }
 
   const char* op;  // for messages
   const Tensor& x;
@@ -105,6 +115,7 @@ struct ExpertMlpInputs {
   const Tensor& indices;
   const Tensor& table;
   std::string_view activation;
+  std::optional<Tensor> frozen;
 };
 
 // The checks are those that every device needs. They read no data. All return the parsed

@@ -10,8 +10,9 @@ namespace peer {
 std::tuple<at::Tensor, at::Tensor> product_key_topk(const at::Tensor& query,
                                                     const at::Tensor& row_keys,
                                                     const at::Tensor& col_keys,
-                                                    int64_t k) {
-  return ops::ProductKeyTopkOp::call(query, row_keys, col_keys, k);
+                                                    int64_t k,
+                                                    const std::optional<at::Tensor>& disabled) {
+  return ops::ProductKeyTopkOp::call(query, row_keys, col_keys, k, disabled);
 }
 
 at::Tensor router_weights(const at::Tensor& scores, std::string_view function) {
@@ -69,11 +70,22 @@ void check_query_and_keys(const char* op,
 }  // namespace
 
 void check_product_key_topk(const ProductKeyTopkArguments& args) {
-  const auto& [query, row_keys, col_keys, k] = args;
+  const auto& [query, row_keys, col_keys, k, disabled] = args;
   check_query_and_keys(args.kName, query, row_keys, col_keys);
   const c10::SymInt experts = row_keys.sym_size(-2) * col_keys.sym_size(-2);
   TORCH_CHECK_VALUE(k >= 1 && experts >= k, args.kName,
                     ": expected k between 1 and the number of experts ", experts, ", got ", k);
+  if (disabled && disabled->defined()) {
+    check_strided(args.kName, "disabled", *disabled);
+    TORCH_CHECK_TYPE(disabled->scalar_type() == at::kBool, args.kName,
+                     ": expected disabled of dtype bool, True for experts that are never "
+                     "retrieved, got ",
+                     disabled->scalar_type());
+    TORCH_CHECK_VALUE(disabled->dim() == 1 && disabled->sym_size(0) == experts, args.kName,
+                      ": expected disabled of shape [", experts, "], one for each expert, got ",
+                      disabled->sym_sizes());
+    check_same_device(args.kName, "disabled", *disabled, "query", query);
+  }
 }
 
 void check_product_key_topk_backward(const ProductKeyTopkBackwardArguments& args) {
@@ -104,8 +116,8 @@ void check_product_key_topk_grad_scores(const Tensor& grad_scores, const Tensor&
 
 TORCH_LIBRARY_FRAGMENT(peer, m) {
   m.def(
-      "product_key_topk(Tensor query, Tensor row_keys, Tensor col_keys, int k) -> (Tensor scores, "
-      "Tensor indices)",
+      "product_key_topk(Tensor query, Tensor row_keys, Tensor col_keys, int k, Tensor? "
+      "disabled=None) -> (Tensor scores, Tensor indices)",
       {at::Tag::pt2_compliant_tag});
   m.def(
       "product_key_topk_backward(Tensor grad_scores, Tensor query, Tensor row_keys, Tensor "

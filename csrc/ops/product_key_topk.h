@@ -3,6 +3,7 @@
 #pragma once
 
 #include <array>
+#include <optional>
 #include <tuple>
 
 #include "ops/operator.h"
@@ -15,6 +16,7 @@ struct ProductKeyTopkArguments {
   const Tensor& row_keys;
   const Tensor& col_keys;
   int64_t k;
+  const std::optional<Tensor>& disabled;
 };
 
 // indices is a result of product_key_topk. output_mask and the results are in the order query,
@@ -29,9 +31,12 @@ struct ProductKeyTopkBackwardArguments {
   std::array<bool, 3> output_mask;
 };
 
-using ProductKeyTopkOp =
-    Operator<ProductKeyTopkArguments,
-             std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, int64_t)>;
+using ProductKeyTopkOp = Operator<ProductKeyTopkArguments,
+                                  std::tuple<Tensor, Tensor>(const Tensor&,
+                                                             const Tensor&,
+                                                             const Tensor&,
+                                                             int64_t,
+                                                             const std::optional<Tensor>&)>;
 using ProductKeyTopkBackwardOp = Operator<ProductKeyTopkBackwardArguments,
                                           std::tuple<Tensor, Tensor, Tensor>(const Tensor&,
                                                                              const Tensor&,

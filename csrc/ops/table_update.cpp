@@ -18,7 +18,10 @@ void check_rows(const char* op, const char* name, const Tensor& tensor) {
                     tensor.sym_strides());
 }
 
-void check_table(const char* op, const Tensor& table, const RowGradient& gradient) {
+void check_table(const char* op,
+                 const Tensor& table,
+                 const RowGradient& gradient,
+                 const std::optional<Tensor>& frozen) {
   const auto& [indices, source, coefficients] = gradient;
   TORCH_CHECK_VALUE(table.dim() == 2 || table.dim() == 3, op,
                     ": expected table of shape [rows, width] or [rows, parts, width], got ",
@@ -35,6 +38,7 @@ void check_table(const char* op, const Tensor& table, const RowGradient& gradien
                    op, ": float64 goes with float64 only, got source ", source.scalar_type(),
                    " and table ", table.scalar_type());
   check_same_device(op, "source", source, "table", table);
+  check_frozen(op, frozen, table);
   if (!indices.has_value()) {
     TORCH_CHECK_VALUE(source.sym_size(0) == table.sym_size(0), op,
                       ": expected source of table's shape ", table.sym_sizes(),
@@ -99,12 +103,12 @@ void check_momentum(const char* op, const char* name, const Tensor& state, const
 }  // namespace
 
 void check_rowwise_adagrad(const RowwiseAdagradArguments& args) {
-  check_table(args.kName, args.table, args.gradient);
+  check_table(args.kName, args.table, args.gradient, args.frozen);
   check_second_moments(args.kName, "sum_of_squares", args.sum_of_squares, args.table);
 }
 
 void check_sgd(const SgdArguments& args) {
-  check_table(args.kName, args.table, args.gradient);
+  check_table(args.kName, args.table, args.gradient, args.frozen);
   if (args.momentum_buffer.has_value()) {
     check_momentum(args.kName, "momentum_buffer", *args.momentum_buffer, args.table);
   } else {
@@ -114,7 +118,7 @@ void check_sgd(const SgdArguments& args) {
 }
 
 void check_rowwise_adam(const RowwiseAdamArguments& args) {
-  check_table(args.kName, args.table, args.gradient);
+  check_table(args.kName, args.table, args.gradient, args.frozen);
   check_momentum(args.kName, "first_moment", args.first_moment, args.table);
   check_second_moments(args.kName, "second_moment", args.second_moment, args.table);
   check_row_state(args.kName, "row_steps", args.row_steps, args.table.sym_sizes().slice(0, 1),
@@ -127,17 +131,17 @@ TORCH_LIBRARY_FRAGMENT(peer, m) {
   m.def(
       "rowwise_adagrad_(Tensor(a!) table, Tensor(b!) sum_of_squares, Tensor? indices, Tensor "
       "source, Tensor? coefficients, float lr, float eps, float weight_decay, int? seed=None, int "
-      "step=0, int stream=0) -> ()",
+      "step=0, int stream=0, Tensor? frozen=None) -> ()",
       {at::Tag::pt2_compliant_tag});
   m.def(
       "sgd_(Tensor(a!) table, Tensor(b!)? momentum_buffer, Tensor? indices, Tensor source, Tensor? "
       "coefficients, float lr, float momentum, bool nesterov, float weight_decay, int? seed=None, "
-      "int step=0, int stream=0) -> ()",
+      "int step=0, int stream=0, Tensor? frozen=None) -> ()",
       {at::Tag::pt2_compliant_tag});
   m.def(
       "rowwise_adam_(Tensor(a!) table, Tensor(b!) first_moment, Tensor(c!) second_moment, "
       "Tensor(d!) row_steps, Tensor? indices, Tensor source, Tensor? coefficients, float lr, float "
       "beta1, float beta2, float eps, float weight_decay, int? seed=None, int step=0, int "
-      "stream=0) -> ()",
+      "stream=0, Tensor? frozen=None) -> ()",
       {at::Tag::pt2_compliant_tag});
 }

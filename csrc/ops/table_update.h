@@ -1,5 +1,6 @@
 // The operators that update the rows of a table in place: rowwise_adagrad_, sgd_ and rowwise_adam_.
-// kernels/table_update.h has their mathematics.
+// kernels/table_update.h has their mathematics. A row whose gradient is zero in all parts is not
+// updated, in either form of gradient: neither the row nor its state is written.
 #pragma once
 
 #include <optional>
@@ -27,6 +28,7 @@ struct Rounding {
   int64_t stream;
 };
 
+// frozen: (N,) bool. Frozen rows are not updated, whatever their gradient.
 struct RowwiseAdagradArguments {
   static constexpr const char* kName = "peer::rowwise_adagrad_";
   const Tensor& table;
@@ -34,6 +36,7 @@ struct RowwiseAdagradArguments {
   RowGradient gradient;
   double lr, eps, weight_decay;
   Rounding rounding;
+  const std::optional<Tensor>& frozen;
 };
 
 struct SgdArguments {
@@ -45,6 +48,7 @@ struct SgdArguments {
   bool nesterov;
   double weight_decay;
   Rounding rounding;
+  const std::optional<Tensor>& frozen;
 };
 
 struct RowwiseAdamArguments {
@@ -56,6 +60,7 @@ struct RowwiseAdamArguments {
   RowGradient gradient;
   double lr, beta1, beta2, eps, weight_decay;
   Rounding rounding;
+  const std::optional<Tensor>& frozen;
 };
 
 using RowwiseAdagradOp = Operator<RowwiseAdagradArguments,
@@ -69,7 +74,8 @@ using RowwiseAdagradOp = Operator<RowwiseAdagradArguments,
                                        double,
                                        std::optional<int64_t>,
                                        int64_t,
-                                       int64_t)>;
+                                       int64_t,
+                                       const std::optional<Tensor>&)>;
 using SgdOp = Operator<SgdArguments,
                        void(const Tensor&,
                             const std::optional<Tensor>&,
@@ -82,7 +88,8 @@ using SgdOp = Operator<SgdArguments,
                             double,
                             std::optional<int64_t>,
                             int64_t,
-                            int64_t)>;
+                            int64_t,
+                            const std::optional<Tensor>&)>;
 using RowwiseAdamOp = Operator<RowwiseAdamArguments,
                                void(const Tensor&,
                                     const Tensor&,
@@ -98,7 +105,8 @@ using RowwiseAdamOp = Operator<RowwiseAdamArguments,
                                     double,
                                     std::optional<int64_t>,
                                     int64_t,
-                                    int64_t)>;
+                                    int64_t,
+                                    const std::optional<Tensor>&)>;
 
 // The checks are those that every device needs. They read no data.
 void check_rowwise_adagrad(const RowwiseAdagradArguments& args);

@@ -295,7 +295,9 @@ class ExpertPool(nn.Module):
             update = self.fused_update
             if update is not None and torch.is_grad_enabled():
                 return update.forward(self, x, weights, indices)
-        return expert_mlp(x, weights, indices, self.weight, self.activation, self.sparse_grad)
+        return expert_mlp(
+            x, weights, indices, self.weight, self.activation, self.sparse_grad, self.frozen
+        )
 
     def extra_repr(self) -> str:
         """The options, for `repr`."""

@@ -393,7 +393,10 @@ class PEER(nn.Module):
                 single token.
             TypeError: the mask is not bool, or x's dtype does not fit the parameters'.
         """
-        weights, indices = self.router(x, padding_mask)
+        disabled = self.experts.disabled
+        if disabled is not None:  # the layer may use a prefix of its pool
+            disabled = disabled[: self.router.num_experts]
+        weights, indices = self.router(x, padding_mask, disabled)
         weights = F.dropout(weights, self.dropout, self.training)
         out: Tensor = self.experts(x, weights, indices)
         return out

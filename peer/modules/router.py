@@ -227,7 +227,7 @@ class ProductKeyRouter(nn.Module):
                 raise ValueError(f"expected keys of shape {shape}{heads}, got {list(keys.shape)}")
             return keys.detach().to(self.row_keys).expand(shape)
         order = torch.randperm(self.rows, device=self.row_keys.device)
-        source = self.keys()[0][..., order.repeat(-(-rows // self.rows))[:rows], :]
+        source = self.effective_keys()[0][..., order.repeat(-(-rows // self.rows))[:rows], :]
         source = source.to(torch.promote_types(source.dtype, torch.float32))
         length = source.norm(dim=-1, keepdim=True)
         noise = torch.randn_like(source) * (KEY_NOISE * length / (self.dim_key / 2) ** 0.5)
@@ -249,7 +249,7 @@ class ProductKeyRouter(nn.Module):
         if self.kept_row_keys is not None:
             self.kept_row_keys = torch.cat([self.kept_row_keys, keys.to(self.kept_row_keys)], -2)
 
-    def keys(self) -> tuple[Tensor, Tensor]:
+    def effective_keys(self) -> tuple[Tensor, Tensor]:
         """The keys that retrieval uses: the parameters, and for frozen keys their kept values.
 
         Returns:
@@ -272,7 +272,7 @@ class ProductKeyRouter(nn.Module):
             columns: mask (C,) bool of column keys, likewise.
         """
         rows, columns = self._key_masks(rows, columns)
-        row_keys, col_keys = self.keys()
+        row_keys, col_keys = self.effective_keys()
         clear_gradient_(self.row_keys, rows, dim=-2)
         clear_gradient_(self.col_keys, columns, dim=-2)
         self.frozen_rows = union(self.frozen_rows, rows)
@@ -290,10 +290,10 @@ class ProductKeyRouter(nn.Module):
         """
         rows, columns = self._key_masks(rows, columns)
         if self.frozen_rows is not None:
-            self.row_keys.copy_(self.keys()[0])
+            self.row_keys.copy_(self.effective_keys()[0])
             self.frozen_rows = without(self.frozen_rows, rows)
         if self.frozen_columns is not None:
-            self.col_keys.copy_(self.keys()[1])
+            self.col_keys.copy_(self.effective_keys()[1])
             self.frozen_columns = without(self.frozen_columns, columns)
         if self.frozen_rows is None:
             self.kept_row_keys = None
@@ -338,7 +338,9 @@ class ProductKeyRouter(nn.Module):
             if is_frozen:
                 parameter.grad = None
 
-    def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, padding_mask: Tensor | None = None, disabled: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Retrieves the experts of every token.
 
         Args:
@@ -347,15 +349,17 @@ class ProductKeyRouter(nn.Module):
                 `torch.nn.MultiheadAttention`. Padding is routed like other tokens, but the
                 statistics of batch normalisation exclude it. It has no effect on the other
                 normalisations.
+            disabled: (R * C,) bool, True for experts that are never retrieved. At least K are
+                False. None if all experts can be retrieved.
 
         Returns:
             Weights (..., H, K), float32 or float64, and the ids of the experts (..., H, K), int64.
             The experts of a head are distinct and sorted by descending score.
 
         Raises:
-            ValueError: x or the mask has the wrong shape, or batch normalisation in training gets a
-                single token.
-            TypeError: the mask is not bool.
+            ValueError: x or a mask has the wrong shape, fewer than K experts are enabled, or batch
+                normalisation in training gets a single token.
+            TypeError: a mask is not bool.
         """
         # A tracer turns sizes into tensors and warns about every comparison.
         if not torch.jit.is_tracing():  # type: ignore[attr-defined]
@@ -365,12 +369,13 @@ class ProductKeyRouter(nn.Module):
             query = self.norm(query, padding_mask.reshape(-1))
         else:
             query = self.norm(query)
-        row_keys, col_keys = self.keys()
+        row_keys, col_keys = self.effective_keys()
         scores, indices = product_key_topk(
             query.view(-1, self.heads, self.dim_key),
             row_keys,
             col_keys,
             self.num_experts_per_head,
+            disabled,
         )
         weights = router_weights(scores, self.scores)
         shape = list(x.shape)

@@ -1,4 +1,4 @@
-"""Optimizers for expert tables that update only rows with a gradient.
+"""Optimizers for expert tables that update only rows with a nonzero gradient.
 
 A table has a million rows; a batch retrieves a few thousand of them. The optimizers read and write
 only these rows and their state. They take sparse gradients, or they update the table inside the

@@ -106,7 +106,9 @@ class FusedUpdate:
         if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
             x = x.to(torch.get_autocast_dtype(device))
         rows = flatten_tokens(x, weights, indices)
-        out: Tensor = _Experts.apply(self.optimizer, pool.activation, *rows, pool.weight)
+        out: Tensor = _Experts.apply(
+            self.optimizer, pool.activation, *rows, pool.weight, pool.frozen
+        )
         return out.view(x.shape)
 
 
@@ -115,7 +117,8 @@ class _Experts(torch.autograd.Function):
 
     The table is an input, so autograd records a node even if nothing else requires grad. It is not
     a saved tensor, because hooks on saved tensors could copy the whole table. The backward pass
-    checks its version instead of autograd.
+    checks its version instead of autograd. The mask of frozen rows is copied, because data
+    parallelism writes buffers before every forward pass.
     """
 
     @staticmethod
@@ -127,9 +130,13 @@ class _Experts(torch.autograd.Function):
         weights: Tensor,
         indices: Tensor,
         table: Tensor,
+        frozen: Tensor | None,
     ) -> Tensor:
-        out, hidden, gate = torch.ops.peer.expert_mlp(x, weights, indices, table, activation, False)
-        ctx.save_for_backward(x, weights, indices, hidden, gate)
+        out, hidden, gate = torch.ops.peer.expert_mlp(
+            x, weights, indices, table, activation, False, frozen
+        )
+        kept = None if frozen is None else frozen.clone()
+        ctx.save_for_backward(x, weights, indices, hidden, gate, kept)
         ctx.table, ctx.version = table, table._version
         ctx.optimizer, ctx.activation = optimizer, activation
         return out
@@ -144,7 +151,7 @@ class _Experts(torch.autograd.Function):
                 "this forward pass: use a pool only once in a graph, run each graph only once, and "
                 "run a backward pass before the next update of its table"
             )
-        x, weights, indices, hidden, gate = ctx.saved_tensors
+        x, weights, indices, hidden, gate, frozen = ctx.saved_tensors
         grad_x, grad_weights, coefficients = torch.ops.peer.expert_mlp_backward_coefficients(
             grad_out, x, weights, indices, table, hidden, gate, ctx.activation
         )
@@ -152,9 +159,9 @@ class _Experts(torch.autograd.Function):
         # multiples of grad_out.
         source = torch.stack([x] * (table.shape[1] - 1) + [grad_out], dim=1)
         optimizer: RowUpdater = ctx.optimizer
-        optimizer.apply_gradient(table, RowGradient(indices, source, coefficients))
+        optimizer.apply_gradient(table, RowGradient(indices, source, coefficients, frozen))
         # Autograd drops gradients of inputs that do not require grad.
-        return None, None, grad_x, grad_weights, None, None
+        return None, None, grad_x, grad_weights, None, None, None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:

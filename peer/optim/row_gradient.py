@@ -17,16 +17,19 @@ class RowGradient(NamedTuple):
     * With indices (S,) or (S, P), the gradient of table row r is the sum of `source[s]` over all
       pairs (s, p) with `indices[s, p] == r`.
     * With coefficients, the pair (s, p) adds `coefficients[j, s, p] * source[s, j]` to part j.
+    * With `frozen`, the gradient of the marked rows is zero.
 
     Attributes:
         indices: (S,) or (S, P), int64; None for a dense gradient.
         source: (S, D) or (S, parts, D), like the table.
         coefficients: indices' shape, with a leading `parts` for a table with parts; None for ones.
+        frozen: (N,) bool; None if no row is frozen.
     """
 
     indices: Tensor | None
     source: Tensor
     coefficients: Tensor | None = None
+    frozen: Tensor | None = None
 
     @classmethod
     def from_tensor(cls, gradient: Tensor) -> RowGradient:

@@ -16,7 +16,7 @@ __all__ = ["RowwiseAdagrad"]
 class RowwiseAdagrad(TableOptimizer):
     r"""AdaGrad with one accumulator per row: the sum of the mean squares of its gradients.
 
-    For every row, or part of a row, with a gradient g of width D,
+    For every row with a nonzero gradient, and each of its parts, with the gradient g of width D,
 
     .. math:: s &\leftarrow s + \tfrac1D \lVert g \rVert^2 \\
               w &\leftarrow (1 - \eta\lambda)\, w - \frac{\eta}{\sqrt{s} + \epsilon}\, g .
@@ -28,7 +28,7 @@ class RowwiseAdagrad(TableOptimizer):
         params: tables (N, D) or (N, parts, D), or groups of them.
         lr: the learning rate :math:`\eta`.
         eps: :math:`\epsilon`, added to the root.
-        weight_decay: :math:`\lambda`, decoupled from the gradient. A row decays only if it has one.
+        weight_decay: :math:`\lambda`, decoupled from the gradient. Only updated rows decay.
         initial_accumulator_value: s before the first step.
         stochastic_rounding: whether 16-bit tables are rounded stochastically instead of to nearest.
         seed: seed of stochastic rounding, int64.
@@ -88,9 +88,12 @@ class RowwiseAdagrad(TableOptimizer):
         torch.ops.peer.rowwise_adagrad_(
             table,
             state["sum_of_squares"],
-            *gradient,
+            gradient.indices,
+            gradient.source,
+            gradient.coefficients,
             lr=float(group["lr"]),
             eps=group["eps"],
             weight_decay=group["weight_decay"],
             **rounding,
+            frozen=gradient.frozen,
         )

@@ -17,7 +17,7 @@ __all__ = ["RowwiseAdam"]
 class RowwiseAdam(TableOptimizer):
     r"""Adam with one second moment and one step count per row.
 
-    For every row, or part of a row, with a gradient g of width D,
+    For every row with a nonzero gradient, and each of its parts, with the gradient g of width D,
 
     .. math:: t &\leftarrow t + 1 \\
               m &\leftarrow \beta_1 m + (1 - \beta_1)\, g \\
@@ -25,9 +25,9 @@ class RowwiseAdam(TableOptimizer):
               w &\leftarrow (1 - \eta\lambda)\, w - \eta\, \frac{m / (1 - \beta_1^t)}
                            {\sqrt{v / (1 - \beta_2^t)} + \epsilon} .
 
-    t, m and v belong to the row. A row is updated like in a run without the steps in which it has
-    no gradient. Dense Adam sees zero gradients in these steps: its moments decay and its momentum
-    keeps moving the row. `torch.optim.SparseAdam` does not change the moments of rows without a
+    t, m and v belong to the row. A row is updated like in a run without the steps in which its
+    gradient is zero. In these steps, the moments of dense Adam decay and its momentum keeps moving
+    the row. `torch.optim.SparseAdam` does not change the moments of rows without a
     gradient, but it corrects their bias by the total number of steps. A row with a late first
     gradient then moves by :math:`(1 - \beta_1) / \sqrt{1 - \beta_2}` times the correct step, 3.2
     times with the default betas.
@@ -40,7 +40,7 @@ class RowwiseAdam(TableOptimizer):
         lr: the learning rate :math:`\eta`.
         betas: :math:`\beta_1` and :math:`\beta_2`.
         eps: :math:`\epsilon`, added to the root.
-        weight_decay: :math:`\lambda`, decoupled from the gradient. A row decays only if it has one.
+        weight_decay: :math:`\lambda`, decoupled from the gradient. Only updated rows decay.
         stochastic_rounding: whether 16-bit tables and their momentum are rounded stochastically
             instead of to nearest.
         seed: seed of stochastic rounding, int64.
@@ -108,11 +108,14 @@ class RowwiseAdam(TableOptimizer):
             state["first_moment"],
             state["second_moment"],
             state["row_steps"],
-            *gradient,
+            gradient.indices,
+            gradient.source,
+            gradient.coefficients,
             lr=float(group["lr"]),
             beta1=beta1,
             beta2=beta2,
             eps=group["eps"],
             weight_decay=group["weight_decay"],
             **rounding,
+            frozen=gradient.frozen,
         )

@@ -1,4 +1,4 @@
-"""Stochastic gradient descent on the rows that have a gradient."""
+"""Stochastic gradient descent on the rows that have a nonzero gradient."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ __all__ = ["SGD"]
 
 
 class SGD(TableOptimizer):
-    r"""Stochastic gradient descent; momentum moves only rows that have a gradient.
+    r"""Stochastic gradient descent; momentum moves only rows that have a nonzero gradient.
 
-    For every row with a gradient g,
+    For every row with a nonzero gradient g,
 
     .. math:: m &\leftarrow \mu m + g \\
               w &\leftarrow (1 - \eta\lambda)\, w - \eta\, m ,
 
     or, with `nesterov`, :math:`w \leftarrow (1 - \eta\lambda)\, w - \eta\, (g + \mu m)`. Apart from
     weight decay, this is the update of `torch.optim.SGD` in a run without the steps in which the
-    row has no gradient. Weight decay is decoupled from the gradient and does not enter the
+    gradient of the row is zero. Weight decay is decoupled from the gradient and does not enter the
     momentum. Without momentum there is no state.
 
     Args:
@@ -32,7 +32,7 @@ class SGD(TableOptimizer):
         lr: the learning rate :math:`\eta`.
         momentum: :math:`\mu`.
         nesterov: whether to use Nesterov momentum.
-        weight_decay: :math:`\lambda`, decoupled from the gradient. A row decays only if it has one.
+        weight_decay: :math:`\lambda`, decoupled from the gradient. Only updated rows decay.
         stochastic_rounding: whether 16-bit tables and their momentum are rounded stochastically
             instead of to nearest.
         seed: seed of stochastic rounding, int64.
@@ -104,10 +104,13 @@ class SGD(TableOptimizer):
         torch.ops.peer.sgd_(
             table,
             state.get("momentum_buffer"),
-            *gradient,
+            gradient.indices,
+            gradient.source,
+            gradient.coefficients,
             lr=float(group["lr"]),
             momentum=group["momentum"],
             nesterov=group["nesterov"],
             weight_decay=group["weight_decay"],
             **rounding,
+            frozen=gradient.frozen,
         )

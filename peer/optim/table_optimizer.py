@@ -21,8 +21,10 @@ class TableOptimizer(torch.optim.Optimizer):
     A table is (N, D), or (N, parts, D) as in `peer.ExpertPool`. The parts are updated like separate
     tables: row-wise state has one value per row and part.
 
-    A step updates the rows that have a gradient: the rows of a sparse gradient, coalesced or not,
-    or all rows if the gradient is dense. It neither reads nor writes other rows and their state.
+    A step updates the rows that have a nonzero gradient, dense or sparse, coalesced or not. It does
+    not write other rows: they do not decay, their momentum does not move them, and they count no
+    step. A row of a gradient is zero if all its numbers are, in all parts; -0.0 is zero, NaN is
+    not. Dense and sparse gradients of equal numbers therefore give the same training, bit by bit.
 
     With `stochastic_rounding`, 16-bit tables and their momentum are rounded up or down at random,
     so that the expectation of a value is the exact result. The random bits are a function of the
@@ -89,7 +91,8 @@ class TableOptimizer(torch.optim.Optimizer):
         fused backward pass computes the coefficients and updates each row by its sum while the row
         is in the cache. It never stores the gradient of a table, so `weight.grad` stays None and
         `step()` skips these tables. Options such as the learning rate are those of the table's
-        group at the time of the backward pass. In float32 and float64, the update equals that of
+        group at the time of the backward pass. Experts that were frozen in the forward pass are not
+        updated. In float32 and float64, the update equals that of
         `step()` with `sparse_grad=True` bit by bit. 16-bit tables are updated by unrounded sums.
 
         Every backward pass is a step. The following therefore gives wrong results, and no error:

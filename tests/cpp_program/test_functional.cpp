@@ -34,6 +34,31 @@ TEST_CASE("expert_mlp sums the weighted experts, with a gradient") {
   CHECK(x.grad().equal(torch::tensor({{1.5F, 5.0F}})));
 }
 
+TEST_CASE("frozen experts have no gradient") {
+  const torch::Tensor ids = torch::tensor({0, 1}, torch::kLong).view({1, 2});
+  const torch::Tensor frozen = torch::tensor({true, false});
+  for (const bool sparse_grad : {false, true}) {
+    const torch::Tensor x = one_token.clone().requires_grad_();
+    const torch::Tensor leaf = table.clone().requires_grad_();
+    const torch::Tensor y =
+        peer::expert_mlp(x, half_and_one, ids, leaf, "relu", sparse_grad, frozen);
+    CHECK(y.equal(torch::tensor({{1.0F, 17.0F}})));
+    y.sum().backward();
+    CHECK(x.grad().equal(torch::tensor({{1.5F, 5.0F}})));
+    CHECK(leaf.grad().to_dense().flatten().equal(
+        torch::tensor({0.0F, 0.0F, 0.0F, 0.0F, 10.0F, 15.0F, 3.0F, 3.0F})));
+    CHECK((!sparse_grad || leaf.grad()._nnz() == 1));
+  }
+  // A module holds an undefined tensor while nothing is frozen.
+  CHECK(peer::expert_mlp(one_token, half_and_one, ids, table, "relu", false, torch::Tensor())
+            .equal(torch::tensor({{1.0F, 17.0F}})));
+  CHECK_THROWS_AS(peer::expert_mlp(one_token, half_and_one, ids, table, "relu", false, ids),
+                  c10::ValueError);
+  CHECK_THROWS_AS(
+      peer::expert_mlp(one_token, half_and_one, ids, table, "relu", false, frozen.to(torch::kInt)),
+      c10::TypeError);
+}
+
 TEST_CASE("experts of three parts have gates") {
   const torch::Tensor gated =
       torch::stack({table.select(1, 0), table.select(1, 1) + 1.0F, table.select(1, 1)}, 1);

@@ -631,6 +631,29 @@ def test_a_graph_is_captured_for_each_layer_and_replayed(monkeypatch: pytest.Mon
     assert replayed == [graph.graph for graph in captured]
 
 
+@pytest.mark.parametrize("percent", [50, 100])
+def test_frozen_experts_are_measured_for_providers_that_freeze_them(percent: int) -> None:
+    providers = ("peer", "peer-fused", "peer-dense-grad", "eager")
+    case = replace(SMALL, frozen=percent)
+    rows = measure(Plan(case, ("experts-backward", "step"), providers))
+    assert {(row.provider, row.skipped) for row in rows if row.skipped} == {
+        ("eager", "it freezes no experts")
+    }
+    assert {row.frozen for row in rows} == {percent}
+
+
+def test_frozen_experts_that_learn_are_caught() -> None:
+    problem = Problem(replace(SMALL, frozen=50), ("uniform",))
+    for workload in set_up("peer", problem, "experts-backward"):
+        check(workload)
+    problem.frozen = None
+    workloads = set_up("peer", problem, "experts-backward")  # freezes nothing
+    problem.frozen = torch.ones(SMALL.num_experts, dtype=torch.bool)
+    for workload in workloads:
+        with pytest.raises(WrongResultError, match="other rows than the trained ones"):
+            check(workload)
+
+
 def test_a_single_router_is_captured_for_each_input() -> None:
     problem = Problem(SMALL_ON_GPU, ("router",), machine=PretendedGpu())
     (workload,) = set_up("peer-graph", problem, "forward", "router")

@@ -48,7 +48,11 @@ def draw_batches():
 def one_of_two_processes(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    results = {"state": train_on_half(rank), "means": reduce_some(rank)}
+    results = {
+        "state": train_on_half(rank),
+        "means": reduce_some(rank),
+        "frozen": train_frozen_on_half(rank),
+    }
     torch.save(results, f"{folder}/{rank}")
     dist.destroy_process_group()
 
@@ -59,6 +63,35 @@ def train_on_half(rank):
     parallel = nn.parallel.DistributedDataParallel(model)
     mine = draw_batches()[:, 10 * rank : 10 * rank + 10]
     return train(model, parallel, mine, peer.optim.all_reduce_gradients_)
+
+
+def make_frozen_layer():
+    torch.manual_seed(0)
+    layer = peer.PEER(8, num_experts=64, heads=2, num_experts_per_head=4, dim_key=4)
+    layer.freeze_experts(torch.arange(64) % 4 == 0, keys=False, router=True)
+    layer.router.freeze_keys(torch.arange(8) < 4, torch.arange(8) < 4)
+    layer.disable_experts(range(8))
+    return layer
+
+
+def train_frozen(layer, run, xs):
+    """Two forward passes before each backward pass, while data parallelism writes buffers."""
+    optimizers = [
+        peer.optim.RowwiseAdagrad([layer.experts.weight], lr=0.1, weight_decay=0.1),
+        torch.optim.AdamW([layer.router.row_keys, layer.router.col_keys], lr=0.1),
+    ]
+    for x in xs:
+        (run(x).square().mean() + run(x.flip(0)).square().mean()).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    return layer.state_dict()
+
+
+def train_frozen_on_half(rank):
+    layer = make_frozen_layer()
+    parallel = nn.parallel.DistributedDataParallel(layer)
+    return train_frozen(layer, parallel, draw_batches()[:, 10 * rank : 10 * rank + 10])
 
 
 def reduce_some(rank):
@@ -95,6 +128,20 @@ def test_two_processes_end_with_the_tables_of_one(results):
         assert not torch.equal(expected, before[name]), name
         assert torch.equal(first[name], second[name]), name
         torch.testing.assert_close(first[name], expected)
+
+
+def test_two_processes_keep_what_is_frozen_and_learn_the_rest_like_one(results):
+    layer = make_frozen_layer()
+    before = {name: value.clone() for name, value in layer.state_dict().items()}
+    expected = train_frozen(layer, layer, draw_batches())
+    first, second = (each["frozen"] for each in results)
+    for name, value in expected.items():
+        assert torch.equal(first[name], second[name]), name
+        torch.testing.assert_close(first[name], value)
+    frozen = before["experts.frozen"]
+    assert torch.equal(first["experts.weight"][frozen], before["experts.weight"][frozen])
+    assert not torch.equal(first["experts.weight"], before["experts.weight"])
+    assert torch.equal(first["router.kept_row_keys"], before["router.kept_row_keys"])
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16", "float16"])

@@ -86,6 +86,20 @@ def test_equals_a_sparse_gradient_and_a_step_bit_by_bit(kind, dtype, glu, hot):
         assert_same_bits(pool.weight, fused.weight)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_experts_whose_gradient_is_zero_are_not_updated(kind, dtype):
+    pool = make_pool(dtype=dtype)
+    make_optimizer(kind, pool).fuse_into_backward(pool)
+    for _ in range(2):
+        x, weights, indices = draw((20,), dtype)
+        with torch.no_grad():
+            weights[indices % 3 == 0] = 0  # experts 0, 3, 6, ... contribute nothing
+        before = pool.weight.detach().clone()
+        pool(x, weights, indices).square().sum().backward()
+        moved = (pool.weight != before).flatten(1).any(1)
+        assert torch.equal(moved.nonzero().flatten(), indices[indices % 3 != 0].unique())
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_a_16_bit_table_differs_by_the_rounding_of_the_gradient_alone(kind, dtype):
     pool, fused = pair_of_pools(dtype=dtype)

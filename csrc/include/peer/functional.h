@@ -6,6 +6,7 @@
 #include <peer/export.h>
 
 #include <cstdint>
+#include <optional>
 #include <string_view>
 #include <tuple>
 
@@ -16,13 +17,16 @@ namespace peer {
 //   query     (T, H, dim_key)
 //   row_keys  (R, dim_key / 2) shared by the heads, or (H, R, dim_key / 2)
 //   col_keys  (C, dim_key / 2) or (H, C, dim_key / 2)
+//   disabled  (R·C) bool, true for experts that are never retrieved; at least k must be false
 //
 // Returns scores (T, H, k), sorted descending, in float (double for double), and indices (T, H, k),
 // int64; expert (r, c) has the id r·C + c.
-PEER_API std::tuple<at::Tensor, at::Tensor> product_key_topk(const at::Tensor& query,
-                                                             const at::Tensor& row_keys,
-                                                             const at::Tensor& col_keys,
-                                                             int64_t k);
+PEER_API std::tuple<at::Tensor, at::Tensor> product_key_topk(
+    const at::Tensor& query,
+    const at::Tensor& row_keys,
+    const at::Tensor& col_keys,
+    int64_t k,
+    const std::optional<at::Tensor>& disabled = {});
 
 // The weights of retrieved experts from their scores (..., k), in the same shape and dtype:
 // "softmax" over the k experts of a head, or "sigmoid" or "relu" of each score.
@@ -35,6 +39,9 @@ PEER_API at::Tensor router_weights(const at::Tensor& scores, std::string_view fu
 //   table (N, 2, D) with rows [down_e, up_e], or (N, 3, D) with rows [down_e, gate_e, up_e]
 //   activation: "gelu", "gelu_tanh", "relu", "silu", "identity" or "relu2"
 //   sparse_grad: the table's gradient is a coalesced sparse tensor that holds the retrieved rows
+//   frozen (N), bool: these rows of the table are constants. They have no gradient, and no rows in
+//   a
+//     sparse one; gradients of x and weights are those of all experts
 //
 // Returns out (T, D) in x's dtype.
 PEER_API at::Tensor expert_mlp(const at::Tensor& x,
@@ -42,7 +49,8 @@ PEER_API at::Tensor expert_mlp(const at::Tensor& x,
                                const at::Tensor& indices,
                                const at::Tensor& table,
                                std::string_view activation = "gelu",
-                               bool sparse_grad = false);
+                               bool sparse_grad = false,
+                               const std::optional<at::Tensor>& frozen = {});
 
 // An uninitialised CPU tensor on pages of 2 MB, if the system grants them. For tables whose rows
 // are read at random.

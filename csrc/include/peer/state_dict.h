@@ -20,4 +20,11 @@ PEER_API void save_state_dict(const torch::nn::Module& module, const std::string
 // in memory beside the module.
 PEER_API void load_state_dict(torch::nn::Module& module, const std::string& path);
 
+// Gives the layers of a module the sizes and the masks of a state that a grown or frozen model
+// saved. Afterwards, load_state_dict loads the state.
+//
+// Throws c10::Error, and leaves the module unchanged, if the file is damaged, if growth does not
+// lead to its sizes, or while a parameter that must grow has a gradient or is part of a graph.
+PEER_API void grow_to(torch::nn::Module& module, const std::string& path);
+
 }  // namespace peer

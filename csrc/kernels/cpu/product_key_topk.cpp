@@ -4,7 +4,8 @@
 //   1. sub-scores   <q1, row_keys[r]> and <q2, col_keys[c]> of a block of tokens, in cache
 //                   (sub_scores.h)
 //   2. selection    the k best rows and the k best columns of every token, sorted (selection.h)
-//   3. pairs        the sums row + column, only of candidates (count_candidate_columns)
+//   3. pairs        the sums row + column, only of candidates (count_candidate_columns), or only of
+//                   enabled pairs (EnabledPairs)
 //
 // Shapes      query (T, H, dim_key)   keys (R or C, dim_key / 2), shared or for each head
 //             scores, indices (T, H, k)
@@ -100,14 +101,29 @@ void pack_keys(const PackKeys<Real>& pass, int64_t first, int64_t last) {
   }
 }
 
+// The sub-scores of a block's queries, in the places of unused keys their least value.
 template <class Real>
-void product_key_topk(const ProductKeyTopk<Real>& pass,
-                      int64_t tokens_per_block,
-                      int64_t first,
-                      int64_t last) {
+void bury_unused_keys(const Keys<Real>& keys, int64_t tokens, ordered_t<Real>* scores) {
+  const int64_t stride = padded_scores<Real>(keys.count);
+  for (int64_t key = 0; key < keys.count; ++key) {
+    if (keys.unused[key]) {
+      for (int64_t t = 0; t < tokens; ++t) {
+        scores[t * stride + key] = unused_key_order<Real>();
+      }
+    }
+  }
+}
+
+// Calls select(row_scores, column_scores, target) for every query of the work items. The sub-scores
+// are ordered integers, and the query's results begin at `target`.
+template <class Real, class Select>
+void score_queries(const ProductKeyTopk<Real>& pass,
+                   int64_t tokens_per_block,
+                   int64_t first,
+                   int64_t last,
+                   const Select& select) {
   const int64_t rows = pass.rows.count;
   const int64_t columns = pass.columns.count;
-  const int64_t k = pass.k;
   const int64_t row_stride = padded_scores<Real>(rows);
   const int64_t column_stride = padded_scores<Real>(columns);
   const int64_t query_width = 2 * pass.half_width;
@@ -115,13 +131,6 @@ void product_key_topk(const ProductKeyTopk<Real>& pass,
 
   Scratch<ordered_t<Real>> row_scores(tokens_per_block * row_stride);
   Scratch<ordered_t<Real>> column_scores(tokens_per_block * column_stride);
-  BestKeys<Real> best_rows(std::min(k, rows));
-  BestKeys<Real> best_columns(std::min(k, columns));
-  const CandidateRanks ranks(best_rows.count, best_columns.count, k);
-  Scratch<ordered_t<Real>> sums(round_up(ranks.count, kScoresPerWord) + kLanes<Real>);
-  Selection<Real> selection(std::max({rows, columns, ranks.count}), k);
-  Scratch<int32_t> best_candidates(k);
-  Scratch<ordered_t<Real>> best_orders(k);
 
   for (int64_t item = first; item < last; ++item) {
     const int64_t head = item % pass.heads;
@@ -133,24 +142,180 @@ void product_key_topk(const ProductKeyTopk<Real>& pass,
     score_keys(query + pass.half_width, query_stride, tokens,
                pass.columns.data + head * pass.columns.head_stride, columns, pass.half_width,
                column_scores.data());
-
+    if (pass.disabled != nullptr) {
+      bury_unused_keys(pass.rows, tokens, row_scores.data());
+      bury_unused_keys(pass.columns, tokens, column_scores.data());
+    }
     for (int64_t t = 0; t < tokens; ++t) {
-      best_rows.select_from(selection, row_scores.data() + t * row_stride, rows);
-      best_columns.select_from(selection, column_scores.data() + t * column_stride, columns);
-      add_candidates(best_rows, best_columns, k, ranks.count, sums.data());
-      selection.select(sums.data(), ranks.count, k, best_candidates.data(), best_orders.data());
-
-      const int64_t target = ((first_token + t) * pass.heads + head) * k;
-      Real* scores = pass.scores + target;
-      int64_t* indices = pass.indices + target;
-      for (int64_t i = 0; i < k; ++i) {
-        const int64_t row = best_rows.ids[ranks.rows[best_candidates[i]]];
-        const int64_t column = best_columns.ids[ranks.columns[best_candidates[i]]];
-        scores[i] = from_ordered<Real>(best_orders[i]);
-        indices[i] = row * columns + column;
-      }
+      select(row_scores.data() + t * row_stride, column_scores.data() + t * column_stride,
+             ((first_token + t) * pass.heads + head) * pass.k);
     }
   }
+}
+
+template <class Real>
+void retrieve_from_all(const ProductKeyTopk<Real>& pass,
+                       int64_t tokens_per_block,
+                       int64_t first,
+                       int64_t last) {
+  const int64_t rows = pass.rows.count;
+  const int64_t columns = pass.columns.count;
+  const int64_t k = pass.k;
+  BestKeys<Real> best_rows(std::min(k, rows));
+  BestKeys<Real> best_columns(std::min(k, columns));
+  const CandidateRanks ranks(best_rows.count, best_columns.count, k);
+  Scratch<ordered_t<Real>> sums(round_up(ranks.count, kScoresPerWord) + kLanes<Real>);
+  Selection<Real> selection(std::max({rows, columns, ranks.count}), k);
+  Scratch<int32_t> best_candidates(k);
+  Scratch<ordered_t<Real>> best_orders(k);
+
+  const auto select = [&](const ordered_t<Real>* row_scores, const ordered_t<Real>* column_scores,
+                          int64_t target) {
+    best_rows.select_from(selection, row_scores, rows);
+    best_columns.select_from(selection, column_scores, columns);
+    add_candidates(best_rows, best_columns, k, ranks.count, sums.data());
+    selection.select(sums.data(), ranks.count, k, best_candidates.data(), best_orders.data());
+
+    Real* scores = pass.scores + target;
+    int64_t* indices = pass.indices + target;
+    for (int64_t i = 0; i < k; ++i) {
+      const int64_t row = best_rows.ids[ranks.rows[best_candidates[i]]];
+      const int64_t column = best_columns.ids[ranks.columns[best_candidates[i]]];
+      scores[i] = from_ordered<Real>(best_orders[i]);
+      indices[i] = row * columns + column;
+    }
+  };
+  score_queries(pass, tokens_per_block, first, last, select);
+}
+
+// The k best enabled pairs of one query.
+//
+// Scan        the best rows, from the best on, and in each the best columns, from the best on. This
+//             is the order of (row rank, column rank), so among equal sums the first is the best.
+//             A row ends at the first sum that is not above the k-th best so far, because the later
+//             ones are not above it either. The scan ends when the first sum of a row is not
+// Depth       only the best keys of each half are sorted. If a pair of another key may be among the
+//             k best, the scan begins again with more keys, at last with all
+template <class Real>
+class EnabledPairs {
+ public:
+  explicit EnabledPairs(const ProductKeyTopk<Real>& pass)
+      : pass_(pass), best_(pass.k), nearest_(pass, 2 * pass.k) {}
+
+  // Writes the results.
+  void select(const ordered_t<Real>* row_scores,
+              const ordered_t<Real>* column_scores,
+              int64_t target) {
+    bool is_found = scan(nearest_, row_scores, column_scores);
+    for (int64_t depth = 8 * pass_.k; !is_found; depth *= 4) {
+      SortedKeys more(pass_, depth);
+      is_found = scan(more, row_scores, column_scores) || more.are_all(pass_);
+    }
+    std::sort_heap(best_.data(), best_.data() + count_, is_better);
+    for (int64_t i = 0; i < count_; ++i) {
+      pass_.scores[target + i] = from_ordered<Real>(best_[i].order);
+      pass_.indices[target + i] = best_[i].expert;
+    }
+  }
+
+ private:
+  using Order = ordered_t<Real>;
+
+  struct Pair {
+    Order order;
+    int32_t row_rank, column_rank;
+    int64_t expert;
+  };
+
+  static bool is_better(const Pair& a, const Pair& b) {
+    if (a.order != b.order) {
+      return a.order > b.order;
+    }
+    return a.row_rank != b.row_rank ? a.row_rank < b.row_rank : a.column_rank < b.column_rank;
+  }
+
+  // The best keys of both halves.
+  struct SortedKeys {
+    SortedKeys(const ProductKeyTopk<Real>& pass, int64_t depth)
+        : rows(std::min(depth, pass.rows.count)),
+          columns(std::min(depth, pass.columns.count)),
+          selection(std::max(pass.rows.count, pass.columns.count), depth) {}
+
+    bool are_all(const ProductKeyTopk<Real>& pass) const {
+      return rows.count == pass.rows.count && columns.count == pass.columns.count;
+    }
+
+    BestKeys<Real> rows, columns;
+    Selection<Real> selection;
+  };
+
+  // Finds the best enabled pairs of the best keys. Whether no other pair can be among them.
+  bool scan(SortedKeys& keys, const Order* row_scores, const Order* column_scores) {
+    keys.rows.select_from(keys.selection, row_scores, pass_.rows.count);
+    keys.columns.select_from(keys.selection, column_scores, pass_.columns.count);
+    count_ = 0;
+    Order unseen = kBelowAll<Real>;  // a bound of the sums in the rest of the scanned rows
+    for (int64_t i = 0; i < keys.rows.count; ++i) {
+      const int64_t columns = scan_row(keys, i);
+      if (columns == 0) {
+        return unseen < best_[0].order;
+      }
+      if (columns == keys.columns.count && columns < pass_.columns.count) {
+        unseen = std::max(unseen, sum(keys, i, columns - 1));
+      }
+    }
+    return keys.rows.count == pass_.rows.count && count_ == pass_.k && unseen < best_[0].order;
+  }
+
+  // The number of columns before the row's end.
+  int64_t scan_row(const SortedKeys& keys, int64_t i) {
+    const int64_t first_expert = keys.rows.ids[i] * pass_.columns.count;
+    for (int64_t j = 0; j < keys.columns.count; ++j) {
+      const Order order = sum(keys, i, j);
+      if (count_ == pass_.k && order <= best_[0].order) {
+        return j;
+      }
+      const int64_t expert = first_expert + keys.columns.ids[j];
+      if (!pass_.disabled[expert]) {
+        add({order, int32_t(i), int32_t(j), expert});
+      }
+    }
+    return keys.columns.count;
+  }
+
+  static Order sum(const SortedKeys& keys, int64_t i, int64_t j) {
+    return to_ordered(keys.rows.scores[i] + keys.columns.scores[j]);
+  }
+
+  // Replaces the worst pair if there are k.
+  void add(const Pair& pair) {
+    if (count_ == pass_.k) {
+      std::pop_heap(best_.data(), best_.data() + count_, is_better);
+      --count_;
+    }
+    best_[count_++] = pair;
+    std::push_heap(best_.data(), best_.data() + count_, is_better);
+  }
+
+  const ProductKeyTopk<Real>& pass_;
+  int64_t count_ = 0;   // of the pairs so far
+  Scratch<Pair> best_;  // (k), a heap with the worst pair first
+  SortedKeys nearest_;
+};
+
+template <class Real>
+void product_key_topk(const ProductKeyTopk<Real>& pass,
+                      int64_t tokens_per_block,
+                      int64_t first,
+                      int64_t last) {
+  if (pass.disabled == nullptr) {
+    retrieve_from_all(pass, tokens_per_block, first, last);
+    return;
+  }
+  EnabledPairs<Real> pairs(pass);
+  const auto select = [&](const ordered_t<Real>* row_scores, const ordered_t<Real>* column_scores,
+                          int64_t target) { pairs.select(row_scores, column_scores, target); };
+  score_queries(pass, tokens_per_block, first, last, select);
 }
 
 template <class Real>

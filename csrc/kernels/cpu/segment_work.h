@@ -28,8 +28,8 @@ struct SplitSegment {
 
 template <class Real>
 struct SegmentWork {
-  int64_t pair_count;
-  const Pair* pairs;  // sorted by owner, stable
+  int64_t pair_count;  // with the pairs of frozen owners
+  const Pair* pairs;   // the others, sorted by owner, stable
   const Chunk* chunks;
   const SplitSegment* split_segments;
   Rows<Real> partial_sums;  // of all columns of an output row

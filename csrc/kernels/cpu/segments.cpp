@@ -1,9 +1,9 @@
-// Pairs are sorted by a radix sort, then cut into chunks.
+// Pairs of frozen owners are dropped. The others are sorted by a radix sort, then cut into chunks.
 //
 // Work item   a block of kPairsPerBlock pairs, in each of two phases. The first phase counts. A
 //             scan gives every block its positions. The second phase writes
 // Traffic     per digit of the owners, each pair is read twice and written once; then each pair is
-//             read twice
+//             read twice. With a mask, each owner is read twice before, with its byte of the mask
 // Exactness   the result depends on the owners only, not on the threads
 #include "kernels/cpu/segments.h"
 
@@ -60,17 +60,59 @@ void sort_by_digit(const Pair* source,
   });
 }
 
-List<Pair> sort_pairs(const int64_t* owners,
+List<Pair> list_pairs(const int64_t* owners,
                       int64_t count,
-                      int64_t owner_count,
                       const ParallelFor& parallel_for,
                       const Allocate& allocate) {
-  List<Pair> pairs(allocate, count);
+  const List<Pair> pairs(allocate, count);
   parallel_for(0, count, kPairsPerBlock, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
       pairs[i] = {.owner = owners[i], .id = i};
     }
   });
+  return pairs;
+}
+
+// The pairs of the owners that are not frozen, by id.
+List<Pair> list_trained_pairs(const int64_t* owners,
+                              int64_t count,
+                              const bool* frozen,
+                              const ParallelFor& parallel_for,
+                              const Allocate& allocate) {
+  const int64_t blocks = ceil_div(count, kPairsPerBlock);
+  std::vector<int64_t> positions(blocks + 1);
+  parallel_for(0, blocks, 1, [&](int64_t first, int64_t last) {
+    for (int64_t block = first; block < last; ++block) {
+      for (int64_t i = block * kPairsPerBlock; i < std::min(count, (block + 1) * kPairsPerBlock);
+           ++i) {
+        positions[block] += !frozen[owners[i]];
+      }
+    }
+  });
+  int64_t total = 0;
+  for (int64_t& position : positions) {
+    total += std::exchange(position, total);
+  }
+  const List<Pair> pairs(allocate, total);
+  parallel_for(0, blocks, 1, [&](int64_t first, int64_t last) {
+    for (int64_t block = first; block < last; ++block) {
+      // No branch depends on the mask: the place of a frozen pair is overwritten by the next pair.
+      // The loop ends with the block's last place, so that it writes no other block's places.
+      int64_t next = positions[block];
+      for (int64_t i = block * kPairsPerBlock; next < positions[block + 1]; ++i) {
+        pairs[next] = {.owner = owners[i], .id = i};
+        next += !frozen[owners[i]];
+      }
+    }
+  });
+  return pairs;
+}
+
+List<Pair> sort_pairs(List<Pair> pairs,
+                      int64_t owner_count,
+                      const ParallelFor& parallel_for,
+                      const Allocate& allocate) {
+  const int64_t count = pairs.size();
   const int bits = std::bit_width(uint64_t(std::max<int64_t>(owner_count - 1, 0)));
   const int passes = (bits + kMaxDigitBits - 1) / kMaxDigitBits;
   if (count == 0 || passes == 0) {
@@ -115,15 +157,19 @@ void for_each_segment(const List<Pair>& pairs, int64_t begin, int64_t end, const
 Segments make_segments(const int64_t* owners,
                        int64_t count,
                        int64_t owner_count,
+                       const bool* frozen,
                        OutputRows rows,
                        const ParallelFor& parallel_for,
                        const Allocate& allocate) {
-  const List<Pair> pairs = sort_pairs(owners, count, owner_count, parallel_for, allocate);
-  const int64_t blocks = ceil_div(count, kPairsPerBlock);
+  const List<Pair> pairs = sort_pairs(
+      frozen == nullptr ? list_pairs(owners, count, parallel_for, allocate)
+                        : list_trained_pairs(owners, count, frozen, parallel_for, allocate),
+      owner_count, parallel_for, allocate);
+  const int64_t blocks = ceil_div(pairs.size(), kPairsPerBlock);
   std::vector<Counts> places(blocks);
   const auto for_each_segment_of_block = [&](int64_t block, const auto& visit) {
-    for_each_segment(pairs, block * kPairsPerBlock, std::min(count, (block + 1) * kPairsPerBlock),
-                     visit);
+    for_each_segment(pairs, block * kPairsPerBlock,
+                     std::min(pairs.size(), (block + 1) * kPairsPerBlock), visit);
   };
 
   parallel_for(0, blocks, 1, [&](int64_t first_block, int64_t last_block) {
@@ -149,6 +195,7 @@ Segments make_segments(const int64_t* owners,
 
   const bool is_compact = rows == OutputRows::compact;
   const Segments segments = {
+      .pair_count = count,
       .pairs = pairs,
       .chunks = List<Chunk>(allocate, total.chunks),
       .split_segments = List<SplitSegment>(allocate, total.split_segments),

@@ -35,7 +35,8 @@ class List {
 };
 
 struct Segments {
-  List<Pair> pairs;  // by owner; pairs of equal owners by id
+  int64_t pair_count;  // with the pairs of frozen owners
+  List<Pair> pairs;    // the others, by owner; pairs of equal owners by id
   List<Chunk> chunks;
   List<SplitSegment> split_segments;
   List<int64_t> distinct_owners;  // ascending; only for compact rows
@@ -44,7 +45,7 @@ struct Segments {
   template <class Real>
   SegmentWork<Real> work(Rows<Real> partial_sums) const {
     return {
-        .pair_count = pairs.size(),
+        .pair_count = pair_count,
         .pairs = pairs.data(),
         .chunks = chunks.data(),
         .split_segments = split_segments.data(),
@@ -53,10 +54,12 @@ struct Segments {
   }
 };
 
-// Owners are in [0, owner_count).
+// Owners are in [0, owner_count). frozen: by owner, or null. Pairs of frozen owners are dropped, so
+// a frozen owner has no segment.
 Segments make_segments(const int64_t* owners,
                        int64_t count,
                        int64_t owner_count,
+                       const bool* frozen,
                        OutputRows rows,
                        const ParallelFor& parallel_for,
                        const Allocate& allocate);

@@ -5,6 +5,8 @@
 //                  coefficients[part, pair]·source[pair / pairs_per_row, part]
 //   w[row, part], state[row, part] = rule(w[row, part], state[row, part], g[row, part])
 //
+// Rows that are frozen or have a gradient of zeros are left alone.
+//
 // Shapes      source (·, parts·width)   table, momentum (N, parts·width)
 //             second_moments (N, parts)
 // Work item   a row of the source, if its rows are the gradients; otherwise one chunk, then one
@@ -19,6 +21,8 @@
 #include "kernels/cpu/table_update.h"
 
 #include <cmath>
+#include <cstdint>
+#include <type_traits>
 
 #include "kernels/cpu/scratch.h"
 #include "kernels/cpu/segment_sum.h"
@@ -99,6 +103,26 @@ struct RoundStochastically {
                            lanes.count);
   }
 };
+
+// Whether all numbers are zero, of either sign. On the bits, because numbers may be compared with
+// denormals taken as zero. The first blocks of nearly all gradients decide.
+template <class Element>
+bool is_zero(const Element* gradient, int64_t width) {
+  using Bits = std::conditional_t<sizeof(Element) == 8, uint64_t,
+                                  std::conditional_t<sizeof(Element) == 4, uint32_t, uint16_t>>;
+  constexpr int64_t block = kVectorBytes / sizeof(Element);
+  for (int64_t begin = 0; begin < width; begin += block) {
+    const int64_t end = begin + block < width ? begin + block : width;
+    Bits magnitudes = 0;
+    for (int64_t i = begin; i < end; ++i) {
+      magnitudes |= Bits(bit_cast<Bits>(gradient[i]) << 1);
+    }
+    if (magnitudes != 0) {
+      return false;
+    }
+  }
+  return true;
+}
 
 // Four sums side by side hide the latency of multiply-add.
 template <class Real, class Gradient>
@@ -225,6 +249,9 @@ void update_part(const UpdateRule<Table>& rule,
 
 template <class Table, class Source, class Gradient>
 void update_row(const TableUpdate<Table, Source>& update, int64_t row, const Gradient* gradient) {
+  if (is_zero(gradient, update.parts * update.width)) {
+    return;
+  }
   const UpdateRule<Table>& rule = update.rule;
   Table* const w = update.table.data + row * update.table.stride;
   Table* const momentum = rule.momentum ? rule.momentum.data + row * rule.momentum.stride : nullptr;
@@ -301,11 +328,15 @@ void update_rows(const TableUpdate<Table, Source>& update,
                  const int64_t* ids,
                  int64_t first,
                  int64_t last) {
+  const auto row_of = [&](int64_t i) { return ids ? ids[i] : i; };
+  const auto is_frozen = [&](int64_t row) { return update.frozen && update.frozen[row]; };
   for (int64_t i = first; i < last; ++i) {
-    if (i + kRowsAhead < last) {
-      prefetch_row(update, ids ? ids[i + kRowsAhead] : i + kRowsAhead);
+    if (i + kRowsAhead < last && !is_frozen(row_of(i + kRowsAhead))) {
+      prefetch_row(update, row_of(i + kRowsAhead));
     }
-    update_row(update, ids ? ids[i] : i, update.source.data + i * update.source.stride);
+    if (!is_frozen(row_of(i))) {
+      update_row(update, row_of(i), update.source.data + i * update.source.stride);
+    }
   }
 }
 

@@ -27,6 +27,8 @@ namespace peer::cuda {
 //   m = momentum_decay·m + momentum_gain·g                      or m = g, without momentum
 //   w = decay_factor·w - scale·m                                or, with nesterov,
 //   w = decay_factor·w - scale·(g + momentum_decay·m)
+//
+// In the last lines, what scale is multiplied by is the direction.
 template <class Real>
 struct Hyperparameters {
   Real lr, decay_factor, eps = 0;
@@ -34,6 +36,16 @@ struct Hyperparameters {
   Real second_moment_decay = 1, second_moment_gain = 1;
   double log_beta1 = 0, log_beta2 = 0;  // for beta^t
   bool nesterov = false;
+
+  __device__ Real update_momentum(Real m, Real g) const {
+    return momentum_decay * m + momentum_gain * g;
+  }
+  __device__ Real direction(Real updated_m, Real g) const {
+    return nesterov ? g + momentum_decay * updated_m : updated_m;
+  }
+  __device__ Real update_weight(Real w, Real scale, Real direction) const {
+    return decay_factor * w - scale * direction;
+  }
 };
 
 template <class Table, class Real = accumulation_t<Table>>
@@ -66,24 +78,39 @@ template <class Table, int vec_size>
 struct PartUpdate {
   using Real = accumulation_t<Table>;
   SlicedRows<Table, vec_size> table, momentum;
-  int64_t first_column;  // of the part in the row
   Real* second_moments;  // null if the rule has none
-  int64_t moments_per_row;
   int32_t* row_steps;
-  bool is_last_part;  // which ends the row's step
+  int part, parts;
   Hyperparameters<Real> hyperparameters;
   bool stochastic_rounding;
   uint64_t key;
 
   __device__ bool needs_mean_of_squares() const { return second_moments != nullptr; }
   __device__ bool has_momentum() const { return momentum.data != nullptr; }
+  // The last part ends the row's step.
+  __device__ bool is_last_part() const { return part == parts - 1; }
+
+  // The update of an earlier part of the rows.
+  __device__ PartUpdate of_part(int earlier) const {
+    const int distance = part - earlier;
+    PartUpdate update = *this;
+    update.table.data -= distance * table.width;
+    if (has_momentum()) {
+      update.momentum.data -= distance * table.width;
+    }
+    if (needs_mean_of_squares()) {
+      update.second_moments -= distance;
+    }
+    update.part = earlier;
+    return update;
+  }
 
   __device__ RowState<Real> read_state(int32_t row) const {
-    return {second_moments[row * moments_per_row], row_steps ? row_steps[row] : 0};
+    return {second_moments[int64_t(row) * parts], row_steps ? row_steps[row] : 0};
   }
   __device__ void write_state(int32_t row, const RowState<Real>& state) const {
-    second_moments[row * moments_per_row] = state.second_moment;
-    if (row_steps && is_last_part) {
+    second_moments[int64_t(row) * parts] = state.second_moment;
+    if (row_steps && is_last_part()) {
       row_steps[row] = state.step;
     }
   }
@@ -104,6 +131,45 @@ struct PartUpdate {
     return lr / (std::sqrt(second_moment) + hyperparameters.eps);
   }
 
+  // Keys of the random bits of a row of the table and of its momentum.
+  __device__ uint64_t derive_table_key(int32_t row) const {
+    return stochastic_rounding ? derive_key(key, 2 * uint64_t(row)) : 0;
+  }
+  __device__ uint64_t derive_momentum_key(int32_t row) const {
+    return stochastic_rounding ? derive_key(key, 2 * uint64_t(row) + 1) : 0;
+  }
+  // A column of the part, among those of the whole row.
+  __device__ uint32_t column_in_row(int64_t column) const {
+    return uint32_t(part * table.width + column);
+  }
+
+  // Updates the columns of a warp's slice by gradients of zero. This is rare. One element per lane
+  // at a time takes fewer registers than the vectors of TableSlice, and none from its loop.
+  __device__ void update_slice_by_zeros(int32_t row, int64_t slice_column, Real scale) const {
+    const int64_t rest = table.width - slice_column;
+    const int columns = int(rest < kSliceColumns<vec_size> ? rest : kSliceColumns<vec_size>);
+#pragma unroll 1
+    for (int i = lane(); i < columns; i += kWarp) {
+      const int64_t column = slice_column + i;
+      Real direction = 0;
+      if (has_momentum()) {
+        Table& stored = momentum.data[row * momentum.stride + column];
+        const Real m = hyperparameters.update_momentum(widen(stored), 0);
+        direction = hyperparameters.direction(m, 0);
+        stored = round(m, derive_momentum_key(row), column);
+      }
+      Table& stored = table.data[row * table.stride + column];
+      const Real w = hyperparameters.update_weight(widen(stored), scale, direction);
+      stored = round(w, derive_table_key(row), column);
+    }
+  }
+
+  __device__ Table round(Real wide, uint64_t row_key, int64_t column) const {
+    return stochastic_rounding
+               ? narrow_stochastically<Table>(wide, random_word(row_key, column_in_row(column)))
+               : narrow<Table>(wide);
+  }
+
   // Called before the warp reads the row.
   __device__ void prefetch_row(int32_t row, int64_t column) const {
     prefetch_l2(table.slice(row, column));
@@ -111,7 +177,7 @@ struct PartUpdate {
       prefetch_l2(momentum.slice(row, column));
     }
     if (needs_mean_of_squares() && threadIdx.x == 0) {
-      prefetch_l2(second_moments + row * moments_per_row);
+      prefetch_l2(second_moments + int64_t(row) * parts);
       if (row_steps) {
         prefetch_l2(row_steps + row);
       }
@@ -138,26 +204,22 @@ class TableSlice {
   // The update of w uses m before m is rounded.
   __device__ void apply_update(const SliceValues<Real, vec_size>& gradient, Real scale) {
     const Hyperparameters<Real>& hyperparameters = update_.hyperparameters;
-    const uint64_t table_key = derive_row_key(2 * uint64_t(row_));
-    const uint64_t momentum_key =
-        update_.has_momentum() ? derive_row_key(2 * uint64_t(row_) + 1) : 0;
+    const uint64_t table_key = update_.derive_table_key(row_);
+    const uint64_t momentum_key = update_.has_momentum() ? update_.derive_momentum_key(row_) : 0;
     for_each_vec([&](int k) {
       WideVec direction = gradient.vecs[k];
       if (update_.has_momentum()) {
         WideVec m = widen_vec(m_.vecs[k]);
         for_each_element<vec_size>([&](int i) {
           const Real g = direction.values[i];
-          m.values[i] =
-              hyperparameters.momentum_decay * m.values[i] + hyperparameters.momentum_gain * g;
-          direction.values[i] = hyperparameters.nesterov
-                                    ? g + hyperparameters.momentum_decay * m.values[i]
-                                    : m.values[i];
+          m.values[i] = hyperparameters.update_momentum(m.values[i], g);
+          direction.values[i] = hyperparameters.direction(m.values[i], g);
         });
         store_vec(update_.momentum.slice(row_, column_), k, round(m, momentum_key, k));
       }
       WideVec w = widen_vec(w_.vecs[k]);
       for_each_element<vec_size>([&](int i) {
-        w.values[i] = hyperparameters.decay_factor * w.values[i] - scale * direction.values[i];
+        w.values[i] = hyperparameters.update_weight(w.values[i], scale, direction.values[i]);
       });
       store_vec(update_.table.slice(row_, column_), k, round(w, table_key, k));
     });
@@ -166,15 +228,11 @@ class TableSlice {
  private:
   using WideVec = Vec<Real, vec_size>;
 
-  __device__ uint64_t derive_row_key(uint64_t number) const {
-    return update_.stochastic_rounding ? derive_key(update_.key, number) : 0;
-  }
-
   __device__ RawVec<Table, vec_size> round(const WideVec& wide, uint64_t row_key, int k) const {
     if (!update_.stochastic_rounding) {
       return narrow_vec<Table>(wide);
     }
-    const uint32_t column = uint32_t(update_.first_column + column_) + vec_offset<vec_size>(k);
+    const uint32_t column = update_.column_in_row(column_) + vec_offset<vec_size>(k);
     Vec<Table, vec_size> result;
     for_each_element<vec_size>([&](int i) {
       result.values[i] =

@@ -20,6 +20,7 @@
 //             equal sub-scores rank by id. Scores are compared as ordered integers (ordered.h), so
 //             NaN ranks highest and -0 equals 0. An infinite sub-score counts as the largest finite
 //             number of its sign
+// Mask        the same retrieval with the largest k, then product_key_topk_masked.cu
 // Requires    k up to kMaxRetrieved and R·C; R, C and dim_key below 2^31; any alignments, but
 //             elements that are not vectorizable are read one by one
 #include <cuda_runtime.h>
@@ -28,6 +29,8 @@
 #include <cstdint>
 
 #include "kernels/cuda/product_key_topk.h"
+#include "kernels/cuda/product_key_topk_masked.h"
+#include "kernels/cuda/query_block.h"
 #include "kernels/cuda/query_topk.h"
 #include "kernels/cuda/sub_scores.h"
 
@@ -36,9 +39,6 @@ namespace peer::cuda {
 namespace {
 
 constexpr int kMaxThreads = 512;
-
-// The two halves of a query.
-constexpr int kRows = 0, kColumns = 1;
 
 // The layout of a block's shared memory, in bytes from its start.
 template <class Query>
@@ -83,25 +83,15 @@ class SharedLayout {
   int sorted_, pairs_, bytes_;
 };
 
-// Vectorizable arrays are read 16 bytes at a time.
-struct Vectorizable {
-  bool queries, rows, columns;
-};
-
-template <class Query>
+template <bool is_masked, class Query>
 __global__ void __launch_bounds__(kMaxThreads)
     product_key_topk_kernel(ProductKeyTopk<Query> retrieval,
                             SharedLayout<Query> shared,
                             Vectorizable vectorizable) {
   using Real = accumulation_t<Query>;
   const int k = int(retrieval.k);
-  const int64_t head = blockIdx.x % retrieval.heads;
-  const int64_t first_token = blockIdx.x / retrieval.heads * kQueriesPerBlock<Query>;
-  const int64_t first_query = first_token * retrieval.heads + head;
-  const int half_width = int(retrieval.half_width);
-  const int64_t query_stride = 2 * retrieval.half_width;
-  const int queries =
-      int(std::min<int64_t>(kQueriesPerBlock<Query>, retrieval.tokens - first_token));
+  const QueryBlock<Query> block(retrieval, vectorizable, blockIdx.x);
+  const int queries = block.count();
   const int warps = int(blockDim.x) / kWarp;
   const ScoreRows<Real> scores = shared.scores();
 
@@ -111,35 +101,24 @@ __global__ void __launch_bounds__(kMaxThreads)
   list_candidate_pairs(best_rows, best_columns, k, shared.pairs());
 
   for (int half = kRows; half <= kColumns; ++half) {
-    const Keys<Query> keys = half == kRows ? retrieval.rows : retrieval.columns;
-    const HalfRows<Query> key_rows = {
-        .data = keys.data + head * keys.head_stride,
-        .stride = half_width,
-        .count = keys.count,
-        .width = half_width,
-        .is_vectorizable = half == kRows ? vectorizable.rows : vectorizable.columns,
-    };
-    const HalfRows<Query> query_rows = {
-        .data = retrieval.query + first_query * query_stride + half * half_width,
-        .stride = retrieval.heads * query_stride,
-        .count = queries,
-        .width = half_width,
-        .is_vectorizable = vectorizable.queries,
-    };
+    const HalfRows<Query> keys = block.key_rows(half);
+    const HalfRows<Query> query_rows = block.query_rows(half);
+    const bool* const unused = half == kRows ? retrieval.rows.unused : retrieval.columns.unused;
     for (int64_t first = 0; first < keys.count; first += shared.keys_per_batch()) {
       const int batch = int(std::min<int64_t>(shared.keys_per_batch(), keys.count - first));
-      score_batch(query_rows, key_rows, first, batch, shared.stage_vecs(), scores);
+      score_batch(query_rows, keys, first, batch, shared.stage_vecs(), scores);
       __syncthreads();
       for (int query = warp_in_block(); query < queries; query += warps) {
         shared.best_keys(half, query)
-            .add_batch(scores.data + query * scores.stride, batch, int32_t(first));
+            .template add_batch<is_masked>(scores.data + query * scores.stride, batch,
+                                           int32_t(first), unused);
       }
       __syncthreads();
     }
   }
 
   for (int query = warp_in_block(); query < queries; query += warps) {
-    const int64_t target = (first_query + query * retrieval.heads) * retrieval.k;
+    const int64_t target = block.query(query) * retrieval.k;
     const PairSelection<Real> selection = {
         .rows = shared.best_keys(kRows, query),
         .columns = shared.best_keys(kColumns, query),
@@ -174,6 +153,17 @@ SharedLayout<Query> choose_shared_layout(const ProductKeyTopk<Query>& retrieval)
   return layout_for(batch);
 }
 
+// Retrieves from all experts. Under a mask, unused keys rank behind the others.
+template <bool is_masked, class Query>
+void retrieve(const ProductKeyTopk<Query>& retrieval, const Context& context) {
+  const int64_t blocks = count_query_blocks(retrieval);
+  const SharedLayout<Query> shared = choose_shared_layout(retrieval);
+  // With at most one block per SM, a block takes all registers.
+  const int threads = blocks > sm_count() ? kMaxThreads / 2 : kMaxThreads;
+  launch(product_key_topk_kernel<is_masked, Query>, {blocks, threads, shared.bytes()},
+         context.stream, retrieval, shared, find_vectorizable(retrieval));
+}
+
 }  // namespace
 
 template <class Query>
@@ -184,22 +174,19 @@ void product_key_topk(const ProductKeyTopk<Query>& given, const Context& context
     retrieval.tokens *= retrieval.heads;
     retrieval.heads = 1;
   }
-  const int64_t width = retrieval.half_width;
-  const auto are_vectorizable = [&](const Keys<Query>& keys) {
-    return is_vectorizable(keys.data, keys.head_stride, width);
-  };
-  const Vectorizable vectorizable = {
-      .queries = is_vectorizable(retrieval.query, 2 * width, width),
-      .rows = are_vectorizable(retrieval.rows),
-      .columns = are_vectorizable(retrieval.columns),
-  };
-  constexpr int kQueries = kQueriesPerBlock<Query>;
-  const int64_t blocks = (retrieval.tokens + kQueries - 1) / kQueries * retrieval.heads;
-  const SharedLayout<Query> shared = choose_shared_layout(retrieval);
-  // With at most one block per SM, a block takes all registers.
-  const int threads = blocks > sm_count() ? kMaxThreads / 2 : kMaxThreads;
-  launch(product_key_topk_kernel<Query>, {blocks, threads, shared.bytes()}, context.stream,
-         retrieval, shared, vectorizable);
+  if (retrieval.disabled == nullptr) {
+    retrieve<false>(retrieval, context);
+    return;
+  }
+  ProductKeyTopk<Query> best = retrieval;
+  best.k = std::min(kMaxRetrieved, retrieval.rows.count * retrieval.columns.count);
+  const int64_t count = retrieval.tokens * retrieval.heads * best.k;
+  const auto scores = context.array<accumulation_t<Query>>(count);
+  const auto indices = context.array<int64_t>(count);
+  best.scores = scores.get();
+  best.indices = indices.get();
+  retrieve<true>(best, context);
+  keep_enabled(best, retrieval, context);
 }
 
 template void product_key_topk(const ProductKeyTopk<float>&, const Context&);

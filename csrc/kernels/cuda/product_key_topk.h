@@ -11,7 +11,11 @@ namespace peer::cuda {
 // The largest k.
 constexpr int64_t kMaxRetrieved = 64;
 
-// Query is float, double, BFloat16 or Half.
+// The most keys of each half under a mask. A block's sub-scores are then fewer than 2^31.
+constexpr int64_t kMaxMaskedKeys = (int64_t(1) << 26) - 64;
+
+// Query is float, double, BFloat16 or Half. With fewer than k enabled experts, it ends the
+// kernel with a message and a trap.
 template <class Query>
 void product_key_topk(const ProductKeyTopk<Query>& retrieval, const Context& context);
 

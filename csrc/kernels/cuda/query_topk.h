@@ -51,13 +51,26 @@ struct BestKeys {
   Candidate<Order>* sorted;  // the k best of the keys so far, or all of them
 
   // Merges a batch's scores into the list. Overwrites the scores. The block must synchronise before
-  // the next batch.
-  __device__ void add_batch(Order* batch, int batch_keys, int32_t first_key) const {
+  // the next batch. Under a mask, `unused` is that of all keys.
+  template <bool is_masked>
+  __device__ void add_batch(Order* batch,
+                            int batch_keys,
+                            int32_t first_key,
+                            const bool* unused) const {
     Order scores[kScoresPerLane];
 #pragma unroll
     for (int i = 0; i < kScoresPerLane; ++i) {
       const int position = position_of(i);
       scores[i] = position < batch_keys ? clamp_to_finite<Real>(batch[position]) : kBelowAll<Order>;
+    }
+    if constexpr (is_masked) {
+#pragma unroll
+      for (int i = 0; i < kScoresPerLane; ++i) {
+        const int position = position_of(i);
+        if (position < batch_keys && unused[first_key + position]) {
+          scores[i] = unused_key_order<Real>();
+        }
+      }
     }
     __syncwarp();
     // Every batch but the last has more than k keys.

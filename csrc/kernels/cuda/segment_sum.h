@@ -44,7 +44,8 @@ struct Term {
 //                     output
 template <class Real>
 struct TermList {
-  int32_t max_count;  // the number of terms; for split segments, an upper bound
+  int32_t max_count;                      // an upper bound on the number of terms
+  const int32_t* actual_count = nullptr;  // in device memory; null: max_count
   // Sorted pairs.
   const int32_t* pair_ids = nullptr;
   const int32_t* targets = nullptr;
@@ -52,9 +53,8 @@ struct TermList {
   int32_t pairs_per_row = 1;
   // Split segments.
   const SplitSegment* split_segments = nullptr;
-  const SegmentCounts* counts = nullptr;
 
-  __device__ int32_t count() const { return counts ? counts->split_segments : max_count; }
+  __device__ int32_t count() const { return actual_count ? *actual_count : max_count; }
 
   __device__ bool starts_sum(int64_t position) const {
     return position == 0 || !targets || targets[position - 1] != kContinueSegment;
@@ -79,6 +79,7 @@ TermList<Real> terms_of_pairs(const Segments& segments,
                               const Real* coefficients,
                               int64_t pairs_per_row) {
   return {.max_count = int32_t(segments.count),
+          .actual_count = segments.trained_count.get(),
           .pair_ids = segments.pair_ids.get(),
           .targets = segments.targets.get(),
           .coefficients = coefficients,
@@ -93,8 +94,8 @@ TermList<Real> terms_of_rows(int64_t rows) {
 template <class Real>
 TermList<Real> terms_of_split_segments(const Segments& segments) {
   return {.max_count = int32_t(segments.max_split_segments),
-          .split_segments = segments.split_segments.get(),
-          .counts = segments.counts.get()};
+          .actual_count = &segments.counts->split_segments,
+          .split_segments = segments.split_segments.get()};
 }
 
 // The first position from `position` on at which a sum starts, or the list's end. Called by all
@@ -150,6 +151,30 @@ __device__ int read_terms(const TermList<Real>& list, int positions, int64_t sou
   }
   __syncthreads();
   return end - first;
+}
+
+// The same for a list of rows, without the frozen ones. Every warp counts the others; the first one
+// writes their terms.
+template <class Source, class Real>
+__device__ int read_trained_rows(const TermList<Real>& list,
+                                 int positions,
+                                 int64_t source_stride,
+                                 const bool* frozen) {
+  const int64_t begin = int64_t(blockIdx.x) * positions;
+  Term<Real>* const terms = TileStorage<Source, Real>::terms();
+  int trained = 0;
+#pragma unroll 1
+  for (int first = 0; first < positions; first += kWarp) {
+    const int64_t row = begin + first + lane();
+    const bool is_trained = first + lane() < positions && row < list.max_count && !frozen[row];
+    const unsigned ballot = __ballot_sync(kAllLanes, is_trained);
+    if (is_trained && warp_in_block() == 0) {
+      terms[trained + count_lower_lanes(ballot)] = list.term(int32_t(row), source_stride);
+    }
+    trained += __popc(ballot);
+  }
+  __syncthreads();
+  return trained;
 }
 
 // Asynchronous copies of 16 bytes from global to shared memory, in groups per lane. CUDA's own

@@ -1,12 +1,17 @@
 // Segments: pairs sorted by owner (the table row that each pair retrieved), and the target of every
 // sum over them.
 //
-// Sorting     a stable radix sort of pair ids by owner, over as many bits as owners have
+// Sorting     a stable radix sort of pair ids by owner, over as many bits as owners have. All
+// frozen
+//             owners have one key, which is above the others: the number of owners
 // Targets     one per sorted position (segment_chunks.h). A scan over tiles of positions: tiles
 //             count what ends in them, one block scans the counts, tiles write the targets
 // One thread  one position. Its neighbours tell what ends there; only in segments of at least a
-//             chunk does it search for the segment's start
-// Traffic     12 bytes per pair in addition to the sort's: 4 read twice, 4 written
+//             chunk does it search for the segment's start. Threads behind the last segment, of
+//             frozen pairs, write nothing
+// Traffic     12 bytes per pair in addition to the sort's: 4 read twice, 4 written. With a mask,
+// one
+//             byte of it per pair
 // Exactness   everything is determined by the owners; the host reads nothing
 // Requires    fewer than 2^31 pairs and owners
 #include <cstdio>
@@ -88,7 +93,8 @@ __device__ WarpEnds ballot_ends(const PairEnds& ends) {
 __global__ void make_pair_ids(const int64_t* owners,
                               int32_t count,
                               int64_t owner_count,
-                              int32_t* narrow_owners,
+                              const bool* frozen,
+                              int32_t* sort_keys,
                               int32_t* pair_ids) {
   const int64_t i = thread_position();
   if (i >= count) {
@@ -100,13 +106,24 @@ __global__ void make_pair_ids(const int64_t* owners,
            (long long)(i), (long long)(owner_count));
     __trap();
   }
-  narrow_owners[i] = int32_t(owner);
+  sort_keys[i] = int32_t(frozen && frozen[owner] ? owner_count : owner);
   pair_ids[i] = int32_t(i);
 }
 
-__global__ void count_ends(const int32_t* owners, int32_t count, Counts* tiles) {
-  const int64_t i = thread_position();
-  const PairEnds ends = i < count ? ends_at(owners, count, int32_t(i)) : PairEnds{};
+// The sorted keys of pairs: their owners, then those of frozen pairs.
+struct SortedKeys {
+  const int32_t* keys;
+  int32_t count;
+  int32_t owner_count;
+
+  __device__ bool is_in_segment(int64_t i) const { return i < count && keys[i] < owner_count; }
+  __device__ PairEnds ends_at(int64_t i) const {
+    return is_in_segment(i) ? cuda::ends_at(keys, count, int32_t(i)) : PairEnds{};
+  }
+};
+
+__global__ void count_ends(SortedKeys sorted, Counts* tiles) {
+  const PairEnds ends = sorted.ends_at(thread_position());
   const Counts total = scan_warps(ballot_ends(ends).count()).total;
   if (threadIdx.x == 0) {
     tiles[blockIdx.x] = total;
@@ -135,29 +152,37 @@ __global__ void scan_tiles(Counts* tiles, int32_t tile_count, Counts* total) {
   }
 }
 
-__global__ void write_targets(const int32_t* owners,
-                              int32_t count,
+// trained_count: null if no owner can be frozen.
+__global__ void write_targets(SortedKeys sorted,
                               OutputRows rows,
                               const Counts* before_tiles,
+                              int32_t* trained_count,
                               int32_t* targets,
                               int32_t* distinct_owners,
                               SplitSegment* split_segments) {
   const int64_t i = thread_position();
-  const PairEnds ends = i < count ? ends_at(owners, count, int32_t(i)) : PairEnds{};
+  const PairEnds ends = sorted.ends_at(i);
   const WarpEnds warp_ends = ballot_ends(ends);
   const Counts before_warp = before_tiles[blockIdx.x] + scan_warps(warp_ends.count()).before;
-  if (i >= count) {
+  if (!sorted.is_in_segment(i)) {
+    if (trained_count && i == 0) {
+      *trained_count = 0;
+    }
     return;
+  }
+  if (trained_count && ends.segment && !sorted.is_in_segment(i + 1)) {
+    *trained_count = int32_t(i + 1);
   }
   if (!ends.chunk) {
     targets[i] = kContinueSegment;
     return;
   }
   const Counts before = before_warp + warp_ends.count_in_lower_lanes();
-  const int32_t row = rows == OutputRows::compact ? before.owners : owners[i];
+  const int32_t owner = sorted.keys[i];
+  const int32_t row = rows == OutputRows::compact ? before.owners : owner;
   targets[i] = ends.is_split ? to_partial_row(before.partial_rows) : row;
   if (ends.segment && rows == OutputRows::compact) {
-    distinct_owners[before.owners] = owners[i];
+    distinct_owners[before.owners] = owner;
   }
   if (ends.segment && ends.is_split) {
     split_segments[before.split_segments] = {before.partial_rows + 1 - ends.chunks, ends.chunks,
@@ -165,28 +190,28 @@ __global__ void write_targets(const int32_t* owners,
   }
 }
 
-// The number of bits of the largest owner.
-int count_key_bits(int64_t owner_count) {
+// The number of bits of the largest key.
+int count_key_bits(int64_t key_count) {
   int bits = 0;
-  while ((owner_count - 1) >> bits > 0) {
+  while ((key_count - 1) >> bits > 0) {
     ++bits;
   }
   return bits;
 }
 
 struct Pairs {
-  std::shared_ptr<int32_t> owners, ids;
+  std::shared_ptr<int32_t> keys, ids;
 };
 
-Pairs sort_stably(const Pairs& given, int32_t count, int64_t owner_count, const Context& context) {
-  const int bits = count_key_bits(owner_count);
+Pairs sort_stably(const Pairs& given, int32_t count, int64_t key_count, const Context& context) {
+  const int bits = count_key_bits(key_count);
   if (bits == 0) {
     return given;
   }
   const Pairs sorted = {context.array<int32_t>(count), context.array<int32_t>(count)};
   const auto sort = [&](void* workspace, size_t& workspace_bytes) {
-    check(cub::DeviceRadixSort::SortPairs(workspace, workspace_bytes, given.owners.get(),
-                                          sorted.owners.get(), given.ids.get(), sorted.ids.get(),
+    check(cub::DeviceRadixSort::SortPairs(workspace, workspace_bytes, given.keys.get(),
+                                          sorted.keys.get(), given.ids.get(), sorted.ids.get(),
                                           count, 0, bits, context.stream),
           "pairs were not sorted");
   };
@@ -202,6 +227,7 @@ Pairs sort_stably(const Pairs& given, int32_t count, int64_t owner_count, const 
 Segments make_segments(const int64_t* owners,
                        int64_t count,
                        int64_t owner_count,
+                       const bool* frozen,
                        OutputRows rows,
                        const Context& context) {
   Segments segments;
@@ -213,11 +239,14 @@ Segments make_segments(const int64_t* owners,
   const int32_t narrow_count = int32_t(count);
 
   const Pairs given = {context.array<int32_t>(count), context.array<int32_t>(count)};
-  launch(make_pair_ids, per_tile, context.stream, owners, narrow_count, owner_count,
-         given.owners.get(), given.ids.get());
-  const Pairs sorted = sort_stably(given, narrow_count, owner_count, context);
+  launch(make_pair_ids, per_tile, context.stream, owners, narrow_count, owner_count, frozen,
+         given.keys.get(), given.ids.get());
+  const int64_t key_count = owner_count + (frozen ? 1 : 0);
+  const Pairs sorted = sort_stably(given, narrow_count, key_count, context);
+  const SortedKeys sorted_keys = {sorted.keys.get(), narrow_count, int32_t(owner_count)};
 
   segments.count = count;
+  segments.trained_count = frozen ? context.array<int32_t>(1) : nullptr;
   segments.pair_ids = sorted.ids;
   segments.max_split_segments = max_split_segments(count, owner_count);
   segments.max_partial_rows = max_partial_rows(count, owner_count);
@@ -226,11 +255,11 @@ Segments make_segments(const int64_t* owners,
   segments.split_segments = context.array<SplitSegment>(segments.max_split_segments);
   segments.counts = context.array<Counts>(1);
   const auto tiles = context.array<Counts>(tile_count);
-  launch(count_ends, per_tile, context.stream, sorted.owners.get(), narrow_count, tiles.get());
+  launch(count_ends, per_tile, context.stream, sorted_keys, tiles.get());
   launch(scan_tiles, scan_shape(1, kScanThreads), context.stream, tiles.get(), int32_t(tile_count),
          segments.counts.get());
-  launch(write_targets, per_tile, context.stream, sorted.owners.get(), narrow_count, rows,
-         tiles.get(), segments.targets.get(), segments.distinct_owners.get(),
+  launch(write_targets, per_tile, context.stream, sorted_keys, rows, tiles.get(),
+         segments.trained_count.get(), segments.targets.get(), segments.distinct_owners.get(),
          segments.split_segments.get());
   return segments;
 }

@@ -1,5 +1,8 @@
 // Pairs sorted by owner, and the rows that the sums over their segments are stored in. The terms
 // are defined in kernels/segments.h.
+//
+// Pairs of frozen owners lie behind all others. They belong to no segment: nothing sums them, and
+// their owners have no rows.
 #pragma once
 
 #include <cstdint>
@@ -23,9 +26,10 @@ struct SegmentCounts {
 // All arrays are in device memory, and the host knows nothing of their contents. segment_chunks.h
 // defines targets.
 struct Segments {
-  int64_t count = 0;                         // of pairs
+  int64_t count = 0;                         // of pairs, with those of frozen owners
+  std::shared_ptr<int32_t> trained_count;    // (1), of pairs in segments; null: all, none is frozen
   std::shared_ptr<int32_t> pair_ids;         // (count), by ascending owner, then by id
-  std::shared_ptr<int32_t> targets;          // (count), of the sum up to each pair
+  std::shared_ptr<int32_t> targets;          // (count), of the sum up to each pair of a segment
   std::shared_ptr<int32_t> distinct_owners;  // (count), counts->owners of them; compact rows only
   std::shared_ptr<SplitSegment> split_segments;  // (max_split_segments)
   std::shared_ptr<SegmentCounts> counts;         // (1)
@@ -34,16 +38,17 @@ struct Segments {
   int64_t max_partial_rows = 0;
 };
 
-// count and owner_count must be below 2^31. An owner outside [0, owner_count) ends the kernel with
-// a message and a trap.
+// frozen: (owner_count), or null if no owner is frozen. count and owner_count must be below 2^31.
+// An owner outside [0, owner_count) ends the kernel with a message and a trap.
 Segments make_segments(const int64_t* owners,
                        int64_t count,
                        int64_t owner_count,
+                       const bool* frozen,
                        OutputRows rows,
                        const Context& context);
 
-// Reads the number of distinct owners from the device, so it waits for the stream. The size of a
-// sparse gradient needs it. No other function of the CUDA kernels waits.
+// Reads the number of distinct owners that are not frozen from the device, so it waits for the
+// stream. The size of a sparse gradient needs it. No other function of the CUDA kernels waits.
 int64_t count_distinct_owners(const Segments& segments, const Context& context);
 
 }  // namespace peer::cuda

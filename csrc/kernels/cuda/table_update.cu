@@ -4,15 +4,23 @@
 //   g[row] = Σ over the segment's pairs of coefficients[pair]·source[pair / pairs_per_row]
 //   w[row], state[row] = rule(w[row], state[row], g[row])
 //
-// The parts of rows are updated one after the other, each like a row of its own.
+// A row whose gradient is zero in all parts is not updated. The parts of rows are updated one after
+// the other, each by a launch of its own, so that one part of the source at a time fills the L2
+// cache. A zero part waits for a nonzero one: each launch knows from those before which rows have
+// a nonzero gradient. If it is the first to find one, it updates the earlier parts by zeros.
 //
 // Shapes      source (pairs / pairs_per_row, width)   table, momentum (N, width)
 // One block   as in table_grad: sums over up to 191 pairs, one warp per KiB of a row of the source.
-//             If the rule needs the mean of g², the block synchronises once per row. Split segments
-//             are summed to partial sums first; a second launch treats those sums as gradient rows
+//             If the rule needs the mean of g², the block synchronises once per row, and learns
+//             whether a slice of any warp is nonzero. Without the mean, warps synchronise only
+//             behind the last row: a warp updates its slice at once if it is nonzero, and otherwise
+//             then, if another slice of the row is. Split segments are summed to partial sums
+//             first; a second launch treats those sums as gradient rows
 // Traffic     per pair, as in table_grad; per row, the table's row, its momentum and state, read
 //             and written once. Rows lie anywhere in a table far larger than any cache. They are
-//             prefetched as early as the source's rows, so that a warp reads them from the L2 cache
+//             prefetched as early as the source's rows, so that a warp reads them from the L2
+//             cache. Frozen rows take no traffic. Rows with zero gradients are read, not written.
+//             The rows with nonzero gradients take 24 bytes per block and part
 // Exactness   g as in table_grad, without its rounding; the mean of g² in an order that depends
 //             only on the width and the types; all arithmetic in the accumulation type, with one
 //             rounding at the store. If a row has more columns than a block takes at once, its sums
@@ -24,25 +32,46 @@
 #include "kernels/cuda/partial_sums.h"
 #include "kernels/cuda/segment_sum.h"
 #include "kernels/cuda/table_update.h"
+#include "kernels/cuda/term_set.h"
 
 namespace peer::cuda {
 
 namespace {
 
-// Sums over the columns of all warps of a block. All threads of the block must call its functions.
+// Whether any value of a warp's slice is nonzero. NaN is.
+template <class Real, int vec_size>
+__device__ bool has_nonzero(const SliceValues<Real, vec_size>& values) {
+  bool is_nonzero = false;
+  for_each_vec([&](int k) {
+    for_each_element<vec_size>([&](int i) { is_nonzero |= values.vecs[k].values[i] != 0; });
+  });
+  return __ballot_sync(kAllLanes, is_nonzero) != 0;
+}
+
+// What the warps of a block know together. All threads of the block must call its functions.
 template <class Real>
 class BlockReduce {
  public:
-  // In shared memory.
+  struct WarpSum {
+    Real squares;
+    bool is_nonzero;
+  };
+
+  // In shared memory. Two buffers, because a warp is at most one result ahead of another.
   struct Storage {
-    Real warp_sums[2][kMaxWarpsPerTile];  // two buffers: a warp is at most one sum ahead of another
-    Real row_sums[kMaxTerms];             // by the term that ends a row's sum
+    WarpSum warp_sums[2][kMaxWarpsPerTile];
+    union {
+      Real row_sums[kMaxTerms];  // by the term that ends a row's sum
+      unsigned warp_sets[2][kMaxWarpsPerTile][TermSet::kWords];  // of rules without sums
+    };
   };
 
   explicit __device__ BlockReduce(Storage* storage) : storage_(storage) {}
 
+  // The sum over the columns of all warps. is_nonzero: whether the warp's values have a nonzero
+  // one; then, whether those of any warp have.
   template <int vec_size>
-  __device__ Real sum_of_squares(const SliceValues<Real, vec_size>& values) {
+  __device__ Real sum_of_squares(const SliceValues<Real, vec_size>& values, bool& is_nonzero) {
     Real squares = 0;
     for_each_vec([&](int k) {
       for_each_element<vec_size>([&](int i) {
@@ -51,18 +80,34 @@ class BlockReduce {
       });
     });
     squares = warp_reduce_sum(squares);
-    Real* const warp_sums = storage_->warp_sums[buffer_];
+    WarpSum* const warp_sums = storage_->warp_sums[buffer_];
     buffer_ ^= 1;
     if (lane() == 0) {
-      warp_sums[warp_in_block()] = squares;
+      warp_sums[warp_in_block()] = {squares, is_nonzero};
     }
     __syncthreads();
     Real total = 0;
 #pragma unroll 1
     for (int warp = 0; warp < int(blockDim.x) / kWarp; ++warp) {
-      total += warp_sums[warp];
+      const WarpSum sum = warp_sums[warp];
+      total += sum.squares;
+      is_nonzero |= sum.is_nonzero;
     }
     return total;
+  }
+
+  // The union of the sets of all warps.
+  __device__ TermSet unite(const TermSet& set) {
+    auto* const warp_sets = storage_->warp_sets[buffer_];
+    buffer_ ^= 1;
+    set.store(warp_sets[warp_in_block()]);
+    __syncthreads();
+    TermSet all;
+#pragma unroll 1
+    for (int warp = 0; warp < int(blockDim.x) / kWarp; ++warp) {
+      all = all | TermSet::load(warp_sets[warp]);
+    }
+    return all;
   }
 
   // Accumulates the sums of a row whose columns take several rounds. The barrier of the next
@@ -79,15 +124,58 @@ class BlockReduce {
   int buffer_ = 0;
 };
 
+// Updates the slices of a row that the warp has passed: those of the earlier parts, and the first
+// `rounds` of the update's own. Their gradients are zero. Called by all threads of the block if the
+// rule has state.
+template <class Table, int vec_size, class SliceColumnOfRound>
+__device__ void update_by_zeros(const PartUpdate<Table, vec_size>& update,
+                                int32_t row,
+                                bool has_updated_state,
+                                int rounds_per_row,
+                                int rounds,
+                                const SliceColumnOfRound& slice_column_of_round) {
+  using Real = accumulation_t<Table>;
+#pragma unroll 1
+  for (int p = 0; p <= update.part; ++p) {
+    const PartUpdate<Table, vec_size> part = update.of_part(p);
+    const bool is_earlier = p < update.part;
+    Real scale = part.hyperparameters.lr;
+    if (is_earlier && part.needs_mean_of_squares()) {
+      __syncthreads();  // the step of the last part is written
+      RowState<Real> state = part.read_state(row);
+      __syncthreads();  // every warp has read the state
+      if (has_updated_state && update.is_last_part()) {
+        --state.step;
+      }
+      state = part.advance(state, 0);
+      if (threadIdx.x == 0) {
+        part.write_state(row, state);
+      }
+      scale = part.scale(state);
+    }
+#pragma unroll 1
+    for (int round = 0; round < (is_earlier ? rounds_per_row : rounds); ++round) {
+      part.update_slice_by_zeros(row, slice_column_of_round(round), scale);
+    }
+  }
+}
+
+// frozen_rows: for a list of rows, which ones to leave out, or null.
+// nonzero_rows: for each block, the rows in which a part before this one has a nonzero gradient, as
+// the terms that end their sums. Read if there is a part before, written if there is one after.
 template <class Table, class Source, class Real, int vec_size = kVecSize<Source>>
 __global__ void update_kernel(TermList<Real> list,
                               int positions,
                               SlicedRows<const Source, vec_size> source,
                               PartUpdate<Table, vec_size> update,
-                              SlicedRows<Real, vec_size> partial_sums) {
+                              SlicedRows<Real, vec_size> partial_sums,
+                              const bool* frozen_rows,
+                              unsigned* nonzero_rows) {
   const int warps = int(blockDim.x) / kWarp;
   const int64_t width = update.table.width;
-  const int count = read_terms<Source>(list, positions, source.stride);
+  const int count = frozen_rows
+                        ? read_trained_rows<Source>(list, positions, source.stride, frozen_rows)
+                        : read_terms<Source>(list, positions, source.stride);
   BlockReduce<Real> block_reduce(reinterpret_cast<typename BlockReduce<Real>::Storage*>(
       peer_shared_memory + TileStorage<Source, Real>::bytes(warps)));
 
@@ -98,10 +186,17 @@ __global__ void update_kernel(TermList<Real> list,
   const bool sums_twice = update.needs_mean_of_squares() && rounds_per_row > 1;
   const int mean_rounds = sums_twice ? rounds_per_row : 0;
   const int rounds = mean_rounds + rounds_per_row;
+  const auto slice_column_of_round = [&](int round_of_row) {
+    return int64_t(round_of_row) * columns_per_round + warp_in_block() * kSliceColumns<vec_size>;
+  };
+
+  // The rows with a nonzero gradient in earlier parts and rounds.
+  const int64_t first_word = int64_t(blockIdx.x) * TermSet::kWords;
+  TermSet nonzero = update.part > 0 ? TermSet::load(nonzero_rows + first_word) : TermSet();
   for (int round = 0; round < rounds; ++round) {
-    const int64_t first = int64_t(round % rounds_per_row) * columns_per_round;
-    const int64_t column = lane_column<vec_size>(first + warp_in_block() * kSliceColumns<vec_size>);
+    const int64_t column = lane_column<vec_size>(slice_column_of_round(round % rounds_per_row));
     const bool is_mean_round = round < mean_rounds;
+    TermSet found;  // the rows with a nonzero gradient in this round, as far as the warp knows
     const auto prefetch_row = [&](int32_t target) {
       if (!is_mean_round && is_row_of_output(target)) {
         update.prefetch_row(target, column);
@@ -116,39 +211,50 @@ __global__ void update_kernel(TermList<Real> list,
       if (!is_mean_round) {
         slice.read();
       }
+      bool is_nonzero = has_nonzero(gradient);
+      const auto is_updated = [&] { return is_nonzero || nonzero.has(i); };
       Real scale = update.hyperparameters.lr;
       if (update.needs_mean_of_squares()) {
         // Every warp reads the state before the barrier; one thread writes it behind the barrier.
         const RowState<Real> before = update.read_state(target);
-        const Real squares = block_reduce.sum_of_squares(gradient);
+        const Real squares = block_reduce.sum_of_squares(gradient, is_nonzero);
         if (is_mean_round) {
+          found.insert_if(is_nonzero, i);
           block_reduce.add_to_row_sum(i, round == 0, squares);
           return;
         }
         const RowState<Real> after =
             update.advance(before, (sums_twice ? block_reduce.row_sum(i) : squares) / Real(width));
-        if (threadIdx.x == 0 && round == rounds - 1) {
+        if (is_updated() && threadIdx.x == 0 && round == rounds - 1) {
           update.write_state(target, after);
         }
         scale = update.scale(after);
       }
+      found.insert_if(is_nonzero, i);
+      if (!is_updated()) {
+        return;
+      }
       slice.apply_update(gradient, scale);
     };
     add_terms<Source, Real>(count, source, column, prefetch_row, finish);
-  }
-}
 
-template <class Table, class Source, class Real, int vec_size>
-void update_by_terms(const TermList<Real>& list,
-                     const SlicedRows<const Source, vec_size>& source,
-                     const PartUpdate<Table, vec_size>& update,
-                     const SlicedRows<Real, vec_size>& partial_sums,
-                     const Context& context) {
-  const TileShape shape = choose_tile_shape<vec_size>(list.max_count, update.table.width);
-  launch(update_kernel<Table, Source, Real>,
-         launch_shape<Source, Real>(shape, list.max_count,
-                                    sizeof(typename BlockReduce<Real>::Storage)),
-         context.stream, list, shape.positions, source, update, partial_sums);
+    // Behind the barriers of the means of g², all warps have found the same rows.
+    const TermSet found_by_block =
+        update.needs_mean_of_squares() ? found : block_reduce.unite(found);
+    const TermSet first_found = found_by_block - nonzero;
+    nonzero = nonzero | found_by_block;
+    // What the warp has passed of these rows is zero, and is updated now.
+    const int rounds_before = is_mean_round ? 0 : round - mean_rounds;
+    const bool has_earlier_slices = update.part > 0 || rounds_before > 0;
+    (has_earlier_slices ? first_found : first_found - found).for_each([&](int i) {
+      update_by_zeros(update, TileStorage<Source, Real>::terms()[i].target, !is_mean_round,
+                      rounds_per_row, rounds_before + (found.has(i) ? 0 : 1),
+                      slice_column_of_round);
+    });
+  }
+  if (!update.is_last_part() && warp_in_block() == 0) {
+    nonzero.store(nonzero_rows + first_word);
+  }
 }
 
 template <int vec_size, class Table, class Source>
@@ -160,11 +266,10 @@ PartUpdate<Table, vec_size> update_of_part(const TableUpdate<Table, Source>& upd
   return {
       .table = slice_rows<vec_size>(update.table.from_column(column), update.width),
       .momentum = slice_rows<vec_size>(momentum, update.width),
-      .first_column = column,
       .second_moments = rule.rule != Rule::sgd ? rule.second_moments + part : nullptr,
-      .moments_per_row = update.parts,
       .row_steps = rule.rule == Rule::rowwise_adam ? rule.row_steps : nullptr,
-      .is_last_part = part == update.parts - 1,
+      .part = int(part),
+      .parts = int(update.parts),
       .hyperparameters = hyperparameters_of(rule),
       .stochastic_rounding = update.stochastic_rounding,
       .key = update.key,
@@ -177,6 +282,38 @@ SlicedRows<const Source, vec_size> source_of_part(const TableUpdate<Table, Sourc
   return slice_rows<vec_size>(update.source.from_column(part * update.width), update.width);
 }
 
+// Launches the updates of all parts by lists of equally many terms.
+template <class Table, class Source>
+class PartLauncher {
+ public:
+  using Real = accumulation_t<Table>;
+  static constexpr int vec_size = kVecSize<Source>;
+
+  PartLauncher(int64_t max_terms, int64_t width, int64_t parts, const Context& context)
+      : context_(context),
+        shape_(choose_tile_shape<vec_size>(max_terms, width)),
+        launch_(launch_shape<Source, Real>(shape_,
+                                           max_terms,
+                                           sizeof(typename BlockReduce<Real>::Storage))),
+        nonzero_rows_(context.array<unsigned>(parts > 1 ? launch_.blocks * TermSet::kWords : 0)) {}
+
+  // The parts must be updated in their order.
+  void update(const TermList<Real>& list,
+              const SlicedRows<const Source, vec_size>& source,
+              const PartUpdate<Table, vec_size>& update,
+              const SlicedRows<Real, vec_size>& partial_sums,
+              const bool* frozen_rows = nullptr) const {
+    launch(update_kernel<Table, Source, Real>, launch_, context_.stream, list, shape_.positions,
+           source, update, partial_sums, frozen_rows, nonzero_rows_.get());
+  }
+
+ private:
+  const Context& context_;
+  TileShape shape_;
+  LaunchShape launch_;
+  std::shared_ptr<unsigned> nonzero_rows_;
+};
+
 }  // namespace
 
 template <class Table, class Source>
@@ -186,21 +323,25 @@ void update_by_segments(const TableUpdate<Table, Source>& update,
   using Real = accumulation_t<Table>;
   constexpr int vec_size = kVecSize<Source>;
   constexpr int sum_vec_size = kVecSize<Real>;
-  if (segments.count == 0 || update.width == 0) {
+  const int64_t parts = update.parts, width = update.width;
+  if (segments.count == 0 || width == 0) {
     return;
   }
-  const PartialSums<Real> partial_sums(segments, update.width, context);
-  for (int64_t part = 0; part < update.parts; ++part) {
+  const PartialSums<Real> partial_sums(segments, width, context);
+  const PartLauncher<Table, Source> by_pairs(segments.count, width, parts, context);
+  const PartLauncher<Table, Real> by_split_segments(segments.max_split_segments, width, parts,
+                                                    context);
+  for (int64_t part = 0; part < parts; ++part) {
     const Real* coefficients =
         update.coefficients ? update.coefficients + part * segments.count : nullptr;
-    update_by_terms(terms_of_pairs(segments, coefficients, update.pairs_per_row),
+    by_pairs.update(terms_of_pairs(segments, coefficients, update.pairs_per_row),
                     source_of_part<vec_size>(update, part), update_of_part<vec_size>(update, part),
-                    partial_sums.template rows<vec_size>(), context);
+                    partial_sums.template rows<vec_size>());
     add_partial_sums(segments, partial_sums, partial_sums.template rows<sum_vec_size>(),
                      /*is_in_place=*/true, context);
-    update_by_terms(
-        terms_of_split_segments<Real>(segments), partial_sums.template as_source<sum_vec_size>(),
-        update_of_part<sum_vec_size>(update, part), SlicedRows<Real, sum_vec_size>{}, context);
+    by_split_segments.update(terms_of_split_segments<Real>(segments),
+                             partial_sums.template as_source<sum_vec_size>(),
+                             update_of_part<sum_vec_size>(update, part), {});
   }
 }
 
@@ -211,9 +352,10 @@ void update_rows(const TableUpdate<Table, Source>& update, int64_t rows, const C
   if (rows == 0 || update.width == 0) {
     return;
   }
+  const PartLauncher<Table, Source> by_rows(rows, update.width, update.parts, context);
   for (int64_t part = 0; part < update.parts; ++part) {
-    update_by_terms(terms_of_rows<Real>(rows), source_of_part<vec_size>(update, part),
-                    update_of_part<vec_size>(update, part), SlicedRows<Real, vec_size>{}, context);
+    by_rows.update(terms_of_rows<Real>(rows), source_of_part<vec_size>(update, part),
+                   update_of_part<vec_size>(update, part), {}, update.frozen);
   }
 }
 

@@ -8,7 +8,8 @@
 
 namespace peer::cuda {
 
-// The gradients are sums over segments, made with OutputRows::by_owner.
+// The gradients are sums over segments, made with OutputRows::by_owner and the update's frozen
+// rows.
 template <class Table, class Source>
 void update_by_segments(const TableUpdate<Table, Source>& update,
                         const Segments& segments,

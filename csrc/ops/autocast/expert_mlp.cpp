@@ -15,7 +15,8 @@ ThreeTensors expert_mlp_autocast(const ExpertMlpArguments& args) {
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::DispatchKeySet{key});
   const at::ScalarType dtype = at::autocast::get_autocast_dtype(device);
   return ExpertMlpOp::call(at::autocast::cached_cast(dtype, args.x, device), args.weights,
-                           args.indices, args.table, args.activation, args.sparse_grad);
+                           args.indices, args.table, args.activation, args.sparse_grad,
+                           args.frozen);
 }
 
 }  // namespace

@@ -14,7 +14,8 @@ std::tuple<Tensor, Tensor> product_key_topk_autocast(const ProductKeyTopkArgumen
   const at::ScalarType dtype = at::autocast::get_autocast_dtype(device);
   return ProductKeyTopkOp::call(at::autocast::cached_cast(dtype, args.query, device),
                                 at::autocast::cached_cast(dtype, args.row_keys, device),
-                                at::autocast::cached_cast(dtype, args.col_keys, device), args.k);
+                                at::autocast::cached_cast(dtype, args.col_keys, device), args.k,
+                                args.disabled);
 }
 
 }  // namespace

@@ -7,19 +7,20 @@
 #include "ops/autograd/expert_mlp_derivative.h"
 #include "ops/autograd/saved.h"
 #include "ops/autograd/tangents.h"
+#include "ops/checks.h"
 
 namespace peer::ops::autograd {
 
 namespace {
 
 struct ExpertMlpDoubleBackward : SavingNode {
-  SavedVariable grad_out_, x_, weights_, indices_, table_;
+  SavedVariable grad_out_, x_, weights_, indices_, table_, frozen_;
   std::string activation_;
   bool is_table_sparse_ = false;
 
   std::string name() const override { return "PeerExpertMlpDoubleBackward"; }
   std::vector<SavedVariable*> saved() override {
-    return {&grad_out_, &x_, &weights_, &indices_, &table_};
+    return {&grad_out_, &x_, &weights_, &indices_, &table_, &frozen_};
   }
   void collect_arguments(torch::dynamo::autograd::CompiledNodeArgs& args) const override {
     args.collect(activation_);
@@ -46,20 +47,20 @@ struct ExpertMlpDoubleBackward : SavingNode {
         .weights = grads[kGradWeights],
         .table = grads[kGradTable],
     };
-    const auto derivative = differentiate_expert_mlp(point, direction, indices_.unpack(),
-                                                     activation_, wanted_outputs<4>());
+    const auto derivative = differentiate_expert_mlp(
+        point, direction, indices_.unpack(), activation_, frozen_.unpack(), wanted_outputs<4>());
     return {derivative.begin(), derivative.end()};
   }
 };
 
 struct ExpertMlpBackwardNode : SavingNode {
-  SavedVariable x_, weights_, indices_, table_, hidden_, gate_;
+  SavedVariable x_, weights_, indices_, table_, frozen_, hidden_, gate_;
   std::string activation_;
   bool sparse_grad_ = false;
 
   std::string name() const override { return "PeerExpertMlpBackward"; }
   std::vector<SavedVariable*> saved() override {
-    return {&x_, &weights_, &indices_, &table_, &hidden_, &gate_};
+    return {&x_, &weights_, &indices_, &table_, &frozen_, &hidden_, &gate_};
   }
   void collect_arguments(torch::dynamo::autograd::CompiledNodeArgs& args) const override {
     args.collect(activation_);
@@ -70,17 +71,26 @@ struct ExpertMlpBackwardNode : SavingNode {
     if (!grads[0].defined()) {
       return variable_list(3);
     }
-    auto [grad_x, grad_weights, grad_table] = ExpertMlpBackwardOp::call(
-        grads[0], x_.unpack(), weights_.unpack(), indices_.unpack(), table_.unpack(),
-        hidden_.unpack(), gate_.unpack(), activation_, sparse_grad_, wanted_outputs<3>());
+    auto [grad_x, grad_weights, grad_table] =
+        ExpertMlpBackwardOp::call(grads[0], x_.unpack(), weights_.unpack(), indices_.unpack(),
+                                  table_.unpack(), hidden_.unpack(), gate_.unpack(), activation_,
+                                  sparse_grad_, wanted_outputs<3>(), frozen_.unpack());
     return {grad_x, grad_weights, grad_table};
   }
 };
 
+// An undefined tensor if there is no mask.
+Tensor mask_of(const std::optional<Tensor>& frozen) {
+  return is_given(frozen) ? *frozen : Tensor();
+}
+
+// The node keeps a copy of the mask, because masks are buffers, which may be written in place
+// before the backward pass: data parallelism writes them before every forward pass.
+//
 // hidden and gate, the pre-activations, have neither a history nor a tangent. The backward operator
 // needs them beside the inputs, and all derivatives are taken with respect to the inputs.
 ThreeTensors expert_mlp_autograd(c10::DispatchKeySet keys, const ExpertMlpArguments& args) {
-  const auto& [x, weights, indices, table, activation, sparse_grad] = args;
+  const auto& [x, weights, indices, table, activation, sparse_grad, frozen] = args;
   const auto node = make_node_if_required<ExpertMlpBackwardNode>(x, weights, table);
   if (node) {
     node->x_ = save(x);
@@ -89,11 +99,15 @@ ThreeTensors expert_mlp_autograd(c10::DispatchKeySet keys, const ExpertMlpArgume
     node->table_ = save(table);
     node->activation_ = activation;
     node->sparse_grad_ = sparse_grad;
+    if (is_given(frozen)) {
+      node->frozen_ = save(frozen->clone());
+    }
   }
   auto [out, hidden, gate] = [&] {
     const at::AutoDispatchBelowADInplaceOrView guard;
     return ExpertMlpOp::redispatch(keys & c10::after_autograd_keyset, args.x, args.weights,
-                                   args.indices, args.table, args.activation, args.sparse_grad);
+                                   args.indices, args.table, args.activation, args.sparse_grad,
+                                   args.frozen);
   }();
   if (node) {
     torch::autograd::set_history(out, node);
@@ -101,9 +115,10 @@ ThreeTensors expert_mlp_autograd(c10::DispatchKeySet keys, const ExpertMlpArgume
     node->gate_ = save(gate);
   }
   if (any_has_tangent(x, weights, table)) {
-    const auto derivative = differentiate_expert_mlp(
-        primals_of<ExpertMlpVariables>(Tensor(), x, weights, table),
-        tangents_of<ExpertMlpVariables>(Tensor(), x, weights, table), indices, activation, {true});
+    const auto derivative =
+        differentiate_expert_mlp(primals_of<ExpertMlpVariables>(Tensor(), x, weights, table),
+                                 tangents_of<ExpertMlpVariables>(Tensor(), x, weights, table),
+                                 indices, activation, mask_of(frozen), {true});
     set_tangent(out, derivative[kOut]);
   }
   return {out, hidden, gate};
@@ -126,14 +141,15 @@ ThreeTensors expert_mlp_backward_autograd(c10::DispatchKeySet keys,
     node->weights_ = save(weights);
     node->indices_ = save(args.indices);
     node->table_ = save(table);
+    node->frozen_ = save(mask_of(args.frozen));
     node->activation_ = args.activation;
     node->is_table_sparse_ = is_table_sparse;
   }
   auto [grad_x, grad_weights, grad_table] = [&] {
     const at::AutoDispatchBelowADInplaceOrView guard;
-    return ExpertMlpBackwardOp::redispatch(keys & c10::after_autograd_keyset, grad_out, x, weights,
-                                           args.indices, table, args.hidden, args.gate,
-                                           args.activation, args.sparse_grad, output_mask);
+    return ExpertMlpBackwardOp::redispatch(
+        keys & c10::after_autograd_keyset, grad_out, x, weights, args.indices, table, args.hidden,
+        args.gate, args.activation, args.sparse_grad, output_mask, args.frozen);
   }();
   if (node) {
     torch::autograd::set_history(variable_list{grad_x, grad_weights, grad_table}, node);
@@ -142,6 +158,7 @@ ThreeTensors expert_mlp_backward_autograd(c10::DispatchKeySet keys,
     const auto derivative = differentiate_expert_mlp(
         primals_of<ExpertMlpVariables>(grad_out, x, weights, table),
         tangents_of<ExpertMlpVariables>(grad_out, x, weights, table), args.indices, args.activation,
+        mask_of(args.frozen),
         {false, output_mask[kGradX], output_mask[kGradWeights], output_mask[kGradTable]});
     set_tangent(grad_x, derivative[kOfX]);
     set_tangent(grad_weights, derivative[kOfWeights]);

@@ -69,21 +69,24 @@ ActivationValues differentiate(Activation activation, const Tensor& z) {
 // with an undefined tensor is undefined.
 class Pairs {
  public:
-  Pairs(const Tensor& indices, at::ScalarType type)
+  Pairs(const Tensor& indices, const Tensor& frozen, at::ScalarType type)
       : tokens_(indices.sym_size(0)),
         experts_(indices.sym_size(1)),
         flat_(indices.reshape(-1)),
+        frozen_(frozen.defined() ? frozen.index_select(0, flat_).view({-1, 1, 1}) : Tensor()),
         type_(type) {}
 
-  // (N, parts, D) -> (T, P, D) for each part
+  // The rows of the table: (N, parts, D) -> (T, P, D) for each part. Those of frozen experts are
+  // constants.
   ExpertParts rows(const Tensor& table) const {
-    if (!table.defined()) {
-      return {};
-    }
-    return ExpertParts(
-        table.index_select(0, flat_)
-            .reshape_symint({tokens_, experts_, table.sym_size(1), table.sym_size(2)})
-            .to(type_));
+    const Tensor rows = table.index_select(0, flat_);
+    return parts_of(frozen_.defined() ? at::where(frozen_, rows.detach(), rows) : rows);
+  }
+
+  // The same for a direction of the table, which is zero in frozen rows.
+  ExpertParts direction_rows(const Tensor& direction) const {
+    return direction.defined() ? parts_of(without_frozen(direction.index_select(0, flat_)))
+                               : ExpertParts();
   }
 
   // (T, D) with (T, P, D) -> (T, P)
@@ -105,7 +108,7 @@ class Pairs {
                : Tensor();
   }
 
-  // (T, P, D) for each part -> (N, parts, D)
+  // (T, P, D) for each part -> (N, parts, D), zero in frozen rows
   Tensor scatter(std::vector<Tensor> parts, const Tensor& table) const {
     const auto known =
         std::find_if(parts.begin(), parts.end(), [](const Tensor& part) { return part.defined(); });
@@ -116,14 +119,26 @@ class Pairs {
     for (Tensor& part : parts) {
       part = part.defined() ? part : zero;
     }
-    const Tensor rows = at::stack(parts, 2).flatten(0, 1);
+    const Tensor rows = without_frozen(at::stack(parts, 2).flatten(0, 1));
     return at::zeros_symint(table.sym_sizes(), table.options().dtype(type_))
         .index_add(0, flat_, rows);
   }
 
  private:
+  // (T·P, parts, D) -> (T, P, D) for each part
+  ExpertParts parts_of(const Tensor& rows) const {
+    return ExpertParts(
+        rows.reshape_symint({tokens_, experts_, rows.sym_size(1), rows.sym_size(2)}).to(type_));
+  }
+
+  // Rows (T·P, parts, D), with zeros for frozen experts.
+  Tensor without_frozen(const Tensor& rows) const {
+    return frozen_.defined() ? rows.masked_fill(frozen_, 0) : rows;
+  }
+
   c10::SymInt tokens_, experts_;
   Tensor flat_;
+  Tensor frozen_;  // (T·P, 1, 1), or undefined
   at::ScalarType type_;
 };
 
@@ -133,13 +148,14 @@ std::array<Tensor, 4> differentiate_expert_mlp(const ExpertMlpVariables& point,
                                                const ExpertMlpVariables& direction,
                                                const Tensor& indices,
                                                std::string_view activation,
+                                               const Tensor& frozen,
                                                std::array<bool, 4> wanted) {
   const Activation parsed = check_expert_mlp(ExpertMlpArguments{
-      point.x, point.weights, indices, point.table, activation, /*sparse_grad=*/false});
+      point.x, point.weights, indices, point.table, activation, /*sparse_grad=*/false, frozen});
   const at::ScalarType type = accumulation_type(point.table.scalar_type());
-  const Pairs pairs(indices, type);
+  const Pairs pairs(indices, frozen, type);
   const auto [down, up, gate] = pairs.rows(point.table);
-  const auto [down_dot, up_dot, gate_dot] = pairs.rows(direction.table);
+  const auto [down_dot, up_dot, gate_dot] = pairs.direction_rows(direction.table);
 
   const Tensor w = point.weights.to(type), w_dot = to_type(direction.weights, type);
   const Tensor z = pairs.dot(point.x, down);

@@ -5,6 +5,9 @@
 // derivative of out and of these gradients in a direction is the Hessian matrix of L times the
 // direction. That product is the tangent of either operator in forward mode. The matrix is
 // symmetric, so the double backward is made of the same product.
+//
+// Frozen rows of the table are constants. They have no tangent, and L has no derivative by them, at
+// any order.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -24,11 +27,12 @@ enum ExpertMlpDerivative { kOut, kOfX, kOfWeights, kOfTable };
 
 // The derivatives of the `wanted` members in the direction, each in the shape and dtype of its
 // variable. out has the dtype of grad_out, or of x if grad_out is undefined. A derivative is
-// undefined if it is not wanted or is known to be zero.
+// undefined if it is not wanted or is known to be zero. frozen: (N,) bool, or undefined.
 std::array<at::Tensor, 4> differentiate_expert_mlp(const ExpertMlpVariables& point,
                                                    const ExpertMlpVariables& direction,
                                                    const at::Tensor& indices,
                                                    std::string_view activation,
+                                                   const at::Tensor& frozen,
                                                    std::array<bool, 4> wanted);
 
 }  // namespace peer::ops::autograd

@@ -132,7 +132,7 @@ struct ProductKeyTopkBackwardNode : SavingNode {
 
 std::tuple<Tensor, Tensor> product_key_topk_autograd(c10::DispatchKeySet keys,
                                                      const ProductKeyTopkArguments& args) {
-  const auto& [query, row_keys, col_keys, k] = args;
+  const Tensor &query = args.query, &row_keys = args.row_keys, &col_keys = args.col_keys;
   const auto node = make_node_if_required<ProductKeyTopkBackwardNode>(query, row_keys, col_keys);
   if (node) {
     node->query_ = save(query);
@@ -141,8 +141,8 @@ std::tuple<Tensor, Tensor> product_key_topk_autograd(c10::DispatchKeySet keys,
   }
   auto [scores, indices] = [&] {
     const at::AutoDispatchBelowADInplaceOrView guard;
-    return ProductKeyTopkOp::redispatch(keys & c10::after_autograd_keyset, args.query,
-                                        args.row_keys, args.col_keys, args.k);
+    return ProductKeyTopkOp::redispatch(keys & c10::after_autograd_keyset, query, row_keys,
+                                        col_keys, args.k, args.disabled);
   }();
   if (node) {
     torch::autograd::set_history(scores, node);

@@ -21,19 +21,26 @@ std::shared_ptr<void> cached_memory(int64_t bytes) {
 
 }  // namespace
 
-Segments make_segments(const at::Tensor& contiguous_owners, int64_t owner_count, OutputRows rows) {
+Segments make_segments(const at::Tensor& contiguous_owners,
+                       int64_t owner_count,
+                       const bool* frozen,
+                       OutputRows rows) {
   return peer::cpu::make_segments(contiguous_owners.const_data_ptr<int64_t>(),
-                                  contiguous_owners.numel(), owner_count, rows, torch_threads(),
-                                  cached_memory);
+                                  contiguous_owners.numel(), owner_count, frozen, rows,
+                                  torch_threads(), cached_memory);
 }
 
-TableGradient::TableGradient(const at::Tensor& owners, int64_t owner_count, bool sparse)
+TableGradient::TableGradient(const at::Tensor& owners,
+                             int64_t owner_count,
+                             bool sparse,
+                             const at::Tensor& frozen)
     : owner_count_(owner_count),
       count_(owners.numel()),
       sparse_(sparse),
-      segments_(
-          make_segments(owners, owner_count, sparse ? OutputRows::compact : OutputRows::by_owner)) {
-}
+      segments_(make_segments(owners,
+                              owner_count,
+                              const_data_or_null<bool>(frozen),
+                              sparse ? OutputRows::compact : OutputRows::by_owner)) {}
 
 at::Tensor TableGradient::sum(const at::Tensor& coefficients,
                               at::TensorList sources,

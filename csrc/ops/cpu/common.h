@@ -23,14 +23,23 @@ inline const ParallelFor& torch_threads() {
   return loop;
 }
 
-Segments make_segments(const at::Tensor& contiguous_owners, int64_t owner_count, OutputRows rows);
+// frozen: by owner, or null. Pairs of frozen owners are dropped.
+Segments make_segments(const at::Tensor& contiguous_owners,
+                       int64_t owner_count,
+                       const bool* frozen,
+                       OutputRows rows);
 
 // A table's gradient from the pairs that retrieved its rows: part p of row `owner` is the sum of
 // coefficients[p, pair]·sources[p][pair / pairs_per_row]. Dense (owner_count, parts, width), or
-// sparse: coalesced COO with the owners that occur.
+// sparse: coalesced COO with the owners that occur. Frozen owners have no gradient: their rows are
+// zero or missing.
 class TableGradient {
  public:
-  TableGradient(const at::Tensor& owners, int64_t owner_count, bool sparse);
+  // frozen: (owner_count,) contiguous, or undefined.
+  TableGradient(const at::Tensor& owners,
+                int64_t owner_count,
+                bool sparse,
+                const at::Tensor& frozen = {});
 
   // coefficients: by part and pair; sources: for each part, (rows, width) contiguous rows; all in
   // the accumulation dtype of `like`.

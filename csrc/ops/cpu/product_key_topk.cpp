@@ -1,5 +1,6 @@
 #include "ops/device/product_key_topk.h"
 
+#include <ATen/ops/ones.h>
 #include <torch/library.h>
 
 #include "kernels/cpu/product_key_topk.h"
@@ -35,9 +36,32 @@ int64_t tokens_per_block(int64_t tokens, int64_t heads) {
 }
 
 struct Cpu : Device {
+  static RetrievalMask make_mask(const Tensor& disabled, int64_t rows, int64_t columns, int64_t k) {
+    const RetrievalMask mask = {.disabled = disabled,
+                                .unused_rows = at::empty({rows}, disabled.options()),
+                                .unused_columns = at::ones({columns}, disabled.options())};
+    const bool* row = const_data_of<bool>(disabled);
+    bool* const unused_rows = data_of<bool>(mask.unused_rows);
+    bool* const unused_columns = data_of<bool>(mask.unused_columns);
+    int64_t enabled = 0;
+    for (int64_t r = 0; r < rows; ++r, row += columns) {
+      int32_t disabled_in_row = 0;
+      for (int64_t c = 0; c < columns; ++c) {
+        disabled_in_row += row[c];
+        unused_columns[c] &= row[c];
+      }
+      unused_rows[r] = disabled_in_row == columns;
+      enabled += columns - disabled_in_row;
+    }
+    TORCH_CHECK_VALUE(enabled >= k, ProductKeyTopkArguments::kName, ": expected at least k = ", k,
+                      " enabled experts, got ", enabled);
+    return mask;
+  }
+
   static void retrieve(const Tensor& query,
                        const Tensor& row_keys,
                        const Tensor& col_keys,
+                       const RetrievalMask& mask,
                        const Tensor& scores,
                        const Tensor& indices) {
     // With shared keys, heads are like tokens, so the heads of one token can share a block.
@@ -49,9 +73,11 @@ struct Cpu : Device {
       const auto& kernel = kernels<ProductKeyTopkKernels>().of<Real>();
       const Tensor rows = pack(kernel, row_keys);
       const Tensor columns = pack(kernel, col_keys);
-      const auto packed_keys = [](const Tensor& packed, const Tensor& keys) {
-        return Keys<Real>{const_data_of<Real>(packed), keys.size(-2),
-                          keys.dim() == 3 ? packed.stride(0) : 0};
+      const auto packed_keys = [](const Tensor& packed, const Tensor& keys, const Tensor& unused) {
+        return Keys<Real>{.data = const_data_of<Real>(packed),
+                          .count = keys.size(-2),
+                          .head_stride = keys.dim() == 3 ? packed.stride(0) : 0,
+                          .unused = const_data_or_null<bool>(unused)};
       };
       const ProductKeyTopk<Real> retrieval = {
           .tokens = tokens,
@@ -59,10 +85,11 @@ struct Cpu : Device {
           .half_width = query.size(2) / 2,
           .k = scores.size(2),
           .query = const_data_of<Real>(query),
-          .rows = packed_keys(rows, row_keys),
-          .columns = packed_keys(columns, col_keys),
+          .rows = packed_keys(rows, row_keys, mask.unused_rows),
+          .columns = packed_keys(columns, col_keys, mask.unused_columns),
           .scores = data_of<Real>(scores),
           .indices = data_of<int64_t>(indices),
+          .disabled = const_data_or_null<bool>(mask.disabled),
       };
       at::parallel_for(0, (tokens + block - 1) / block * heads, 1,
                        [&](int64_t first, int64_t last) {

@@ -40,7 +40,7 @@ struct Cpu : Device {
       });
       return;
     }
-    const Segments segments = make_segments(indices, rows, OutputRows::by_owner);
+    const Segments segments = make_segments(indices, rows, update.frozen, OutputRows::by_owner);
     const Tensor partial_sums =
         at::empty({segments.partial_rows, update.parts * update.width},
                   source.options().dtype(accumulation_type(source.scalar_type())));

@@ -34,13 +34,17 @@ Context current_context() {
   return {c10::cuda::getCurrentCUDAStream().stream(), stream_ordered_memory};
 }
 
-TableGradient::TableGradient(const Tensor& contiguous_owners, int64_t owner_count, bool sparse)
+TableGradient::TableGradient(const Tensor& contiguous_owners,
+                             int64_t owner_count,
+                             bool sparse,
+                             const Tensor& frozen)
     : owner_count_(owner_count),
       sparse_(sparse),
       context_(current_context()),
       segments_(make_segments(contiguous_owners.const_data_ptr<int64_t>(),
                               contiguous_owners.numel(),
                               owner_count,
+                              const_data_or_null<bool>(frozen),
                               sparse ? OutputRows::compact : OutputRows::by_owner,
                               context_)),
       distinct_owners_(sparse ? read_distinct_owners(segments_, context_) : 0) {}

@@ -23,11 +23,15 @@ Context current_context();
 
 // A table's gradient from the pairs that retrieved its rows: part p of row `owner` is the sum of
 // coefficients[p, pair]·sources[p][pair / pairs_per_row]. Dense (owner_count, parts, width), or
-// sparse: coalesced COO with the owners that occur. Only the device knows their number, so a sparse
-// gradient waits for the stream.
+// sparse: coalesced COO with the owners that occur and are not frozen. Only the device knows their
+// number, so a sparse gradient waits for the stream.
 class TableGradient {
  public:
-  TableGradient(const Tensor& contiguous_owners, int64_t owner_count, bool sparse);
+  // frozen: (owner_count,) contiguous, or undefined.
+  TableGradient(const Tensor& contiguous_owners,
+                int64_t owner_count,
+                bool sparse,
+                const Tensor& frozen = {});
 
   // coefficients: by part and pair, in the accumulation dtype of `like`; sources: for each part,
   // (rows, width) contiguous rows, as the kernels take inputs beside a table like this.

@@ -1,5 +1,6 @@
 #include "ops/device/product_key_topk.h"
 
+#include <ATen/ops/all.h>
 #include <torch/library.h>
 
 #include "kernels/cuda/product_key_topk.h"
@@ -11,14 +12,34 @@ namespace {
 
 // Keys (count, half_width) that the heads share, or (H, count, half_width).
 template <class Query>
-Keys<Query> keys_of(const Tensor& keys) {
-  return {const_data_of<Query>(keys), keys.size(-2), keys.dim() == 3 ? keys.stride(0) : 0};
+Keys<Query> keys_of(const Tensor& keys, const Tensor& unused) {
+  return {.data = const_data_of<Query>(keys),
+          .count = keys.size(-2),
+          .head_stride = keys.dim() == 3 ? keys.stride(0) : 0,
+          .unused = const_data_or_null<bool>(unused)};
 }
 
 struct Cuda : Device {
+  // Does not count the enabled experts, because the host would have to wait for the number. Kernels
+  // trap if there are fewer than k.
+  static RetrievalMask make_mask(const Tensor& disabled,
+                                 int64_t rows,
+                                 int64_t columns,
+                                 int64_t /*k*/) {
+    TORCH_CHECK_VALUE(rows <= kMaxMaskedKeys && columns <= kMaxMaskedKeys,
+                      ProductKeyTopkArguments::kName, ": expected at most ", kMaxMaskedKeys,
+                      " rows and columns with disabled experts on ", disabled.device(), ", got ",
+                      rows, " and ", columns);
+    const Tensor grid = disabled.view({rows, columns});
+    return {.disabled = disabled,
+            .unused_rows = at::all(grid, /*dim=*/1),
+            .unused_columns = at::all(grid, /*dim=*/0)};
+  }
+
   static void retrieve(const Tensor& query,
                        const Tensor& row_keys,
                        const Tensor& col_keys,
+                       const RetrievalMask& mask,
                        const Tensor& scores,
                        const Tensor& indices) {
     TORCH_CHECK_VALUE(scores.size(2) <= kMaxRetrieved,
@@ -32,10 +53,11 @@ struct Cuda : Device {
           .half_width = query.size(2) / 2,
           .k = scores.size(2),
           .query = const_data_of<Query>(query),
-          .rows = keys_of<Query>(row_keys),
-          .columns = keys_of<Query>(col_keys),
+          .rows = keys_of<Query>(row_keys, mask.unused_rows),
+          .columns = keys_of<Query>(col_keys, mask.unused_columns),
           .scores = data_of<Real>(scores),
           .indices = data_of<int64_t>(indices),
+          .disabled = const_data_or_null<bool>(mask.disabled),
       };
       peer::cuda::product_key_topk(retrieval, current_context());
     });

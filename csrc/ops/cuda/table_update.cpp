@@ -25,7 +25,7 @@ struct Cuda : Device {
     update.pairs_per_row = indices.numel() / source.size(0);
     update_by_segments(update,
                        make_segments(indices.const_data_ptr<int64_t>(), indices.numel(), rows,
-                                     OutputRows::by_owner, context),
+                                     update.frozen, OutputRows::by_owner, context),
                        context);
   }
 };

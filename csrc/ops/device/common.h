@@ -9,7 +9,8 @@
 //   kMaxSortable                       how many retrievals or table rows the device can sort
 //   check_index_range(op, ids, count)  raises IndexError for an id outside [0, count), unless only
 //                                      the kernels can tell
-//   TableGradient                      the gradient of a table from sorted retrievals
+//   TableGradient                      the gradient of a table from sorted retrievals; frozen rows
+//                                      have none
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -17,6 +18,8 @@
 #include <c10/core/DeviceGuard.h>
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
+
+#include <optional>
 
 #include "kernels/common.h"
 #include "ops/checks.h"
@@ -106,6 +109,11 @@ Rows<const Element> rows_of(const Tensor& table) {
 template <class Element>
 Rows<Element> mutable_rows_of(const Tensor& table) {
   return {data_of<Element>(table), table.stride(0)};
+}
+
+// A mask as the kernels take it: contiguous, or undefined if there is none.
+inline Tensor contiguous_mask(const std::optional<Tensor>& mask) {
+  return is_given(mask) ? mask->contiguous() : Tensor();
 }
 
 // Checks that the device's kernels can sort this many indices of this many rows.

@@ -164,7 +164,8 @@ ThreeTensors expert_mlp_backward_on(const ExpertMlpBackwardArguments& args) {
   Tensor grad_table;
   if (args.output_mask[kGradTable]) {
     check_sortable<Device>(args.kName, table, tokens.indices.numel(), table.size(0));
-    const typename Device::TableGradient gradient(tokens.indices, table.size(0), args.sparse_grad);
+    const typename Device::TableGradient gradient(tokens.indices, table.size(0), args.sparse_grad,
+                                                  contiguous_mask(args.frozen));
     std::vector<Tensor> sources(table.size(1), as_input<Device>(args.x, table.scalar_type()));
     sources.back() = tokens.grad_out;
     grad_table = gradient.sum(tokens.coefficients, sources, table.options());

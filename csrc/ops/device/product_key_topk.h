@@ -1,6 +1,9 @@
 // product_key_topk on a device. Besides what common.h lists, a device has
 //
-//   retrieve(query, row_keys, col_keys, scores, indices)
+//   make_mask(disabled, rows, columns, k)   finds the unused keys; raises ValueError for fewer
+//                                           than k enabled experts, unless only the kernels can
+//                                           tell
+//   retrieve(query, row_keys, col_keys, mask, scores, indices)
 //   find_retrieved_keys(const RetrievedKeys&)
 //   gather_sum(const GatherSum<Real>&)
 #pragma once
@@ -36,17 +39,27 @@ struct RetrievedKeys {
   Tensor rows, columns;  // (T, H, k), written by the device
 };
 
+// What is struck out of a retrieval, bool. Undefined without a mask.
+struct RetrievalMask {
+  Tensor disabled;                     // (R·C)
+  Tensor unused_rows, unused_columns;  // (R) and (C), the keys whose experts are all disabled
+};
+
 template <class Device>
 std::tuple<Tensor, Tensor> product_key_topk_on(const ProductKeyTopkArguments& args) {
   check_product_key_topk(args);
-  const auto& [query, row_keys, col_keys, k] = args;
+  const auto& [query, row_keys, col_keys, k, disabled] = args;
   const c10::DeviceGuard guard(query.device());
   const at::ScalarType type = query.scalar_type();
   const Tensor scores =
       at::empty({query.size(0), query.size(1), k}, query.options().dtype(accumulation_type(type)));
   const Tensor indices = at::empty_like(scores, scores.options().dtype(at::kLong));
+  RetrievalMask mask;
+  if (disabled && disabled->defined()) {
+    mask = Device::make_mask(disabled->contiguous(), row_keys.size(-2), col_keys.size(-2), k);
+  }
   Device::retrieve(as_input<Device>(query, type), as_input<Device>(row_keys, type),
-                   as_input<Device>(col_keys, type), scores, indices);
+                   as_input<Device>(col_keys, type), mask, scores, indices);
   return {scores, indices};
 }
 

@@ -38,6 +38,7 @@ void update_table_on(const Arguments& args, const MakeRule& make_rule) {
   const Tensor coefficients = gradient.coefficients.has_value()
                                   ? contiguous_as(*gradient.coefficients, accumulated)
                                   : Tensor();
+  const Tensor frozen = contiguous_mask(args.frozen);
   const uint64_t key =
       derive_key(derive_key(uint64_t(rounding.seed.value_or(0)), uint64_t(rounding.step)),
                  uint64_t(rounding.stream));
@@ -52,6 +53,7 @@ void update_table_on(const Arguments& args, const MakeRule& make_rule) {
         .source = rows_of<Source>(source),
     };
     update.coefficients = const_data_or_null<accumulation_t<Table>>(coefficients);
+    update.frozen = const_data_or_null<bool>(frozen);
     Device::update(update, indices, source, table.size(0));
   });
 }

@@ -21,10 +21,12 @@ struct Problem {
   std::vector<Real> scores = std::vector<Real>(tokens * heads * k, Real(-1));
   std::vector<int64_t> indices = std::vector<int64_t>(tokens * heads * k, -1);
   int64_t tokens_per_block = kMaxTokensPerBlock;
+  Mask mask = {};
 
   void solve(Capability capability, int threads = 1) {
     const auto& kernel = kernels<ProductKeyTopkKernels>(capability).of<Real>();
-    const auto pack = [&](const std::vector<Real>& keys, int64_t count, std::vector<Real>& packed) {
+    const auto pack = [&](const std::vector<Real>& keys, int64_t count, std::vector<Real>& packed,
+                          const std::vector<char>& unused) {
       const int64_t panels = (count + kernel.keys_per_panel - 1) / kernel.keys_per_panel;
       const int64_t key_heads = shared ? 1 : heads;
       packed.assign(key_heads * panels * kernel.keys_per_panel * half_width, Real(NAN));
@@ -37,6 +39,7 @@ struct Problem {
           .data = packed.data(),
           .count = count,
           .head_stride = shared ? 0 : panels * kernel.keys_per_panel * half_width,
+          .unused = Mask::data(unused),
       };
     };
     std::vector<Real> packed_rows, packed_columns;
@@ -46,10 +49,11 @@ struct Problem {
         .half_width = half_width,
         .k = k,
         .query = query.data(),
-        .rows = pack(row_keys, rows, packed_rows),
-        .columns = pack(col_keys, columns, packed_columns),
+        .rows = pack(row_keys, rows, packed_rows, mask.unused_rows),
+        .columns = pack(col_keys, columns, packed_columns, mask.unused_columns),
         .scores = scores.data(),
         .indices = indices.data(),
+        .disabled = Mask::data(mask.disabled),
     };
     const int64_t items = (tokens + tokens_per_block - 1) / tokens_per_block * heads;
     on_threads(threads)(0, items, 1, [&](int64_t first, int64_t last) {
@@ -75,9 +79,10 @@ void check_against_brute_force(Problem<Real> problem, const std::string& what) {
     for (int64_t t = 0; t < problem.tokens; ++t) {
       for (int64_t h = 0; h < problem.heads; ++h) {
         const int64_t first = (t * problem.heads + h) * problem.k;
-        wrong += count_wrong(problem.scores_of(t, h, problem.row_keys, problem.rows, 0),
-                             problem.scores_of(t, h, problem.col_keys, problem.columns, 1),
-                             problem.k, &problem.scores[first], &problem.indices[first]);
+        wrong +=
+            count_wrong(problem.scores_of(t, h, problem.row_keys, problem.rows, 0),
+                        problem.scores_of(t, h, problem.col_keys, problem.columns, 1), problem.k,
+                        &problem.scores[first], &problem.indices[first], problem.mask.disabled);
       }
     }
     INFO(name_of(capability) << ": " << what);
@@ -302,6 +307,114 @@ TEST_CASE("ids are distinct and in range for rows that defeat a filter on floats
         CHECK(*ids.rbegin() < 512 * 512);
       }
     }
+  }
+}
+
+TEMPLATE_TEST_CASE("a masked retrieval equals brute force without the disabled experts",
+                   "[product_key_topk]",
+                   float,
+                   double) {
+  Random random(11);
+  for (const auto& [rows, columns] :
+       {std::pair<int64_t, int64_t>{16, 16}, {40, 7}, {3, 150}, {1, 90}, {90, 1}, {120, 30}}) {
+    for (const int64_t k : {1, 8, 16, 64, 80}) {
+      for (const int64_t percent : {1, 10, 50, 90, 99, 100}) {
+        const bool shared = (k + percent) % 2 == 0;
+        const int64_t tokens = 3, heads = 2, half_width = 3, key_heads = shared ? 1 : heads;
+        const int64_t range = percent == 50 ? 100 : 2;  // few ties, many ties
+        Problem<TestType> problem{
+            tokens,
+            heads,
+            half_width,
+            rows,
+            columns,
+            k,
+            shared,
+            small_integers<TestType>(random, tokens * heads * 2 * half_width, range),
+            small_integers<TestType>(random, key_heads * rows * half_width, range),
+            small_integers<TestType>(random, key_heads * columns * half_width, range)};
+        problem.mask = draw_mask(random, rows, columns, k, percent);
+        check_against_brute_force(problem, "grid " + std::to_string(rows) + "x" +
+                                               std::to_string(columns) + " k " + std::to_string(k) +
+                                               " percent " + std::to_string(percent));
+      }
+    }
+  }
+}
+
+TEMPLATE_TEST_CASE("a masked retrieval finds enabled experts behind any number of disabled ones",
+                   "[product_key_topk]",
+                   float,
+                   double) {
+  const int64_t rows = 170, columns = 190;
+  std::vector<TestType> row_keys, col_keys;
+  for (int64_t i = 0; i < columns; ++i) {
+    row_keys.push_back(TestType(2 * (columns - i)));
+    col_keys.push_back(TestType(3 * (columns - i)));
+  }
+  row_keys.resize(rows);
+  for (const int64_t k : {1, 4, 90}) {
+    for (const int64_t depth : {int64_t(1), k, 2 * k, 8 * k, int64_t(165)}) {
+      if (depth > 165) {
+        continue;
+      }
+      for (const auto& [name, mask] : hostile_masks(rows, columns, k, depth)) {
+        Problem<TestType> problem{1, 1, 1, rows, columns, k, true, {1, 1}, row_keys, col_keys};
+        problem.mask = mask;
+        check_against_brute_force(problem, std::string(name) + ", k " + std::to_string(k) +
+                                               " depth " + std::to_string(depth));
+      }
+    }
+  }
+}
+
+TEMPLATE_TEST_CASE("a masked retrieval orders special values as brute force orders them",
+                   "[product_key_topk]",
+                   float,
+                   double) {
+  using limits = std::numeric_limits<TestType>;
+  const std::vector<TestType> special = {0,
+                                         TestType(-0.0),
+                                         1,
+                                         limits::infinity(),
+                                         -limits::infinity(),
+                                         limits::quiet_NaN(),
+                                         limits::max(),
+                                         limits::lowest()};
+  Random random(12);
+  for (int repeat = 0; repeat < 300; ++repeat) {
+    const auto [k, rows, columns] = draw_special_scores(random, special);
+    const int64_t row_count = rows.size(), column_count = columns.size();
+    Problem<TestType> problem{1, 1, 1, row_count, column_count, k, true, {1, 1}, rows, columns};
+    problem.mask = draw_mask(random, row_count, column_count, k, random.integer(101));
+    check_against_brute_force(problem, "repeat " + std::to_string(repeat));
+  }
+}
+
+TEMPLATE_TEST_CASE("a mask that disables nothing changes no bit",
+                   "[product_key_topk]",
+                   float,
+                   double) {
+  Random random(13);
+  const int64_t tokens = 21, heads = 3, half_width = 7, rows = 90, columns = 130, k = 12;
+  Problem<TestType> problem{tokens,
+                            heads,
+                            half_width,
+                            rows,
+                            columns,
+                            k,
+                            false,
+                            random.normal<TestType>(tokens * heads * 2 * half_width),
+                            random.normal<TestType>(heads * rows * half_width),
+                            random.normal<TestType>(heads * columns * half_width)};
+  for (const Capability capability : capabilities()) {
+    Problem<TestType> masked = problem;
+    masked.mask = make_mask(std::vector<char>(rows * columns), rows, columns);
+    masked.solve(capability);
+    problem.solve(capability);
+    INFO(name_of(capability));
+    CHECK(have_same_bits(masked.scores, problem.scores));
+    CHECK(masked.indices == problem.indices);
   }
 }
 

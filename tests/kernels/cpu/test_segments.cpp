@@ -1,5 +1,6 @@
 #include <map>
 #include <numeric>
+#include <valarray>
 
 #include "support.h"
 
@@ -12,8 +13,8 @@ TEST_CASE("pairs come out by owner, and in their own order within an owner", "[s
   const int64_t count = GENERATE(0, 1, 2, 1000, 100'000);
   Random random(1);
   const std::vector<int64_t> owners = random.integers(count, owner_count);
-  const List<Pair> pairs = make_segments(owners.data(), count, owner_count, OutputRows::by_owner,
-                                         on_threads(2), plain_memory)
+  const List<Pair> pairs = make_segments(owners.data(), count, owner_count, nullptr,
+                                         OutputRows::by_owner, on_threads(2), plain_memory)
                                .pairs;
 
   std::vector<int64_t> expected(count);
@@ -43,8 +44,8 @@ TEST_CASE("chunks cover every pair once, and none is longer than allowed", "[seg
   const OutputRows rows = GENERATE(OutputRows::by_owner, OutputRows::compact);
   const int threads = GENERATE(1, 3);
   const std::vector<int64_t> owners = owners_with_a_hot_one(40'000, 20'000);
-  const Segments segments =
-      make_segments(owners.data(), owners.size(), 300, rows, on_threads(threads), plain_memory);
+  const Segments segments = make_segments(owners.data(), owners.size(), 300, nullptr, rows,
+                                          on_threads(threads), plain_memory);
 
   std::map<int64_t, int64_t> pairs_of_owner;
   for (const int64_t owner : owners) {
@@ -81,9 +82,50 @@ TEST_CASE("chunks cover every pair once, and none is longer than allowed", "[seg
   CHECK(segments.distinct_owners.size() == (rows == OutputRows::compact ? row + 1 : 0));
 }
 
+TEST_CASE("segments with frozen owners are those of the other pairs", "[segments]") {
+  const OutputRows rows = GENERATE(OutputRows::by_owner, OutputRows::compact);
+  const int threads = GENERATE(1, 3);
+  const int64_t hot = GENERATE(0, 20'000);
+  // Of ten owners, how many are frozen.
+  const int64_t share = GENERATE(0, 1, 5, 9, 10);
+  const std::vector<int64_t> owners = owners_with_a_hot_one(40'000, hot);
+  std::valarray<bool> frozen(300);
+  for (int64_t owner = 0; owner < 300; ++owner) {
+    frozen[owner] = (owner + 3) % 10 < share;
+  }
+  std::vector<int64_t> ids, trained;
+  for (size_t i = 0; i < owners.size(); ++i) {
+    if (!frozen[owners[i]]) {
+      ids.push_back(i);
+      trained.push_back(owners[i]);
+    }
+  }
+  const Segments segments = make_segments(owners.data(), owners.size(), 300, &frozen[0], rows,
+                                          on_threads(threads), plain_memory);
+  const Segments expected = make_segments(trained.data(), trained.size(), 300, nullptr, rows,
+                                          on_threads(1), plain_memory);
+
+  CHECK(segments.pair_count == int64_t(owners.size()));
+  REQUIRE(segments.pairs.size() == expected.pairs.size());
+  CHECK(std::equal(
+      segments.pairs.begin(), segments.pairs.end(), expected.pairs.begin(),
+      [&](const Pair& a, const Pair& b) { return a.owner == b.owner && a.id == ids[b.id]; }));
+  const auto have_same_bytes = [](const auto& a, const auto& b) {
+    return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(a[0])) == 0;
+  };
+  CHECK(std::equal(segments.chunks.begin(), segments.chunks.end(), expected.chunks.begin(),
+                   expected.chunks.end(), [](const Chunk& a, const Chunk& b) {
+                     return a.first == b.first && a.last == b.last && a.row == b.row &&
+                            a.is_partial == b.is_partial;
+                   }));
+  CHECK(have_same_bytes(segments.split_segments, expected.split_segments));
+  CHECK(have_same_bytes(segments.distinct_owners, expected.distinct_owners));
+  CHECK(segments.partial_rows == expected.partial_rows);
+}
+
 TEST_CASE("no pairs are no segments", "[segments]") {
   const Segments segments =
-      make_segments(nullptr, 0, 300, OutputRows::compact, on_threads(2), plain_memory);
+      make_segments(nullptr, 0, 300, nullptr, OutputRows::compact, on_threads(2), plain_memory);
   CHECK(segments.chunks.size() == 0);
   CHECK(segments.split_segments.size() == 0);
   CHECK(segments.distinct_owners.size() == 0);

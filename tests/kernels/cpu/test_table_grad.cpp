@@ -33,7 +33,7 @@ struct Problem {
                              bool nontemporal = false,
                              int64_t offset = 0) const {
     const ParallelFor parallel_for = on_threads(threads);
-    const Segments segments = make_segments(owners.data(), owners.size(), owner_count,
+    const Segments segments = make_segments(owners.data(), owners.size(), owner_count, nullptr,
                                             OutputRows::by_owner, parallel_for, plain_memory);
     std::vector<Element> memory(owner_count * width + offset + 64, Element{});
     const int64_t misaligned = reinterpret_cast<uintptr_t>(memory.data()) % 64 / sizeof(Element);

@@ -1,5 +1,6 @@
 #include <array>
 #include <tuple>
+#include <valarray>
 
 #include "kernels/cpu/stochastic_rounding.h"
 #include "kernels/cpu/table_update.h"
@@ -47,6 +48,7 @@ struct Problem : TableUpdateProblem<Table, Source> {
         .source = {source.data(), stride},
         .pairs_per_row = pairs_per_row,
         .coefficients = this->given_coefficients(),
+        .frozen = this->frozen_rows(),
     };
     const auto& kernel = kernels<TableUpdateKernels>(capability).of<Table, Source>();
     if (!this->has_pairs()) {
@@ -56,7 +58,7 @@ struct Problem : TableUpdateProblem<Table, Source> {
       });
       return state;
     }
-    const Segments segments = make_segments(owners.data(), owners.size(), rows,
+    const Segments segments = make_segments(owners.data(), owners.size(), rows, update.frozen,
                                             OutputRows::by_owner, parallel_for, plain_memory);
     std::vector<Real> partial_sums(segments.partial_rows * parts * width);
     const SegmentWork<Real> work = segments.work(Rows<Real>{partial_sums.data(), parts * width});
@@ -152,6 +154,44 @@ TEMPLATE_TEST_CASE("rows with many pairs are updated once, and the same for any 
           INFO("threads " << threads);
           CHECK(problem.solve(capability, rule, threads) == one);
           CHECK(problem.solve(capability, rule, threads, true) == stochastic);
+        }
+      }
+    }
+  }
+}
+
+TEMPLATE_TEST_CASE(
+    "frozen rows, and rows whose gradient is zero, keep their bits and their state, and no other "
+    "row is updated differently",
+    "[table_update]",
+    (std::tuple<float, float>),
+    (std::tuple<double, double>),
+    (std::tuple<BFloat16, BFloat16>),
+    (std::tuple<Half, float>)) {
+  using Table = std::tuple_element_t<0, TestType>;
+  using Source = std::tuple_element_t<1, TestType>;
+  const bool is_stochastic = GENERATE(false, true);
+  const int64_t width = GENERATE(1, 9, 64, 100);
+  for (const Capability capability : capabilities()) {
+    for (const Given given : kGiven) {
+      const Problem<Table, Source> problem(given, 40, 2, width, {1, 128, 129, 1000, 2, 0, 257}, 8);
+      const std::valarray<bool> rows = problem.some_rows(), all(true, 40);
+      Problem<Table, Source> with_frozen = problem, with_zeros = problem, with_all = problem;
+      with_frozen.frozen = rows;
+      with_all.frozen = all;
+      with_zeros.clear_gradients(rows);
+      for (const Hyperparameters& rule : kRules) {
+        INFO(name_of(capability) << " given " << int(given) << " rule " << int(rule.rule));
+        const State<Table> expected =
+            problem.with_start_in(rows, problem.solve(capability, rule, 1, is_stochastic));
+        for (const int threads : {1, 3}) {
+          CHECK(with_frozen.solve(capability, rule, threads, is_stochastic) == expected);
+          CHECK(with_zeros.solve(capability, rule, threads, is_stochastic) == expected);
+          CHECK(with_all.solve(capability, rule, threads, is_stochastic) == problem.start);
+        }
+        if (!is_stochastic) {
+          CHECK(with_frozen.distance(expected, rule) <= 1);
+          CHECK(with_zeros.distance(expected, rule) <= 1);
         }
       }
     }

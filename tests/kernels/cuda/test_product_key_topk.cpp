@@ -30,6 +30,7 @@ struct Problem {
   bool shared;
   std::vector<Query> query, row_keys, col_keys;
   int64_t offset = 0;  // of the arrays from an aligned address, in elements
+  Mask mask = {};
   std::vector<Real> scores = std::vector<Real>(tokens * heads * k, Real(-1));
   std::vector<int64_t> indices = std::vector<int64_t>(tokens * heads * k, -1);
 
@@ -47,10 +48,13 @@ struct Problem {
         .half_width = half_width,
         .k = k,
         .query = queries.data() + offset,
-        .rows = {row_array.data() + offset, rows, shared ? 0 : rows * half_width},
-        .columns = {col_array.data() + offset, columns, shared ? 0 : columns * half_width},
+        .rows = {row_array.data() + offset, rows, shared ? 0 : rows * half_width,
+                 Mask::data(mask.unused_rows)},
+        .columns = {col_array.data() + offset, columns, shared ? 0 : columns * half_width,
+                    Mask::data(mask.unused_columns)},
         .scores = scores.data(),
         .indices = indices.data(),
+        .disabled = Mask::data(mask.disabled),
     };
     product_key_topk(retrieval, kContext);
   }
@@ -74,10 +78,10 @@ void check_against_brute_force(Problem<Query> problem, const std::string& what) 
   for (int64_t t = 0; t < problem.tokens; ++t) {
     for (int64_t h = 0; h < problem.heads; ++h) {
       const int64_t first = (t * problem.heads + h) * problem.k;
-      wrong +=
-          count_wrong(problem.template scores_of<Real>(t, h, problem.row_keys, problem.rows, 0),
-                      problem.template scores_of<Real>(t, h, problem.col_keys, problem.columns, 1),
-                      problem.k, &problem.scores[first], &problem.indices[first]);
+      wrong += count_wrong(
+          problem.template scores_of<Real>(t, h, problem.row_keys, problem.rows, 0),
+          problem.template scores_of<Real>(t, h, problem.col_keys, problem.columns, 1), problem.k,
+          &problem.scores[first], &problem.indices[first], problem.mask.disabled);
     }
   }
   INFO(what);
@@ -426,6 +430,169 @@ TEMPLATE_TEST_CASE("a query's result does not depend on its neighbours or on the
   CHECK(std::equal(alone.indices.begin(), alone.indices.end(), &together.indices[last * k]));
 }
 
+TEMPLATE_TEST_CASE("a masked retrieval equals brute force without the disabled experts",
+                   "[product_key_topk]",
+                   PEER_QUERY_TYPES) {
+  Random random(16);
+  for (const auto& [rows, columns] :
+       {std::pair<int64_t, int64_t>{16, 16}, {40, 7}, {3, 150}, {1, 90}, {90, 1}, {7, 600}}) {
+    for (const auto& [k, percent] : {std::pair<int64_t, int64_t>{1, 50},
+                                     {1, 99},
+                                     {12, 1},
+                                     {12, 10},
+                                     {12, 50},
+                                     {12, 90},
+                                     {12, 100},
+                                     {64, 10}}) {
+      const int64_t range = percent == 50 ? 15 : 2;  // few ties, many ties
+      Problem<TestType> problem =
+          random_problem<TestType>(random, {1, 2, 3, rows, columns, k, percent > 10}, range);
+      problem.mask = draw_mask(random, rows, columns, k, percent);
+      check_against_brute_force(problem, "grid " + std::to_string(rows) + "x" +
+                                             std::to_string(columns) + " k " + std::to_string(k) +
+                                             " percent " + std::to_string(percent));
+    }
+  }
+}
+
+TEMPLATE_TEST_CASE("a masked retrieval finds enabled experts behind any number of disabled ones",
+                   "[product_key_topk]",
+                   PEER_QUERY_TYPES) {
+  const int64_t rows = 100, columns = 110;
+  std::vector<double> row_scores, column_scores;
+  for (int64_t i = 0; i < columns; ++i) {  // BFloat16 represents them exactly
+    row_scores.push_back(double(columns - i));
+    column_scores.push_back(double(2 * (columns - i)));
+  }
+  row_scores.resize(rows);
+  for (const int64_t k : {1, 5}) {
+    for (const int64_t depth : {8, 64, 70}) {
+      for (const auto& [name, mask] : hostile_masks(rows, columns, k, depth)) {
+        Problem<TestType> problem = given_scores<TestType>(row_scores, column_scores, k);
+        problem.mask = mask;
+        check_against_brute_force(problem, std::string(name) + ", k " + std::to_string(k) +
+                                               " depth " + std::to_string(depth));
+      }
+    }
+  }
+}
+
+TEMPLATE_TEST_CASE("a masked retrieval orders special values as brute force orders them",
+                   "[product_key_topk]",
+                   PEER_QUERY_TYPES) {
+  const double largest = to_double(std::is_same_v<TestType, Half> ? element_of<TestType>(65504)
+                                                                  : element_of<TestType>(3e38));
+  const std::vector<double> special = {0, -0.0, 1, kInf, -kInf, kNan, largest, -largest};
+  Random random(17);
+  for (int repeat = 0; repeat < 60; ++repeat) {
+    const auto [k, rows, columns] = draw_special_scores(random, special);
+    Problem<TestType> problem = given_scores<TestType>(rows, columns, k);
+    problem.mask = draw_mask(random, rows.size(), columns.size(), k, random.integer(101));
+    check_against_brute_force(problem, "repeat " + std::to_string(repeat));
+  }
+}
+
+TEMPLATE_TEST_CASE("a scan finds what the filter does not, for some or all queries of a block",
+                   "[product_key_topk]",
+                   PEER_QUERY_TYPES) {
+  // The filter finds k enabled experts for the queries that prefer the last rows. The first rows
+  // have one each.
+  Random random(18);
+  const int64_t rows = 40, columns = 5, k = 20;
+  std::vector<char> disabled(rows * columns, 0);
+  for (int64_t id = 0; id < 100; ++id) {
+    disabled[id] = id % columns != 3;
+  }
+  const ScopedSmCount one_sm(1);  // so that a block works on several blocks of queries
+  for (const int64_t tokens : {1, 40}) {
+    for (const bool shared : {true, false}) {
+      Problem<TestType> problem =
+          random_problem<TestType>(random, {tokens, 2, 1, rows, columns, k, shared}, 3);
+      problem.mask = make_mask(disabled, rows, columns);
+      for (int64_t i = 0; i < int64_t(problem.row_keys.size()); ++i) {
+        problem.row_keys[i] = element_of<TestType>(double(i % rows));
+      }
+      check_against_brute_force(problem, std::to_string(tokens) + " tokens");
+    }
+  }
+}
+
+TEMPLATE_TEST_CASE("a scan has the sub-scores of the retrieval without a mask, bit by bit",
+                   "[product_key_topk]",
+                   PEER_QUERY_TYPES) {
+  // A pair that both find has the same score.
+  Random random(19);
+  const int64_t half_width = 150, keys = 12, k = 60;
+  Problem<TestType> all{3,
+                        1,
+                        half_width,
+                        keys,
+                        keys,
+                        64,
+                        true,
+                        random.normal<TestType>(3 * 2 * half_width),
+                        random.normal<TestType>(keys * half_width),
+                        random.normal<TestType>(keys * half_width)};
+  Problem<TestType> masked = all;
+  masked.k = k;
+  masked.mask = draw_mask(random, keys, keys, k, 30);
+  all.solve();
+  masked.solve();
+  int64_t common = 0;
+  for (int64_t query = 0; query < 3; ++query) {
+    for (int64_t i = 0; i < k; ++i) {
+      for (int64_t j = 0; j < 64; ++j) {
+        if (masked.indices[query * k + i] == all.indices[query * 64 + j]) {
+          ++common;
+          CHECK(masked.scores[query * k + i] == all.scores[query * 64 + j]);
+        }
+      }
+    }
+  }
+  CHECK(common > 100);
+}
+
+TEMPLATE_TEST_CASE("a mask that disables nothing changes no bit",
+                   "[product_key_topk]",
+                   PEER_QUERY_TYPES) {
+  Random random(20);
+  const int64_t half_width = 40, rows = 70, columns = 300, k = 12;
+  Problem<TestType> problem{3,
+                            2,
+                            half_width,
+                            rows,
+                            columns,
+                            k,
+                            false,
+                            random.normal<TestType>(3 * 2 * 2 * half_width),
+                            random.normal<TestType>(2 * rows * half_width),
+                            random.normal<TestType>(2 * columns * half_width)};
+  Problem<TestType> masked = problem;
+  masked.mask = make_mask(std::vector<char>(rows * columns), rows, columns);
+  problem.solve();
+  masked.solve();
+  CHECK(have_same_bits(masked.scores, problem.scores));
+  CHECK(masked.indices == problem.indices);
+}
+
+TEMPLATE_TEST_CASE("fewer than k enabled experts end the kernel with a trap",
+                   "[product_key_topk]",
+                   PEER_QUERY_TYPES) {
+  Random random(21);
+  Problem<TestType> problem = random_problem<TestType>(random, {2, 1, 3, 12, 9, 4}, 2);
+  problem.mask = draw_mask(random, 12, 9, 3, 100);
+  CHECK_THROWS_WITH(problem.solve(), "CUDA: a kernel trapped");
+}
+
+TEMPLATE_TEST_CASE("a masked retrieval without tokens gives no results",
+                   "[product_key_topk]",
+                   PEER_QUERY_TYPES) {
+  Random random(22);
+  Problem<TestType> problem = random_problem<TestType>(random, {0, 2, 3, 12, 9, 4}, 2);
+  problem.mask = draw_mask(random, 12, 9, 4, 50);
+  problem.solve();
+}
+
 TEMPLATE_TEST_CASE("no access races with another", "[product_key_topk][races]", float, BFloat16) {
   const ScopedSharedMemory device(99 << 10);
   Random random(14);
@@ -434,6 +601,11 @@ TEMPLATE_TEST_CASE("no access races with another", "[product_key_topk][races]", 
   check_against_brute_force(random_problem<TestType>(random, {1, 1, 130, 9, 9, 3}, 1),
                             "two stages");
   check_against_brute_force(given_scores<TestType>({kInf, 1}, {2, -kInf, 3}, 2), "infinities");
+  for (const int64_t percent : {50, 100}) {  // the filter is enough, a scan is needed
+    Problem<TestType> problem = random_problem<TestType>(random, {2, 1, 3, 9, 20, 5}, 3);
+    problem.mask = draw_mask(random, 9, 20, 5, percent);
+    check_against_brute_force(problem, "mask");
+  }
 }
 
 TEST_CASE("candidate pairs are counted right", "[product_key_topk]") {

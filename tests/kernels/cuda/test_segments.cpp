@@ -1,5 +1,6 @@
 #include <array>
 #include <map>
+#include <valarray>
 
 #include "cuda_support.h"
 #include "kernels/cuda/segment_chunks.h"
@@ -11,16 +12,30 @@ using namespace peer::test;
 
 namespace {
 
-// The expected segments, made one at a time.
+// By owner; empty if no owner is frozen.
+using Mask = std::valarray<bool>;
+
+// Of ten owners, so many are frozen.
+Mask frozen_owners(int64_t owner_count, int64_t of_ten) {
+  Mask frozen(owner_count);
+  for (int64_t owner = 0; owner < owner_count; ++owner) {
+    frozen[owner] = (owner * 7 + 3) % 10 < of_ten;
+  }
+  return frozen;
+}
+
+// The expected segments, made one at a time. Pairs of frozen owners have none.
 struct ExpectedSegments {
   std::vector<int32_t> pair_ids, targets, distinct_owners;
   std::vector<std::array<int32_t, 3>> split_segments;
   int32_t partial_rows = 0;
 
-  ExpectedSegments(const std::vector<int64_t>& owners, OutputRows rows) {
+  ExpectedSegments(const std::vector<int64_t>& owners, const Mask& frozen, OutputRows rows) {
     std::map<int64_t, std::vector<int32_t>> segments;
     for (size_t i = 0; i < owners.size(); ++i) {
-      segments[owners[i]].push_back(int32_t(i));
+      if (frozen.size() == 0 || !frozen[owners[i]]) {
+        segments[owners[i]].push_back(int32_t(i));
+      }
     }
     for (const auto& [owner, pairs] : segments) {
       const int32_t row = rows == OutputRows::compact ? distinct_owners.size() : owner;
@@ -46,7 +61,8 @@ bool agree(const Segments& actual, const ExpectedSegments& expected, OutputRows 
     return std::equal(list.begin(), list.end(), values);
   };
   const SegmentCounts counts = *actual.counts;
-  bool right = actual.count == int64_t(expected.pair_ids.size()) &&
+  const int64_t trained = actual.trained_count ? *actual.trained_count : actual.count;
+  bool right = trained == int64_t(expected.pair_ids.size()) &&
                counts.owners == int32_t(expected.distinct_owners.size()) &&
                counts.split_segments == int32_t(expected.split_segments.size()) &&
                counts.partial_rows == expected.partial_rows &&
@@ -65,19 +81,25 @@ bool agree(const Segments& actual, const ExpectedSegments& expected, OutputRows 
   return right;
 }
 
-void check_segments(const std::vector<int64_t>& owners, int64_t owner_count, OutputRows rows) {
-  const Segments segments =
-      make_segments(owners.data(), owners.size(), owner_count, rows, kContext);
-  const ExpectedSegments expected(owners, rows);
+void check_segments(const std::vector<int64_t>& owners,
+                    int64_t owner_count,
+                    OutputRows rows,
+                    const Mask& frozen = {}) {
+  const Segments segments = make_segments(owners.data(), owners.size(), owner_count,
+                                          frozen.size() > 0 ? &frozen[0] : nullptr, rows, kContext);
+  const ExpectedSegments expected(owners, frozen, rows);
   INFO(owners.size() << " pairs of " << owner_count << " owners, compact "
                      << (rows == OutputRows::compact));
+  CHECK(segments.count == int64_t(owners.size()));
   CHECK(agree(segments, expected, rows));
   CHECK(count_distinct_owners(segments, kContext) == int64_t(expected.distinct_owners.size()));
 }
 
-void check_segments(const std::vector<int64_t>& owners, int64_t owner_count) {
-  check_segments(owners, owner_count, OutputRows::by_owner);
-  check_segments(owners, owner_count, OutputRows::compact);
+void check_segments(const std::vector<int64_t>& owners,
+                    int64_t owner_count,
+                    const Mask& frozen = {}) {
+  check_segments(owners, owner_count, OutputRows::by_owner, frozen);
+  check_segments(owners, owner_count, OutputRows::compact, frozen);
 }
 
 }  // namespace
@@ -99,8 +121,32 @@ TEST_CASE("segments are cut into chunks from their own start, wherever that lies
   check_segments(owners_of_segments({200, 200, 200}), 1000);
 }
 
+TEST_CASE("pairs of frozen owners lie behind all others and belong to no segment", "[segments]") {
+  Random random(4);
+  for (const int64_t of_ten : {0, 1, 5, 9, 10}) {
+    INFO("frozen, of ten " << of_ten);
+    for (const int64_t owner_count : {1, 2, 1023, 1024, 1025, 1 << 20}) {
+      for (const int64_t count : {1, 33, 512, 513, 2000}) {
+        check_segments(random.integers(count, owner_count), owner_count,
+                       frozen_owners(owner_count, of_ten));
+      }
+    }
+  }
+}
+
+TEST_CASE("a hot owner that is frozen is not split", "[segments]") {
+  const std::vector<int64_t> owners = owners_of_segments({300, 129, 5000, 2, 257, 1, 1024});
+  for (const Mask& frozen : {Mask{false, false, true, false, false, false, false},
+                             Mask{true, false, true, false, true, false, true},
+                             Mask{true, true, true, true, true, true, true}}) {
+    check_segments(owners, 7, frozen);
+  }
+}
+
 TEST_CASE("a few small segments are right for every order of threads", "[segments][races]") {
   check_segments(owners_of_segments({130, 2, 300, 1, 129}), 6);
+  check_segments(owners_of_segments({130, 2, 300, 1, 129}), 6,
+                 {false, true, true, false, false, true});
 }
 
 TEST_CASE("there may be more tiles than the block that scans them has threads", "[segments]") {
@@ -108,10 +154,11 @@ TEST_CASE("there may be more tiles than the block that scans them has threads", 
   std::vector<int64_t> owners = random.integers(132'000, 100'000);
   std::fill(owners.begin() + 1000, owners.begin() + 21'000, 77'777);
   check_segments(owners, 100'000, OutputRows::compact);
+  check_segments(owners, 100'000, OutputRows::compact, frozen_owners(100'000, 5));
 }
 
 TEST_CASE("no pairs make no segments", "[segments]") {
-  const Segments segments = make_segments(nullptr, 0, 100, OutputRows::compact, kContext);
+  const Segments segments = make_segments(nullptr, 0, 100, nullptr, OutputRows::compact, kContext);
   CHECK(segments.count == 0);
   CHECK(segments.max_partial_rows == 0);
   CHECK(count_distinct_owners(segments, kContext) == 0);
@@ -121,11 +168,16 @@ TEST_CASE("an owner out of range ends the kernel", "[segments]") {
   for (const int64_t bad : {int64_t(-1), int64_t(10), int64_t(1) << 32, INT64_MIN}) {
     std::vector<int64_t> owners(600, 3);
     owners[555] = bad;
-    CHECK_THROWS_AS(make_segments(owners.data(), owners.size(), 10, OutputRows::by_owner, kContext),
-                    std::runtime_error);
+    const Mask frozen = frozen_owners(10, 5);
+    for (const bool* mask : {static_cast<const bool*>(nullptr), &frozen[0]}) {
+      CHECK_THROWS_AS(
+          make_segments(owners.data(), owners.size(), 10, mask, OutputRows::by_owner, kContext),
+          std::runtime_error);
+    }
   }
   const int64_t zero = 0;
-  CHECK_THROWS_AS(make_segments(&zero, 1, 0, OutputRows::by_owner, kContext), std::runtime_error);
+  CHECK_THROWS_AS(make_segments(&zero, 1, 0, nullptr, OutputRows::by_owner, kContext),
+                  std::runtime_error);
 }
 
 TEST_CASE("what ends at a position is found from its neighbours", "[segments]") {

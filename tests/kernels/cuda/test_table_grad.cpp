@@ -1,3 +1,5 @@
+#include <valarray>
+
 #include "cuda_support.h"
 #include "kernels/cuda/table_grad.h"
 
@@ -36,12 +38,13 @@ struct Problem {
     bool is_untouched_elsewhere;
   };
 
-  // Rows without pairs keep their value, -1.
+  // Rows without pairs, and frozen rows, keep their value, -1.
   Gradient solve(OutputRows rows, Layout layout = {}) const {
     const Element untouched = from_double<Element>(-1);
     Segments& segments = sorted[int(rows)];
     if (segments.count == 0) {
-      segments = make_segments(owners.data(), owners.size(), owner_count, rows, kContext);
+      segments = make_segments(owners.data(), owners.size(), owner_count,
+                               frozen.size() > 0 ? &frozen[0] : nullptr, rows, kContext);
     }
     Gradient gradient;
     gradient.owners.resize(rows == OutputRows::compact ? count_distinct_owners(segments, kContext)
@@ -71,6 +74,9 @@ struct Problem {
     std::vector<double> sums(owner_count * width), magnitudes(owner_count * width);
     std::vector<bool> has_pairs(owner_count);
     for (size_t i = 0; i < owners.size(); ++i) {
+      if (frozen.size() > 0 && frozen[owners[i]]) {
+        continue;
+      }
       has_pairs[owners[i]] = true;
       for (int64_t column = 0; column < width; ++column) {
         const double term =
@@ -96,6 +102,7 @@ struct Problem {
 
   int64_t pairs_per_row, owner_count, width;
   std::vector<int64_t> owners;
+  std::valarray<bool> frozen;  // by owner, or empty
   std::vector<Real> coefficients;
   std::vector<Source> source;
   mutable Segments sorted[2];  // by OutputRows, made once for several solutions
@@ -173,6 +180,43 @@ TEMPLATE_TEST_CASE("compact rows are the rows of the owners that occur",
     REQUIRE(std::memcmp(compact.values.data() + row * 24,
                         dense.values.data() + compact.owners[row] * 24,
                         24 * sizeof(compact.values[0])) == 0);
+  }
+}
+
+TEMPLATE_TEST_CASE("pairs of frozen rows are not read, and the other rows keep their bits",
+                   "[table_grad]",
+                   PEER_TABLE_AND_SOURCE_TYPES) {
+  using Table = typename TestType::Table;
+  using Source = typename TestType::Source;
+  const std::vector<int64_t> owners = owners_of_segments({3, 200, 1, 129, 70, 0, 400, 2, 1});
+  for (const int64_t width : {7, 520}) {
+    const Problem<Table, Source> unfrozen(owners, 2, 9, width);
+    const auto gradient = unfrozen.solve(OutputRows::by_owner);
+    for (const std::valarray<bool>& frozen :
+         {std::valarray<bool>(9),
+          std::valarray<bool>{true, true, false, false, true, false, false, false, true},
+          std::valarray<bool>{false, false, true, true, false, true, true, true, false},
+          std::valarray<bool>(true, 9)}) {
+      Problem<Table, Source> problem(owners, 2, 9, width);
+      problem.frozen = frozen;
+      for (size_t i = 0; i < owners.size(); ++i) {
+        if (frozen[owners[i]]) {
+          problem.coefficients[i] = NAN;
+        }
+      }
+      for (const OutputRows rows : {OutputRows::by_owner, OutputRows::compact}) {
+        const auto with_frozen = problem.solve(rows);
+        INFO("width " << width << " compact " << (rows == OutputRows::compact));
+        CHECK(problem.distance(with_frozen) <= 1);
+        for (size_t row = 0; row < with_frozen.owners.size(); ++row) {
+          const int64_t owner = with_frozen.owners[row];
+          REQUIRE((rows == OutputRows::by_owner || !frozen[owner]));
+          REQUIRE((frozen[owner] || std::memcmp(with_frozen.values.data() + row * width,
+                                                gradient.values.data() + owner * width,
+                                                width * sizeof(Table)) == 0));
+        }
+      }
+    }
   }
 }
 

@@ -1,3 +1,5 @@
+#include <valarray>
+
 #include "cuda_support.h"
 #include "kernels/cpu/stochastic_rounding.h"
 #include "kernels/cpu/table_update.h"
@@ -43,12 +45,14 @@ struct Problem : TableUpdateProblem<Table, Source> {
         .source = std::as_const(source_memory).rows(),
         .pairs_per_row = pairs_per_row,
         .coefficients = this->given_coefficients(),
+        .frozen = this->frozen_rows(),
     };
     if (!this->has_pairs()) {
       update_rows(update, rows, kContext);
     } else {
       if (sorted.count == 0) {
-        sorted = make_segments(owners.data(), owners.size(), rows, OutputRows::by_owner, kContext);
+        sorted = make_segments(owners.data(), owners.size(), rows, update.frozen,
+                               OutputRows::by_owner, kContext);
       }
       update_by_segments(update, sorted, kContext);
     }
@@ -61,6 +65,20 @@ struct Problem : TableUpdateProblem<Table, Source> {
 
   double distance(const State<Table>& result, const Hyperparameters& h) const {
     return Base::distance(result, h, 64 * kEpsilon<typename Base::Real>);
+  }
+
+  // Makes pieces of the gradients of rows zero. A row has 2·parts pieces, two per part; bit p of a
+  // row's number tells whether piece p is zero. Only for gradients with a source row of their own.
+  void clear_pieces() {
+    const int64_t piece = (width + 1) / 2;
+    for (size_t i = 0; i < owners.size(); ++i) {
+      for (int64_t column = 0; column < parts * width; ++column) {
+        const int64_t number = 2 * (column / width) + column % width / piece;
+        if (owners[i] >> number & 1) {
+          source[i * this->stride + column] = from_double<Source>(i % 2 ? -0. : 0.);
+        }
+      }
+    }
   }
 
   mutable Segments sorted;  // made once for several solutions
@@ -143,8 +161,8 @@ TEMPLATE_TEST_CASE("an update by pairs has the bits of a gradient followed by an
   for (const int64_t width : {40, 700}) {
     const Problem<TestType, TestType> fused(Given::pairs_with_coefficients, 9, 1, width,
                                             {1, 2, 30, 129, 0, 300, 1, 1}, 7);
-    const Segments segments =
-        make_segments(fused.owners.data(), fused.owners.size(), 9, OutputRows::compact, kContext);
+    const Segments segments = make_segments(fused.owners.data(), fused.owners.size(), 9, nullptr,
+                                            OutputRows::compact, kContext);
     const int64_t distinct = count_distinct_owners(segments, kContext);
     // The same table, with one pair for each row of the gradient.
     Problem<TestType, TestType> step(Given::pairs, 9, 1, width, {}, 7);
@@ -166,6 +184,120 @@ TEMPLATE_TEST_CASE("an update by pairs has the bits of a gradient followed by an
   }
 }
 
+TEMPLATE_TEST_CASE(
+    "frozen rows, and rows whose gradient is zero, keep their bits and their state, and no other "
+    "row is updated differently",
+    "[table_update]",
+    PEER_TABLE_AND_SOURCE_TYPES) {
+  using Table = typename TestType::Table;
+  using Source = typename TestType::Source;
+  for (const int64_t width : {9, 536}) {
+    for (const Given given : kGiven) {
+      const int64_t parts = 1 + width % 3;
+      const Problem<Table, Source> problem(given, 70, parts, width, {1, 128, 129, 300, 2, 0, 257},
+                                           10);
+      const std::valarray<bool> rows = problem.some_rows();
+      Problem<Table, Source> with_frozen = problem, with_all = problem, with_zeros = problem;
+      with_frozen.frozen = rows;
+      with_all.frozen = std::valarray<bool>(true, 70);
+      with_zeros.clear_gradients(rows);
+      for (const Hyperparameters& rule : kRules) {
+        const bool is_stochastic = rule.has_momentum != rule.nesterov;
+        INFO("parts " << parts << " width " << width << " given " << int(given) << " rule "
+                      << int(rule.rule) << " stochastic " << is_stochastic);
+        const State<Table> expected =
+            problem.with_start_in(rows, problem.solve(rule, is_stochastic));
+        CHECK(with_frozen.solve(rule, is_stochastic) == expected);
+        CHECK(with_zeros.solve(rule, is_stochastic) == expected);
+        CHECK(with_all.solve(rule, is_stochastic) == problem.start);
+      }
+    }
+  }
+}
+
+TEMPLATE_TEST_CASE("a row is updated whole if any piece of its gradient is nonzero",
+                   "[table_update]",
+                   PEER_TABLE_AND_SOURCE_TYPES) {
+  using Table = typename TestType::Table;
+  using Source = typename TestType::Source;
+  // One warp, several warps, several rounds.
+  for (const int64_t width : {6, 1030, 16 * 1024 / int(sizeof(Source)) + 333}) {
+    for (const Given given : {Given::dense, Given::pairs}) {
+      const int64_t parts = width == 1030 ? 3 : 2;
+      std::vector<int64_t> segments(1 << 2 * parts, 1);
+      segments[1] = 129, segments[4] = 130, segments[15] = 200;
+      const bool has_rounds = width > 1030;
+      Problem<Table, Source> problem(given, segments.size(), parts, width, segments, 11);
+      problem.clear_pieces();
+      for (const Hyperparameters& rule : has_rounds ? std::vector{kRules[3], kRules[4]} : kRules) {
+        INFO("width " << width << " given " << int(given) << " rule " << int(rule.rule)
+                      << " momentum " << rule.has_momentum << " nesterov " << rule.nesterov);
+        const State<Table> state = problem.solve(rule);
+        CHECK(problem.distance(state, rule) <= 1);
+        const ScopedSmCount device(132);
+        CHECK((has_rounds || problem.solve(rule) == state));
+      }
+    }
+  }
+}
+
+TEMPLATE_TEST_CASE("a row is not updated if the gradients of its pairs cancel",
+                   "[table_update]",
+                   PEER_TABLE_AND_SOURCE_TYPES) {
+  using Table = typename TestType::Table;
+  // Both pairs of a row of the source have the same owner, and opposite coefficients whose products
+  // are exact.
+  Problem<Table, typename TestType::Source> problem(Given::pairs_with_coefficients, 4, 2, 300, {},
+                                                    12);
+  problem.owners = {1, 1, 3, 3, 1, 1};
+  problem.owners.insert(problem.owners.end(), 400, 2);
+  for (const bool all_cancel : {false, true}) {
+    Random random(12);
+    problem.source = random.normal<typename TestType::Source>(problem.owners.size() / 2 * 600);
+    problem.coefficients.resize(2 * problem.owners.size());
+    for (size_t i = 0; i < problem.coefficients.size(); ++i) {
+      problem.coefficients[i] = i % 2 ? 2 : -2;
+    }
+    if (!all_cancel) {
+      problem.coefficients[0] = 1;                              // row 1, first part
+      problem.coefficients[2 * problem.owners.size() - 1] = 1;  // row 2, second part
+    }
+    for (const Hyperparameters& rule : kRules) {
+      const State<Table> state = problem.solve(rule);
+      CHECK(problem.distance(state, rule) <= 1);
+      CHECK((state == problem.start) == all_cancel);
+    }
+  }
+}
+
+TEMPLATE_TEST_CASE("NaN, and values whose squares are zero, are not zero",
+                   "[table_update]",
+                   (Types<float, float>),
+                   (Types<double, double>),
+                   (Types<BFloat16, BFloat16>)) {
+  using Table = typename TestType::Table;
+  const double tiny = std::is_same_v<Table, double> ? 1e-200 : 1e-30;
+  for (const double value : {tiny, -tiny, double(NAN), double(INFINITY)}) {
+    for (const int64_t column : {0, 599, 600, 1199}) {  // in two parts
+      Problem<Table, typename TestType::Source> problem(Given::dense, 3, 2, 600, {}, 13);
+      problem.clear_gradients({true, true, true});
+      problem.source[1200 + column] = from_double<Table>(value);
+      for (const Hyperparameters& rule : kRules) {
+        INFO("value " << value << " column " << column << " rule " << int(rule.rule));
+        const State<Table> state = problem.solve(rule);
+        if (std::isfinite(value)) {
+          CHECK(problem.distance(state, rule) <= 1);
+        }
+        CHECK(!(state == problem.start));
+        CHECK(problem.with_start_in({false, true, false}, state) == problem.start);
+        CHECK(state.row_steps[1] ==
+              problem.start.row_steps[1] + int(rule.rule == Rule::rowwise_adam));
+        CHECK(std::isfinite(to_double(state.table[1200 + column])) == std::isfinite(value));
+      }
+    }
+  }
+}
+
 TEST_CASE("without gradients nothing changes", "[table_update]") {
   for (const Given given : kGiven) {
     const Problem<float, float> no_rows(given, 0, 2, 16, {}, 8);
@@ -182,6 +314,14 @@ TEST_CASE("a small update is right for every order of threads", "[table_update][
   CHECK(by_pairs.distance(by_pairs.solve(kRules[4]), kRules[4]) <= 1);
   const Problem<float, float> wide_rows(Given::dense, 3, 2, 4400, {}, 9);
   CHECK(wide_rows.distance(wide_rows.solve(kRules[0]), kRules[0]) <= 1);
+  Problem<float, float> with_zeros(Given::pairs, 16, 2, 520, {1, 1, 1, 130, 1, 1, 130, 1, 1}, 9);
+  with_zeros.clear_pieces();
+  for (const Hyperparameters& rule : {kRules[2], kRules[4]}) {
+    CHECK(with_zeros.distance(with_zeros.solve(rule), rule) <= 1);
+  }
+  Problem<float, float> wide_with_zeros(Given::dense, 4, 1, 4400, {}, 9);
+  wide_with_zeros.clear_pieces();
+  CHECK(wide_with_zeros.distance(wide_with_zeros.solve(kRules[2]), kRules[2]) <= 1);
 }
 
 namespace {

@@ -52,11 +52,13 @@ std::vector<int64_t> ranks(const std::vector<Real>& scores) {
   return rank;
 }
 
-// The k best of all pairs, sorted by score and then by (row rank, column rank).
+// The k best of all pairs but the disabled ones, sorted by score and then by (row rank, column
+// rank). `disabled` has a place for every pair, or is empty.
 template <class Real>
 std::vector<std::pair<Real, int64_t>> brute_force(const std::vector<Real>& rows,
                                                   const std::vector<Real>& columns,
-                                                  int64_t k) {
+                                                  int64_t k,
+                                                  const std::vector<char>& disabled = {}) {
   const std::vector<int64_t> row_ranks = ranks(rows), column_ranks = ranks(columns);
   struct Expert {
     Real score;
@@ -65,8 +67,10 @@ std::vector<std::pair<Real, int64_t>> brute_force(const std::vector<Real>& rows,
   std::vector<Expert> experts;
   for (size_t r = 0; r < rows.size(); ++r) {
     for (size_t c = 0; c < columns.size(); ++c) {
-      experts.push_back(
-          {rows[r] + columns[c], row_ranks[r], column_ranks[c], int64_t(r * columns.size() + c)});
+      const size_t id = r * columns.size() + c;
+      if (disabled.empty() || !disabled[id]) {
+        experts.push_back({rows[r] + columns[c], row_ranks[r], column_ranks[c], int64_t(id)});
+      }
     }
   }
   const auto is_better = [](const Expert& a, const Expert& b) {
@@ -90,8 +94,9 @@ int64_t count_wrong(const std::vector<Real>& rows,
                     const std::vector<Real>& columns,
                     int64_t k,
                     const Real* scores,
-                    const int64_t* indices) {
-  const auto expected = brute_force(rows, columns, k);
+                    const int64_t* indices,
+                    const std::vector<char>& disabled = {}) {
+  const auto expected = brute_force(rows, columns, k, disabled);
   int64_t wrong = 0;
   for (int64_t i = 0; i < k; ++i) {
     const auto [score, index] = expected[i];

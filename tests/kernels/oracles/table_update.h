@@ -52,10 +52,10 @@ UpdateRule<Table> rule_of(const Hyperparameters& h, Rows<Table> momentum, State<
 }
 
 // The gradients of rows (rows, parts·width), the sums of absolute values, which bound the rounding,
-// and which rows have any.
+// and which rows are updated: those that are not frozen and whose gradient is not zero.
 struct Gradients {
   std::vector<double> sums, magnitudes;
-  std::vector<bool> is_touched;
+  std::vector<bool> are_updated;
 };
 
 template <class Source, class Real>
@@ -66,12 +66,12 @@ Gradients sum_gradients(const std::vector<int64_t>& owners,
                         const Source* source,
                         int64_t stride,
                         int64_t pairs_per_row,
-                        const Real* coefficients) {
+                        const Real* coefficients,
+                        const bool* frozen) {
   const int64_t columns = parts * width;
   Gradients gradients = {std::vector<double>(rows * columns), std::vector<double>(rows * columns),
                          std::vector<bool>(rows)};
   for (size_t i = 0; i < owners.size(); ++i) {
-    gradients.is_touched[owners[i]] = true;
     for (int64_t column = 0; column < columns; ++column) {
       const double coefficient =
           coefficients ? double(coefficients[column / width * owners.size() + i]) : 1;
@@ -79,6 +79,11 @@ Gradients sum_gradients(const std::vector<int64_t>& owners,
       gradients.sums[owners[i] * columns + column] += term;
       gradients.magnitudes[owners[i] * columns + column] += std::abs(term);
     }
+  }
+  for (int64_t row = 0; row < rows; ++row) {
+    const double* first = gradients.sums.data() + row * columns;
+    const bool is_zero = std::all_of(first, first + columns, [](double sum) { return sum == 0; });
+    gradients.are_updated[row] = !is_zero && !(frozen && frozen[row]);
   }
   return gradients;
 }
@@ -102,8 +107,8 @@ double distance_from_rule(const Hyperparameters& h,
   };
   const int64_t columns = parts * width;
   for (int64_t row = 0; row < rows; ++row) {
-    const bool is_touched = gradients.is_touched[row];
-    const int32_t step = start.row_steps[row] + int32_t(is_touched && h.rule == Rule::rowwise_adam);
+    const bool is_updated = gradients.are_updated[row];
+    const int32_t step = start.row_steps[row] + int32_t(is_updated && h.rule == Rule::rowwise_adam);
     REQUIRE(result.row_steps[row] == step);
     for (int64_t part = row * parts; part < (row + 1) * parts; ++part) {
       double mean = 0, mean_magnitude = 0;
@@ -113,18 +118,18 @@ double distance_from_rule(const Hyperparameters& h,
       }
       double second = start.second_moments[part];
       double scale = h.lr;
-      if (is_touched && h.rule == Rule::rowwise_adagrad) {
+      if (is_updated && h.rule == Rule::rowwise_adagrad) {
         second += mean;
         scale = h.lr / (std::sqrt(second) + h.eps);
       }
-      if (is_touched && h.rule == Rule::rowwise_adam) {
+      if (is_updated && h.rule == Rule::rowwise_adam) {
         second = h.beta2 * second + (1 - h.beta2) * mean;
         scale = h.lr / (1 - std::pow(h.beta1, step)) /
                 (std::sqrt(second / (1 - std::pow(h.beta2, step))) + h.eps);
       }
       compare(result.second_moments[part], second,
-              is_touched ? tolerance * (second + mean_magnitude) : 0);
-      for (int64_t column = 0; is_touched && column < width; ++column) {
+              is_updated ? tolerance * (second + mean_magnitude) : 0);
+      for (int64_t column = 0; is_updated && column < width; ++column) {
         const int64_t place = part * width + column;
         const int64_t i = row * stride + place - row * columns;
         const double w = to_double(start.table[i]), m = to_double(start.momentum[i]);
@@ -149,7 +154,7 @@ double distance_from_rule(const Hyperparameters& h,
                                  std::abs(scale * direction)));
       }
     }
-    for (int64_t i = row * stride + (is_touched ? columns : 0); i < (row + 1) * stride; ++i) {
+    for (int64_t i = row * stride + (is_updated ? columns : 0); i < (row + 1) * stride; ++i) {
       compare(to_double(result.table[i]), to_double(start.table[i]), 0);
       compare(to_double(result.momentum[i]), to_double(start.momentum[i]), 0);
     }

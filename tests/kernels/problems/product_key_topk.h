@@ -1,4 +1,4 @@
-// Retrieval among special sub-scores, for the kernels of every device.
+// Retrieval among special sub-scores and under masks, for the kernels of every device.
 #pragma once
 
 #include <algorithm>
@@ -31,6 +31,75 @@ SpecialScores<Value> draw_special_scores(Random& random, const std::vector<Value
     return values;
   };
   return {.k = k, .rows = draw(rows), .columns = draw(columns)};
+}
+
+// Which experts are disabled, and which keys have only disabled experts. Empty without a mask.
+struct Mask {
+  std::vector<char> disabled, unused_rows, unused_columns;
+
+  // As the kernels take them.
+  static const bool* data(const std::vector<char>& flags) {
+    return flags.empty() ? nullptr : reinterpret_cast<const bool*>(flags.data());
+  }
+};
+
+inline Mask make_mask(const std::vector<char>& disabled, int64_t rows, int64_t columns) {
+  Mask mask = {disabled, std::vector<char>(rows, 1), std::vector<char>(columns, 1)};
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t c = 0; c < columns; ++c) {
+      mask.unused_rows[r] &= disabled[r * columns + c];
+      mask.unused_columns[c] &= disabled[r * columns + c];
+    }
+  }
+  return mask;
+}
+
+// Disables some percent of the experts, but leaves at least k. With 100 percent, exactly k.
+inline Mask draw_mask(Random& random, int64_t rows, int64_t columns, int64_t k, int64_t percent) {
+  const int64_t experts = rows * columns;
+  std::vector<char> disabled;
+  for (const int64_t drawn : random.integers(experts, 100)) {
+    disabled.push_back(drawn < percent);
+  }
+  while (std::count(disabled.begin(), disabled.end(), 0) < k) {
+    disabled[random.integer(experts)] = 0;
+  }
+  return make_mask(disabled, rows, columns);
+}
+
+// Masks for sub-scores in descending order, so that the best `depth` keys of a half are the first.
+struct NamedMask {
+  const char* name;
+  Mask mask;
+};
+
+inline std::vector<NamedMask> hostile_masks(int64_t rows,
+                                            int64_t columns,
+                                            int64_t k,
+                                            int64_t depth) {
+  const auto disable = [&](const auto& is_disabled) {
+    std::vector<char> disabled;
+    for (int64_t id = 0; id < rows * columns; ++id) {
+      disabled.push_back(is_disabled(id / columns, id % columns));
+    }
+    return make_mask(disabled, rows, columns);
+  };
+  return {
+      {"nothing", disable([](int64_t, int64_t) { return false; })},
+      {"the best rows with the best columns",
+       disable([&](int64_t r, int64_t c) { return r < depth && c < depth; })},
+      {"the best rows or the best columns",
+       disable([&](int64_t r, int64_t c) { return r < depth || c < depth; })},
+      {"the best rows", disable([&](int64_t r, int64_t) { return r < depth; })},
+      {"the best columns", disable([&](int64_t, int64_t c) { return c < depth; })},
+      {"every other row and column",
+       disable([](int64_t r, int64_t c) { return r % 2 == 0 || c % 3 == 0; })},
+      {"all but the worst column", disable([&](int64_t, int64_t c) { return c + 1 < columns; })},
+      {"all but the worst row", disable([&](int64_t r, int64_t) { return r + 1 < rows; })},
+      {"all but the last k",
+       disable([&](int64_t r, int64_t c) { return r * columns + c < rows * columns - k; })},
+      {"all but the diagonal", disable([](int64_t r, int64_t c) { return r != c; })},
+  };
 }
 
 }  // namespace peer::test

@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdint>
 #include <random>
+#include <valarray>
 #include <vector>
 
 #include "oracles/table_update.h"
@@ -62,10 +63,49 @@ struct TableUpdateProblem {
     return given == Given::pairs_with_coefficients ? coefficients.data() : nullptr;
   }
 
+  const bool* frozen_rows() const { return frozen.size() > 0 ? &frozen[0] : nullptr; }
+
+  // Every third row or so, with and without gradients.
+  std::valarray<bool> some_rows() const {
+    std::valarray<bool> mask(rows);
+    for (int64_t row = 0; row < rows; ++row) {
+      mask[row] = row % 7 % 3 == 0;
+    }
+    return mask;
+  }
+
+  // Makes the gradients of the marked rows zero, of both signs.
+  void clear_gradients(const std::valarray<bool>& mask) {
+    for (size_t i = 0; i < owners.size(); ++i) {
+      if (!mask[owners[i]]) {
+        continue;
+      }
+      for (int64_t part = 0; part < parts; ++part) {
+        coefficients[part * owners.size() + i] = i % 2 ? Real(-0.) : Real(0);
+      }
+      if (given != Given::pairs_with_coefficients) {
+        std::fill_n(source.begin() + i * stride, stride, from_double<Source>(i % 2 ? -0. : 0.));
+      }
+    }
+  }
+
+  // A result of this problem, if the marked rows had kept their values and their state.
+  State<Table> with_start_in(const std::valarray<bool>& mask, State<Table> result) const {
+    for (int64_t row = 0; row < rows; ++row) {
+      if (mask[row]) {
+        std::copy_n(&start.table[row * stride], stride, &result.table[row * stride]);
+        std::copy_n(&start.momentum[row * stride], stride, &result.momentum[row * stride]);
+        std::copy_n(&start.second_moments[row * parts], parts, &result.second_moments[row * parts]);
+        result.row_steps[row] = start.row_steps[row];
+      }
+    }
+    return result;
+  }
+
   // In units of what rounding allows. tolerance: relative, of the sums in the accumulation type.
   double distance(const State<Table>& result, const Hyperparameters& h, double tolerance) const {
     const Gradients gradients = sum_gradients(owners, rows, parts, width, source.data(), stride,
-                                              pairs_per_row, given_coefficients());
+                                              pairs_per_row, given_coefficients(), frozen_rows());
     return distance_from_rule(h, gradients, start, result, rows, parts, width, stride, tolerance);
   }
 
@@ -74,6 +114,7 @@ struct TableUpdateProblem {
   std::vector<int64_t> owners;
   std::vector<Source> source;
   std::vector<Real> coefficients;
+  std::valarray<bool> frozen;  // empty if no row is
   State<Table> start;
 };
 

@@ -35,7 +35,7 @@ struct PEER_API ExpertPoolOptions {
 // N experts, each an MLP with one hidden neuron: Python's peer.ExpertPool.
 //
 // State: weight (N, parts, dim). An expert is a row with the parts [down, up] or, with glu,
-// [down, gate, up].
+// [down, gate, up]. While experts are frozen or disabled, frozen and disabled, (N) bool.
 class PEER_API ExpertPoolImpl : public torch::nn::Cloneable<ExpertPoolImpl> {
  public:
   explicit ExpertPoolImpl(const ExpertPoolOptions& options);
@@ -50,6 +50,24 @@ class PEER_API ExpertPoolImpl : public torch::nn::Cloneable<ExpertPoolImpl> {
                         const torch::Tensor& weights,
                         const torch::Tensor& indices);
 
+  // Frozen experts get no gradient, and peer's row updates never write them. Gradients to tokens
+  // and router weights still flow through them. `experts`: ids, or a mask (N) bool; all experts if
+  // undefined. Throws ValueError, TypeError or IndexError if it is neither.
+  void freeze_experts(const torch::Tensor& experts = {});
+  void unfreeze_experts(const torch::Tensor& experts = {});
+
+  // Layers of this pool never retrieve disabled experts.
+  void disable_experts(const torch::Tensor& experts);
+  void enable_experts(const torch::Tensor& experts = {});
+
+  // Appends experts with random input weights and zero output. Old experts and their ids do not
+  // change, and weight stays the same parameter. Its optimizer must be made anew. Throws
+  // c10::Error, and changes nothing, while weight has a gradient or is part of a graph.
+  void grow(int64_t experts);
+
+  // Appends rows (M, parts, dim) to a table that can grow, without drawing them.
+  void append_experts(const torch::Tensor& rows);
+
   // The parts of all experts, (N, dim): views of weight. w_gate is undefined without glu.
   torch::Tensor w_down() const { return weight.select(1, 0); }
   torch::Tensor w_gate() const { return options.glu() ? weight.select(1, 1) : torch::Tensor(); }
@@ -57,6 +75,10 @@ class PEER_API ExpertPoolImpl : public torch::nn::Cloneable<ExpertPoolImpl> {
 
   ExpertPoolOptions options;
   torch::Tensor weight;
+  torch::Tensor frozen, disabled;  // undefined or empty while they mark nothing
+
+ private:
+  void draw_experts(const torch::Tensor& rows, bool zero_out);
 };
 
 TORCH_MODULE(ExpertPool);

@@ -49,11 +49,14 @@ class PEER_API QueryNormImpl : public torch::nn::Cloneable<QueryNormImpl> {
   QueryNormOptions options;
   torch::Tensor weight, bias;
   torch::Tensor running_mean, running_var, num_batches_tracked;
+  // "batch": whether training uses the running statistics, too, and does not move them.
+  bool are_statistics_frozen = false;
 
  protected:
   FORWARD_HAS_DEFAULT_ARGS({1, torch::nn::AnyValue(torch::Tensor())})
 
  private:
+  bool uses_batch_statistics() const { return is_training() && !are_statistics_frozen; }
   torch::Tensor normalise_batch(const torch::Tensor& query);
   torch::Tensor normalise_unpadded(const torch::Tensor& query, const torch::Tensor& padding_mask);
   void move_running_statistics(const torch::Tensor& mean,

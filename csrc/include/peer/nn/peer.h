@@ -71,7 +71,8 @@ class PEER_API PEERImpl : public torch::nn::Cloneable<PEERImpl> {
  public:
   explicit PEERImpl(int64_t dim) : PEERImpl(PEEROptions(dim)) {}
   explicit PEERImpl(const PEEROptions& options);
-  // From a router and a pool. Several layers may share one pool.
+  // From a router and a pool. Several layers may share one pool; a layer uses its first R·C
+  // experts.
   PEERImpl(ProductKeyRouter router, ExpertPool experts, double dropout = 0.0);
 
   void reset() override;
@@ -84,7 +85,31 @@ class PEER_API PEERImpl : public torch::nn::Cloneable<PEERImpl> {
   // not enter the statistics of batch normalisation.
   torch::Tensor forward(const torch::Tensor& x, const torch::Tensor& padding_mask = {});
 
-  int64_t num_experts() const { return experts->options.num_experts(); }
+  int64_t num_experts() const { return router->options.num_experts().num_experts(); }
+
+  // Appends rows to the grid, and with each row C experts with random input weights and zero
+  // output. Old experts, keys and ids do not change. The parameters stay the same, but optimizers
+  // must be made anew. keys (rows, dim_key / 2), or (H, rows, dim_key / 2) if the heads do not
+  // share keys; noisy copies of old keys if undefined. The pool grows only if it has too few
+  // experts. Throws c10::Error, and changes nothing, while a parameter has a gradient or is part of
+  // a graph.
+  void grow(int64_t rows, const torch::Tensor& keys = {});
+
+  // Freezes experts, given as ids or as a mask (N) bool over the pool: training changes neither
+  // their rows of the table nor, with `keys`, the row keys and column keys that they use. `router`
+  // freezes the query network and the statistics of its normalisation. Without `experts`, it
+  // freezes all experts, all keys and, unless `router` is false, the query network.
+  void freeze_experts(const torch::Tensor& experts = {},
+                      bool keys = true,
+                      std::optional<bool> router = {});
+  // Lets experts learn again, and with `keys` the keys that no frozen expert uses.
+  void unfreeze_experts(const torch::Tensor& experts = {},
+                        bool keys = true,
+                        std::optional<bool> router = {});
+
+  // No token retrieves disabled experts. At least K experts of the layer must stay enabled.
+  void disable_experts(const torch::Tensor& experts);
+  void enable_experts(const torch::Tensor& experts = {});
 
   ProductKeyRouter router = nullptr;
   ExpertPool experts = nullptr;
@@ -92,6 +117,9 @@ class PEER_API PEERImpl : public torch::nn::Cloneable<PEERImpl> {
 
  protected:
   FORWARD_HAS_DEFAULT_ARGS({1, torch::nn::AnyValue(torch::Tensor())})
+
+ private:
+  torch::Tensor grid_of(const torch::Tensor& mask) const;
 };
 
 TORCH_MODULE(PEER);

@@ -61,7 +61,8 @@ TORCH_MODULE(QueryNetwork);
 // Retrieves experts for tokens by product keys: Python's peer.ProductKeyRouter.
 //
 // State: query.weight, query.bias, norm.*, row_keys (R, dim_key/2), col_keys (C, dim_key/2). Keys
-// that are not shared have a leading dimension H.
+// that are not shared have a leading dimension H. While keys are frozen: frozen_rows (R) and
+// kept_row_keys, frozen_columns (C) and kept_col_keys. While the query network is frozen: frozen.
 class PEER_API ProductKeyRouterImpl : public torch::nn::Cloneable<ProductKeyRouterImpl> {
  public:
   explicit ProductKeyRouterImpl(const ProductKeyRouterOptions& options);
@@ -69,24 +70,58 @@ class PEER_API ProductKeyRouterImpl : public torch::nn::Cloneable<ProductKeyRout
   void reset() override;
   void reset_parameters();
   void pretty_print(std::ostream& stream) const override;
+  std::shared_ptr<torch::nn::Module> clone(
+      const std::optional<torch::Device>& device = std::nullopt) const override;
 
   // Weights (..., H, K) and the ids of the experts (..., H, K), int64, for x (..., dim).
   //
   // padding_mask: (...) bool, true for padding. Padding is routed like other tokens, but does not
   // enter the statistics of batch normalisation.
+  //
+  // disabled: (R·C) bool, true for experts that are not retrieved.
   std::tuple<torch::Tensor, torch::Tensor> forward(const torch::Tensor& x,
-                                                   const torch::Tensor& padding_mask = {});
+                                                   const torch::Tensor& padding_mask = {},
+                                                   const torch::Tensor& disabled = {});
+
+  // The row keys and column keys that retrieval uses: frozen keys have the values that they kept.
+  std::tuple<torch::Tensor, torch::Tensor> effective_keys() const;
+
+  // Retrieval goes on using the present values of frozen keys, whatever an optimizer does to the
+  // parameters. Masks (R) and (C) bool; all keys if undefined.
+  void freeze_keys(const torch::Tensor& rows = {}, const torch::Tensor& columns = {});
+  void unfreeze_keys(const torch::Tensor& rows = {}, const torch::Tensor& columns = {});
+
+  // The parameters of the query network and of its normalisation do not require grad while they are
+  // frozen, and batch normalisation uses its running statistics, in training too.
+  void freeze_network();
+  void unfreeze_network();
+
+  // Appends rows of keys, so that each head also scores rows·C more experts. Old keys and old ids
+  // do not change, and row_keys stays the same parameter. keys: those of make_row_keys. Throws
+  // c10::Error, and changes nothing, while row_keys has a gradient or is part of a graph.
+  void grow(int64_t rows, const torch::Tensor& keys = {});
+
+  // The keys of new rows, (rows, dim_key / 2) or (H, rows, dim_key / 2): those given, in the shape
+  // of this router, or noisy copies of old keys at their length.
+  torch::Tensor make_row_keys(int64_t rows, const torch::Tensor& keys = {}) const;
+
+  // Appends rows to keys that can grow.
+  void append_row_keys(const torch::Tensor& keys);
 
   ProductKeyRouterOptions options;
   QueryNetwork query = nullptr;
   QueryNorm norm = nullptr;
   torch::Tensor row_keys, col_keys;
+  // Undefined or empty while nothing is frozen.
+  torch::Tensor frozen_rows, frozen_columns, kept_row_keys, kept_col_keys, frozen;
 
  protected:
-  FORWARD_HAS_DEFAULT_ARGS({1, torch::nn::AnyValue(torch::Tensor())})
+  FORWARD_HAS_DEFAULT_ARGS({1, torch::nn::AnyValue(torch::Tensor())},
+                           {2, torch::nn::AnyValue(torch::Tensor())})
 
  private:
   void reset_keys();
+  void apply_frozen_state();
 };
 
 TORCH_MODULE(ProductKeyRouter);
