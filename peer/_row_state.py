@@ -75,25 +75,10 @@ def row_entries(
     )
     entries = {}
     for name, entry in state.items():
-        if not isinstance(entry, Tensor):
-            values = entry.values() if isinstance(entry, dict) else entry
-            is_known = not isinstance(entry, (dict, list, tuple)) or not any(
-                isinstance(value, Tensor) for value in values
-            )
-        elif entry.dim() == 0 or name in _WITHOUT_ROWS:
-            is_known = True
-        else:
-            sizes = _without(entry.shape, dim)
-            is_known = (
-                entry.layout == torch.strided
-                and len(sizes) <= len(others)
-                and all(size in (1, full) for size, full in zip(sizes, others, strict=False))
-            )
-            if is_known and dim < entry.dim() and entry.shape[dim] in counts:
-                entries[name] = entry
-            else:
-                is_known = is_known and (dim >= entry.dim() or entry.shape[dim] == 1)
-        if not is_known and not skip_unknown:
+        has_rows = _has_rows(name, entry, dim, others, counts)
+        if has_rows:
+            entries[name] = entry
+        if has_rows is None and not skip_unknown:
             found = f"of shape {list(entry.shape)}" if isinstance(entry, Tensor) else "a collection"
             raise ValueError(
                 f"{type(optimizer).__name__}: the state {name!r} of a parameter of shape "
@@ -101,6 +86,34 @@ def row_entries(
                 f"is; make a new optimizer"
             )
     return entries
+
+
+def _has_rows(
+    name: str, entry: Any, dim: int, others: list[int], counts: Collection[int]
+) -> bool | None:
+    """Whether an entry has rows, or None if it does not show.
+
+    Args:
+        name: name of the entry.
+        entry: the entry.
+        dim: the dimension of the rows.
+        others: the other dimensions of the parameter.
+        counts: the possible numbers of rows.
+    """
+    if isinstance(entry, (dict, list, tuple)):
+        values = entry.values() if isinstance(entry, dict) else entry
+        return None if any(isinstance(value, Tensor) for value in values) else False
+    if not isinstance(entry, Tensor) or entry.dim() == 0 or name in _WITHOUT_ROWS:
+        return False
+    sizes = _without(entry.shape, dim)
+    fits = len(sizes) <= len(others) and all(
+        size in (1, full) for size, full in zip(sizes, others, strict=False)
+    )
+    if not fits or entry.layout != torch.strided:
+        return None
+    if dim < entry.dim() and entry.shape[dim] in counts:
+        return True
+    return False if dim >= entry.dim() or entry.shape[dim] == 1 else None
 
 
 def _without(shape: Sequence[int], dim: int) -> list[int]:

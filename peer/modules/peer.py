@@ -190,7 +190,7 @@ class PEER(nn.Module):
             keys: (rows, dim_key / 2), for all heads, or (H, rows, dim_key / 2) if the heads do not
                 share keys. By default they are noisy copies of old keys, see
                 `ProductKeyRouter.make_row_keys`. `peer.keys_from` takes them from new data. Keys
-                that are longer than the old ones win most retrievals.
+                that are longer than the old ones win far more retrievals than their share.
 
         Raises:
             ValueError: `rows` is not positive, or the keys have another shape.
