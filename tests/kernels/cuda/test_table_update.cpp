@@ -215,6 +215,24 @@ TEMPLATE_TEST_CASE(
   }
 }
 
+TEST_CASE("frozen rows, and rows whose gradient is zero, keep their bits in the largest tiles",
+          "[table_update]") {
+  const ScopedSmCount device(1);
+  for (const Given given : {Given::dense, Given::pairs}) {
+    constexpr int64_t kRows = 8300;
+    const Problem<float, float> problem(given, kRows, 2, 4, std::vector<int64_t>(kRows, 1), 14);
+    const std::valarray<bool> rows = problem.some_rows();
+    Problem<float, float> with_frozen = problem, with_zeros = problem;
+    with_frozen.frozen = rows;
+    with_zeros.clear_gradients(rows);
+    for (const Hyperparameters& rule : {kRules[2], kRules[4]}) {
+      const State<float> expected = problem.with_start_in(rows, problem.solve(rule));
+      CHECK(with_frozen.solve(rule) == expected);
+      CHECK(with_zeros.solve(rule) == expected);
+    }
+  }
+}
+
 TEMPLATE_TEST_CASE("a row is updated whole if any piece of its gradient is nonzero",
                    "[table_update]",
                    PEER_TABLE_AND_SOURCE_TYPES) {
@@ -225,7 +243,7 @@ TEMPLATE_TEST_CASE("a row is updated whole if any piece of its gradient is nonze
     for (const Given given : {Given::dense, Given::pairs}) {
       const int64_t parts = width == 1030 ? 3 : 2;
       std::vector<int64_t> segments(1 << 2 * parts, 1);
-      segments[1] = 129, segments[4] = 130, segments[15] = 200;
+      segments[1] = 129, segments[4] = 130, segments[6] = 100, segments[15] = 200;
       const bool has_rounds = width > 1030;
       Problem<Table, Source> problem(given, segments.size(), parts, width, segments, 11);
       problem.clear_pieces();
