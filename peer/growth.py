@@ -13,13 +13,11 @@ from torch import Tensor, nn
 from peer._evaluate import padding_mask, run_batches
 from peer._growth import require_growable
 from peer.modules import PEER, ExpertPool, ProductKeyRouter
+from peer.modules.masks import POOL_MASKS, ROUTER_MASKS
 
 __all__ = ["grow_", "grow_to_", "keys_from"]
 
 Module = TypeVar("Module", bound=nn.Module)
-
-_POOL_MASKS = ("frozen", "disabled")
-_ROUTER_MASKS = ("frozen_rows", "frozen_columns", "kept_row_keys", "kept_col_keys", "frozen")
 
 
 def grow_(model: Module, rows: int) -> Module:
@@ -116,22 +114,22 @@ def grow_to_(model: Module, state_dict: Mapping[str, Any]) -> Module:
         _check_parameters(prefix, router, {"row_keys": rows, "col_keys": None}, state_dict)
         row_keys, col_keys = (state_dict[prefix + name].shape for name in ("row_keys", "col_keys"))
         shapes = (row_keys[-2:-1], col_keys[-2:-1], row_keys, col_keys, ())
-        _check_masks(prefix, dict(zip(_ROUTER_MASKS, shapes, strict=True)), state_dict)
+        _check_masks(prefix, dict(zip(ROUTER_MASKS, shapes, strict=True)), state_dict)
     for prefix, pool in pools.items():
         _check_parameters(prefix, pool, {"weight": 0}, state_dict)
         experts = state_dict[prefix + "weight"].shape[:1]
-        _check_masks(prefix, dict.fromkeys(_POOL_MASKS, experts), state_dict)
+        _check_masks(prefix, dict.fromkeys(POOL_MASKS, experts), state_dict)
     for prefix, pool in pools.items():
         new = state_dict[prefix + "weight"][pool.num_experts :]
         if len(new) > 0:
             pool.append_experts(new)
-        _set_masks(prefix, pool, _POOL_MASKS, pool.weight.device, state_dict)
+        _set_masks(prefix, pool, POOL_MASKS, pool.weight.device, state_dict)
     for prefix, router in routers.items():
         new = state_dict[prefix + "row_keys"][..., router.rows :, :]
         if new.shape[-2] > 0:
             router.append_row_keys(new)
         was_frozen = router.frozen is not None
-        _set_masks(prefix, router, _ROUTER_MASKS, router.row_keys.device, state_dict)
+        _set_masks(prefix, router, ROUTER_MASKS, router.row_keys.device, state_dict)
         if was_frozen != (router.frozen is not None):
             router._apply_frozen_state()
     return model

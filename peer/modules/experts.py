@@ -10,7 +10,15 @@ from peer._row_state import append_rows, inner_optimizer, refresh, row_entries
 from peer.functional import ACTIVATIONS, expert_mlp
 from peer.memory import empty_huge
 from peer.modules.grid import parse_grid
-from peer.modules.masks import Experts, as_mask, clear_gradient_, count, union, without
+from peer.modules.masks import (
+    POOL_MASKS,
+    Experts,
+    as_mask,
+    clear_gradient_,
+    count,
+    union,
+    without,
+)
 
 __all__ = ["ExpertPool"]
 
@@ -183,7 +191,7 @@ class ExpertPool(nn.Module):
         old = self.num_experts
         append_rows_(self.weight, 0, rows)
         self.num_experts = len(self.weight)
-        for name in ("frozen", "disabled"):
+        for name in POOL_MASKS:
             mask = getattr(self, name)
             if mask is not None:
                 setattr(self, name, append_rows(mask, 0, self.num_experts - old))

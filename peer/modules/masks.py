@@ -5,7 +5,21 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["Experts", "as_mask", "clear_gradient_", "count", "none_if_empty", "union", "without"]
+__all__ = [
+    "POOL_MASKS",
+    "ROUTER_MASKS",
+    "Experts",
+    "as_mask",
+    "clear_gradient_",
+    "count",
+    "none_if_empty",
+    "union",
+    "without",
+]
+
+# The buffers that are None, and not in the state, while nothing is frozen or disabled.
+POOL_MASKS = ("frozen", "disabled")
+ROUTER_MASKS = ("frozen_rows", "frozen_columns", "kept_row_keys", "kept_col_keys", "frozen")
 
 # Experts as a method takes them: their ids, or a mask over all experts.
 Experts = int | Sequence[int] | Tensor

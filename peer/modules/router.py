@@ -11,7 +11,13 @@ from peer._growth import append_rows_, require_growable
 from peer._row_state import append_rows
 from peer.functional import SCORES, product_key_topk, router_weights
 from peer.modules.grid import parse_grid
-from peer.modules.masks import clear_gradient_, count, union, without
+from peer.modules.masks import (
+    ROUTER_MASKS,
+    clear_gradient_,
+    count,
+    union,
+    without,
+)
 from peer.modules.norms import BatchQueryNorm, make_query_norm
 
 __all__ = ["ProductKeyRouter", "fold_query_norm_"]
@@ -147,7 +153,7 @@ class ProductKeyRouter(nn.Module):
         self.col_keys = nn.Parameter(
             torch.empty(*per_head, columns, half, device=device, dtype=dtype)
         )
-        for name in ("frozen", "frozen_rows", "frozen_columns", "kept_row_keys", "kept_col_keys"):
+        for name in ROUTER_MASKS:
             self.register_buffer(name, None)
         self._reset_keys()
 

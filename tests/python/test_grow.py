@@ -594,6 +594,41 @@ def test_an_average_follows_the_growth_of_its_model():
     assert torch.equal(averaged.module.experts.frozen, model.experts.frozen)
 
 
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("name", ["paper", "gated", "keys_per_head", "bfloat16_tables"])
+def test_after_freezing_and_growing_only_what_is_new_learns(name, fused):
+    layer = make_layer(name, sparse_grad=True)
+    x, mask = draw(layer, 30)
+    layer(x, mask)
+    keys, weight = layer.router.effective_keys()[0].detach(), layer.experts.weight.detach().clone()
+    network = {key: value.clone() for key, value in layer.router.query.state_dict().items()}
+    layer.freeze_experts()
+    layer.grow(2)
+    drawn = layer.router.effective_keys()[0].detach()[..., ROWS:, :]
+    optimizers = [
+        torch.optim.AdamW(layer.router.parameters(), lr=0.1, weight_decay=0.1),
+        peer.optim.RowwiseAdam(layer.experts.parameters(), lr=0.1, weight_decay=0.1),
+    ]
+    if fused:
+        optimizers[1].fuse_into_backward(layer)
+    for step_count in range(4):
+        if step_count == 2:
+            layer.grow(1)
+            for optimizer in optimizers:
+                peer.optim.grow_(optimizer)
+        (layer(x, mask) - 1).square().sum().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    effective = layer.router.effective_keys()[0].detach()
+    assert torch.equal(effective[..., :ROWS, :], keys)
+    assert torch.equal(layer.experts.weight[:OLD], weight)
+    assert all(torch.equal(layer.router.query.state_dict()[key], network[key]) for key in network)
+    assert (effective[..., ROWS : ROWS + 2, :] != drawn).any()
+    assert layer.experts.w_up[OLD : OLD + 10].any()
+    assert layer.experts.w_up[OLD + 10 :].any()
+
+
 # Keys from data
 
 
