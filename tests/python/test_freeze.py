@@ -278,6 +278,17 @@ def test_masks_are_saved_moved_and_copied():
     half(x.bfloat16(), mask).sum().backward()
 
 
+def test_a_state_with_other_masks_loads_after_grow_to():
+    layer, other = make_layer(), make_layer()
+    layer.freeze_experts([3])
+    for model, state in ((other, layer.state_dict()), (layer, make_layer().state_dict())):
+        with pytest.raises(RuntimeError, match=r"experts\.frozen"):
+            model.load_state_dict(state)
+        model.load_state_dict(state, strict=False)
+        peer.grow_to_(model, state).load_state_dict(state)
+        assert model.state_dict().keys() == state.keys()
+
+
 def test_repr_counts_frozen_and_disabled_experts():
     layer = make_layer()
     assert "frozen" not in repr(layer)
