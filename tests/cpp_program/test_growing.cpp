@@ -43,6 +43,7 @@ void train(PEER& layer) {
 TEST_CASE("growth keeps old experts and old outputs") {
   PEER layer(small().share_keys(false));
   layer->eval();
+  const torch::NoGradGuard no_grad;
   const Tensor table = layer->experts->weight.clone(), keys = layer->router->row_keys.clone();
   const Tensor* const parameter = &layer->experts->weight;
   const Tensor x = torch::randn({5, 8}), y = layer(x);
@@ -115,7 +116,7 @@ TEST_CASE("a frozen layer does not learn, and a new row does") {
   PEER layer(small());
   train(layer);
   layer->freeze_experts();
-  const Tensor x = torch::randn({16, 8}), y = layer(x), mean = layer->router->norm->running_mean;
+  const Tensor x = torch::randn({16, 8}), mean = layer->router->norm->running_mean;
   const Tensor mean_before = mean.clone();
   layer(x).square().sum().backward();
   CHECK_FALSE(layer->router->query->weight.requires_grad());

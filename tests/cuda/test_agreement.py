@@ -25,10 +25,10 @@ def assert_close(a, b, dtype):
     torch.testing.assert_close(a.cpu(), b, rtol=EPSILON[dtype], atol=EPSILON[dtype] * scale)
 
 
-def run_experts(inputs, activation, sparse_grad):
-    out, hidden, gate = torch.ops.peer.expert_mlp(*inputs, activation, sparse_grad)
+def run_experts(inputs, activation, sparse_grad, frozen=None):
+    out, hidden, gate = torch.ops.peer.expert_mlp(*inputs, activation, sparse_grad, frozen)
     grads = torch.ops.peer.expert_mlp_backward(
-        out, *inputs, hidden, gate, activation, sparse_grad, (True,) * 3
+        out, *inputs, hidden, gate, activation, sparse_grad, (True,) * 3, frozen
     )
     return [out, hidden, gate, *grads]
 
@@ -43,6 +43,34 @@ def test_experts(make_expert_inputs, on_gpu, sized, dtype, glu, sparse_grad, dim
     expected = run_experts(inputs, "gelu", sparse_grad)
     for a, b in zip(run_experts(on_gpu(inputs), "gelu", sparse_grad), expected, strict=True):
         assert_close(a, b, dtype)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize("hot", [False, True], ids=["spread", "hot experts"])
+@pytest.mark.parametrize("sparse_grad", [False, True], ids=["dense", "sparse"])
+def test_frozen_experts_have_no_gradient_and_the_others_keep_their_bits(
+    make_expert_inputs, on_gpu, sized, dtype, glu, sparse_grad, hot, share
+):
+    tokens, per_token, experts = sized((700, 40, 500), (25, 12, 50))
+    inputs = make_expert_inputs(
+        tokens=tokens, per_token=per_token, experts=experts, dim=72, dtype=dtype, glu=glu
+    )
+    generator = torch.Generator().manual_seed(0)
+    frozen = torch.rand(experts, generator=generator) < share
+    if hot:  # one of them is frozen, but for the extreme shares
+        inputs.indices[:, :5], inputs.indices[:, 5:10] = 7, 8
+        frozen[7], frozen[8] = share == 1, share > 0
+    there = on_gpu(inputs)
+    found = run_experts(there, "gelu", sparse_grad, frozen.cuda())
+    expected = run_experts(inputs, "gelu", sparse_grad, frozen)
+    for a, b in zip(found, expected, strict=True):
+        assert_close(a, b, dtype)
+    unmasked = run_experts(there, "gelu", False)
+    for a, b in zip(found[:5], unmasked[:5], strict=True):
+        assert torch.equal(a, b)
+    gradient = found[5].to_dense().cpu()
+    assert torch.equal(gradient[~frozen], unmasked[5].cpu()[~frozen])
+    assert not gradient[frozen].any()
 
 
 def test_every_activation(make_expert_inputs, on_gpu, activation, glu):
@@ -211,6 +239,86 @@ def test_optimizers(kind, dtype, shape):
         optimizer_there.step()
     epsilon = EPSILON[dtype] * 4
     torch.testing.assert_close(there.detach().cpu(), table.detach(), rtol=epsilon, atol=epsilon)
+
+
+@pytest.mark.parametrize("form", ["dense", "pairs"])
+@pytest.mark.parametrize("shape", [(1024,), (2, 64), (3, 9), (2, 3000)], ids=str)
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_rows_of_zeros_in_a_gradient_change_no_bit(kind, dtype, shape, form):
+    """The other rows are updated as if there were no zeros."""
+    optimizer_class, options = OPTIMIZERS[kind]
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(70, *shape, generator=generator).to(dtype)
+    ids = torch.randint(60, (500,), generator=generator)
+    ids[:200] = 9
+    zero = torch.arange(70) % 5 == 2
+    gradient = torch.randn(70 if form == "dense" else 500, *shape, generator=generator).to(dtype)
+
+    def update(device, zero=None):
+        table = torch.nn.Parameter(values.clone().to(device))
+        optimizer = optimizer_class([table], stochastic_rounding=False, **options)
+        for step in range(3):
+            rows = gradient * (step + 1)
+            if step > 0 and zero is not None:
+                rows[zero if form == "dense" else zero[ids]] = -0.0
+            table.grad = rows.to(device)
+            if form == "pairs":
+                table.grad = torch.sparse_coo_tensor(ids[None].to(device), table.grad, values.shape)
+            optimizer.step()
+            if step == 0:
+                before = [table.detach().clone(), *state_of(optimizer, table)]
+        return before, [table.detach(), *state_of(optimizer, table)]
+
+    def state_of(optimizer, table):
+        return [v.clone() for v in optimizer.state[table].values() if isinstance(v, torch.Tensor)]
+
+    before, found = update("cuda", zero=zero)
+    _, expected = update("cpu", zero=zero)
+    _, everywhere = update("cuda")
+    epsilon = EPSILON[dtype] * 4
+    for a, b, start, every in zip(found, expected, before, everywhere, strict=True):
+        torch.testing.assert_close(a.cpu(), b, rtol=epsilon, atol=epsilon)
+        assert torch.equal(a.cpu()[zero], start.cpu()[zero])
+        assert torch.equal(a.cpu()[~zero], every.cpu()[~zero])
+
+
+@pytest.mark.parametrize("form", ["dense", "pairs"])
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_updates_write_no_frozen_row(dtype, form, share):
+    """The other rows are updated as if there were no mask."""
+    generator = torch.Generator().manual_seed(0)
+    wide = torch.promote_types(dtype, torch.float32)
+    frozen = torch.rand(70, generator=generator) < share
+    indices = torch.randint(60, (50, 8), generator=generator) if form == "pairs" else None
+    rows = 70 if indices is None else 50
+    state = [
+        torch.randn(70, 2, 264, generator=generator).to(dtype),
+        torch.randn(70, 2, 264, generator=generator).to(dtype),
+        torch.rand(70, 2, generator=generator).to(wide),
+        torch.arange(70, dtype=torch.int32),
+    ]
+    gradient = [
+        indices,
+        torch.randn(rows, 2, 264, generator=generator).to(dtype),
+        None if indices is None else torch.randn(2, 50, 8, generator=generator).to(wide),
+    ]
+
+    def update(device, frozen):
+        def move(tensors):
+            return [None if t is None else t.clone().to(device) for t in tensors]
+
+        moved = move(state)
+        torch.ops.peer.rowwise_adam_(
+            *moved, *move(gradient), 0.1, 0.9, 0.99, 1e-8, 0.1, frozen=frozen
+        )
+        return [t.cpu() for t in moved]
+
+    found, expected = update("cuda", frozen.cuda()), update("cpu", frozen)
+    epsilon = EPSILON[dtype] * 4
+    for a, b, start, every in zip(found, expected, state, update("cuda", None), strict=True):
+        torch.testing.assert_close(a, b, rtol=epsilon, atol=epsilon)
+        assert torch.equal(a[frozen], start[frozen])
+        assert torch.equal(a[~frozen], every[~frozen])
 
 
 @pytest.mark.parametrize("shape", [(500, 40), (500, 3, 24)], ids=str)

@@ -170,11 +170,14 @@ def test_a_graph_replays_retrieval_with_the_mask_of_now(make_retrieval_inputs, o
         assert_same_bits([each.cpu() for each in results], expected)
 
 
-def test_a_graph_replays_fused_updates(make_expert_inputs, on_gpu, sized):
+@pytest.mark.parametrize("share", [None, 0.5, 1.0], ids=["no mask", "some frozen", "all frozen"])
+def test_a_graph_replays_fused_updates(make_expert_inputs, on_gpu, sized, share):
     """The backward's coefficients and the update by them, without a gradient in between."""
     inputs = on_gpu(make_expert_inputs(tokens=sized(200, 20), per_token=16, experts=300, dim=64))
     x, weights, indices, table = inputs
     state = torch.zeros(300, 2, device="cuda")
+    generator = torch.Generator().manual_seed(0)
+    frozen = None if share is None else (torch.rand(300, generator=generator) < share).cuda()
 
     def update(table, state):
         out, hidden, gate = torch.ops.peer.expert_mlp(x, weights, indices, table, "gelu", False)
@@ -183,7 +186,7 @@ def test_a_graph_replays_fused_updates(make_expert_inputs, on_gpu, sized):
         )
         source = torch.stack([x, out], dim=1)
         torch.ops.peer.rowwise_adagrad_(
-            table, state, indices, source, coefficients, 0.1, 1e-10, 0.0
+            table, state, indices, source, coefficients, 0.1, 1e-10, 0.0, frozen=frozen
         )
 
     expected_table, expected_state = table.clone(), state.clone()
@@ -201,6 +204,29 @@ def test_a_graph_replays_fused_updates(make_expert_inputs, on_gpu, sized):
     for _ in range(4):
         graph.replay()
     assert_same_bits([table, state], [expected_table, expected_state])
+
+
+def test_a_graph_replays_gradients_by_the_mask_of_the_replay(make_expert_inputs, on_gpu, sized):
+    inputs = on_gpu(make_expert_inputs(tokens=sized(200, 20), per_token=16, experts=300, dim=64))
+    generator = torch.Generator().manual_seed(0)
+    masks = [(torch.rand(300, generator=generator) < share).cuda() for share in (0.5, 0.2, 1.0)]
+    out, hidden, gate = torch.ops.peer.expert_mlp(*inputs, "gelu", False)
+
+    def gradients(frozen):
+        return torch.ops.peer.expert_mlp_backward(
+            out, *inputs, hidden, gate, "gelu", False, (True,) * 3, frozen
+        )
+
+    expected = [gradients(mask) for mask in masks]
+    torch.cuda.synchronize()
+    frozen = masks[0].clone()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = gradients(frozen)
+    for mask, each in zip(masks, expected, strict=True):
+        frozen.copy_(mask)
+        graph.replay()
+        assert_same_bits(found, each)
 
 
 def test_sparse_gradients_cannot_be_captured():

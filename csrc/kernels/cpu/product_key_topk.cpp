@@ -223,8 +223,8 @@ class EnabledPairs {
 
   struct Pair {
     Order order;
-    int32_t row_rank, column_rank;
-    int64_t expert;
+    int32_t row_rank = 0, column_rank = 0;
+    int64_t expert = -1;
   };
 
   static bool is_better(const Pair& a, const Pair& b) {
@@ -254,17 +254,19 @@ class EnabledPairs {
     keys.rows.select_from(keys.selection, row_scores, pass_.rows.count);
     keys.columns.select_from(keys.selection, column_scores, pass_.columns.count);
     count_ = 0;
-    Order unseen = kBelowAll<Real>;  // a bound of the sums in the rest of the scanned rows
+    // The best pair that the scanned rows can have beyond the sorted columns.
+    Pair unseen = {.order = kBelowAll<Real>};
     for (int64_t i = 0; i < keys.rows.count; ++i) {
       const int64_t columns = scan_row(keys, i);
       if (columns == 0) {
-        return unseen < best_[0].order;
+        return is_better(best_[0], unseen);
       }
       if (columns == keys.columns.count && columns < pass_.columns.count) {
-        unseen = std::max(unseen, sum(keys, i, columns - 1));
+        const Pair next = {sum(keys, i, columns - 1), int32_t(i), int32_t(columns)};
+        unseen = is_better(next, unseen) ? next : unseen;
       }
     }
-    return keys.rows.count == pass_.rows.count && count_ == pass_.k && unseen < best_[0].order;
+    return keys.rows.count == pass_.rows.count && count_ == pass_.k && is_better(best_[0], unseen);
   }
 
   // The number of columns before the row's end.

@@ -143,8 +143,8 @@ struct PartUpdate {
     return uint32_t(part * table.width + column);
   }
 
-  // Updates the columns of a warp's slice by gradients of zero. This is rare. One element per lane
-  // at a time takes fewer registers than the vectors of TableSlice, and none from its loop.
+  // Updates the columns of a warp's slice by gradients of zero. Each lane takes one element at a
+  // time: this is rare, and the vectors of TableSlice would raise the kernel's number of registers.
   __device__ void update_slice_by_zeros(int32_t row, int64_t slice_column, Real scale) const {
     const int64_t rest = table.width - slice_column;
     const int columns = int(rest < kSliceColumns<vec_size> ? rest : kSliceColumns<vec_size>);

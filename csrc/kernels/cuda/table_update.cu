@@ -125,8 +125,9 @@ class BlockReduce {
 };
 
 // Updates the slices of a row that the warp has passed: those of the earlier parts, and the first
-// `rounds` of the update's own. Their gradients are zero. Called by all threads of the block if the
-// rule has state.
+// `rounds` of the update's own part. Their gradients are zero. has_updated_state: whether the own
+// part has written its state. Must be called by all threads of the block if the rule has second
+// moments.
 template <class Table, int vec_size, class SliceColumnOfRound>
 __device__ void update_by_zeros(const PartUpdate<Table, vec_size>& update,
                                 int32_t row,
