@@ -80,8 +80,8 @@ def append_zero_rows(table: Tensor, rows: int) -> Tensor:
     On Linux, the storage of a tensor from `empty_huge` or `zeros_huge` grows in place. Its other
     views stay valid and go on sharing memory with it. New rows take no memory until they are
     written. On other systems and devices, and if the storage was allocated in another way or has
-    exported its address, as to NumPy, the rows are copied to a new tensor. The old and the new
-    tensor then exist at once.
+    exported its address to NumPy, the rows are copied to a new tensor. The old and the new tensor
+    then exist at once. Torch does not note exports by DLPack: their address may become invalid.
 
     Args:
         table: the table, of at least one dimension, without gradients.

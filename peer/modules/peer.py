@@ -182,8 +182,9 @@ class PEER(nn.Module):
           `peer.grow_to_(averaged.module, model.state_dict())`.
         * DistributedDataParallel and sharding: grow before wrapping.
 
-        On Linux, a CPU table that `peer.ExpertPool` made is not copied. Other tables, and those on
-        CUDA, are copied, so the old and the new table exist at once.
+        On Linux, a CPU table that `peer.ExpertPool` made is not copied, but its address may change;
+        do not use one from DLPack any more. Other tables, and those on CUDA, are copied, so the old
+        and the new table exist at once.
 
         Args:
             rows: how many rows are appended.
