@@ -209,9 +209,12 @@ def _quick() -> list[Plan]:
 
 
 def _frozen() -> list[Plan]:
-    modes = ("experts-backward", "step")
-    cases = [Case(frozen=percent) for percent in (0, 50, 90, 100)]
-    return [Plan(case, modes, FREEZES) for case in cases]
+    plans = []
+    for percent in (0, 50, 90, 100):
+        case = Case(frozen=percent)
+        plans.append(Plan(case, ("experts-backward",), FREEZES))
+        plans.append(Plan(case, ("step",), OURS))
+    return plans
 
 
 def _sweep(field: str, *values: int | str) -> Callable[[], list[Plan]]:
