@@ -242,7 +242,7 @@ def test_optimizers(kind, dtype, shape):
 
 
 @pytest.mark.parametrize("form", ["dense", "pairs"])
-@pytest.mark.parametrize("shape", [(1024,), (2, 64), (3, 9), (2, 3000)], ids=str)
+@pytest.mark.parametrize("shape", [(9,), (3, 264), (2, 3000)], ids=str)
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_rows_of_zeros_in_a_gradient_change_no_bit(kind, dtype, shape, form):
     """The other rows are updated as if there were no zeros."""
@@ -261,9 +261,10 @@ def test_rows_of_zeros_in_a_gradient_change_no_bit(kind, dtype, shape, form):
             rows = gradient * (step + 1)
             if step > 0 and zero is not None:
                 rows[zero if form == "dense" else zero[ids]] = -0.0
-            table.grad = rows.to(device)
+            rows = rows.to(device)
             if form == "pairs":
-                table.grad = torch.sparse_coo_tensor(ids[None].to(device), table.grad, values.shape)
+                rows = torch.sparse_coo_tensor(ids[None].to(device), rows, values.shape)
+            table.grad = rows
             optimizer.step()
             if step == 0:
                 before = [table.detach().clone(), *state_of(optimizer, table)]
