@@ -81,6 +81,7 @@ DIFFERENT = {
     "::test_k_of_all_experts_is_a_permutation_of_them": "k is at most 64 on CUDA",
     "::test_equals_brute_force_on_every_grid_for_every_k": "k is at most 64 on CUDA",
     "::test_adding_rows_of_keys_keeps_the_ids_of_existing_experts": "k is at most 64 on CUDA",
+    "::test_denormal_numbers_are_not_zero": "CUDA kernels never take them as zero",
     "::test_every_cpu_capability": "new interpreters run the CPU's operators",
     "::test_tables_beyond_two_to_the_31_elements": "takes minutes, and tests/cuda has it, too",
 }
