@@ -83,6 +83,7 @@ DIFFERENT = {
     "::test_adding_rows_of_keys_keeps_the_ids_of_existing_experts": "k is at most 64 on CUDA",
     "::test_equals_ranking_all_for_k_beyond_64": "k is at most 64 on CUDA",
     "::test_fewer_than_k_enabled_experts_are_refused": "too few enabled experts end a CUDA kernel",
+    "::test_denormal_numbers_are_not_zero": "CUDA kernels never take them as zero",
     "::test_every_cpu_capability": "new interpreters run the CPU's operators",
     "::test_tables_beyond_two_to_the_31_elements": "takes minutes, and tests/cuda has it, too",
 }
