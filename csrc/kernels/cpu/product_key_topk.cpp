@@ -114,44 +114,46 @@ void bury_unused_keys(const Keys<Real>& keys, int64_t tokens, ordered_t<Real>* s
   }
 }
 
-// Calls select(row_scores, column_scores, target) for every query of the work items. The sub-scores
-// are ordered integers, and the query's results begin at `target`.
-template <class Real, class Select>
-void score_queries(const ProductKeyTopk<Real>& pass,
-                   int64_t tokens_per_block,
-                   int64_t first,
-                   int64_t last,
-                   const Select& select) {
-  const int64_t rows = pass.rows.count;
-  const int64_t columns = pass.columns.count;
-  const int64_t row_stride = padded_scores<Real>(rows);
-  const int64_t column_stride = padded_scores<Real>(columns);
-  const int64_t query_width = 2 * pass.half_width;
-  const int64_t query_stride = pass.heads * query_width;
+// The sub-scores of the queries of one work item, as ordered integers.
+template <class Real>
+class BlockScores {
+ public:
+  BlockScores(const ProductKeyTopk<Real>& pass, int64_t tokens_per_block)
+      : pass_(pass),
+        tokens_per_block_(tokens_per_block),
+        row_stride_(padded_scores<Real>(pass.rows.count)),
+        column_stride_(padded_scores<Real>(pass.columns.count)),
+        row_scores_(tokens_per_block * row_stride_),
+        column_scores_(tokens_per_block * column_stride_) {}
 
-  Scratch<ordered_t<Real>> row_scores(tokens_per_block * row_stride);
-  Scratch<ordered_t<Real>> column_scores(tokens_per_block * column_stride);
-
-  for (int64_t item = first; item < last; ++item) {
-    const int64_t head = item % pass.heads;
-    const int64_t first_token = item / pass.heads * tokens_per_block;
-    const int64_t tokens = std::min(tokens_per_block, pass.tokens - first_token);
-    const Real* query = pass.query + first_token * query_stride + head * query_width;
-    score_keys(query, query_stride, tokens, pass.rows.data + head * pass.rows.head_stride, rows,
-               pass.half_width, row_scores.data());
-    score_keys(query + pass.half_width, query_stride, tokens,
-               pass.columns.data + head * pass.columns.head_stride, columns, pass.half_width,
-               column_scores.data());
-    if (pass.disabled != nullptr) {
-      bury_unused_keys(pass.rows, tokens, row_scores.data());
-      bury_unused_keys(pass.columns, tokens, column_scores.data());
-    }
-    for (int64_t t = 0; t < tokens; ++t) {
-      select(row_scores.data() + t * row_stride, column_scores.data() + t * column_stride,
-             ((first_token + t) * pass.heads + head) * pass.k);
-    }
+  void score(int64_t item) {
+    const int64_t query_width = 2 * pass_.half_width;
+    const int64_t query_stride = pass_.heads * query_width;
+    head_ = item % pass_.heads;
+    first_token_ = item / pass_.heads * tokens_per_block_;
+    tokens_ = std::min(tokens_per_block_, pass_.tokens - first_token_);
+    const Real* query = pass_.query + first_token_ * query_stride + head_ * query_width;
+    score_keys(query, query_stride, tokens_, pass_.rows.data + head_ * pass_.rows.head_stride,
+               pass_.rows.count, pass_.half_width, row_scores_.data());
+    score_keys(query + pass_.half_width, query_stride, tokens_,
+               pass_.columns.data + head_ * pass_.columns.head_stride, pass_.columns.count,
+               pass_.half_width, column_scores_.data());
   }
-}
+
+  int64_t tokens() const { return tokens_; }
+  ordered_t<Real>* rows(int64_t t) { return row_scores_.data() + t * row_stride_; }
+  ordered_t<Real>* columns(int64_t t) { return column_scores_.data() + t * column_stride_; }
+
+  // Where the results of a query begin.
+  int64_t target(int64_t t) const { return ((first_token_ + t) * pass_.heads + head_) * pass_.k; }
+
+ private:
+  const ProductKeyTopk<Real>& pass_;
+  int64_t tokens_per_block_;
+  int64_t row_stride_, column_stride_;
+  Scratch<ordered_t<Real>> row_scores_, column_scores_;
+  int64_t head_ = 0, first_token_ = 0, tokens_ = 0;
+};
 
 template <class Real>
 void retrieve_from_all(const ProductKeyTopk<Real>& pass,
@@ -161,6 +163,7 @@ void retrieve_from_all(const ProductKeyTopk<Real>& pass,
   const int64_t rows = pass.rows.count;
   const int64_t columns = pass.columns.count;
   const int64_t k = pass.k;
+  BlockScores<Real> block(pass, tokens_per_block);
   BestKeys<Real> best_rows(std::min(k, rows));
   BestKeys<Real> best_columns(std::min(k, columns));
   const CandidateRanks ranks(best_rows.count, best_columns.count, k);
@@ -169,23 +172,24 @@ void retrieve_from_all(const ProductKeyTopk<Real>& pass,
   Scratch<int32_t> best_candidates(k);
   Scratch<ordered_t<Real>> best_orders(k);
 
-  const auto select = [&](const ordered_t<Real>* row_scores, const ordered_t<Real>* column_scores,
-                          int64_t target) {
-    best_rows.select_from(selection, row_scores, rows);
-    best_columns.select_from(selection, column_scores, columns);
-    add_candidates(best_rows, best_columns, k, ranks.count, sums.data());
-    selection.select(sums.data(), ranks.count, k, best_candidates.data(), best_orders.data());
+  for (int64_t item = first; item < last; ++item) {
+    block.score(item);
+    for (int64_t t = 0; t < block.tokens(); ++t) {
+      best_rows.select_from(selection, block.rows(t), rows);
+      best_columns.select_from(selection, block.columns(t), columns);
+      add_candidates(best_rows, best_columns, k, ranks.count, sums.data());
+      selection.select(sums.data(), ranks.count, k, best_candidates.data(), best_orders.data());
 
-    Real* scores = pass.scores + target;
-    int64_t* indices = pass.indices + target;
-    for (int64_t i = 0; i < k; ++i) {
-      const int64_t row = best_rows.ids[ranks.rows[best_candidates[i]]];
-      const int64_t column = best_columns.ids[ranks.columns[best_candidates[i]]];
-      scores[i] = from_ordered<Real>(best_orders[i]);
-      indices[i] = row * columns + column;
+      Real* scores = pass.scores + block.target(t);
+      int64_t* indices = pass.indices + block.target(t);
+      for (int64_t i = 0; i < k; ++i) {
+        const int64_t row = best_rows.ids[ranks.rows[best_candidates[i]]];
+        const int64_t column = best_columns.ids[ranks.columns[best_candidates[i]]];
+        scores[i] = from_ordered<Real>(best_orders[i]);
+        indices[i] = row * columns + column;
+      }
     }
-  };
-  score_queries(pass, tokens_per_block, first, last, select);
+  }
 }
 
 // The k best enabled pairs of one query.
@@ -306,18 +310,20 @@ class EnabledPairs {
 };
 
 template <class Real>
-void product_key_topk(const ProductKeyTopk<Real>& pass,
-                      int64_t tokens_per_block,
-                      int64_t first,
-                      int64_t last) {
-  if (pass.disabled == nullptr) {
-    retrieve_from_all(pass, tokens_per_block, first, last);
-    return;
-  }
+void retrieve_from_enabled(const ProductKeyTopk<Real>& pass,
+                           int64_t tokens_per_block,
+                           int64_t first,
+                           int64_t last) {
+  BlockScores<Real> block(pass, tokens_per_block);
   EnabledPairs<Real> pairs(pass);
-  const auto select = [&](const ordered_t<Real>* row_scores, const ordered_t<Real>* column_scores,
-                          int64_t target) { pairs.select(row_scores, column_scores, target); };
-  score_queries(pass, tokens_per_block, first, last, select);
+  for (int64_t item = first; item < last; ++item) {
+    block.score(item);
+    bury_unused_keys(pass.rows, block.tokens(), block.rows(0));
+    bury_unused_keys(pass.columns, block.tokens(), block.columns(0));
+    for (int64_t t = 0; t < block.tokens(); ++t) {
+      pairs.select(block.rows(t), block.columns(t), block.target(t));
+    }
+  }
 }
 
 template <class Real>
@@ -332,7 +338,8 @@ template <class Real>
 constexpr ProductKeyTopkFunctions<Real> kFunctions = {
     .keys_per_panel = kKeysPerPanel<Real>,
     .pack_keys = pack_keys<Real>,
-    .product_key_topk = product_key_topk<Real>,
+    .retrieve_from_all = retrieve_from_all<Real>,
+    .retrieve_from_enabled = retrieve_from_enabled<Real>,
     .gather_sum = gather_sum<Real>,
 };
 

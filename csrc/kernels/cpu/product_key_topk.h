@@ -27,13 +27,19 @@ struct ProductKeyTopkFunctions {
   // A work item is a panel of a head, head·panels + panel.
   void (*pack_keys)(const PackKeys<Real>& pass, int64_t first, int64_t last);
   // A work item is a block of tokens_per_block tokens and a head, block·heads + head. The keys are
-  // packed.
-  void (*product_key_topk)(const ProductKeyTopk<Real>& pass,
-                           int64_t tokens_per_block,
-                           int64_t first,
-                           int64_t last);
+  // packed. One function is for retrieval without a mask, the other for retrieval with one: in one
+  // function, the registers that the search under a mask needs slow down both.
+  using Retrieve = void (*)(const ProductKeyTopk<Real>& pass,
+                            int64_t tokens_per_block,
+                            int64_t first,
+                            int64_t last);
+  Retrieve retrieve_from_all, retrieve_from_enabled;
   // A work item is one output row.
   void (*gather_sum)(const GatherSum<Real>& pass, int64_t first, int64_t last);
+
+  Retrieve retrieve(const ProductKeyTopk<Real>& pass) const {
+    return pass.disabled == nullptr ? retrieve_from_all : retrieve_from_enabled;
+  }
 };
 
 struct ProductKeyTopkKernels : ProductKeyTopkFunctions<float>, ProductKeyTopkFunctions<double> {

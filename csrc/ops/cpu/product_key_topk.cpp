@@ -91,10 +91,10 @@ struct Cpu : Device {
           .indices = data_of<int64_t>(indices),
           .disabled = const_data_or_null<bool>(mask.disabled),
       };
-      at::parallel_for(0, (tokens + block - 1) / block * heads, 1,
-                       [&](int64_t first, int64_t last) {
-                         kernel.product_key_topk(retrieval, block, first, last);
-                       });
+      const auto retrieve = kernel.retrieve(retrieval);
+      at::parallel_for(
+          0, (tokens + block - 1) / block * heads, 1,
+          [&](int64_t first, int64_t last) { retrieve(retrieval, block, first, last); });
     });
   }
 

@@ -57,7 +57,7 @@ struct Problem {
     };
     const int64_t items = (tokens + tokens_per_block - 1) / tokens_per_block * heads;
     on_threads(threads)(0, items, 1, [&](int64_t first, int64_t last) {
-      kernel.product_key_topk(pass, tokens_per_block, first, last);
+      kernel.retrieve(pass)(pass, tokens_per_block, first, last);
     });
   }
 
