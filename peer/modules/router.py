@@ -375,11 +375,11 @@ class ProductKeyRouter(nn.Module):
             query = self.norm(query, padding_mask.reshape(-1))
         else:
             query = self.norm(query)
-        row_keys, col_keys = self.effective_keys()
+        # Not by effective_keys(): torch.jit.freeze makes no constants of tensors in a tuple.
         scores, indices = product_key_topk(
             query.view(-1, self.heads, self.dim_key),
-            row_keys,
-            col_keys,
+            _with_kept(self.row_keys, self.frozen_rows, self.kept_row_keys),
+            _with_kept(self.col_keys, self.frozen_columns, self.kept_col_keys),
             self.num_experts_per_head,
             disabled,
         )
