@@ -39,9 +39,7 @@ PEER_API at::Tensor router_weights(const at::Tensor& scores, std::string_view fu
 //   table (N, 2, D) with rows [down_e, up_e], or (N, 3, D) with rows [down_e, gate_e, up_e]
 //   activation: "gelu", "gelu_tanh", "relu", "silu", "identity" or "relu2"
 //   sparse_grad: the table's gradient is a coalesced sparse tensor that holds the retrieved rows
-//   frozen (N), bool: these rows of the table are constants. They have no gradient, and no rows in
-//   a
-//     sparse one; gradients of x and weights are those of all experts
+//   frozen (N), bool: these rows of the table are constants, and have no rows in a sparse gradient
 //
 // Returns out (T, D) in x's dtype.
 PEER_API at::Tensor expert_mlp(const at::Tensor& x,

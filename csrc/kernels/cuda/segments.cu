@@ -1,16 +1,14 @@
 // Segments: pairs sorted by owner (the table row that each pair retrieved), and the target of every
 // sum over them.
 //
-// Sorting     a stable radix sort of pair ids by owner, over as many bits as owners have. All
-// frozen
-//             owners have one key, which is above the others: the number of owners
+// Sorting     a stable radix sort of pair ids by owner, over as many bits as owners have. Frozen
+//             owners have one key, above the others: the number of owners
 // Targets     one per sorted position (segment_chunks.h). A scan over tiles of positions: tiles
 //             count what ends in them, one block scans the counts, tiles write the targets
 // One thread  one position. Its neighbours tell what ends there; only in segments of at least a
 //             chunk does it search for the segment's start. Threads behind the last segment, of
 //             frozen pairs, write nothing
-// Traffic     12 bytes per pair in addition to the sort's: 4 read twice, 4 written. With a mask,
-// one
+// Traffic     12 bytes per pair in addition to the sort's: 4 read twice, 4 written; with a mask, a
 //             byte of it per pair
 // Exactness   everything is determined by the owners; the host reads nothing
 // Requires    fewer than 2^31 pairs and owners
