@@ -64,7 +64,7 @@ Tensor as_mask(const Tensor& experts, int64_t size, torch::Device device) {
 }
 
 Tensor union_of(const Tensor& mask, const Tensor& more) {
-  return empty_if_unmarked(is_set(mask) ? mask.logical_or(more) : more);
+  return empty_if_unmarked(is_set(mask) ? mask.logical_or(more) : more.clone());
 }
 
 Tensor without(const Tensor& mask, const Tensor& fewer) {

@@ -38,7 +38,8 @@ bool is_mask_name(std::string_view name);
 // size).
 torch::Tensor as_mask(const torch::Tensor& experts, int64_t size, torch::Device device);
 
-// The union of a mask, which may be undefined or empty, and another; empty if it marks nothing.
+// The union of a mask, which may be undefined or empty, and another, as a new tensor; empty if it
+// marks nothing.
 torch::Tensor union_of(const torch::Tensor& mask, const torch::Tensor& more);
 
 // The mask without what the other marks; empty if nothing is left.

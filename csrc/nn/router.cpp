@@ -241,8 +241,9 @@ Tensor ProductKeyRouterImpl::make_row_keys(int64_t rows, const Tensor& keys) con
   const Tensor order = torch::randperm(old, torch::dtype(torch::kLong).device(row_keys.device()))
                            .repeat({(rows + old - 1) / old})
                            .narrow(0, 0, rows);
-  const Tensor source = row_keys.detach().index_select(-2, order).to(
-      torch::promoteTypes(row_keys.scalar_type(), torch::kFloat));
+  const Tensor source = std::get<0>(effective_keys())
+                            .index_select(-2, order)
+                            .to(torch::promoteTypes(row_keys.scalar_type(), torch::kFloat));
   const Tensor length = source.norm(2, {-1}, /*keepdim=*/true);
   const Tensor noise =
       torch::randn_like(source) *

@@ -112,6 +112,24 @@ TEST_CASE("frozen experts and keys hold, others learn") {
   CHECK(layer->router->row_keys[1].equal(kept_rows[1]));
 }
 
+TEST_CASE("new keys are noisy copies of the keys in effect") {
+  PEER layer(small());
+  layer->router->freeze_keys();
+  torch::NoGradGuard no_grad;
+  layer->router->row_keys.mul_(1e6);  // what an optimizer does has no effect
+  CHECK(layer->router->make_row_keys(9).abs().max().item<double>() < 1e3);
+}
+
+TEST_CASE("a mask that a program gives stays the program's") {
+  PEER layer(small());
+  const Tensor rows = torch::tensor({true, false, false, false});
+  layer->router->freeze_keys(rows);
+  layer->router->freeze_keys(rows.logical_not());
+  CHECK(rows.equal(torch::tensor({true, false, false, false})));
+  layer->router->unfreeze_keys();
+  CHECK(rows.equal(torch::tensor({true, false, false, false})));
+}
+
 TEST_CASE("a frozen layer does not learn, and a new row does") {
   PEER layer(small());
   train(layer);
