@@ -92,10 +92,10 @@ Tensor PEERImpl::grid_of(const Tensor& mask) const {
 }
 
 void PEERImpl::freeze_experts(const Tensor& given, bool keys, std::optional<bool> network) {
-  experts->freeze_experts(given);
+  const Tensor mask = as_mask(given, experts->options.num_experts(), experts->weight.device());
+  experts->freeze_experts(mask);
   if (keys && given.defined()) {
-    const Tensor grid =
-        grid_of(as_mask(given, experts->options.num_experts(), experts->weight.device()));
+    const Tensor grid = grid_of(mask);
     router->freeze_keys(grid.any(1), grid.any(0));
   } else if (keys) {
     router->freeze_keys();

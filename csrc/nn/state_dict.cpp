@@ -87,15 +87,6 @@ bool has(const std::vector<Growing<Part>>& parts, const Part* part) {
                      [&](const Growing<Part>& each) { return each.part == part; });
 }
 
-// Calls visit(module, prefix of its names) for a module and all modules in it.
-template <class Visit>
-void for_each_part(torch::nn::Module& module, const std::string& prefix, const Visit& visit) {
-  visit(module, prefix);
-  for (const auto& child : module.named_children()) {
-    for_each_part(*child.value(), prefix + child.key() + ".", visit);
-  }
-}
-
 // The masks of a file, and the values that frozen keys keep. What the file lacks is empty.
 class SavedMasks {
  public:
@@ -173,7 +164,8 @@ void grow_to(torch::nn::Module& module, const std::string& path) {
   SavedMasks masks(file);
   std::vector<Growing<nn::ExpertPoolImpl>> pools;
   std::vector<Growing<nn::ProductKeyRouterImpl>> routers;
-  for_each_part(module, "", [&](torch::nn::Module& part, const std::string& prefix) {
+  module.apply([&](const std::string& name, torch::nn::Module& part) {
+    const std::string prefix = name.empty() ? "" : name + ".";
     if (auto* pool = dynamic_cast<nn::ExpertPoolImpl*>(&part); pool && !has(pools, pool)) {
       const int64_t missing = missing_rows(file.tensors(), prefix + "weight", pool->weight, 0);
       const int64_t experts = pool->weight.size(0) + missing;

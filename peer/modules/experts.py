@@ -15,7 +15,7 @@ from peer.modules.masks import (
     Experts,
     as_mask,
     clear_gradient_,
-    count,
+    describe,
     union,
     without,
 )
@@ -312,11 +312,7 @@ class ExpertPool(nn.Module):
         return (
             f"dim={self.dim}, num_experts={self.num_experts}, activation={self.activation!r}, "
             f"glu={self.glu}, sparse_grad={self.sparse_grad}"
-        ) + "".join(
-            f", {name}={count(mask)}"
-            for name, mask in (("frozen", self.frozen), ("disabled", self.disabled))
-            if mask is not None and not mask.is_meta
-        )
+        ) + describe(frozen=self.frozen, disabled=self.disabled)
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy has its own table, which the optimizer does not hold.

@@ -11,8 +11,7 @@ __all__ = [
     "Experts",
     "as_mask",
     "clear_gradient_",
-    "count",
-    "none_if_empty",
+    "describe",
     "union",
     "without",
 ]
@@ -60,24 +59,28 @@ def as_mask(experts: Experts, size: int, device: torch.device) -> Tensor:
     return mask
 
 
-def none_if_empty(mask: Tensor) -> Tensor | None:
+def _none_if_empty(mask: Tensor) -> Tensor | None:
     """The mask, or None if it marks nothing."""
     return mask if bool(mask.any()) else None
 
 
 def union(mask: Tensor | None, more: Tensor) -> Tensor | None:
     """The union of two masks, as a new tensor, or None if it is empty."""
-    return none_if_empty(more.clone() if mask is None else mask | more)
+    return _none_if_empty(more.clone() if mask is None else mask | more)
 
 
 def without(mask: Tensor | None, fewer: Tensor) -> Tensor | None:
     """The first mask without what the second one marks, or None if nothing is left."""
-    return None if mask is None else none_if_empty(mask & ~fewer)
+    return None if mask is None else _none_if_empty(mask & ~fewer)
 
 
-def count(mask: Tensor | None) -> int:
-    """How many things a mask marks."""
-    return 0 if mask is None else int(mask.sum())
+def describe(**masks: Tensor | None) -> str:
+    """How many things each mask marks, for `repr`, without those that are None or on "meta"."""
+    return "".join(
+        f", {name}={int(mask.sum())}"
+        for name, mask in masks.items()
+        if mask is not None and not mask.is_meta
+    )
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from peer._growth import require_growable
 from peer.modules.experts import ExpertPool
 from peer.modules.grid import parse_grid
-from peer.modules.masks import Experts, count
+from peer.modules.masks import Experts
 from peer.modules.router import ProductKeyRouter
 
 __all__ = ["PEER"]
@@ -286,13 +286,13 @@ class PEER(nn.Module):
             >>> int(layer.experts.weight.grad[[0, 5]].count_nonzero())
             0
         """
-        self.experts.freeze_experts(experts)
-        if keys:
-            grid = self._grid_of(self.experts._mask(experts))
-            if experts is None:
-                self.router.freeze_keys()
-            else:
-                self.router.freeze_keys(grid.any(1), grid.any(0))
+        mask = self.experts._mask(experts)
+        self.experts.freeze_experts(mask)
+        if keys and experts is None:
+            self.router.freeze_keys()
+        elif keys:
+            grid = self._grid_of(mask)
+            self.router.freeze_keys(grid.any(1), grid.any(0))
         if experts is None if router is None else router:
             self.router.freeze_network()
 
@@ -355,7 +355,7 @@ class PEER(nn.Module):
         """
         mask = self.experts._mask(experts)
         disabled = mask if self.experts.disabled is None else mask | self.experts.disabled
-        enabled = self.num_experts - count(self._grid_of(disabled))
+        enabled = int((~self._grid_of(disabled)).sum())
         if enabled < self.router.num_experts_per_head:
             raise ValueError(
                 f"expected at least num_experts_per_head={self.router.num_experts_per_head} "

@@ -14,7 +14,7 @@ from peer.modules.grid import parse_grid
 from peer.modules.masks import (
     ROUTER_MASKS,
     clear_gradient_,
-    count,
+    describe,
     union,
     without,
 )
@@ -410,14 +410,7 @@ class ProductKeyRouter(nn.Module):
             f"dim={self.dim}, num_experts=({self.rows}, {self.columns}), heads={self.heads}, "
             f"num_experts_per_head={self.num_experts_per_head}, dim_key={self.dim_key}, "
             f"scores={self.scores!r}, share_keys={self.share_keys}"
-        ) + "".join(
-            f", {name}={count(mask)}"
-            for name, mask in (
-                ("frozen_rows", self.frozen_rows),
-                ("frozen_columns", self.frozen_columns),
-            )
-            if mask is not None and not mask.is_meta
-        )
+        ) + describe(frozen_rows=self.frozen_rows, frozen_columns=self.frozen_columns)
 
     def _load_from_state_dict(
         self,
