@@ -178,6 +178,22 @@ def make_expert_inputs() -> Callable[..., ExpertInputs]:
     return _make_expert_inputs
 
 
+@pytest.fixture
+def make_smooth_inputs(
+    make_expert_inputs: Callable[..., ExpertInputs], glu: bool
+) -> Callable[..., ExpertInputs]:
+    """Float64 inputs with repeated ids and no pre-activation near the kink of relu."""
+
+    def make(**sizes: int) -> ExpertInputs:
+        inputs = make_expert_inputs(**sizes, dtype=torch.float64, glu=glu, seed=2)
+        hidden = torch.ops.peer.expert_mlp(*inputs, "relu", False)[1]
+        assert hidden.abs().min() > 1e-3
+        assert inputs.indices.unique().numel() < inputs.indices.numel()
+        return inputs
+
+    return make
+
+
 @pytest.fixture(scope="session")
 def make_retrieval_inputs() -> Callable[..., RetrievalInputs]:
     """Random inputs of `product_key_topk`.

@@ -112,6 +112,15 @@ def test_a_table_with_strided_parts_and_rows(make_expert_inputs, on_gpu):
         assert_close(a, b, torch.float32)
 
 
+def assert_same_retrieval(inputs, there, k, disabled=None):
+    """Scores and ids of the same inputs here and on the GPU are equal."""
+    scores, indices = torch.ops.peer.product_key_topk(*inputs, k, disabled)
+    mask = None if disabled is None else disabled.cuda()
+    scores_there, indices_there = torch.ops.peer.product_key_topk(*there, k, mask)
+    assert torch.equal(scores_there.cpu(), scores)
+    assert torch.equal(indices_there.cpu(), indices)
+
+
 @pytest.mark.parametrize("shared", [True, False], ids=["shared keys", "keys per head"])
 @pytest.mark.parametrize(
     ("rows", "columns", "k", "dim_key"),
@@ -130,10 +139,7 @@ def test_retrieval_of_exact_scores(
         dtype=dtype,
         integers=True,
     )
-    scores, indices = torch.ops.peer.product_key_topk(*inputs, k)
-    there = torch.ops.peer.product_key_topk(*on_gpu(inputs), k)
-    assert torch.equal(there[0].cpu(), scores)
-    assert torch.equal(there[1].cpu(), indices)
+    assert_same_retrieval(inputs, on_gpu(inputs), k)
 
 
 @pytest.mark.parametrize("kind", ADVERSARIAL)
@@ -180,10 +186,7 @@ def test_retrieval_without_disabled_experts(
     disabled = torch.rand(rows * columns, generator=generator) < percent / 100
     disabled[columns : 3 * columns] = True  # two rows
     disabled[-k:] = False
-    scores, indices = torch.ops.peer.product_key_topk(*inputs, k, disabled)
-    there = torch.ops.peer.product_key_topk(*on_gpu(inputs), k, disabled.cuda())
-    assert torch.equal(there[0].cpu(), scores)
-    assert torch.equal(there[1].cpu(), indices)
+    assert_same_retrieval(inputs, on_gpu(inputs), k, disabled)
 
 
 def test_retrieval_of_random_scores(make_retrieval_inputs, on_gpu, sized, dtype):

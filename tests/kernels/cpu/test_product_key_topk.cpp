@@ -99,6 +99,13 @@ std::vector<Real> small_integers(Random& random, int64_t count, int64_t range) {
   return values;
 }
 
+// With integers in [-range, range]. A small range makes many ties.
+template <class Real>
+Problem<Real> random_problem(Random& random, const Sizes& sizes, int64_t range) {
+  return draw_problem<Problem<Real>>(
+      sizes, [&](int64_t count) { return small_integers<Real>(random, count, range); });
+}
+
 }  // namespace
 
 TEMPLATE_TEST_CASE("retrieval equals brute force over all experts, ties included",
@@ -113,17 +120,11 @@ TEMPLATE_TEST_CASE("retrieval equals brute force over all experts, ties included
         if (k > rows * columns) {
           continue;
         }
-        const int64_t tokens = 19, heads = 2,
-                      half_width = 5;  // tokens: a whole block and a piece of one
-        const int64_t key_heads = shared ? 1 : heads;
-        // Few distinct values: most rows have ties at the boundary.
-        check_against_brute_force<TestType>(
-            {tokens, heads, half_width, rows, columns, k, shared,
-             small_integers<TestType>(random, tokens * heads * 2 * half_width, 2),
-             small_integers<TestType>(random, key_heads * rows * half_width, 2),
-             small_integers<TestType>(random, key_heads * columns * half_width, 2)},
-            "grid " + std::to_string(rows) + "x" + std::to_string(columns) + " k " +
-                std::to_string(k));
+        // A whole block of tokens and a piece of one. Few distinct values: most rows have ties at
+        // the boundary.
+        check_against_brute_force(
+            random_problem<TestType>(random, {19, 2, 5, rows, columns, k, shared}, 2),
+            describe_grid(rows, columns, k));
       }
     }
   }
@@ -150,12 +151,8 @@ TEMPLATE_TEST_CASE("retrieval equals brute force at every key width and number a
   Random random(9);
   for (const int64_t half_width : {1, 3, 4, 7, 8, 9, 15, 16, 17, 33}) {
     for (const int64_t rows : {11, 12, 13, 23, 24, 25, 47, 48, 49, 63, 64, 65, 97}) {
-      const int64_t columns = 20, k = 9;
-      check_against_brute_force<TestType>(
-          {6, 2, half_width, rows, columns, k, false,
-           small_integers<TestType>(random, 6 * 2 * 2 * half_width, 20),
-           small_integers<TestType>(random, 2 * rows * half_width, 20),
-           small_integers<TestType>(random, 2 * columns * half_width, 20)},
+      check_against_brute_force(
+          random_problem<TestType>(random, {6, 2, half_width, rows, 20, 9, false}, 20),
           "half width " + std::to_string(half_width) + " rows " + std::to_string(rows));
     }
   }
@@ -175,10 +172,7 @@ TEMPLATE_TEST_CASE("a block may hold any number of tokens", "[product_key_topk]"
 
 TEMPLATE_TEST_CASE("k may be all experts", "[product_key_topk]", float, double) {
   Random random(8);
-  check_against_brute_force<TestType>(
-      {5, 1, 2, 9, 11, 99, true, small_integers<TestType>(random, 5 * 4, 3),
-       small_integers<TestType>(random, 18, 3), small_integers<TestType>(random, 22, 3)},
-      "k = N");
+  check_against_brute_force(random_problem<TestType>(random, {5, 1, 2, 9, 11, 99}, 3), "k = N");
 }
 
 TEMPLATE_TEST_CASE(
@@ -320,23 +314,12 @@ TEMPLATE_TEST_CASE("a masked retrieval equals brute force without the disabled e
     for (const int64_t k : {1, 8, 16, 64, 80}) {
       for (const int64_t percent : {1, 10, 50, 90, 99, 100}) {
         const bool shared = (k + percent) % 2 == 0;
-        const int64_t tokens = 3, heads = 2, half_width = 3, key_heads = shared ? 1 : heads;
         const int64_t range = percent == 50 ? 100 : 2;  // few ties, many ties
-        Problem<TestType> problem{
-            tokens,
-            heads,
-            half_width,
-            rows,
-            columns,
-            k,
-            shared,
-            small_integers<TestType>(random, tokens * heads * 2 * half_width, range),
-            small_integers<TestType>(random, key_heads * rows * half_width, range),
-            small_integers<TestType>(random, key_heads * columns * half_width, range)};
+        Problem<TestType> problem =
+            random_problem<TestType>(random, {3, 2, 3, rows, columns, k, shared}, range);
         problem.mask = draw_mask(random, rows, columns, k, percent);
-        check_against_brute_force(problem, "grid " + std::to_string(rows) + "x" +
-                                               std::to_string(columns) + " k " + std::to_string(k) +
-                                               " percent " + std::to_string(percent));
+        check_against_brute_force(
+            problem, describe_grid(rows, columns, k) + " percent " + std::to_string(percent));
       }
     }
   }
@@ -396,17 +379,10 @@ TEMPLATE_TEST_CASE("a mask that disables nothing changes no bit",
                    float,
                    double) {
   Random random(13);
-  const int64_t tokens = 21, heads = 3, half_width = 7, rows = 90, columns = 130, k = 12;
-  Problem<TestType> problem{tokens,
-                            heads,
-                            half_width,
-                            rows,
-                            columns,
-                            k,
-                            false,
-                            random.normal<TestType>(tokens * heads * 2 * half_width),
-                            random.normal<TestType>(heads * rows * half_width),
-                            random.normal<TestType>(heads * columns * half_width)};
+  const int64_t rows = 90, columns = 130;
+  Problem<TestType> problem = draw_problem<Problem<TestType>>(
+      {21, 3, 7, rows, columns, 12, false},
+      [&](int64_t count) { return random.normal<TestType>(count); });
   for (const Capability capability : capabilities()) {
     Problem<TestType> masked = problem;
     masked.mask = make_mask(std::vector<char>(rows * columns), rows, columns);

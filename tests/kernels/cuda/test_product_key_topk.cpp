@@ -106,25 +106,17 @@ std::vector<Query> small_integers(Random& random, int64_t count, int64_t range) 
   return values;
 }
 
-struct Sizes {
-  int64_t tokens, heads, half_width, rows, columns, k;
-  bool shared = true;
-};
-
 // With integers in [-range, range]. A small range makes many ties.
 template <class Query>
 Problem<Query> random_problem(Random& random, const Sizes& sizes, int64_t range) {
-  const int64_t key_heads = sizes.shared ? 1 : sizes.heads;
-  return {sizes.tokens,
-          sizes.heads,
-          sizes.half_width,
-          sizes.rows,
-          sizes.columns,
-          sizes.k,
-          sizes.shared,
-          small_integers<Query>(random, sizes.tokens * sizes.heads * 2 * sizes.half_width, range),
-          small_integers<Query>(random, key_heads * sizes.rows * sizes.half_width, range),
-          small_integers<Query>(random, key_heads * sizes.columns * sizes.half_width, range)};
+  return draw_problem<Problem<Query>>(
+      sizes, [&](int64_t count) { return small_integers<Query>(random, count, range); });
+}
+
+template <class Query>
+Problem<Query> normal_problem(Random& random, const Sizes& sizes) {
+  return draw_problem<Problem<Query>>(sizes,
+                                      [&](int64_t count) { return random.normal<Query>(count); });
 }
 
 // One query. The sub-scores are the keys.
@@ -167,8 +159,7 @@ TEMPLATE_TEST_CASE("retrieval equals brute force over all experts, ties included
       if (k <= rows * columns) {
         const Sizes sizes = {2, 2, 5, rows, columns, k, k % 2 == 0};
         check_against_brute_force(random_problem<TestType>(random, sizes, 2),
-                                  "grid " + std::to_string(rows) + "x" + std::to_string(columns) +
-                                      " k " + std::to_string(k));
+                                  describe_grid(rows, columns, k));
       }
     }
   }
@@ -378,16 +369,8 @@ TEMPLATE_TEST_CASE("random scores are right within rounding, and the best are fo
                    PEER_QUERY_TYPES) {
   Random random(12);
   const int64_t tokens = 3, half_width = 70, rows = 600, columns = 130, k = 24;
-  Problem<TestType> problem{tokens,
-                            1,
-                            half_width,
-                            rows,
-                            columns,
-                            k,
-                            true,
-                            random.normal<TestType>(tokens * 2 * half_width),
-                            random.normal<TestType>(rows * half_width),
-                            random.normal<TestType>(columns * half_width)};
+  Problem<TestType> problem =
+      normal_problem<TestType>(random, {tokens, 1, half_width, rows, columns, k});
   problem.solve();
   const double tolerance = 200 * kEpsilon<accumulation_t<TestType>>;
   for (int64_t t = 0; t < tokens; ++t) {
@@ -448,9 +431,8 @@ TEMPLATE_TEST_CASE("a masked retrieval equals brute force without the disabled e
       Problem<TestType> problem =
           random_problem<TestType>(random, {1, 2, 3, rows, columns, k, percent > 10}, range);
       problem.mask = draw_mask(random, rows, columns, k, percent);
-      check_against_brute_force(problem, "grid " + std::to_string(rows) + "x" +
-                                             std::to_string(columns) + " k " + std::to_string(k) +
-                                             " percent " + std::to_string(percent));
+      check_against_brute_force(
+          problem, describe_grid(rows, columns, k) + " percent " + std::to_string(percent));
     }
   }
 }
@@ -522,17 +504,8 @@ TEMPLATE_TEST_CASE("a scan has the sub-scores of the retrieval without a mask, b
                    PEER_QUERY_TYPES) {
   // A pair that both find has the same score.
   Random random(19);
-  const int64_t half_width = 150, keys = 12, k = 60;
-  Problem<TestType> all{3,
-                        1,
-                        half_width,
-                        keys,
-                        keys,
-                        64,
-                        true,
-                        random.normal<TestType>(3 * 2 * half_width),
-                        random.normal<TestType>(keys * half_width),
-                        random.normal<TestType>(keys * half_width)};
+  const int64_t keys = 12, k = 60;
+  Problem<TestType> all = normal_problem<TestType>(random, {3, 1, 150, keys, keys, 64});
   Problem<TestType> masked = all;
   masked.k = k;
   masked.mask = draw_mask(random, keys, keys, k, 30);
@@ -556,17 +529,9 @@ TEMPLATE_TEST_CASE("a mask that disables nothing changes no bit",
                    "[product_key_topk]",
                    PEER_QUERY_TYPES) {
   Random random(20);
-  const int64_t half_width = 40, rows = 70, columns = 300, k = 12;
-  Problem<TestType> problem{3,
-                            2,
-                            half_width,
-                            rows,
-                            columns,
-                            k,
-                            false,
-                            random.normal<TestType>(3 * 2 * 2 * half_width),
-                            random.normal<TestType>(2 * rows * half_width),
-                            random.normal<TestType>(2 * columns * half_width)};
+  const int64_t rows = 70, columns = 300;
+  Problem<TestType> problem =
+      normal_problem<TestType>(random, {3, 2, 40, rows, columns, 12, false});
   Problem<TestType> masked = problem;
   masked.mask = make_mask(std::vector<char>(rows * columns), rows, columns);
   problem.solve();

@@ -1,13 +1,40 @@
-// Retrieval among special sub-scores and under masks, for the kernels of every device.
+// Problems of retrieval, special sub-scores and masks, for the kernels of every device.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
+#include <string>
 #include <vector>
 
 #include "support.h"
 
 namespace peer::test {
+
+struct Sizes {
+  int64_t tokens, heads, half_width, rows, columns, k;
+  bool shared = true;  // whether heads share their keys
+};
+
+// A device's problem, whose queries, row keys and column keys are drawn by draw(count), in this
+// order.
+template <class Problem, class Draw>
+Problem draw_problem(const Sizes& sizes, const Draw& draw) {
+  const int64_t key_heads = sizes.shared ? 1 : sizes.heads;
+  return {sizes.tokens,
+          sizes.heads,
+          sizes.half_width,
+          sizes.rows,
+          sizes.columns,
+          sizes.k,
+          sizes.shared,
+          draw(sizes.tokens * sizes.heads * 2 * sizes.half_width),
+          draw(key_heads * sizes.rows * sizes.half_width),
+          draw(key_heads * sizes.columns * sizes.half_width)};
+}
+
+inline std::string describe_grid(int64_t rows, int64_t columns, int64_t k) {
+  return "grid " + std::to_string(rows) + "x" + std::to_string(columns) + " k " + std::to_string(k);
+}
 
 template <class Value>
 struct SpecialScores {
