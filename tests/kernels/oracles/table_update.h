@@ -2,9 +2,12 @@
 #pragma once
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
+#include <type_traits>
 #include <vector>
 
+#include "kernels/random_bits.h"
 #include "kernels/table_update.h"
 #include "support.h"
 
@@ -160,6 +163,43 @@ double distance_from_rule(const Hyperparameters& h,
     }
   }
   return worst;
+}
+
+// The 16 random bits of a column of a part of a row. Two neighbouring columns of a part share a
+// word, so each part starts at an even place.
+inline uint32_t random_bits_of(uint64_t row_key, int64_t part, int64_t width, int64_t column) {
+  const int64_t place = part * (width + width % 2) + column;
+  const uint32_t word = random_word(row_key, uint32_t(place / 2));
+  return place % 2 == 0 ? word & 0xffffu : word >> 16;
+}
+
+// Stochastic rounding of one value by 16 random bits. The bits of nonnegative numbers of a 16-bit
+// type ascend with their values, so the neighbour below is found by bisection.
+template <class Narrow>
+Narrow round_by_bits(float value, uint32_t random) {
+  constexpr bool is_half = std::is_same_v<Narrow, Half>;
+  constexpr uint16_t infinity = is_half ? 0x7c00 : 0x7f80;
+  if (std::isnan(value)) {
+    const bool keeps_sign = is_half && std::signbit(value);
+    return {uint16_t((keeps_sign ? 0x8000 : 0) | (is_half ? 0x7e00 : 0x7fc0))};
+  }
+  const auto number = [](uint16_t bits) {  // infinity stands where the next value would be
+    return bits == infinity ? std::ldexp(1, is_half ? 16 : 128) : to_double(Narrow{bits});
+  };
+  const double magnitude = std::abs(double(value));
+  uint16_t below = 0, end = infinity + 1;
+  while (end - below > 1) {
+    const uint16_t middle = uint16_t(below + (end - below) / 2);
+    (number(middle) <= magnitude ? below : end) = middle;
+  }
+  if (below != infinity) {
+    const double fraction = (magnitude - number(below)) / (number(below + 1) - number(below));
+    const bool is_up = is_half && magnitude < 0x1p-14 ? random * 0x1p-16 < fraction
+                       : is_half                      ? (random >> 3) * 0x1p-13 + fraction >= 1
+                                                      : random * 0x1p-16 + fraction >= 1;
+    below = uint16_t(below + is_up);
+  }
+  return {uint16_t((std::signbit(value) ? 0x8000 : 0) | below)};
 }
 
 }  // namespace peer::test
