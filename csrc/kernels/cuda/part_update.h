@@ -138,9 +138,9 @@ struct PartUpdate {
   __device__ uint64_t derive_momentum_key(int32_t row) const {
     return stochastic_rounding ? derive_key(key, 2 * uint64_t(row) + 1) : 0;
   }
-  // A column of the part, among those of the whole row.
-  __device__ uint32_t column_in_row(int64_t column) const {
-    return uint32_t(part * table.width + column);
+  // The place of a column of the part among the random bits of a row.
+  __device__ uint32_t place_of(int64_t column) const {
+    return first_place_of_part(part, table.width) + uint32_t(column);
   }
 
   // Updates the columns of a warp's slice by gradients of zero. Each lane takes one element at a
@@ -166,7 +166,7 @@ struct PartUpdate {
 
   __device__ Table round(Real wide, uint64_t row_key, int64_t column) const {
     return stochastic_rounding
-               ? narrow_stochastically<Table>(wide, random_word(row_key, column_in_row(column)))
+               ? narrow_stochastically<Table>(wide, random_bits(row_key, place_of(column)))
                : narrow<Table>(wide);
   }
 
@@ -232,13 +232,8 @@ class TableSlice {
     if (!update_.stochastic_rounding) {
       return narrow_vec<Table>(wide);
     }
-    const uint32_t column = update_.column_in_row(column_) + vec_offset<vec_size>(k);
-    Vec<Table, vec_size> result;
-    for_each_element<vec_size>([&](int i) {
-      result.values[i] =
-          narrow_stochastically<Table>(wide.values[i], random_word(row_key, column + i));
-    });
-    return to_raw(result);
+    return narrow_vec_stochastically<Table>(wide, row_key,
+                                            update_.place_of(column_) + vec_offset<vec_size>(k));
   }
 
   const PartUpdate<Table, vec_size>& update_;

@@ -1,8 +1,7 @@
+#include <algorithm>
 #include <valarray>
 
 #include "cuda_support.h"
-#include "kernels/cpu/stochastic_rounding.h"
-#include "kernels/cpu/table_update.h"
 #include "kernels/cuda/stochastic_rounding.h"
 #include "kernels/cuda/table_grad.h"
 #include "kernels/cuda/table_update.h"
@@ -357,56 +356,74 @@ std::vector<float> values_to_round(int64_t count) {
 
 }  // namespace
 
-TEMPLATE_TEST_CASE("stochastic rounding has the CPU's bits for every value and every random word",
+TEMPLATE_TEST_CASE("a value is rounded stochastically by its 16 random bits",
                    "[table_update]",
                    BFloat16,
                    Half) {
-  namespace cpu = peer::cpu::baseline;
-  constexpr int lanes = cpu::kLanes<float>;
   Random random(10);
-  const std::vector<float> values = values_to_round(40'000);
-  for (size_t i = 0; i < values.size(); i += lanes) {
-    cpu::Bits32 words;
-    for (int l = 0; l < lanes; ++l) {
-      words[l] = uint32_t(random.integer(int64_t(1) << 32));
-    }
-    TestType expected[lanes];
-    cpu::store_stochastic(expected, cpu::load(values.data() + i), words);
-    for (int l = 0; l < lanes; ++l) {
-      INFO(values[i + l] << " by " << words[l]);
-      REQUIRE(narrow_stochastically<TestType>(values[i + l], words[l]).bits == expected[l].bits);
+  for (const float value : values_to_round(40'000)) {
+    for (const uint32_t bits : {0u, 0xffffu, uint32_t(random.integer(0x10000))}) {
+      INFO(value << " by " << bits);
+      REQUIRE(narrow_stochastically<TestType>(value, bits).bits ==
+              round_by_bits<TestType>(value, bits).bits);
     }
   }
 }
 
-// With tables of zeros, these hyperparameters make the table and the momentum equal to the
-// gradient. So rounding is the only inexact step.
-TEMPLATE_TEST_CASE("tables and momentum are rounded to the CPU's bits, row by row",
+// With tables of zeros, these hyperparameters make the momentum equal to the gradient, and the
+// table to 1.5 times the gradient. So rounding is the only inexact step.
+TEMPLATE_TEST_CASE("two columns of a row's part share a random word, and no two parts do",
                    "[table_update]",
-                   BFloat16,
-                   Half) {
-  constexpr int64_t kRows = 40, kWidth = 500;
-  const std::vector<float> values = values_to_round(kRows * kWidth);
-  std::vector<TestType> table(values.size()), momentum(values.size());
-  auto expected_table = table, expected_momentum = momentum;
-  const auto rule_with = [](std::vector<TestType>& rows) {
-    return UpdateRule<TestType>{
-        .rule = Rule::sgd, .lr = -1, .decay_factor = 1, .momentum = {rows.data(), kWidth}};
-  };
-  TableUpdate<TestType, float> update = {.parts = 2,
-                                         .width = kWidth / 2,
-                                         .table = {expected_table.data(), kWidth},
-                                         .rule = rule_with(expected_momentum),
-                                         .stochastic_rounding = true,
-                                         .key = 0x123456789abcdef0u,
-                                         .source = {values.data(), kWidth}};
-  peer::cpu::kernels<peer::cpu::TableUpdateKernels>(peer::cpu::Capability::baseline)
-      .of<TestType, float>()
-      .update_rows(update, /*ids=*/nullptr, 0, kRows);
-  update.table = {table.data(), kWidth};
-  update.rule = rule_with(momentum);
-  update_rows(update, kRows, kContext);
-  CHECK(have_same_bits(table, expected_table));
-  CHECK(have_same_bits(momentum, expected_momentum));
-  CHECK(!have_same_bits(table, momentum));
+                   (Types<BFloat16, float>),
+                   (Types<BFloat16, BFloat16>),
+                   (Types<Half, float>),
+                   (Types<Half, Half>)) {
+  using Table = typename TestType::Table;
+  using Source = typename TestType::Source;
+  constexpr uint64_t kKey = 0x123456789abcdef0u;
+  constexpr int64_t kRows = 40;
+  for (const int64_t width : {1, 7, 250, 1040}) {
+    for (const int64_t parts : {1, 2, 3}) {
+      const int64_t columns = parts * width;
+      std::vector<Source> source;
+      for (const float value : values_to_round(kRows * columns)) {
+        source.push_back(from_double<Source>(value));
+      }
+      std::vector<Table> table(kRows * columns), momentum(kRows * columns);
+      const TableUpdate<Table, Source> update = {.parts = parts,
+                                                 .width = width,
+                                                 .table = {table.data(), columns},
+                                                 .rule = {.rule = Rule::sgd,
+                                                          .lr = -1.5,
+                                                          .decay_factor = 1,
+                                                          .momentum = {momentum.data(), columns}},
+                                                 .stochastic_rounding = true,
+                                                 .key = kKey,
+                                                 .source = {source.data(), columns}};
+      update_rows(update, kRows, kContext);
+      INFO("width " << width << " parts " << parts);
+      for (int64_t row = 0; row < kRows; ++row) {
+        const Source* first = source.data() + row * columns;
+        const bool is_updated = std::any_of(
+            first, first + columns, [](const Source& value) { return !(to_double(value) == 0); });
+        for (int64_t column = 0; is_updated && column < columns; ++column) {
+          const float gradient = float(to_double(first[column]));
+          const auto rounded = [&](float value, uint64_t number) {
+            return round_by_bits<Table>(
+                value,
+                random_bits_of(derive_key(kKey, number), column / width, width, column % width));
+          };
+          INFO("row " << row << " column " << column << " value " << gradient);
+          const int64_t place = row * columns + column;
+          if (std::isnan(gradient)) {
+            REQUIRE(std::isnan(to_double(table[place])));
+            REQUIRE(std::isnan(to_double(momentum[place])));
+          } else {  // adding to zeros makes -0 positive
+            REQUIRE(table[place].bits == rounded(0 + 1.5f * gradient, 2 * row).bits);
+            REQUIRE(momentum[place].bits == rounded(0 + gradient, 2 * row + 1).bits);
+          }
+        }
+      }
+    }
+  }
 }
