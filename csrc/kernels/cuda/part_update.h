@@ -1,6 +1,7 @@
 // The update of one part of a table's rows by their gradients, for table_update.cu:
 //
 //   Hyperparameters    those of every rule, in one form
+//   Keeps              what a rule keeps for a row
 //   PartUpdate         the arrays of the part; a row's state and scale
 //   TableSlice         the update of a slice of a row, by one warp
 #pragma once
@@ -67,26 +68,64 @@ Hyperparameters<Real> hyperparameters_of(const UpdateRule<Table>& rule) {
   return hyperparameters;
 }
 
+// What a rule keeps for a row. Kernels are compiled for each combination: momentum fills registers.
+// Rules with both also count the row's steps.
+template <bool has_momentum, bool has_second_moments>
+struct Keeps {
+  static constexpr bool kMomentum = has_momentum;
+  static constexpr bool kSecondMoments = has_second_moments;
+  static constexpr bool kSteps = has_momentum && has_second_moments;
+};
+
+// Calls body.template operator()<Keeps>() for a rule.
+template <class Table, class Body>
+void with_what_rule_keeps(const UpdateRule<Table>& rule, const Body& body) {
+  switch (rule.rule) {
+    case Rule::rowwise_adagrad:
+      return body.template operator()<Keeps<false, true>>();
+    case Rule::sgd:
+      return rule.momentum ? body.template operator()<Keeps<true, false>>()
+                           : body.template operator()<Keeps<false, false>>();
+    case Rule::rowwise_adam:
+      return body.template operator()<Keeps<true, true>>();
+  }
+}
+
 template <class Real>
 struct RowState {
   Real second_moment;
   int32_t step;
 };
 
+// The keys of the random bits of a row of the table, and of its momentum if there is one.
+template <bool has_momentum>
+struct RowKeys {
+  uint64_t table;
+  __device__ uint64_t momentum() const { return 0; }
+};
+
+template <>
+struct RowKeys<true> {
+  uint64_t table, momentum_key;
+  __device__ uint64_t momentum() const { return momentum_key; }
+};
+
 // The update of one part of the rows.
-template <class Table, int vec_size>
+template <class TableElement, class SliceForm, class RuleKeeps>
 struct PartUpdate {
+  using Table = TableElement;
+  using Form = SliceForm;
+  using Rule = RuleKeeps;
   using Real = accumulation_t<Table>;
-  SlicedRows<Table, vec_size> table, momentum;
-  Real* second_moments;  // null if the rule has none
+  using Keys = RowKeys<Rule::kMomentum>;
+  SlicedRows<Table, Form> table, momentum;
+  Real* second_moments;
   int32_t* row_steps;
   int part, parts;
   Hyperparameters<Real> hyperparameters;
   bool stochastic_rounding;
   uint64_t key;
 
-  __device__ bool needs_mean_of_squares() const { return second_moments != nullptr; }
-  __device__ bool has_momentum() const { return momentum.data != nullptr; }
   // The last part ends the row's step.
   __device__ bool is_last_part() const { return part == parts - 1; }
 
@@ -95,10 +134,10 @@ struct PartUpdate {
     const int distance = part - earlier;
     PartUpdate update = *this;
     update.table.data -= distance * table.width;
-    if (has_momentum()) {
+    if constexpr (Rule::kMomentum) {
       update.momentum.data -= distance * table.width;
     }
-    if (needs_mean_of_squares()) {
+    if constexpr (Rule::kSecondMoments) {
       update.second_moments -= distance;
     }
     update.part = earlier;
@@ -106,11 +145,11 @@ struct PartUpdate {
   }
 
   __device__ RowState<Real> read_state(int32_t row) const {
-    return {second_moments[int64_t(row) * parts], row_steps ? row_steps[row] : 0};
+    return {second_moments[int64_t(row) * parts], Rule::kSteps ? row_steps[row] : 0};
   }
   __device__ void write_state(int32_t row, const RowState<Real>& state) const {
     second_moments[int64_t(row) * parts] = state.second_moment;
-    if (row_steps && is_last_part()) {
+    if (Rule::kSteps && is_last_part()) {
       row_steps[row] = state.step;
     }
   }
@@ -124,19 +163,20 @@ struct PartUpdate {
   __device__ Real scale(const RowState<Real>& state) const {
     Real second_moment = state.second_moment;
     Real lr = hyperparameters.lr;
-    if (row_steps) {
+    if constexpr (Rule::kSteps) {
       lr /= -std::expm1(Real(state.step * hyperparameters.log_beta1));
       second_moment /= -std::expm1(Real(state.step * hyperparameters.log_beta2));
     }
     return lr / (std::sqrt(second_moment) + hyperparameters.eps);
   }
 
-  // Keys of the random bits of a row of the table and of its momentum.
-  __device__ uint64_t derive_table_key(int32_t row) const {
-    return stochastic_rounding ? derive_key(key, 2 * uint64_t(row)) : 0;
-  }
-  __device__ uint64_t derive_momentum_key(int32_t row) const {
-    return stochastic_rounding ? derive_key(key, 2 * uint64_t(row) + 1) : 0;
+  __device__ Keys derive_keys(int32_t row) const {
+    const uint64_t table_key = derive_key(key, 2 * uint64_t(row));
+    if constexpr (Rule::kMomentum) {
+      return {table_key, derive_key(key, 2 * uint64_t(row) + 1)};
+    } else {
+      return {table_key};
+    }
   }
   // The place of a column of the part among the random bits of a row.
   __device__ uint32_t place_of(int64_t column) const {
@@ -146,21 +186,21 @@ struct PartUpdate {
   // Updates the columns of a warp's slice by gradients of zero. Each lane takes one element at a
   // time: this is rare, and the vectors of TableSlice would raise the kernel's number of registers.
   __device__ void update_slice_by_zeros(int32_t row, int64_t slice_column, Real scale) const {
-    const int64_t rest = table.width - slice_column;
-    const int columns = int(rest < kSliceColumns<vec_size> ? rest : kSliceColumns<vec_size>);
+    const int columns = table.columns_from(slice_column);
+    const Keys keys = derive_keys(row);
 #pragma unroll 1
     for (int i = lane(); i < columns; i += kWarp) {
       const int64_t column = slice_column + i;
       Real direction = 0;
-      if (has_momentum()) {
+      if constexpr (Rule::kMomentum) {
         Table& stored = momentum.data[row * momentum.stride + column];
         const Real m = hyperparameters.update_momentum(widen(stored), 0);
         direction = hyperparameters.direction(m, 0);
-        stored = round(m, derive_momentum_key(row), column);
+        stored = round(m, keys.momentum(), column);
       }
       Table& stored = table.data[row * table.stride + column];
       const Real w = hyperparameters.update_weight(widen(stored), scale, direction);
-      stored = round(w, derive_table_key(row), column);
+      stored = round(w, keys.table, column);
     }
   }
 
@@ -170,15 +210,15 @@ struct PartUpdate {
                : narrow<Table>(wide);
   }
 
-  // Called before the warp reads the row.
-  __device__ void prefetch_row(int32_t row, int64_t column) const {
-    prefetch_l2(table.slice(row, column));
-    if (has_momentum()) {
-      prefetch_l2(momentum.slice(row, column));
+  // Called by all lanes of a warp, before it reads the row.
+  __device__ void prefetch_row(int32_t row, int64_t slice_column) const {
+    prefetch_l2(table, row, slice_column);
+    if constexpr (Rule::kMomentum) {
+      prefetch_l2(momentum, row, slice_column);
     }
-    if (needs_mean_of_squares() && threadIdx.x == 0) {
+    if (Rule::kSecondMoments && threadIdx.x == 0) {
       prefetch_l2(second_moments + int64_t(row) * parts);
-      if (row_steps) {
+      if constexpr (Rule::kSteps) {
         prefetch_l2(row_steps + row);
       }
     }
@@ -186,60 +226,81 @@ struct PartUpdate {
 };
 
 // A lane's part of a slice of a row of the table, and of its momentum.
-template <class Table, int vec_size>
+template <class Update>
 class TableSlice {
  public:
-  using Real = accumulation_t<Table>;
+  using Table = typename Update::Table;
+  using Form = typename Update::Form;
+  using Real = typename Update::Real;
 
-  __device__ TableSlice(const PartUpdate<Table, vec_size>& update, int32_t row, int64_t column)
+  __device__ TableSlice(const Update& update, int32_t row, int64_t column)
       : update_(update), row_(row), column_(column) {}
 
   __device__ void read() {
     w_ = load(update_.table.slice(row_, column_));
-    if (update_.has_momentum()) {
+    if constexpr (Update::Rule::kMomentum) {
       m_ = load(update_.momentum.slice(row_, column_));
     }
   }
 
+  // keys: read only with stochastic rounding.
+  __device__ void apply_update(const SliceValues<Real, Form>& gradient,
+                               Real scale,
+                               const typename Update::Keys* keys) {
+    if constexpr (sizeof(Table) == sizeof(uint16_t)) {
+      if (update_.stochastic_rounding) {
+        const typename Update::Keys row_keys = *keys;
+        const uint32_t place = update_.place_of(column_);
+        apply(
+            gradient, scale,
+            [&](const WideVec& wide, int k) {
+              return narrow_vec_stochastically<Table>(wide, row_keys.table,
+                                                      place + Form::vec_offset(k));
+            },
+            [&](const WideVec& wide, int k) {
+              return narrow_vec_stochastically<Table>(wide, row_keys.momentum(),
+                                                      place + Form::vec_offset(k));
+            });
+        return;
+      }
+    }
+    const auto round = [](const WideVec& wide, int) { return narrow_vec<Table>(wide); };
+    apply(gradient, scale, round, round);
+  }
+
+ private:
+  using WideVec = Vec<Real, Form::kVecElements>;
+
   // The update of w uses m before m is rounded.
-  __device__ void apply_update(const SliceValues<Real, vec_size>& gradient, Real scale) {
+  template <class RoundWeights, class RoundMomentum>
+  __device__ void apply(const SliceValues<Real, Form>& gradient,
+                        Real scale,
+                        const RoundWeights& round_weights,
+                        const RoundMomentum& round_momentum) {
     const Hyperparameters<Real>& hyperparameters = update_.hyperparameters;
-    const uint64_t table_key = update_.derive_table_key(row_);
-    const uint64_t momentum_key = update_.has_momentum() ? update_.derive_momentum_key(row_) : 0;
-    for_each_vec([&](int k) {
+    for_each_vec<Form>([&](int k) {
       WideVec direction = gradient.vecs[k];
-      if (update_.has_momentum()) {
+      if constexpr (Update::Rule::kMomentum) {
         WideVec m = widen_vec(m_.vecs[k]);
-        for_each_element<vec_size>([&](int i) {
+        for_each_element<Form>([&](int i) {
           const Real g = direction.values[i];
           m.values[i] = hyperparameters.update_momentum(m.values[i], g);
           direction.values[i] = hyperparameters.direction(m.values[i], g);
         });
-        store_vec(update_.momentum.slice(row_, column_), k, round(m, momentum_key, k));
+        store_vec(update_.momentum.slice(row_, column_), k, round_momentum(m, k));
       }
       WideVec w = widen_vec(w_.vecs[k]);
-      for_each_element<vec_size>([&](int i) {
+      for_each_element<Form>([&](int i) {
         w.values[i] = hyperparameters.update_weight(w.values[i], scale, direction.values[i]);
       });
-      store_vec(update_.table.slice(row_, column_), k, round(w, table_key, k));
+      store_vec(update_.table.slice(row_, column_), k, round_weights(w, k));
     });
   }
 
- private:
-  using WideVec = Vec<Real, vec_size>;
-
-  __device__ RawVec<Table, vec_size> round(const WideVec& wide, uint64_t row_key, int k) const {
-    if (!update_.stochastic_rounding) {
-      return narrow_vec<Table>(wide);
-    }
-    return narrow_vec_stochastically<Table>(wide, row_key,
-                                            update_.place_of(column_) + vec_offset<vec_size>(k));
-  }
-
-  const PartUpdate<Table, vec_size>& update_;
+  const Update& update_;
   const int32_t row_;
   const int64_t column_;
-  RawSliceValues<Table, vec_size> w_ = {}, m_ = {};
+  RawSliceValues<Table, Form> w_ = {}, m_ = {};
 };
 
 }  // namespace peer::cuda

@@ -15,7 +15,7 @@
 
 namespace peer::cuda {
 
-// The rows are vectorizable for every vec_size.
+// The rows are vectorizable for every form.
 template <class Real>
 class PartialSums {
  public:
@@ -23,12 +23,12 @@ class PartialSums {
       : stride_((width + kVecSize<BFloat16> - 1) / kVecSize<BFloat16> * kVecSize<BFloat16>),
         memory_(context.array<Real>(segments.max_partial_rows * stride_)) {}
 
-  template <int vec_size>
-  SlicedRows<Real, vec_size> rows() const {
+  template <class Form>
+  SlicedRows<Real, Form> rows() const {
     return {memory_.get(), stride_, stride_, true};
   }
-  template <int vec_size>
-  SlicedRows<const Real, vec_size> as_source() const {
+  template <class Form>
+  SlicedRows<const Real, Form> as_source() const {
     return {memory_.get(), stride_, stride_, true};
   }
 
@@ -47,32 +47,34 @@ class PartialSums {
 // Exactness  the order depends only on the number of partial rows
 constexpr int kWarpsPerSegment = 8;
 
-template <class Real, class Element>
+template <class Real>
+using PartialSumForm = SliceForm<kVecSize<Real>, 2>;
+
+template <class Real, class Element, class Form = PartialSumForm<Real>>
 __global__ void add_partial_sums_kernel(const SplitSegment* segments,
                                         const SegmentCounts* counts,
-                                        SlicedRows<const Real, kVecSize<Real>> partial_sums,
-                                        SlicedRows<Element, kVecSize<Real>> out,
+                                        SlicedRows<const Real, Form> partial_sums,
+                                        SlicedRows<Element, Form> out,
                                         bool is_in_place) {
-  constexpr int vec_size = kVecSize<Real>;
-  constexpr int columns = kSliceColumns<vec_size>;
+  constexpr int columns = Form::kColumns;
   Real* const warp_sums = reinterpret_cast<Real*>(peer_shared_memory);  // (warps, columns)
   const int64_t slices = count_slices(out.width, columns);
   const int64_t items = counts->split_segments * slices;
   for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
     const SplitSegment segment = segments[item / slices];
     const int64_t slice_column = item % slices * columns;
-    SliceValues<Real, vec_size> sum = {};
+    SliceValues<Real, Form> sum = {};
 #pragma unroll 4
     for (int i = warp_in_block(); i < segment.count; i += kWarpsPerSegment) {
       const auto values =
-          load(partial_sums.slice(segment.first + i, lane_column<vec_size>(slice_column)));
-      for_each_vec([&](int k) {
-        const Vec<Real, vec_size> terms = widen_vec(values.vecs[k]);
-        for_each_element<vec_size>([&](int e) { sum.vecs[k].values[e] += terms.values[e]; });
+          load(partial_sums.slice(segment.first + i, Form::lane_column(slice_column)));
+      for_each_vec<Form>([&](int k) {
+        const auto terms = widen_vec(values.vecs[k]);
+        for_each_element<Form>([&](int e) { sum.vecs[k].values[e] += terms.values[e]; });
       });
     }
     Real* const own_sums = warp_sums + warp_in_block() * columns;
-    store(Slice<Real, vec_size>{own_sums + lane_column<vec_size>(0), columns, true}, sum);
+    store(Slice<Real, Form>{own_sums + Form::lane_column(0), columns, true}, sum);
     __syncthreads();
     const int64_t column = slice_column + threadIdx.x;
     if (int(threadIdx.x) < columns && column < out.width) {
@@ -92,18 +94,18 @@ __global__ void add_partial_sums_kernel(const SplitSegment* segments,
 template <class Real, class Element>
 void add_partial_sums(const Segments& segments,
                       const PartialSums<Real>& partial_sums,
-                      const SlicedRows<Element, kVecSize<Real>>& out,
+                      const SlicedRows<Element, PartialSumForm<Real>>& out,
                       bool is_in_place,
                       const Context& context) {
   constexpr int64_t kBlocksPerSm = 8;
-  constexpr int columns = kSliceColumns<kVecSize<Real>>;
+  constexpr int columns = PartialSumForm<Real>::kColumns;
   static_assert(columns <= kWarpsPerSegment * kWarp);
   const int64_t blocks = std::min(segments.max_split_segments * count_slices(out.width, columns),
                                   sm_count() * kBlocksPerSm);
   launch(add_partial_sums_kernel<Real, Element>,
          {blocks, kWarpsPerSegment * kWarp, kWarpsPerSegment * columns * int64_t(sizeof(Real))},
          context.stream, segments.split_segments.get(), segments.counts.get(),
-         partial_sums.template as_source<kVecSize<Real>>(), out, is_in_place);
+         partial_sums.template as_source<PartialSumForm<Real>>(), out, is_in_place);
 }
 
 }  // namespace peer::cuda

@@ -5,12 +5,15 @@
 //
 // A block takes a tile of terms: the terms of the sums that start at up to 64 consecutive positions
 // of a list. It reads the terms into shared memory. Each of its warps then goes through all terms
-// with one slice of the columns, or with several slices one after the other.
+// with one slice of the columns, or with several slices one after the other. What a term costs
+// besides its columns is paid once per warp, so slices are as large as registers allow: one warp
+// takes rows of up to 2 KiB. Of rows of at most 256 bytes, a warp takes two tiles at once, with 16
+// lanes each.
 //
 // The rows of the source stay in the L2 cache. Each warp copies them from there to shared memory,
-// 3 KiB ahead of the sum. A sum ends at any term, often after a single one, so copying continues
-// across the ends of sums, and the code for an end is compiled once, not once for each row in
-// flight.
+// three slices ahead of the sum. A sum ends at any term, often after a single one, so copying
+// continues across the ends of sums, and the code for an end is compiled once, not once for each
+// row in flight.
 #pragma once
 
 #include <cuda_pipeline_primitives.h>
@@ -99,17 +102,21 @@ TermList<Real> terms_of_split_segments(const Segments& segments) {
 }
 
 // The first position from `position` on at which a sum starts, or the list's end. Called by all
-// lanes of a warp.
-template <class Real>
+// lanes of a warp; `lanes` neighbouring ones have the same position.
+template <int lanes, class Real>
 __device__ int32_t find_sum_start(const TermList<Real>& list, int32_t count, int64_t position) {
-  for (;; position += kWarp) {
-    const int64_t mine = position + lane();
+  constexpr unsigned kOwnLanes = kAllLanes >> (kWarp - lanes);
+  int64_t found = -1;
+  do {
+    const int64_t mine = position + lane() % lanes;
     const unsigned ballot = __ballot_sync(kAllLanes, mine >= count || list.starts_sum(mine));
-    if (ballot != 0) {
-      const int64_t found = position + __ffs(int(ballot)) - 1;
-      return int32_t(found < count ? found : count);
+    const unsigned starts = ballot >> lane() / lanes * lanes & kOwnLanes;
+    if (found < 0 && starts != 0) {
+      found = position + __ffs(int(starts)) - 1;
     }
-  }
+    position += lanes;
+  } while (__ballot_sync(kAllLanes, found < 0) != 0);
+  return int32_t(found < count ? found : count);
 }
 
 constexpr int kMaxPositions = 64;
@@ -118,36 +125,53 @@ constexpr int kMaxWarpsPerTile = 16;
 
 // The number of slices in a warp's ring buffer: one being added, the others in flight.
 constexpr int kRowsInRing = 4;
-constexpr int64_t kRingBytes = kRowsInRing * 1024;
 
-// The shared memory of a block: the ring buffers of its warps, then the terms.
-template <class Source, class Real>
+// The shared memory of a block: the ring buffers of its warps, then the terms of its tiles. If a
+// slice has all lanes of a warp, all warps of a block have one tile. Otherwise, a block is one warp
+// with a tile for each of its slices.
+template <class Form, class Source, class Real>
 struct TileStorage {
-  static_assert(kSliceColumns<kVecSize<Source>> * sizeof(Source) * kRowsInRing == kRingBytes);
+  static constexpr int kTiles = kWarp / Form::kLanes;
+  static constexpr int64_t kRingBytes = kRowsInRing * Form::kColumns * int64_t(sizeof(Source));
+  static constexpr int64_t kTermBytes = kMaxTerms * int64_t(sizeof(Term<Real>));
 
-  static constexpr int64_t bytes(int warps) {
-    return warps * kRingBytes + kMaxTerms * int64_t(sizeof(Term<Real>));
-  }
+  // Rings of at most 64 KiB in a block.
+  static constexpr int kMaxWarps = kTiles > 1 ? 1
+                                              : int(std::min((int64_t(64) << 10) / kRingBytes,
+                                                             int64_t(kMaxWarpsPerTile)));
+
+  static constexpr int64_t bytes(int warps) { return kTiles * (warps * kRingBytes + kTermBytes); }
+  static __device__ int tile_of_lane() { return lane() / Form::kLanes; }
   static __device__ Source* ring() {
-    return reinterpret_cast<Source*>(peer_shared_memory + warp_in_block() * kRingBytes);
+    return reinterpret_cast<Source*>(peer_shared_memory +
+                                     (warp_in_block() * kTiles + tile_of_lane()) * kRingBytes);
   }
   static __device__ Term<Real>* terms() {
-    return reinterpret_cast<Term<Real>*>(peer_shared_memory + blockDim.x / kWarp * kRingBytes);
+    unsigned char* const first = peer_shared_memory + int(blockDim.x) / kWarp * kTiles * kRingBytes;
+    return reinterpret_cast<Term<Real>*>(first + tile_of_lane() * kTermBytes);
   }
 };
 
-// Reads the terms of the block's tile into shared memory and returns their number. Called by all
-// threads of the block.
-template <class Source, class Real>
-__device__ int read_terms(const TermList<Real>& list, int positions, int64_t source_stride) {
+// Reads the terms of the thread's tile into shared memory and returns their number. Calls
+// prepare(i, term) for each, by one thread. Called by all threads of the block.
+template <class Form, class Source, class Real, class Prepare>
+__device__ int read_terms(const TermList<Real>& list,
+                          int positions,
+                          int64_t source_stride,
+                          const Prepare& prepare) {
+  using Storage = TileStorage<Form, Source, Real>;
+  constexpr int lanes = Form::kLanes;
   const int32_t count = list.count();
-  const int64_t begin = int64_t(blockIdx.x) * positions;
-  const int32_t first = find_sum_start(list, count, begin);
-  const int32_t end = find_sum_start(list, count, begin + positions);
-  Term<Real>* const terms = TileStorage<Source, Real>::terms();
+  const int64_t tile = int64_t(blockIdx.x) * Storage::kTiles + Storage::tile_of_lane();
+  const int32_t first = find_sum_start<lanes>(list, count, tile * positions);
+  const int32_t end = find_sum_start<lanes>(list, count, (tile + 1) * positions);
+  Term<Real>* const terms = Storage::terms();
+  const int threads = lanes < kWarp ? lanes : int(blockDim.x);
 #pragma unroll 1
-  for (int i = int(threadIdx.x); i < end - first; i += int(blockDim.x)) {
-    terms[i] = list.term(first + i, source_stride);
+  for (int i = int(threadIdx.x) % threads; i < end - first; i += threads) {
+    const Term<Real> term = list.term(first + i, source_stride);
+    terms[i] = term;
+    prepare(i, term);
   }
   __syncthreads();
   return end - first;
@@ -155,13 +179,15 @@ __device__ int read_terms(const TermList<Real>& list, int positions, int64_t sou
 
 // The same for a list of rows, without the frozen ones. Every warp counts the others; the first one
 // writes their terms.
-template <class Source, class Real>
+template <class Form, class Source, class Real, class Prepare>
 __device__ int read_trained_rows(const TermList<Real>& list,
                                  int positions,
                                  int64_t source_stride,
-                                 const bool* frozen) {
+                                 const bool* frozen,
+                                 const Prepare& prepare) {
+  static_assert(Form::kLanes == kWarp);
   const int64_t begin = int64_t(blockIdx.x) * positions;
-  Term<Real>* const terms = TileStorage<Source, Real>::terms();
+  Term<Real>* const terms = TileStorage<Form, Source, Real>::terms();
   int trained = 0;
 #pragma unroll 1
   for (int first = 0; first < positions; first += kWarp) {
@@ -169,7 +195,10 @@ __device__ int read_trained_rows(const TermList<Real>& list,
     const bool is_trained = first + lane() < positions && row < list.max_count && !frozen[row];
     const unsigned ballot = __ballot_sync(kAllLanes, is_trained);
     if (is_trained && warp_in_block() == 0) {
-      terms[trained + count_lower_lanes(ballot)] = list.term(int32_t(row), source_stride);
+      const int i = trained + count_lower_lanes(ballot);
+      const Term<Real> term = list.term(int32_t(row), source_stride);
+      terms[i] = term;
+      prepare(i, term);
     }
     trained += __popc(ballot);
   }
@@ -193,16 +222,16 @@ __device__ void cp_async_wait() {
   asm volatile("" ::: "memory");
 }
 
-// A warp's ring buffer: its slices of the rows that it adds next. A lane reads only what it wrote,
-// so lanes need not wait for each other.
-template <class Source, int vec_size>
+// A ring buffer: slices of the rows that are added next. A lane reads only what it wrote, so lanes
+// need not wait for each other.
+template <class Source, class Form>
 class Ring {
  public:
   // Columns beyond the row's end are zeros in all rows, so they are written once.
-  __device__ Ring(Source* memory, int columns) : memory_(memory + lane_column<vec_size>(0)) {
+  __device__ Ring(Source* memory, int columns) : memory_(memory + Form::lane_column(0)) {
     for (int i = 0; i < kRowsInRing; ++i) {
-      for_each_vec([&](int k) {
-        if (vec_offset<vec_size>(k) >= columns) {
+      for_each_vec<Form>([&](int k) {
+        if (Form::vec_offset(k) >= columns) {
           store_vec(slot(i), k, {});
         }
       });
@@ -210,9 +239,9 @@ class Ring {
   }
 
   // Vectors are copied asynchronously. Rows that are not vectorizable are copied at once.
-  __device__ void copy(int i, const Slice<const Source, vec_size>& row) {
+  __device__ void copy(int i, const Slice<const Source, Form>& row) {
     if (row.is_vectorizable) {
-      for_each_vec([&](int k) {
+      for_each_vec<Form>([&](int k) {
         if (row.has_vec(k)) {
           cp_async(slot(i).vec_address(k), row.vec_address(k));
         }
@@ -222,29 +251,29 @@ class Ring {
     }
   }
 
-  __device__ RawSliceValues<Source, vec_size> read(int i) const { return load(slot(i)); }
+  __device__ RawSliceValues<Source, Form> read(int i) const { return load(slot(i)); }
 
  private:
-  __device__ Slice<Source, vec_size> slot(int i) const {
-    constexpr int columns = kSliceColumns<vec_size>;
-    return {memory_ + i % kRowsInRing * columns, columns, true};
+  __device__ Slice<Source, Form> slot(int i) const {
+    return {memory_ + i % kRowsInRing * Form::kColumns, Form::kColumns, true};
   }
 
   Source* memory_;
 };
 
-// Adds the terms of the block's tile, for the lane's columns from `column` on. Calls
+// Adds the terms of the thread's tile, for the lane's columns from `column` on. Calls
 // prefetch(target) for each term kRowsInRing - 1 terms before it is added, and
 // finish(i, target, sum) if a sum ends with term i.
-template <class Source, class Real, int vec_size, class Prefetch, class Finish>
+template <class Real, class Source, class Form, class Prefetch, class Finish>
 __device__ void add_terms(int count,
-                          const SlicedRows<const Source, vec_size>& source,
+                          const SlicedRows<const Source, Form>& source,
                           int64_t column,
                           const Prefetch& prefetch,
                           const Finish& finish) {
+  using Storage = TileStorage<Form, Source, Real>;
   constexpr int kAhead = kRowsInRing - 1;
-  const Term<Real>* const terms = TileStorage<Source, Real>::terms();
-  Ring<Source, vec_size> ring(TileStorage<Source, Real>::ring(), source.columns_from(column));
+  const Term<Real>* const terms = Storage::terms();
+  Ring<Source, Form> ring(Storage::ring(), source.columns_from(column));
   const auto prefetch_term = [&](int i) {
     if (i < count) {
       prefetch(terms[i].target);
@@ -256,16 +285,16 @@ __device__ void add_terms(int count,
   for (int i = 0; i < kAhead; ++i) {
     prefetch_term(i);
   }
-  SliceValues<Real, vec_size> sum = {};
+  SliceValues<Real, Form> sum = {};
 #pragma unroll 1
   for (int i = 0; i < count; ++i) {
     prefetch_term(i + kAhead);
     cp_async_wait<kAhead>();
     const Term<Real> term = terms[i];
-    const RawSliceValues<Source, vec_size> row = ring.read(i);
-    for_each_vec([&](int k) {
-      const Vec<Real, vec_size> values = widen_vec(row.vecs[k]);
-      for_each_element<vec_size>([&](int e) {
+    const RawSliceValues<Source, Form> row = ring.read(i);
+    for_each_vec<Form>([&](int k) {
+      const auto values = widen_vec(row.vecs[k]);
+      for_each_element<Form>([&](int e) {
         Real& value = sum.vecs[k].values[e];
         value = std::fma(term.coefficient, values.values[e], value);
       });
@@ -289,24 +318,44 @@ struct TileShape {
 //   many terms    the largest tiles, so that reading terms is a small part of the work
 //
 // Results do not depend on the shape.
-template <int vec_size>
+template <class Form, class Source, class Real>
 TileShape choose_tile_shape(int64_t terms, int64_t width) {
+  using Storage = TileStorage<Form, Source, Real>;
   constexpr int64_t kMinPositions = 8;
   constexpr int64_t kWarpsPerSm = 2 * 64;  // in two waves
-  const int64_t slices = count_slices(width, kSliceColumns<vec_size>);
-  const int64_t rounds = (slices + kMaxWarpsPerTile - 1) / kMaxWarpsPerTile;
+  const int64_t slices = count_slices(width, Form::kColumns);
+  const int64_t rounds = (slices + Storage::kMaxWarps - 1) / Storage::kMaxWarps;
   const int64_t warps = (slices + rounds - 1) / rounds;
-  const int64_t two_waves_of_tiles = sm_count() * kWarpsPerSm / warps;
+  const int64_t two_waves_of_tiles = sm_count() * kWarpsPerSm * Storage::kTiles / warps;
   const int64_t positions =
       std::clamp<int64_t>(terms / two_waves_of_tiles, kMinPositions, kMaxPositions);
   return {.positions = int(positions), .warps = int(warps)};
 }
 
-template <class Source, class Real>
+template <class Form, class Source, class Real>
 LaunchShape launch_shape(const TileShape& shape, int64_t terms, int64_t extra_shared_bytes = 0) {
-  return {.blocks = (terms + shape.positions - 1) / shape.positions,
+  using Storage = TileStorage<Form, Source, Real>;
+  const int64_t positions = int64_t(shape.positions) * Storage::kTiles;
+  return {.blocks = (terms + positions - 1) / positions,
           .threads = shape.warps * kWarp,
-          .shared_bytes = TileStorage<Source, Real>::bytes(shape.warps) + extra_shared_bytes};
+          .shared_bytes = Storage::bytes(shape.warps) + extra_shared_bytes};
+}
+
+// Calls body.template operator()<Form>() with a form for rows of a source. Sums over rows do not
+// depend on it.
+template <class Source, class Body>
+void with_slice_form(int64_t width, const Body& body) {
+  constexpr int vec_size = kVecSize<Source>;
+  const int64_t vecs = (width + vec_size - 1) / vec_size;
+  if (vecs <= kWarp / 2) {
+    body.template operator()<SliceForm<vec_size, 1, kWarp / 2>>();
+  } else if (vecs <= kWarp) {
+    body.template operator()<SliceForm<vec_size, 1>>();
+  } else if (vecs <= 2 * kWarp) {
+    body.template operator()<SliceForm<vec_size, 2>>();
+  } else {
+    body.template operator()<SliceForm<vec_size, 4>>();
+  }
 }
 
 }  // namespace peer::cuda

@@ -10,12 +10,14 @@
 // a nonzero gradient. If it is the first to find one, it updates the earlier parts by zeros.
 //
 // Shapes      source (pairs / pairs_per_row, width)   table, momentum (N, width)
-// One block   as in table_grad: sums over up to 191 pairs, one warp per KiB of a row of the source.
-//             If the rule needs the mean of g², the block synchronises once per row, and learns
-//             whether a slice of any warp is nonzero. Without the mean, warps synchronise only
-//             behind the last row: a warp updates its slice at once if it is nonzero, and otherwise
-//             then, if another slice of the row is. Split segments are summed to partial sums
-//             first; a second launch treats those sums as gradient rows
+// One block   as in table_grad: sums over up to 191 pairs, one warp for every 2 KiB of a row of the
+//             source. A block of one warp knows all of a row. With several warps, and if the rule
+//             needs the mean of g², the block synchronises once per row, and learns whether a slice
+//             of any warp is nonzero. Without the mean, warps synchronise only behind the last row:
+//             a warp updates its slice at once if it is nonzero, and otherwise then, if another
+//             slice of the row is. Split segments are summed to partial sums first; a second launch
+//             treats those sums as gradient rows
+// One thread  when the block reads its terms, the keys of the random bits of some of their rows
 // Traffic     per pair, as in table_grad; per row, the table's row, its momentum and state, read
 //             and written once. Rows lie anywhere in a table far larger than any cache. They are
 //             prefetched as early as the source's rows, so that a warp reads them from the L2
@@ -27,6 +29,8 @@
 //             are computed twice: for the mean, then for the update
 // Requires    as table_grad; rows of the table distinct and below 2^31
 #include <cmath>
+#include <cstring>
+#include <type_traits>
 
 #include "kernels/cuda/part_update.h"
 #include "kernels/cuda/partial_sums.h"
@@ -38,13 +42,20 @@ namespace peer::cuda {
 
 namespace {
 
-// Whether any value of a warp's slice is nonzero. NaN is.
-template <class Real, int vec_size>
-__device__ bool has_nonzero(const SliceValues<Real, vec_size>& values) {
-  bool is_nonzero = false;
-  for_each_vec([&](int k) {
-    for_each_element<vec_size>([&](int i) { is_nonzero |= values.vecs[k].values[i] != 0; });
+// Whether any value of a warp's slice is nonzero. NaN is. Decided on the bits, of which one
+// instruction combines three words.
+template <class Real, class Form>
+__device__ bool has_nonzero(const SliceValues<Real, Form>& values) {
+  using Bits = std::conditional_t<sizeof(Real) == 8, uint64_t, uint32_t>;
+  Bits all = 0;
+  for_each_vec<Form>([&](int k) {
+    for_each_element<Form>([&](int i) {
+      Bits bits;
+      std::memcpy(&bits, &values.vecs[k].values[i], sizeof(bits));
+      all |= bits;
+    });
   });
+  const bool is_nonzero = Bits(all << 1) != 0;  // without the sign
   return __ballot_sync(kAllLanes, is_nonzero) != 0;
 }
 
@@ -68,18 +79,24 @@ class BlockReduce {
 
   explicit __device__ BlockReduce(Storage* storage) : storage_(storage) {}
 
-  // The sum over the columns of all warps. is_nonzero: whether the warp's values have a nonzero
-  // one; then, whether those of any warp have.
-  template <int vec_size>
-  __device__ Real sum_of_squares(const SliceValues<Real, vec_size>& values, bool& is_nonzero) {
+  // The sum over the columns of all warps. is_nonzero: set to whether any warp has a nonzero value.
+  template <class Form>
+  __device__ Real sum_of_squares(const SliceValues<Real, Form>& values, bool& is_nonzero) {
     Real squares = 0;
-    for_each_vec([&](int k) {
-      for_each_element<vec_size>([&](int i) {
+    for_each_vec<Form>([&](int k) {
+      Real of_vec = 0;  // sums of their own hide the latency of multiply-add
+      for_each_element<Form>([&](int i) {
         const Real value = values.vecs[k].values[i];
-        squares = std::fma(value, value, squares);
+        of_vec = std::fma(value, value, of_vec);
       });
+      squares += of_vec;
     });
     squares = warp_reduce_sum(squares);
+    is_nonzero = !(squares == 0) || has_nonzero(values);  // squares of small values are zero
+    if (has_one_warp()) {
+      __syncwarp();  // every lane has read the row's state
+      return squares;
+    }
     WarpSum* const warp_sums = storage_->warp_sums[buffer_];
     buffer_ ^= 1;
     if (lane() == 0) {
@@ -98,6 +115,9 @@ class BlockReduce {
 
   // The union of the sets of all warps.
   __device__ TermSet unite(const TermSet& set) {
+    if (has_one_warp()) {
+      return set;
+    }
     auto* const warp_sets = storage_->warp_sets[buffer_];
     buffer_ ^= 1;
     set.store(warp_sets[warp_in_block()]);
@@ -120,6 +140,8 @@ class BlockReduce {
   __device__ Real row_sum(int i) const { return storage_->row_sums[i]; }
 
  private:
+  static __device__ bool has_one_warp() { return blockDim.x == kWarp; }
+
   Storage* storage_;
   int buffer_ = 0;
 };
@@ -128,20 +150,20 @@ class BlockReduce {
 // `rounds` of the update's own part. Their gradients are zero. has_updated_state: whether the own
 // part has written its state. Must be called by all threads of the block if the rule has second
 // moments.
-template <class Table, int vec_size, class SliceColumnOfRound>
-__device__ void update_by_zeros(const PartUpdate<Table, vec_size>& update,
+template <class Update, class SliceColumnOfRound>
+__device__ void update_by_zeros(const Update& update,
                                 int32_t row,
                                 bool has_updated_state,
                                 int rounds_per_row,
                                 int rounds,
                                 const SliceColumnOfRound& slice_column_of_round) {
-  using Real = accumulation_t<Table>;
+  using Real = typename Update::Real;
 #pragma unroll 1
   for (int p = 0; p <= update.part; ++p) {
-    const PartUpdate<Table, vec_size> part = update.of_part(p);
+    const Update part = update.of_part(p);
     const bool is_earlier = p < update.part;
     Real scale = part.hyperparameters.lr;
-    if (is_earlier && part.needs_mean_of_squares()) {
+    if (Update::Rule::kSecondMoments && is_earlier) {
       __syncthreads();  // the step of the last part is written
       RowState<Real> state = part.read_state(row);
       __syncthreads();  // every warp has read the state
@@ -161,62 +183,91 @@ __device__ void update_by_zeros(const PartUpdate<Table, vec_size>& update,
   }
 }
 
+// What a block has in shared memory behind its tile: the keys of the rows by the terms that end
+// their sums, for tables that are rounded; then what its warps know together, if there are several.
+template <class Update>
+struct UpdateStorage {
+  using Keys = typename Update::Keys;
+  using ReduceStorage = typename BlockReduce<typename Update::Real>::Storage;
+  static constexpr bool kHasKeys = sizeof(typename Update::Table) == sizeof(uint16_t);
+  static constexpr int64_t kKeyBytes = kHasKeys ? kMaxTerms * int64_t(sizeof(Keys)) : 0;
+
+  static constexpr int64_t bytes(int warps) {
+    return kKeyBytes + (warps > 1 ? int64_t(sizeof(ReduceStorage)) : 0);
+  }
+  __device__ Keys* keys() const { return reinterpret_cast<Keys*>(memory); }
+  __device__ ReduceStorage* reduce() const {
+    return reinterpret_cast<ReduceStorage*>(memory + kKeyBytes);
+  }
+
+  unsigned char* memory;
+};
+
 // frozen_rows: for a list of rows, which ones to leave out, or null.
 // nonzero_rows: for each block, the rows in which a part before this one has a nonzero gradient, as
 // the terms that end their sums. Read if there is a part before, written if there is one after.
-template <class Table, class Source, class Real, int vec_size = kVecSize<Source>>
+template <class Source, class Update, class Real = typename Update::Real>
 __global__ void update_kernel(TermList<Real> list,
                               int positions,
-                              SlicedRows<const Source, vec_size> source,
-                              PartUpdate<Table, vec_size> update,
-                              SlicedRows<Real, vec_size> partial_sums,
+                              SlicedRows<const Source, typename Update::Form> source,
+                              Update update,
+                              SlicedRows<Real, typename Update::Form> partial_sums,
                               const bool* frozen_rows,
                               unsigned* nonzero_rows) {
+  using Form = typename Update::Form;
+  using Tile = TileStorage<Form, Source, Real>;
+  constexpr bool needs_mean = Update::Rule::kSecondMoments;
   const int warps = int(blockDim.x) / kWarp;
   const int64_t width = update.table.width;
-  const int count = frozen_rows
-                        ? read_trained_rows<Source>(list, positions, source.stride, frozen_rows)
-                        : read_terms<Source>(list, positions, source.stride);
-  BlockReduce<Real> block_reduce(reinterpret_cast<typename BlockReduce<Real>::Storage*>(
-      peer_shared_memory + TileStorage<Source, Real>::bytes(warps)));
+  const UpdateStorage<Update> storage = {peer_shared_memory + Tile::bytes(warps)};
+  const auto prepare = [&](int i, const Term<Real>& term) {
+    if (storage.kHasKeys && update.stochastic_rounding && is_row_of_output(term.target)) {
+      storage.keys()[i] = update.derive_keys(term.target);
+    }
+  };
+  const int count = frozen_rows ? read_trained_rows<Form, Source>(list, positions, source.stride,
+                                                                  frozen_rows, prepare)
+                                : read_terms<Form, Source>(list, positions, source.stride, prepare);
+  BlockReduce<Real> block_reduce(storage.reduce());
 
   // If a row takes several rounds and the rule needs the mean of g², the first rounds compute only
   // the mean.
-  const int columns_per_round = warps * kSliceColumns<vec_size>;
+  const int columns_per_round = warps * Form::kColumns;
   const int rounds_per_row = int((width + columns_per_round - 1) / columns_per_round);
-  const bool sums_twice = update.needs_mean_of_squares() && rounds_per_row > 1;
+  const bool sums_twice = needs_mean && rounds_per_row > 1;
   const int mean_rounds = sums_twice ? rounds_per_row : 0;
   const int rounds = mean_rounds + rounds_per_row;
   const auto slice_column_of_round = [&](int round_of_row) {
-    return int64_t(round_of_row) * columns_per_round + warp_in_block() * kSliceColumns<vec_size>;
+    return int64_t(round_of_row) * columns_per_round + warp_in_block() * Form::kColumns;
   };
 
   // The rows with a nonzero gradient in earlier parts and rounds.
   const int64_t first_word = int64_t(blockIdx.x) * TermSet::kWords;
   TermSet nonzero = update.part > 0 ? TermSet::load(nonzero_rows + first_word) : TermSet();
   for (int round = 0; round < rounds; ++round) {
-    const int64_t column = lane_column<vec_size>(slice_column_of_round(round % rounds_per_row));
+    const int64_t slice_column = slice_column_of_round(round % rounds_per_row);
+    const int64_t column = Form::lane_column(slice_column);
     const bool is_mean_round = round < mean_rounds;
     TermSet found;  // the rows with a nonzero gradient in this round, as far as the warp knows
     const auto prefetch_row = [&](int32_t target) {
       if (!is_mean_round && is_row_of_output(target)) {
-        update.prefetch_row(target, column);
+        update.prefetch_row(target, slice_column);
       }
     };
-    const auto finish = [&](int i, int32_t target, const SliceValues<Real, vec_size>& gradient) {
+    const auto finish = [&](int i, int32_t target, const SliceValues<Real, Form>& gradient) {
       if (!is_row_of_output(target)) {
         store(partial_sums.slice(partial_row_of(target), column), gradient);
         return;
       }
-      TableSlice<Table, vec_size> slice(update, target, column);
+      TableSlice<Update> slice(update, target, column);
       if (!is_mean_round) {
         slice.read();
       }
-      bool is_nonzero = has_nonzero(gradient);
+      bool is_nonzero;
       const auto is_updated = [&] { return is_nonzero || nonzero.has(i); };
       Real scale = update.hyperparameters.lr;
-      if (update.needs_mean_of_squares()) {
-        // Every warp reads the state before the barrier; one thread writes it behind the barrier.
+      if constexpr (needs_mean) {
+        // Every lane reads the state before the barrier; one thread writes it behind the barrier.
         const RowState<Real> before = update.read_state(target);
         const Real squares = block_reduce.sum_of_squares(gradient, is_nonzero);
         if (is_mean_round) {
@@ -230,27 +281,27 @@ __global__ void update_kernel(TermList<Real> list,
           update.write_state(target, after);
         }
         scale = update.scale(after);
+      } else {
+        is_nonzero = has_nonzero(gradient);
       }
       found.insert_if(is_nonzero, i);
       if (!is_updated()) {
         return;
       }
-      slice.apply_update(gradient, scale);
+      slice.apply_update(gradient, scale, storage.keys() + i);
     };
-    add_terms<Source, Real>(count, source, column, prefetch_row, finish);
+    add_terms<Real>(count, source, column, prefetch_row, finish);
 
     // Behind the barriers of the means of g², all warps have found the same rows.
-    const TermSet found_by_block =
-        update.needs_mean_of_squares() ? found : block_reduce.unite(found);
+    const TermSet found_by_block = needs_mean ? found : block_reduce.unite(found);
     const TermSet first_found = found_by_block - nonzero;
     nonzero = nonzero | found_by_block;
     // What the warp has passed of these rows is zero, and is updated now.
     const int rounds_before = is_mean_round ? 0 : round - mean_rounds;
     const bool has_earlier_slices = update.part > 0 || rounds_before > 0;
     (has_earlier_slices ? first_found : first_found - found).for_each([&](int i) {
-      update_by_zeros(update, TileStorage<Source, Real>::terms()[i].target, !is_mean_round,
-                      rounds_per_row, rounds_before + (found.has(i) ? 0 : 1),
-                      slice_column_of_round);
+      update_by_zeros(update, Tile::terms()[i].target, !is_mean_round, rounds_per_row,
+                      rounds_before + (found.has(i) ? 0 : 1), slice_column_of_round);
     });
   }
   if (!update.is_last_part() && warp_in_block() == 0) {
@@ -258,17 +309,21 @@ __global__ void update_kernel(TermList<Real> list,
   }
 }
 
-template <int vec_size, class Table, class Source>
-PartUpdate<Table, vec_size> update_of_part(const TableUpdate<Table, Source>& update, int64_t part) {
-  const UpdateRule<Table>& rule = update.rule;
-  const bool has_momentum = rule.rule != Rule::rowwise_adagrad;
+template <class Update, class Source>
+Update update_of_part(const TableUpdate<typename Update::Table, Source>& update, int64_t part) {
+  using Form = typename Update::Form;
+  using Keeps = typename Update::Rule;
+  const auto& rule = update.rule;
   const int64_t column = part * update.width;
-  const Rows<Table> momentum = has_momentum ? rule.momentum.from_column(column) : Rows<Table>{};
+  Rows<typename Update::Table> momentum;
+  if constexpr (Keeps::kMomentum) {
+    momentum = rule.momentum.from_column(column);
+  }
   return {
-      .table = slice_rows<vec_size>(update.table.from_column(column), update.width),
-      .momentum = slice_rows<vec_size>(momentum, update.width),
-      .second_moments = rule.rule != Rule::sgd ? rule.second_moments + part : nullptr,
-      .row_steps = rule.rule == Rule::rowwise_adam ? rule.row_steps : nullptr,
+      .table = slice_rows<Form>(update.table.from_column(column), update.width),
+      .momentum = slice_rows<Form>(momentum, update.width),
+      .second_moments = Keeps::kSecondMoments ? rule.second_moments + part : nullptr,
+      .row_steps = Keeps::kSteps ? rule.row_steps : nullptr,
       .part = int(part),
       .parts = int(update.parts),
       .hyperparameters = hyperparameters_of(rule),
@@ -277,35 +332,41 @@ PartUpdate<Table, vec_size> update_of_part(const TableUpdate<Table, Source>& upd
   };
 }
 
-template <int vec_size, class Table, class Source>
-SlicedRows<const Source, vec_size> source_of_part(const TableUpdate<Table, Source>& update,
-                                                  int64_t part) {
-  return slice_rows<vec_size>(update.source.from_column(part * update.width), update.width);
+// A form for the rows of a source. It depends on nothing but their width and type, as the order in
+// which squares are added does.
+template <class Source, class Body>
+void with_update_form(int64_t width, const Body& body) {
+  constexpr int vec_size = kVecSize<Source>;
+  if (width <= SliceForm<vec_size, 2>::kColumns) {
+    body.template operator()<SliceForm<vec_size, 2>>();
+  } else {
+    body.template operator()<SliceForm<vec_size, 4>>();
+  }
 }
 
 // Launches the updates of all parts by lists of equally many terms.
-template <class Table, class Source>
+template <class Source, class Update>
 class PartLauncher {
  public:
-  using Real = accumulation_t<Table>;
-  static constexpr int vec_size = kVecSize<Source>;
+  using Real = typename Update::Real;
+  using Form = typename Update::Form;
 
   PartLauncher(int64_t max_terms, int64_t width, int64_t parts, const Context& context)
       : context_(context),
-        shape_(choose_tile_shape<vec_size>(max_terms, width)),
-        launch_(launch_shape<Source, Real>(shape_,
-                                           max_terms,
-                                           sizeof(typename BlockReduce<Real>::Storage))),
+        shape_(choose_tile_shape<Form, Source, Real>(max_terms, width)),
+        launch_(launch_shape<Form, Source, Real>(shape_,
+                                                 max_terms,
+                                                 UpdateStorage<Update>::bytes(shape_.warps))),
         nonzero_rows_(context.array<unsigned>(parts > 1 ? launch_.blocks * TermSet::kWords : 0)) {}
 
   // The parts must be updated in their order.
   void update(const TermList<Real>& list,
-              const SlicedRows<const Source, vec_size>& source,
-              const PartUpdate<Table, vec_size>& update,
-              const SlicedRows<Real, vec_size>& partial_sums,
+              const SlicedRows<const Source, Form>& source,
+              const Update& update,
+              const SlicedRows<Real, Form>& partial_sums,
               const bool* frozen_rows = nullptr) const {
-    launch(update_kernel<Table, Source, Real>, launch_, context_.stream, list, shape_.positions,
-           source, update, partial_sums, frozen_rows, nonzero_rows_.get());
+    launch(update_kernel<Source, Update>, launch_, context_.stream, list, shape_.positions, source,
+           update, partial_sums, frozen_rows, nonzero_rows_.get());
   }
 
  private:
@@ -322,42 +383,56 @@ void update_by_segments(const TableUpdate<Table, Source>& update,
                         const Segments& segments,
                         const Context& context) {
   using Real = accumulation_t<Table>;
-  constexpr int vec_size = kVecSize<Source>;
-  constexpr int sum_vec_size = kVecSize<Real>;
   const int64_t parts = update.parts, width = update.width;
   if (segments.count == 0 || width == 0) {
     return;
   }
   const PartialSums<Real> partial_sums(segments, width, context);
-  const PartLauncher<Table, Source> by_pairs(segments.count, width, parts, context);
-  const PartLauncher<Table, Real> by_split_segments(segments.max_split_segments, width, parts,
-                                                    context);
-  for (int64_t part = 0; part < parts; ++part) {
-    const Real* coefficients =
-        update.coefficients ? update.coefficients + part * segments.count : nullptr;
-    by_pairs.update(terms_of_pairs(segments, coefficients, update.pairs_per_row),
-                    source_of_part<vec_size>(update, part), update_of_part<vec_size>(update, part),
-                    partial_sums.template rows<vec_size>());
-    add_partial_sums(segments, partial_sums, partial_sums.template rows<sum_vec_size>(),
-                     /*is_in_place=*/true, context);
-    by_split_segments.update(terms_of_split_segments<Real>(segments),
-                             partial_sums.template as_source<sum_vec_size>(),
-                             update_of_part<sum_vec_size>(update, part), {});
-  }
+  with_what_rule_keeps(update.rule, [&]<class RuleKeeps>() {
+    with_update_form<Source>(width, [&]<class Form>() {
+      with_update_form<Real>(width, [&]<class SumForm>() {
+        using ByPairs = PartUpdate<Table, Form, RuleKeeps>;
+        using BySplitSegments = PartUpdate<Table, SumForm, RuleKeeps>;
+        const PartLauncher<Source, ByPairs> by_pairs(segments.count, width, parts, context);
+        const PartLauncher<Real, BySplitSegments> by_split_segments(segments.max_split_segments,
+                                                                    width, parts, context);
+        for (int64_t part = 0; part < parts; ++part) {
+          const Real* coefficients =
+              update.coefficients ? update.coefficients + part * segments.count : nullptr;
+          by_pairs.update(terms_of_pairs(segments, coefficients, update.pairs_per_row),
+                          slice_rows<Form>(update.source.from_column(part * width), width),
+                          update_of_part<ByPairs>(update, part),
+                          partial_sums.template rows<Form>());
+          add_partial_sums(segments, partial_sums,
+                           partial_sums.template rows<PartialSumForm<Real>>(),
+                           /*is_in_place=*/true, context);
+          by_split_segments.update(terms_of_split_segments<Real>(segments),
+                                   partial_sums.template as_source<SumForm>(),
+                                   update_of_part<BySplitSegments>(update, part), {});
+        }
+      });
+    });
+  });
 }
 
 template <class Table, class Source>
 void update_rows(const TableUpdate<Table, Source>& update, int64_t rows, const Context& context) {
   using Real = accumulation_t<Table>;
-  constexpr int vec_size = kVecSize<Source>;
-  if (rows == 0 || update.width == 0) {
+  const int64_t width = update.width;
+  if (rows == 0 || width == 0) {
     return;
   }
-  const PartLauncher<Table, Source> by_rows(rows, update.width, update.parts, context);
-  for (int64_t part = 0; part < update.parts; ++part) {
-    by_rows.update(terms_of_rows<Real>(rows), source_of_part<vec_size>(update, part),
-                   update_of_part<vec_size>(update, part), {}, update.frozen);
-  }
+  with_what_rule_keeps(update.rule, [&]<class RuleKeeps>() {
+    with_update_form<Source>(width, [&]<class Form>() {
+      using Update = PartUpdate<Table, Form, RuleKeeps>;
+      const PartLauncher<Source, Update> by_rows(rows, width, update.parts, context);
+      for (int64_t part = 0; part < update.parts; ++part) {
+        by_rows.update(terms_of_rows<Real>(rows),
+                       slice_rows<Form>(update.source.from_column(part * width), width),
+                       update_of_part<Update>(update, part), {}, update.frozen);
+      }
+    });
+  });
 }
 
 template void update_by_segments(const TableUpdate<float, float>&, const Segments&, const Context&);
