@@ -262,16 +262,11 @@ Segments make_segments(const int64_t* owners,
   return segments;
 }
 
-int64_t count_distinct_owners(const Segments& segments, const Context& context) {
-  if (segments.count == 0) {
-    return 0;
-  }
-  Counts counts;
-  check(cudaMemcpyAsync(&counts, segments.counts.get(), sizeof(counts), cudaMemcpyDeviceToHost,
-                        context.stream),
-        "counts were not copied");
-  check(cudaStreamSynchronize(context.stream), "sorting pairs failed");
-  return counts.owners;
-}
+DistinctOwnerCount::DistinctOwnerCount(const Segments& segments, const Context& context)
+    : counts_(segments.count > 0
+                  ? std::make_unique<ReadBack<SegmentCounts>>(segments.counts.get(), context)
+                  : nullptr) {}
+
+int64_t DistinctOwnerCount::wait() const { return counts_ ? counts_->wait().owners : 0; }
 
 }  // namespace peer::cuda

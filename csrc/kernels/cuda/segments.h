@@ -9,6 +9,7 @@
 #include <memory>
 
 #include "kernels/cuda/launch.h"
+#include "kernels/cuda/read_back.h"
 #include "kernels/segments.h"
 
 namespace peer::cuda {
@@ -47,8 +48,15 @@ Segments make_segments(const int64_t* owners,
                        OutputRows rows,
                        const Context& context);
 
-// Reads the number of distinct owners that are not frozen from the device, so it waits for the
-// stream. The size of a sparse gradient needs it. No other function of the CUDA kernels waits.
-int64_t count_distinct_owners(const Segments& segments, const Context& context);
+// The number of distinct owners that are not frozen, which the size of a sparse gradient needs. The
+// host waits for it, but not for work that is queued between the construction and wait().
+class DistinctOwnerCount {
+ public:
+  DistinctOwnerCount(const Segments& segments, const Context& context);
+  int64_t wait() const;
+
+ private:
+  std::unique_ptr<ReadBack<SegmentCounts>> counts_;  // null without pairs
+};
 
 }  // namespace peer::cuda

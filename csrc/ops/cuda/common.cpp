@@ -19,13 +19,13 @@ std::shared_ptr<void> stream_ordered_memory(int64_t bytes) {
   return {data, data->get()};
 }
 
-// Only the device knows the number, so the host waits for the stream.
-int64_t read_distinct_owners(const Segments& segments, const Context& context) {
+std::unique_ptr<DistinctOwnerCount> count_distinct_owners(const Segments& segments,
+                                                          const Context& context) {
   TORCH_CHECK(c10::cuda::currentStreamCaptureStatusMayInitCtx() == c10::cuda::CaptureStatus::None,
               "peer::expert_mlp: sparse_grad=True cannot be captured in a CUDA graph, because the "
               "host has to read how many experts were retrieved; use sparse_grad=False, or fused "
               "updates, with CUDA graphs");
-  return count_distinct_owners(segments, context);
+  return std::make_unique<DistinctOwnerCount>(segments, context);
 }
 
 }  // namespace
@@ -39,7 +39,6 @@ TableGradient::TableGradient(const Tensor& contiguous_owners,
                              bool sparse,
                              const Tensor& frozen)
     : owner_count_(owner_count),
-      sparse_(sparse),
       context_(current_context()),
       segments_(make_segments(contiguous_owners.const_data_ptr<int64_t>(),
                               contiguous_owners.numel(),
@@ -47,15 +46,17 @@ TableGradient::TableGradient(const Tensor& contiguous_owners,
                               const_data_or_null<bool>(frozen),
                               sparse ? OutputRows::compact : OutputRows::by_owner,
                               context_)),
-      distinct_owners_(sparse ? read_distinct_owners(segments_, context_) : 0) {}
+      distinct_owner_count_(sparse ? count_distinct_owners(segments_, context_) : nullptr) {}
 
 Tensor TableGradient::sum(const Tensor& coefficients,
                           at::TensorList sources,
                           const at::TensorOptions& like) const {
   const int64_t parts = sources.size();
   const int64_t width = sources[0].size(1);
-  const Tensor values = sparse_ ? at::empty({distinct_owners_, parts, width}, like)
-                                : at::zeros({owner_count_, parts, width}, like);
+  const bool is_sparse = distinct_owner_count_ != nullptr;
+  const int64_t distinct_owners = is_sparse ? distinct_owner_count_->wait() : 0;
+  const Tensor values = is_sparse ? at::empty({distinct_owners, parts, width}, like)
+                                  : at::zeros({owner_count_, parts, width}, like);
   for (int64_t part = 0; part < parts; ++part) {
     const Tensor& source = sources[part];
     with_table_and_input_type(
@@ -71,11 +72,11 @@ Tensor TableGradient::sum(const Tensor& coefficients,
           sum_segments(pass, segments_, context_);
         });
   }
-  if (!sparse_) {
+  if (!is_sparse) {
     return values;
   }
   // The kernels' ids are freed with segments_, after the copy has been queued.
-  const Tensor ids = at::for_blob(segments_.distinct_owners.get(), {1, distinct_owners_})
+  const Tensor ids = at::for_blob(segments_.distinct_owners.get(), {1, distinct_owners})
                          .options(like.dtype(at::kInt))
                          .target_device(values.device())
                          .make_tensor()

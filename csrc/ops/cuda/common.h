@@ -2,12 +2,13 @@
 // tables.
 //
 // All work is queued on the current stream of the tensors' device. Only sparse gradients wait for
-// the stream; every other operator can be captured in a CUDA graph.
+// the device; every other operator can be captured in a CUDA graph.
 #pragma once
 
 #include <ATen/core/Tensor.h>
 
 #include <limits>
+#include <memory>
 
 #include "kernels/cuda/launch.h"
 #include "kernels/cuda/segments.h"
@@ -24,7 +25,7 @@ Context current_context();
 // A table's gradient from the pairs that retrieved its rows: part p of row `owner` is the sum of
 // coefficients[p, pair]·sources[p][pair / pairs_per_row]. Dense (owner_count, parts, width), or
 // sparse: coalesced COO with the owners that occur and are not frozen. Only the device knows their
-// number, so a sparse gradient waits for the stream.
+// number: the construction queues a copy of it, and sum waits for that copy.
 class TableGradient {
  public:
   // frozen: (owner_count,) contiguous, or undefined.
@@ -41,10 +42,9 @@ class TableGradient {
 
  private:
   int64_t owner_count_;
-  bool sparse_;
   Context context_;
   Segments segments_;
-  int64_t distinct_owners_ = 0;  // of a sparse gradient
+  std::unique_ptr<DistinctOwnerCount> distinct_owner_count_;  // null: the gradient is dense
 };
 
 // What ops/device requires of every device.

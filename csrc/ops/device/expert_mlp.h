@@ -130,9 +130,12 @@ ThreeTensors expert_mlp_on(const ExpertMlpArguments& args) {
   return {tokens.out.to(args.x.scalar_type()), tokens.hidden, tokens.gate};
 }
 
-// The arguments of expert_mlp_backward or of expert_mlp_backward_coefficients.
-template <class Device, class Arguments>
-TokenGradients token_gradients_on(const Arguments& args, bool wants_grad_x) {
+// The arguments of expert_mlp_backward or of expert_mlp_backward_coefficients. Calls
+// before_launch(indices) with checked indices before the kernels are launched.
+template <class Device, class Arguments, class BeforeLaunch>
+TokenGradients token_gradients_on(const Arguments& args,
+                                  bool wants_grad_x,
+                                  const BeforeLaunch& before_launch) {
   const Activation activation = check_expert_mlp_backward(args, args.hidden, args.gate);
   check_expert_mlp_grad_out(args.kName, args.grad_out, args.x);
   const Experts experts(activation, args);
@@ -152,6 +155,7 @@ TokenGradients token_gradients_on(const Arguments& args, bool wants_grad_x) {
       .coefficients =
           at::empty({args.table.size(1), indices.size(0), indices.size(1)}, accumulated),
   };
+  before_launch(indices);
   Device::backward(experts, gradients);
   return gradients;
 }
@@ -160,15 +164,21 @@ template <class Device>
 ThreeTensors expert_mlp_backward_on(const ExpertMlpBackwardArguments& args) {
   const c10::DeviceGuard guard(args.x.device());
   const Tensor& table = args.table;
-  const TokenGradients tokens = token_gradients_on<Device>(args, args.output_mask[kGradX]);
+  // The retrievals are sorted first. A device that knows the size of a sparse gradient before the
+  // host does then tells it while it works on the tokens.
+  std::optional<typename Device::TableGradient> gradient;
+  const TokenGradients tokens =
+      token_gradients_on<Device>(args, args.output_mask[kGradX], [&](const Tensor& indices) {
+        if (args.output_mask[kGradTable]) {
+          check_sortable<Device>(args.kName, table, indices.numel(), table.size(0));
+          gradient.emplace(indices, table.size(0), args.sparse_grad, contiguous_mask(args.frozen));
+        }
+      });
   Tensor grad_table;
-  if (args.output_mask[kGradTable]) {
-    check_sortable<Device>(args.kName, table, tokens.indices.numel(), table.size(0));
-    const typename Device::TableGradient gradient(tokens.indices, table.size(0), args.sparse_grad,
-                                                  contiguous_mask(args.frozen));
+  if (gradient.has_value()) {
     std::vector<Tensor> sources(table.size(1), as_input<Device>(args.x, table.scalar_type()));
     sources.back() = tokens.grad_out;
-    grad_table = gradient.sum(tokens.coefficients, sources, table.options());
+    grad_table = gradient->sum(tokens.coefficients, sources, table.options());
   }
   return {tokens.grad_x.defined() ? tokens.grad_x.to(args.x.scalar_type()) : Tensor(),
           args.output_mask[kGradWeights] ? tokens.grad_weights.to(args.weights.scalar_type())
@@ -180,7 +190,8 @@ template <class Device>
 ThreeTensors expert_mlp_backward_coefficients_on(
     const ExpertMlpBackwardCoefficientsArguments& args) {
   const c10::DeviceGuard guard(args.x.device());
-  const TokenGradients tokens = token_gradients_on<Device>(args, /*wants_grad_x=*/true);
+  const TokenGradients tokens =
+      token_gradients_on<Device>(args, /*wants_grad_x=*/true, [](const Tensor&) {});
   return {tokens.grad_x.to(args.x.scalar_type()),
           tokens.grad_weights.to(args.weights.scalar_type()), tokens.coefficients};
 }

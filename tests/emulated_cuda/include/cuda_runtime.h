@@ -2,11 +2,14 @@
 // parts that they use. Device memory is host memory, and streams execute work at once.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <stdexcept>
 #include <utility>
+#include <vector>
 
 #include "../grid_player.h"
 
@@ -17,12 +20,12 @@
 #define __launch_bounds__(...)
 
 // A built-in variable of the running thread. It has only x.
-template <unsigned peer::test::ThreadPlace::* coordinate>
+template <unsigned peer::test::ThreadPlace::*coordinate>
 struct Coordinate {
   operator unsigned() const { return ::peer::test::thread_place().*coordinate; }
 };
 
-template <unsigned peer::test::ThreadPlace::* coordinate>
+template <unsigned peer::test::ThreadPlace::*coordinate>
 struct Coordinates {
   Coordinate<coordinate> x;
 };
@@ -183,16 +186,66 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
 
 inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
 
+// Copies to the host arrive when the host waits for them, not before: a host that reads too early
+// finds what was there.
+struct EmulatedCopy {
+  void* target;
+  std::vector<unsigned char> bytes;
+};
+inline std::vector<EmulatedCopy> emulated_copies;
+inline std::vector<size_t*> emulated_events;
+
 inline cudaError_t cudaMemcpyAsync(void* target,
                                    const void* source,
                                    size_t bytes,
                                    cudaMemcpyKind,
                                    cudaStream_t) {
-  std::memcpy(target, source, bytes);
+  const auto* first = static_cast<const unsigned char*>(source);
+  emulated_copies.push_back({target, {first, first + bytes}});
   return cudaSuccess;
 }
 
-inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
+// The first copies of those that have not arrived.
+inline void __arrive(size_t count) {
+  for (size_t i = 0; i < count; ++i) {
+    std::memcpy(emulated_copies[i].target, emulated_copies[i].bytes.data(),
+                emulated_copies[i].bytes.size());
+  }
+  emulated_copies.erase(emulated_copies.begin(), emulated_copies.begin() + count);
+  for (size_t* const event : emulated_events) {
+    *event -= std::min(*event, count);
+  }
+}
+
+inline cudaError_t cudaStreamSynchronize(cudaStream_t) {
+  __arrive(emulated_copies.size());
+  return cudaSuccess;
+}
+
+// An event is the number of copies before it that have not arrived.
+using cudaEvent_t = size_t*;
+constexpr unsigned cudaEventDisableTiming = 2;
+constexpr unsigned cudaHostAllocPortable = 1;
+
+inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
+  emulated_events.push_back(*event = new size_t(0));
+  return cudaSuccess;
+}
+
+inline cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t) {
+  *event = emulated_copies.size();
+  return cudaSuccess;
+}
+
+inline cudaError_t cudaEventSynchronize(cudaEvent_t event) {
+  __arrive(*event);
+  return cudaSuccess;
+}
+
+inline cudaError_t cudaHostAlloc(void** memory, size_t bytes, unsigned) {
+  *memory = std::malloc(bytes);
+  return *memory ? cudaSuccess : cudaErrorInvalidValue;
+}
 
 template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config,

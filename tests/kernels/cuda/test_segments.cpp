@@ -1,5 +1,6 @@
 #include <array>
 #include <map>
+#include <memory>
 #include <valarray>
 
 #include "cuda_support.h"
@@ -92,7 +93,7 @@ void check_segments(const std::vector<int64_t>& owners,
                      << (rows == OutputRows::compact));
   CHECK(segments.count == int64_t(owners.size()));
   CHECK(agree(segments, expected, rows));
-  CHECK(count_distinct_owners(segments, kContext) == int64_t(expected.distinct_owners.size()));
+  CHECK(DistinctOwnerCount(segments, kContext).wait() == int64_t(expected.distinct_owners.size()));
 }
 
 void check_segments(const std::vector<int64_t>& owners,
@@ -157,11 +158,35 @@ TEST_CASE("there may be more tiles than the block that scans them has threads", 
   check_segments(owners, 100'000, OutputRows::compact, frozen_owners(100'000, 5));
 }
 
+TEST_CASE("the number of distinct owners arrives when it is waited for, in any order",
+          "[segments]") {
+  const auto sort = [](const std::vector<int64_t>& owners) {
+    return make_segments(owners.data(), owners.size(), 9, nullptr, OutputRows::compact, kContext);
+  };
+  const Segments three = sort({5, 1, 1, 8}), one = sort({7, 7}), two = sort({0, 8, 0});
+  for (int repetition = 0; repetition < 3; ++repetition) {  // with memory that was used before
+    const DistinctOwnerCount count_of_three(three, kContext);
+    auto count_of_one = std::make_unique<DistinctOwnerCount>(one, kContext);
+    const DistinctOwnerCount count_of_two(two, kContext);
+    CHECK(count_of_two.wait() == 2);
+    count_of_one.reset();  // nobody waited for it
+    CHECK(DistinctOwnerCount(one, kContext).wait() == 1);
+    CHECK(count_of_three.wait() == 3);
+    CHECK(count_of_two.wait() == 2);
+  }
+  // The host is not faster than the device.
+  int on_device = 1, on_host = 0;
+  cudaMemcpyAsync(&on_host, &on_device, sizeof(int), cudaMemcpyDeviceToHost, nullptr);
+  CHECK(on_host == 0);
+  cudaStreamSynchronize(nullptr);
+  CHECK(on_host == 1);
+}
+
 TEST_CASE("no pairs make no segments", "[segments]") {
   const Segments segments = make_segments(nullptr, 0, 100, nullptr, OutputRows::compact, kContext);
   CHECK(segments.count == 0);
   CHECK(segments.max_partial_rows == 0);
-  CHECK(count_distinct_owners(segments, kContext) == 0);
+  CHECK(DistinctOwnerCount(segments, kContext).wait() == 0);
 }
 
 TEST_CASE("an owner out of range ends the kernel", "[segments]") {

@@ -47,7 +47,7 @@ struct Problem {
                                frozen.size() > 0 ? &frozen[0] : nullptr, rows, kContext);
     }
     Gradient gradient;
-    gradient.owners.resize(rows == OutputRows::compact ? count_distinct_owners(segments, kContext)
+    gradient.owners.resize(rows == OutputRows::compact ? DistinctOwnerCount(segments, kContext).wait()
                                                        : owner_count);
     for (size_t row = 0; row < gradient.owners.size(); ++row) {
       gradient.owners[row] =

@@ -162,7 +162,7 @@ TEMPLATE_TEST_CASE("an update by pairs has the bits of a gradient followed by an
                                             {1, 2, 30, 129, 0, 300, 1, 1}, 7);
     const Segments segments = make_segments(fused.owners.data(), fused.owners.size(), 9, nullptr,
                                             OutputRows::compact, kContext);
-    const int64_t distinct = count_distinct_owners(segments, kContext);
+    const int64_t distinct = DistinctOwnerCount(segments, kContext).wait();
     // The same table, with one pair for each row of the gradient.
     Problem<TestType, TestType> step(Given::pairs, 9, 1, width, {}, 7);
     step.start = fused.start;
