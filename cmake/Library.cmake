@@ -43,6 +43,7 @@ if(TARGET peer_cuda_kernels)
     peer
     PRIVATE csrc/ops/cuda/expert_mlp.cpp
             csrc/ops/cuda/common.cpp
+            csrc/ops/cuda/distinct_ids.cpp
             csrc/ops/cuda/product_key_topk.cpp
             csrc/ops/cuda/table_update.cpp
             $<TARGET_OBJECTS:peer_cuda_kernels>)

@@ -294,6 +294,58 @@ def test_an_update_fused_into_backward_equals_a_gradient_and_a_step(sized, kind,
         assert_same_bits(fused.parameters(), pool.parameters())
 
 
+@pytest.mark.parametrize("kind", ["RowwiseAdagrad", "SGD", "RowwiseAdam"])
+@pytest.mark.parametrize("frozen", [False, True], ids=["trained", "some frozen"])
+def test_ids_that_are_not_sorted_again_give_the_same_bits(sized, kind, frozen):
+    """Gradients of peer, against copies of them, whose ids the optimizer sorts."""
+    tokens = sized(400, 30)
+    torch.manual_seed(0)
+    pool = peer.ExpertPool(
+        72, num_experts=300, num_experts_per_token=32, sparse_grad=True, device="cuda"
+    )
+    if frozen:
+        pool.freeze_experts(torch.arange(300, device="cuda") % 3 == 0)
+    copied = copy.deepcopy(pool)
+    optimizer, copied_optimizer = (
+        getattr(peer.optim, kind)(each.parameters(), lr=0.1) for each in (pool, copied)
+    )
+    for passes in (1, 1, 2):  # two passes add their gradients, with ids that repeat
+        for _ in range(passes):
+            x = torch.randn(tokens, 72, device="cuda")
+            weights = torch.rand(tokens, 4, 8, device="cuda")
+            indices = torch.randint(300, (tokens, 4, 8), device="cuda")
+            pool(x, weights, indices).square().sum().backward()
+        peer.optim.clip_grad_norm_(pool.parameters(), 1.0)
+        copied.weight.grad = pool.weight.grad.clone()
+        optimizer.step()
+        copied_optimizer.step()
+        assert_same_bits(copied.parameters(), pool.parameters())
+        optimizer.zero_grad()
+
+
+def test_ids_of_a_gradient_that_were_changed_end_in_an_error(run_python):
+    """In a separate process, because the device is unusable afterwards."""
+    snippet = """
+import json, torch, peer
+torch.manual_seed(0)
+pool = peer.ExpertPool(
+    8, num_experts=30, num_experts_per_token=4, sparse_grad=True, device="cuda"
+)
+optimizer = peer.optim.SGD(pool.parameters(), lr=0.1)
+indices = torch.arange(12, device="cuda").view(3, 1, 4)
+weights = torch.rand(3, 1, 4, device="cuda")
+pool(torch.randn(3, 8, device="cuda"), weights, indices).sum().backward()
+pool.weight.grad._indices()[0, 5] = 4
+try:
+    optimizer.step()
+    torch.cuda.synchronize()
+    print(json.dumps("nothing"))
+except RuntimeError as error:
+    print(json.dumps(str(error)))
+"""
+    assert "CUDA" in run_python(snippet)
+
+
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 def test_an_index_out_of_range_ends_in_an_error_that_names_it(run_python, backward):
     """In a separate process, because the device is unusable afterwards."""

@@ -42,7 +42,7 @@ struct Term {
 // One of three lists:
 //
 //   sorted pairs      in their order
-//   rows              row i of the source is the sum for row i of the output
+//   rows              row i of the source is the sum for row i of the output, or for row ids[i]
 //   split segments    the first partial row of a segment is the sum for the segment's row of the
 //                     output
 template <class Real>
@@ -56,8 +56,15 @@ struct TermList {
   int32_t pairs_per_row = 1;
   // Split segments.
   const SplitSegment* split_segments = nullptr;
+  // Rows.
+  const int64_t* ids = nullptr;
 
   __device__ int32_t count() const { return actual_count ? *actual_count : max_count; }
+
+  // For a list of rows.
+  __device__ int32_t row_of_output(int32_t position) const {
+    return ids ? int32_t(ids[position]) : position;
+  }
 
   __device__ bool starts_sum(int64_t position) const {
     return position == 0 || !targets || targets[position - 1] != kContinueSegment;
@@ -69,7 +76,7 @@ struct TermList {
       return {segment.first * source_stride, segment.row, Real(1)};
     }
     if (!pair_ids) {
-      return {position * source_stride, position, Real(1)};
+      return {position * source_stride, row_of_output(position), Real(1)};
     }
     const int32_t pair = pair_ids[position];
     const uint32_t row = uint32_t(pair) / uint32_t(pairs_per_row);
@@ -90,8 +97,8 @@ TermList<Real> terms_of_pairs(const Segments& segments,
 }
 
 template <class Real>
-TermList<Real> terms_of_rows(int64_t rows) {
-  return {.max_count = int32_t(rows)};
+TermList<Real> terms_of_rows(int64_t rows, const int64_t* ids) {
+  return {.max_count = int32_t(rows), .ids = ids};
 }
 
 template <class Real>
@@ -192,7 +199,8 @@ __device__ int read_trained_rows(const TermList<Real>& list,
 #pragma unroll 1
   for (int first = 0; first < positions; first += kWarp) {
     const int64_t row = begin + first + lane();
-    const bool is_trained = first + lane() < positions && row < list.max_count && !frozen[row];
+    const bool is_trained = first + lane() < positions && row < list.max_count &&
+                            !frozen[list.row_of_output(int32_t(row))];
     const unsigned ballot = __ballot_sync(kAllLanes, is_trained);
     if (is_trained && warp_in_block() == 0) {
       const int i = trained + count_lower_lanes(ballot);

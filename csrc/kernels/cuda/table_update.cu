@@ -29,6 +29,7 @@
 //             are computed twice: for the mean, then for the update
 // Requires    as table_grad; rows of the table distinct and below 2^31
 #include <cmath>
+#include <cstdio>
 #include <cstring>
 #include <type_traits>
 
@@ -309,6 +310,27 @@ __global__ void update_kernel(TermList<Real> list,
   }
 }
 
+// One id per thread. Without a sort, only this kernel sees ids that would be updated twice at once.
+__global__ void check_distinct_ids(const int64_t* ids, int64_t count, int64_t table_rows) {
+  const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (i >= count) {
+    return;
+  }
+  const int64_t id = ids[i];
+  if (id < 0 || id >= table_rows) {
+    printf("peer: index %lld at position %lld is out of range for %lld rows\n", (long long)(id),
+           (long long)(i), (long long)(table_rows));
+    __trap();
+  }
+  if (i > 0 && ids[i - 1] >= id) {
+    printf(
+        "peer: index %lld at position %lld follows %lld: the indices of a sparse gradient were "
+        "changed in place\n",
+        (long long)(id), (long long)(i), (long long)(ids[i - 1]));
+    __trap();
+  }
+}
+
 template <class Update, class Source>
 Update update_of_part(const TableUpdate<typename Update::Table, Source>& update, int64_t part) {
   using Form = typename Update::Form;
@@ -416,18 +438,27 @@ void update_by_segments(const TableUpdate<Table, Source>& update,
 }
 
 template <class Table, class Source>
-void update_rows(const TableUpdate<Table, Source>& update, int64_t rows, const Context& context) {
+void update_rows(const TableUpdate<Table, Source>& update,
+                 const int64_t* ids,
+                 int64_t count,
+                 int64_t table_rows,
+                 const Context& context) {
   using Real = accumulation_t<Table>;
   const int64_t width = update.width;
-  if (rows == 0 || width == 0) {
+  if (count == 0 || width == 0) {
     return;
+  }
+  if (ids != nullptr) {
+    constexpr int kThreads = 512;
+    launch(check_distinct_ids, {(count + kThreads - 1) / kThreads, kThreads}, context.stream, ids,
+           count, table_rows);
   }
   with_what_rule_keeps(update.rule, [&]<class RuleKeeps>() {
     with_update_form<Source>(width, [&]<class Form>() {
       using Update = PartUpdate<Table, Form, RuleKeeps>;
-      const PartLauncher<Source, Update> by_rows(rows, width, update.parts, context);
+      const PartLauncher<Source, Update> by_rows(count, width, update.parts, context);
       for (int64_t part = 0; part < update.parts; ++part) {
-        by_rows.update(terms_of_rows<Real>(rows),
+        by_rows.update(terms_of_rows<Real>(count, ids),
                        slice_rows<Form>(update.source.from_column(part * width), width),
                        update_of_part<Update>(update, part), {}, update.frozen);
       }
@@ -447,11 +478,35 @@ template void update_by_segments(const TableUpdate<BFloat16, float>&,
                                  const Context&);
 template void update_by_segments(const TableUpdate<Half, Half>&, const Segments&, const Context&);
 template void update_by_segments(const TableUpdate<Half, float>&, const Segments&, const Context&);
-template void update_rows(const TableUpdate<float, float>&, int64_t, const Context&);
-template void update_rows(const TableUpdate<double, double>&, int64_t, const Context&);
-template void update_rows(const TableUpdate<BFloat16, BFloat16>&, int64_t, const Context&);
-template void update_rows(const TableUpdate<BFloat16, float>&, int64_t, const Context&);
-template void update_rows(const TableUpdate<Half, Half>&, int64_t, const Context&);
-template void update_rows(const TableUpdate<Half, float>&, int64_t, const Context&);
+template void update_rows(const TableUpdate<float, float>&,
+                          const int64_t*,
+                          int64_t,
+                          int64_t,
+                          const Context&);
+template void update_rows(const TableUpdate<double, double>&,
+                          const int64_t*,
+                          int64_t,
+                          int64_t,
+                          const Context&);
+template void update_rows(const TableUpdate<BFloat16, BFloat16>&,
+                          const int64_t*,
+                          int64_t,
+                          int64_t,
+                          const Context&);
+template void update_rows(const TableUpdate<BFloat16, float>&,
+                          const int64_t*,
+                          int64_t,
+                          int64_t,
+                          const Context&);
+template void update_rows(const TableUpdate<Half, Half>&,
+                          const int64_t*,
+                          int64_t,
+                          int64_t,
+                          const Context&);
+template void update_rows(const TableUpdate<Half, float>&,
+                          const int64_t*,
+                          int64_t,
+                          int64_t,
+                          const Context&);
 
 }  // namespace peer::cuda

@@ -8,6 +8,7 @@
 #include <c10/cuda/CUDAStream.h>
 
 #include "kernels/cuda/table_grad.h"
+#include "ops/cuda/distinct_ids.h"
 
 namespace peer::ops::cuda {
 
@@ -81,6 +82,7 @@ Tensor TableGradient::sum(const Tensor& coefficients,
                          .target_device(values.device())
                          .make_tensor()
                          .to(at::kLong);
+  remember_distinct_ids(ids);
   return sparse_gradient(owner_count_, ids, values);
 }
 

@@ -4,22 +4,24 @@
 
 #include "kernels/cuda/table_update.h"
 #include "ops/cuda/common.h"
+#include "ops/cuda/distinct_ids.h"
 
 namespace peer::ops::cuda {
 
 namespace {
 
 struct Cuda : Device {
-  // Indices are always sorted: to see whether they need to be, the host would have to wait for
-  // them.
+  // To see whether indices need to be sorted, the host would have to wait for them. Those of a
+  // gradient that peer made do not, and a kernel checks that they have not been changed.
   template <class Table, class Source>
   static void update(TableUpdate<Table, Source> update,
                      const Tensor& indices,
                      const Tensor& source,
                      int64_t rows) {
     const Context context = current_context();
-    if (!indices.defined()) {
-      update_rows(update, rows, context);
+    if (!indices.defined() ||
+        (update.coefficients == nullptr && indices.dim() == 1 && were_made_distinct(indices))) {
+      update_rows(update, const_data_or_null<int64_t>(indices), source.size(0), rows, context);
       return;
     }
     update.pairs_per_row = indices.numel() / source.size(0);

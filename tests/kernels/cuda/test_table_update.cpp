@@ -14,7 +14,8 @@ using namespace peer::test;
 
 namespace {
 
-constexpr Given kGiven[] = {Given::dense, Given::pairs, Given::pairs_with_coefficients};
+constexpr Given kGiven[] = {Given::dense, Given::distinct_rows, Given::pairs,
+                            Given::pairs_with_coefficients};
 
 template <class Table, class Source>
 struct Problem : TableUpdateProblem<Table, Source> {
@@ -47,7 +48,8 @@ struct Problem : TableUpdateProblem<Table, Source> {
         .frozen = this->frozen_rows(),
     };
     if (!this->has_pairs()) {
-      update_rows(update, rows, kContext);
+      update_rows(update, given == Given::dense ? nullptr : owners.data(), owners.size(), rows,
+                  kContext);
     } else {
       if (sorted.count == 0) {
         sorted = make_segments(owners.data(), owners.size(), rows, update.frozen,
@@ -180,6 +182,41 @@ TEMPLATE_TEST_CASE("an update by pairs has the bits of a gradient followed by an
       INFO("width " << width << " rule " << int(rule.rule));
       CHECK(step.solve(rule) == fused.solve(rule));
     }
+  }
+}
+
+TEMPLATE_TEST_CASE("distinct rows are updated to the bits that they get as pairs",
+                   "[table_update]",
+                   PEER_TABLE_AND_SOURCE_TYPES) {
+  using Table = typename TestType::Table;
+  for (const int64_t width : {40, 700}) {
+    const Problem<Table, typename TestType::Source> distinct(Given::distinct_rows, 200, 2, width,
+                                                             {}, 15);
+    auto sorted = distinct;
+    sorted.given = Given::pairs;
+    for (const Hyperparameters& rule : kRules) {
+      INFO("width " << width << " rule " << int(rule.rule));
+      CHECK(distinct.solve(rule, true) == sorted.solve(rule, true));
+    }
+  }
+}
+
+TEST_CASE("rows that are not distinct, ascending and in range end the kernel before any is written",
+          "[table_update]") {
+  for (const std::vector<int64_t>& owners :
+       std::vector<std::vector<int64_t>>{{0, 2, 2}, {0, 3, 1}, {-1, 0, 1}, {0, 1, 6}}) {
+    Problem<float, float> problem(Given::distinct_rows, 6, 1, 16, {}, 16);
+    problem.owners = owners;
+    problem.source.resize(3 * 16, 1.f);
+    State<float> state = problem.start;
+    const TableUpdate<float, float> update = {
+        .width = 16,
+        .table = {state.table.data(), 16},
+        .rule = rule_of(kRules[0], {}, state),
+        .source = {problem.source.data(), 16},
+    };
+    CHECK_THROWS_AS(update_rows(update, problem.owners.data(), 3, 6, kContext), std::runtime_error);
+    CHECK(state == problem.start);
   }
 }
 
@@ -400,7 +437,7 @@ TEMPLATE_TEST_CASE("two columns of a row's part share a random word, and no two 
                                                  .stochastic_rounding = true,
                                                  .key = kKey,
                                                  .source = {source.data(), columns}};
-      update_rows(update, kRows, kContext);
+      update_rows(update, nullptr, kRows, kRows, kContext);
       INFO("width " << width << " parts " << parts);
       for (int64_t row = 0; row < kRows; ++row) {
         const Source* first = source.data() + row * columns;
