@@ -7,90 +7,94 @@
 #include "kernels/common.h"
 #include "kernels/cpu/segment_work.h"
 #include "kernels/cpu/vector.h"
+#include "kernels/segments.h"
 
 namespace peer::cpu::PEER_CAPABILITY {
 
-// What is summed over pairs: coefficients[pair]·source[pair / pairs_per_row].
-template <class Source, class Real>
-struct Terms {
-  const Pair* pairs;
-  int64_t width;
-  int64_t pairs_per_row;
-  const Real* coefficients;  // by pair id; not read if the sum is not weighted
-  Rows<const Source> source;
-
-  const Source* row_of(int64_t pair_id) const {
-    return source.data + (pair_id / pairs_per_row) * source.stride;
+// The sources of a chunk's pairs. A division for each pair, done once for all parts.
+class ChunkSources {
+ public:
+  ChunkSources(const Pair* pairs, const Chunk& chunk, int64_t pairs_per_row)
+      : count(chunk.last - chunk.first) {
+    for (int64_t i = 0; i < count; ++i) {
+      pair_ids[i] = pairs[chunk.first + i].id;
+      rows[i] = pair_ids[i] / pairs_per_row;
+    }
   }
+
+  int64_t count;
+  int64_t pair_ids[kPairsPerChunk];
+  int64_t rows[kPairsPerChunk];
 };
 
-// A strip is the columns of a row that stay in registers while the pairs of a chunk pass by.
-constexpr int kVectorsPerStrip = 4;
-
-template <int vectors, bool weighted, bool nontemporal, class Source, class Real, class Target>
-static inline void sum_strip(const Terms<Source, Real>& terms,
-                             const Chunk& chunk,
-                             int64_t column,
-                             Target* out) {
-  constexpr int lanes = kLanes<Real>;
-  Vector<Real> sum[vectors] = {};
-  for (int64_t i = chunk.first; i < chunk.last; ++i) {
-    const int64_t id = terms.pairs[i].id;
-    const auto* source = terms.row_of(id) + column;
-    if constexpr (weighted) {
-      const Real coefficient = terms.coefficients[id];
-      for (int v = 0; v < vectors; ++v) {
-        sum[v] += coefficient * load(source + v * lanes);
-      }
-    } else {
-      for (int v = 0; v < vectors; ++v) {
-        sum[v] += load(source + v * lanes);
-      }
+// What is summed over a chunk for one part of a row: Σ coefficients[i]·rows[i].
+template <class Source, class Real>
+class ChunkTerms {
+ public:
+  // coefficients: by pair id, or null: all one.
+  ChunkTerms(const ChunkSources& sources, const Real* coefficients, Rows<const Source> source)
+      : count(sources.count) {
+    for (int64_t i = 0; i < count; ++i) {
+      this->coefficients[i] = coefficients ? coefficients[sources.pair_ids[i]] : Real(1);
+      rows[i] = source.data + sources.rows[i] * source.stride;
     }
   }
-  for (int v = 0; v < vectors; ++v) {
+
+  int64_t count;
+  Real coefficients[kPairsPerChunk];
+  const Source* rows[kPairsPerChunk];
+};
+
+// A strip is the columns of a row that stay in registers while the terms of a chunk pass by. It has
+// `steps` steps of two vectors.
+template <int steps, bool nontemporal, class Source, class Real, class Target>
+static inline void sum_strip(const ChunkTerms<Source, Real>& terms, int64_t column, Target* out) {
+  constexpr int width = 2 * kLanes<Real>;
+  TwoVectors<Real> sum[steps] = {};
+  for (int64_t i = 0; i < terms.count; ++i) {
+    const Real coefficient = terms.coefficients[i];
+    const Source* const row = terms.rows[i] + column;
+    for (int s = 0; s < steps; ++s) {
+      sum[s] = sum[s] + coefficient * load_two(row + s * width);
+    }
+  }
+  for (int s = 0; s < steps; ++s) {
     if constexpr (nontemporal) {
-      store_nontemporal(out + column + v * lanes, sum[v]);
+      store_nontemporal(out + column + s * width, sum[s]);
     } else {
-      store(out + column + v * lanes, sum[v]);
+      store_two(out + column + s * width, sum[s]);
     }
   }
 }
 
-template <bool weighted, class Source, class Real, class Target>
-static inline void sum_tail(const Terms<Source, Real>& terms,
-                            const Chunk& chunk,
-                            int64_t column,
-                            Target* out) {
-  const int64_t count = terms.width - column;
-  Vector<Real> sum = {};
-  for (int64_t i = chunk.first; i < chunk.last; ++i) {
-    const int64_t id = terms.pairs[i].id;
-    const Vector<Real> term = load_first(terms.row_of(id) + column, count);
-    if constexpr (weighted) {
-      sum += terms.coefficients[id] * term;
-    } else {
-      sum += term;
+template <class Source, class Real, class Target>
+static inline void sum_last_columns(const ChunkTerms<Source, Real>& terms,
+                                    int64_t width,
+                                    int64_t column,
+                                    Target* out) {
+  for (; column < width; column += kLanes<Real>) {
+    const int64_t count = width - column < kLanes<Real> ? width - column : kLanes<Real>;
+    Vector<Real> sum = {};
+    for (int64_t i = 0; i < terms.count; ++i) {
+      sum += terms.coefficients[i] * load_first(terms.rows[i] + column, count);
     }
+    store_first(out + column, sum, count);
   }
-  store_first(out + column, sum, count);
 }
 
-// weighted: false if every coefficient is one. nontemporal: whole vectors are written past the
-// caches; `out` must be aligned to vectors.
-template <bool weighted, bool nontemporal = false, class Source, class Real, class Target>
-static inline void sum_chunk(const Terms<Source, Real>& terms, const Chunk& chunk, Target* out) {
-  constexpr int lanes = kLanes<Real>;
+// nontemporal: whole steps are written past the caches; `out` must be aligned to kVectorBytes.
+template <bool nontemporal = false, class Source, class Real, class Target>
+static inline void sum_terms(const ChunkTerms<Source, Real>& terms, int64_t width, Target* out) {
+  constexpr int step = 2 * kLanes<Real>;
+  constexpr int steps_per_strip = 4;
   int64_t column = 0;
-  for (; column + kVectorsPerStrip * lanes <= terms.width; column += kVectorsPerStrip * lanes) {
-    sum_strip<kVectorsPerStrip, weighted, nontemporal>(terms, chunk, column, out);
+  for (; column + steps_per_strip * step <= width; column += steps_per_strip * step) {
+    sum_strip<steps_per_strip, nontemporal>(terms, column, out);
   }
-  for (; column + lanes <= terms.width; column += lanes) {
-    sum_strip<1, weighted, nontemporal>(terms, chunk, column, out);
+  for (; column + step <= width; column += step) {
+    sum_strip<1, nontemporal>(terms, column, out);
   }
-  if (column < terms.width) {
-    sum_tail<weighted>(terms, chunk, column, out);
-  }
+  sum_last_columns(terms, width, column, out);
 }
 
 // Adds the partial sums of a split segment in the order of its chunks.
@@ -108,6 +112,19 @@ static inline void sum_split_segment(Rows<Real> partial_sums,
       sum += load_first(partial + i * partial_sums.stride + column, count);
     }
     store_first(out + column, sum, count);
+  }
+}
+
+// The chunks ahead of the current one whose coefficients are prefetched. Pairs come in the order of
+// their owners, so their coefficients lie anywhere in the list.
+constexpr int64_t kChunksAhead = 8;
+
+template <class Real>
+static inline void prefetch_coefficients(const SegmentWork<Real>& segments,
+                                         const Chunk& chunk,
+                                         const Real* coefficients) {
+  for (int64_t i = chunk.first; i < chunk.last; ++i) {
+    __builtin_prefetch(coefficients + segments.pairs[i].id);
   }
 }
 

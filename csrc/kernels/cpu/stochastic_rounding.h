@@ -6,83 +6,94 @@
 //
 // bfloat16   The upper half of a float. Adding u, uniform in [0, 2^16), to the 16 bits that are
 //            dropped, d, carries into the upper half in d of 2^16 cases.
-// half       If the result is normal, |v| >= 2^-14, as bfloat16 with 13 bits. Below, the grid is
-//            fixed: t = |v|·2^24 is rounded to an integer, up if u < t - floor(t) for u uniform
-//            among the multiples of 2^-24 in [0, 1). All steps are exact, except that fractions
-//            below 2^-24 count as 2^-24.
+// half       If the result is normal, |v| >= 2^-14, as bfloat16 with the upper 13 of the 16 bits.
+//            Below, the grid is fixed: t = |v|·2^24 is rounded to an integer, up if
+//            u·2^-16 < t - floor(t). The probability is therefore t - floor(t), rounded up to a
+//            multiple of 2^-16: a subnormal result is on average at most 2^-40 too large.
 //
 // Values that the type holds are not changed, including infinities and NaN. A value beyond the
 // largest finite number has infinity as its upper neighbour, as in rounding to nearest. The
 // arithmetic is exact or on integers, so every capability has the same bits.
+//
+// One 32-bit word gives the bits of two columns: see random_bits.h.
 #pragma once
+
+#include <bit>
+#include <type_traits>
 
 #include "kernels/cpu/vector.h"
 #include "kernels/random_bits.h"
 
 namespace peer::cpu::PEER_CAPABILITY {
 
-// The random words of the columns from `column` on. They are the words of columns 0, 1, ... of a
-// key that is `column` places further in the Weyl sequence, so that the columns of lanes are
-// constants.
-static inline Bits32 random_words(uint64_t row_key, int64_t column) {
-  Bits32 lanes;
-  for (int i = 0; i < kLanes<float>; ++i) {
-    lanes[i] = i;
+// 16 random bits for each of 2·kLanes places of a row, in the lower halves of lanes.
+class RandomBits {
+ public:
+  // place: of the first, even.
+  RandomBits(uint64_t row_key, int64_t place) {
+    // Word place/2 + i of the key is word i of a key that is place/2 steps further in the Weyl
+    // sequence. So the numbers of the lanes are constants.
+    const uint32_t start = uint32_t(row_key) + uint32_t(place / 2) * kWeylStep;
+    Bits32 lanes;
+    for (int i = 0; i < kLanes<float>; ++i) {
+      lanes[i] = i;
+    }
+    words_ = random_word((row_key >> 32 << 32) | start, lanes);
   }
-  const uint32_t place = uint32_t(row_key) + uint32_t(column) * kWeylStep;
-  return random_word((row_key >> 32 << 32) | place, lanes);
-}
 
-static inline Bits32 select(Bits32 mask, Bits32 yes, Bits32 no) {
-  return (yes & mask) | (no & ~mask);
-}
+  Bits32 first() const { return half(0); }
+  Bits32 second() const { return half(1); }
 
-static inline void store_stochastic(BFloat16* target, Vector<float> v, Bits32 random) {
-  const Bits32 bits = bit_cast<Bits32>(v);
-  const Bits32 is_nan = bit_cast<Bits32>(v != v);
-  const Bits32 rounded = (bits + (random >> 16)) >> 16;
-  const Bits16 narrow =
-      __builtin_convertvector(select(is_nan, Bits32{} + 0x7fc0u, rounded), Bits16);
-  std::memcpy(target, &narrow, sizeof(narrow));
-}
+ private:
+  // A word's lower half, the bits of the even place, comes first in memory.
+  static_assert(std::endian::native == std::endian::little);
+  Bits32 half(int i) const {
+    Bits16 halves[2];
+    std::memcpy(halves, &words_, sizeof(words_));
+    return widen(halves[i]);
+  }
 
-static inline void store_stochastic(Half* target, Vector<float> v, Bits32 random) {
+  Bits32 words_;
+};
+
+static inline Bits32 round_to_half(Vector<float> v, Bits32 random) {
   using Int32 = VectorOf<int32_t, kLanes<float>>::type;
+  constexpr uint32_t least_normal = 0x38800000u;
+  constexpr uint32_t least_overflow = 0x47800000u;  // 65536
   const Bits32 bits = bit_cast<Bits32>(v);
-  const Bits32 sign = (bits >> 16) & 0x8000u;
   const Bits32 magnitude = bits & 0x7fffffffu;
-  const Bits32 is_nan = Bits32(magnitude > 0x7f800000u);
-  const Bits32 overflows = Bits32(magnitude >= 0x47800000u);  // 65536 and above, infinity
-  const Bits32 is_subnormal = Bits32(magnitude < 0x38800000u);
-
-  const Bits32 normal = (magnitude - 0x38000000u + (random >> 19)) >> 13;
-
-  const Vector<float> scaled = bit_cast<Vector<float>>(magnitude & is_subnormal) * 0x1p24f;
-  const Int32 floor = __builtin_convertvector(scaled, Int32);
-  const Vector<float> fraction = scaled - __builtin_convertvector(floor, Vector<float>);
-  const Vector<float> uniform =
-      __builtin_convertvector(bit_cast<Int32>(random >> 8), Vector<float>) * 0x1p-24f;
-  const Bits32 subnormal = bit_cast<Bits32>(floor) + (Bits32(uniform < fraction) & 1u);
-
-  Bits32 result = select(is_subnormal, subnormal, normal);
-  result = select(overflows, Bits32{} + 0x7c00u, result);
-  result = select(is_nan, Bits32{} + 0x7e00u, result);
-  const Bits16 narrow = __builtin_convertvector(result | sign, Bits16);
-  std::memcpy(target, &narrow, sizeof(narrow));
+  Bits32 result = (magnitude - 0x38000000u + (random >> 3)) >> 13;
+  if (any(Bits32(magnitude - least_normal >= least_overflow - least_normal))) {
+    const Bits32 is_subnormal = Bits32(magnitude < least_normal);
+    const Vector<float> scaled = bit_cast<Vector<float>>(magnitude & is_subnormal) * 0x1p24f;
+    const Int32 floor = __builtin_convertvector(scaled, Int32);
+    const Vector<float> fraction = scaled - __builtin_convertvector(floor, Vector<float>);
+    const Vector<float> uniform =
+        __builtin_convertvector(bit_cast<Int32>(random), Vector<float>) * 0x1p-16f;
+    const Bits32 subnormal = bit_cast<Bits32>(floor) + (Bits32(uniform < fraction) & 1u);
+    result = select(is_subnormal, subnormal, result);
+    result = select(Bits32(magnitude >= least_overflow), Bits32{} + 0x7c00u, result);
+    result = select(Bits32(magnitude > 0x7f800000u), Bits32{} + 0x7e00u, result);
+  }
+  return result | ((bits >> 16) & 0x8000u);
 }
-
-// Types as wide as the accumulation type are not rounded.
-static inline void store_stochastic(float* target, Vector<float> v, Bits32) { store(target, v); }
-static inline void store_stochastic(double* target, Vector<double> v, Bits32) { store(target, v); }
 
 template <class Element>
-static inline void store_first_stochastic(Element* target,
-                                          Vector<accumulation_t<Element>> v,
-                                          Bits32 random,
-                                          int64_t count) {
-  Element padded[kLanes<accumulation_t<Element>>];
-  store_stochastic(padded, v, random);
-  std::memcpy(target, padded, count * sizeof(Element));
+static inline Bits32 round_stochastically(Vector<float> v, Bits32 random) {
+  static_assert(sizeof(Element) == 2);
+  if constexpr (std::is_same_v<Element, BFloat16>) {
+    return round_to_bfloat16(v, random);
+  } else {
+    return round_to_half(v, random);
+  }
+}
+
+template <class Element>
+static inline void store_two_stochastically(Element* target,
+                                            TwoVectors<float> v,
+                                            const RandomBits& random) {
+  store_lower_halves(&target->bits, round_stochastically<Element>(v.first, random.first()),
+                     round_stochastically<Element>(v.second, random.second()));
 }
 
 }  // namespace peer::cpu::PEER_CAPABILITY

@@ -1,12 +1,14 @@
-// The gradient of every table row is the sum, over the pairs that retrieved it, of a coefficient
-// times a row of the source: x, grad_out or the queries.
+// The gradient of a part of a table row is the sum, over the pairs that retrieved the row, of a
+// coefficient times a row of the source: x, grad_out or the queries. The parts of a row are summed
+// one after the other, so each gradient row is written at once.
 //
 // A segment of more than kPairsPerChunk pairs is the ordered sum of its chunks' partial sums. So a
 // hot expert does not serialise the pass, and no result depends on the threads.
 //
-// Shapes      source (pairs / pairs_per_row, width)   coefficients (pairs)   out (·, width)
+// Shapes      of each part: source (pairs / pairs_per_row, width)   coefficients (pairs)
+//             out (·, width)
 // Work item   one chunk; then one split segment
-// Traffic     per pair, one row of the source, which stays in cache. Per owner, one row written.
+// Traffic     per pair, one row of each source, which stays in cache. Per owner, one row written.
 //             If these rows exceed the caches, they are written past them, because reading a row
 //             from memory before overwriting it would double the traffic
 // Exactness   sums in the order of the pairs within a chunk, then in the order of the chunks; each
@@ -14,6 +16,8 @@
 // Requires    pairs sorted by owner, stably; nothing of widths, strides and alignments, but rows
 //             that are not aligned to vectors are written through the caches
 #include "kernels/cpu/table_grad.h"
+
+#include <algorithm>
 
 #include "kernels/cpu/segment_sum.h"
 
@@ -30,29 +34,35 @@ bool rows_are_aligned(Rows<Element> rows) {
 }
 
 template <class Element>
-void sum_chunks(const TableGrad<Element>& pass,
+void sum_chunks(std::span<const TableGrad<Element>> parts,
                 const SegmentWork<accumulation_t<Element>>& segments,
                 bool nontemporal,
                 int64_t first,
                 int64_t last) {
   using Real = accumulation_t<Element>;
-  const Terms<Real, Real> terms = {
-      .pairs = segments.pairs,
-      .width = pass.width,
-      .pairs_per_row = pass.pairs_per_row,
-      .coefficients = pass.coefficients,
-      .source = pass.source,
-  };
-  nontemporal = nontemporal && rows_are_aligned(pass.out);
+  nontemporal = nontemporal && std::all_of(parts.begin(), parts.end(), [](const auto& part) {
+                  return rows_are_aligned(part.out);
+                });
   for (int64_t c = first; c < last; ++c) {
+    if (c + kChunksAhead < last) {
+      for (const TableGrad<Element>& part : parts) {
+        prefetch_coefficients(segments, segments.chunks[c + kChunksAhead], part.coefficients);
+      }
+    }
     const Chunk& chunk = segments.chunks[c];
-    if (chunk.is_partial) {
-      sum_chunk<true>(terms, chunk,
-                      segments.partial_sums.data + chunk.row * segments.partial_sums.stride);
-    } else if (nontemporal) {
-      sum_chunk<true, true>(terms, chunk, pass.out.data + chunk.row * pass.out.stride);
-    } else {
-      sum_chunk<true>(terms, chunk, pass.out.data + chunk.row * pass.out.stride);
+    const ChunkSources sources(segments.pairs, chunk, parts[0].pairs_per_row);
+    Real* partial_sum = segments.partial_sums.data + chunk.row * segments.partial_sums.stride;
+    for (const TableGrad<Element>& part : parts) {
+      const ChunkTerms<Real, Real> terms(sources, part.coefficients, part.source);
+      Element* const out = part.out.data + chunk.row * part.out.stride;
+      if (chunk.is_partial) {
+        sum_terms(terms, part.width, partial_sum);
+        partial_sum += part.width;
+      } else if (nontemporal) {
+        sum_terms<true>(terms, part.width, out);
+      } else {
+        sum_terms(terms, part.width, out);
+      }
     }
   }
   if (nontemporal) {
@@ -61,14 +71,18 @@ void sum_chunks(const TableGrad<Element>& pass,
 }
 
 template <class Element>
-void sum_split_segments(const TableGrad<Element>& pass,
+void sum_split_segments(std::span<const TableGrad<Element>> parts,
                         const SegmentWork<accumulation_t<Element>>& segments,
                         int64_t first,
                         int64_t last) {
   for (int64_t i = first; i < last; ++i) {
     const SplitSegment& segment = segments.split_segments[i];
-    sum_split_segment(segments.partial_sums, pass.width, segment,
-                      pass.out.data + segment.row * pass.out.stride);
+    int64_t column = 0;
+    for (const TableGrad<Element>& part : parts) {
+      sum_split_segment(segments.partial_sums.from_column(column), part.width, segment,
+                        part.out.data + segment.row * part.out.stride);
+      column += part.width;
+    }
   }
 }
 

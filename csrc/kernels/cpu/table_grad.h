@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <span>
 
 #include "kernels/common.h"
 #include "kernels/cpu/segment_work.h"
@@ -12,15 +13,16 @@ namespace peer::cpu {
 template <class Element>
 struct TableGradFunctions {
   using Real = accumulation_t<Element>;
-  // A work item is a chunk. nontemporal: the rows of `out` are written past the caches if they are
-  // aligned, because together they exceed the caches.
-  void (*sum_chunks)(const TableGrad<Element>& pass,
+  // All parts of the rows, with the same pairs_per_row. A row of partial sums has the parts side by
+  // side. A work item is a chunk. nontemporal: the rows of `out` are written past the caches if
+  // they are aligned, because together they exceed the caches.
+  void (*sum_chunks)(std::span<const TableGrad<Element>> parts,
                      const SegmentWork<Real>& segments,
                      bool nontemporal,
                      int64_t first,
                      int64_t last);
   // A work item is a split segment. Runs after sum_chunks.
-  void (*sum_split_segments)(const TableGrad<Element>& pass,
+  void (*sum_split_segments)(std::span<const TableGrad<Element>> parts,
                              const SegmentWork<Real>& segments,
                              int64_t first,
                              int64_t last);

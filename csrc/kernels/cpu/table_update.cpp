@@ -37,72 +37,73 @@ namespace {
 constexpr int64_t kRowsAhead = 4;
 constexpr int64_t kBytesAhead = 256;
 
-// A step through a row: a whole vector, or the first lanes of the last one.
-struct WholeVector {};
-struct FirstLanes {
+// A step through a row: two whole vectors, or the first elements of the last two.
+struct WholeStep {};
+struct LastStep {
   int64_t count;
 };
 
 template <class Element>
-Vector<accumulation_t<Element>> read(const Element* source, WholeVector) {
-  return load(source);
+TwoVectors<accumulation_t<Element>> read(const Element* source, WholeStep) {
+  return load_two(source);
 }
 
 template <class Element>
-Vector<accumulation_t<Element>> read(const Element* source, FirstLanes lanes) {
-  return load_first(source, lanes.count);
+TwoVectors<accumulation_t<Element>> read(const Element* source, LastStep step) {
+  return load_first_of_two(source, step.count);
 }
 
-// step(column, lanes) for all of a row.
-template <class Real, class Step>
-void for_each_vector(int64_t width, const Step& step) {
+// visit(column, step) for all of a row. Inlined, so that what the visit captures stays in
+// registers.
+template <class Real, class Visit>
+[[gnu::always_inline]] inline void for_each_step(int64_t width, const Visit& visit) {
+  constexpr int64_t step = 2 * kLanes<Real>;
   int64_t column = 0;
-  for (; column + kLanes<Real> <= width; column += kLanes<Real>) {
-    step(column, WholeVector{});
+  for (; column + step <= width; column += step) {
+    visit(column, WholeStep{});
   }
   if (column < width) {
-    step(column, FirstLanes{.count = width - column});
+    visit(column, LastStep{.count = width - column});
   }
 }
 
-// How a row is rounded when it is written.
+// How the columns of a part are rounded when they are stored.
 struct RoundToNearest {
   template <class Element>
-  void write(Element* row,
-             int64_t column,
-             Vector<accumulation_t<Element>> value,
-             WholeVector) const {
-    store(row + column, value);
-  }
-  template <class Element>
-  void write(Element* row,
-             int64_t column,
-             Vector<accumulation_t<Element>> value,
-             FirstLanes lanes) const {
-    store_first(row + column, value, lanes.count);
+  void store(Element* target, int64_t /*column*/, TwoVectors<accumulation_t<Element>> value) const {
+    store_two(target, value);
   }
 };
 
 struct RoundStochastically {
   uint64_t row_key;
-  int64_t first_column;  // of the part in the row
+  int64_t first_place;  // of the part
 
   template <class Element>
-  void write(Element* row,
-             int64_t column,
-             Vector<accumulation_t<Element>> value,
-             WholeVector) const {
-    store_stochastic(row + column, value, random_words(row_key, first_column + column));
-  }
-  template <class Element>
-  void write(Element* row,
-             int64_t column,
-             Vector<accumulation_t<Element>> value,
-             FirstLanes lanes) const {
-    store_first_stochastic(row + column, value, random_words(row_key, first_column + column),
-                           lanes.count);
+  void store(Element* target, int64_t column, TwoVectors<float> value) const {
+    store_two_stochastically(target, value, RandomBits(row_key, first_place + column));
   }
 };
+
+template <class Element, class Rounding>
+void write(Element* part,
+           int64_t column,
+           TwoVectors<accumulation_t<Element>> value,
+           const Rounding& rounding,
+           WholeStep) {
+  rounding.store(part + column, column, value);
+}
+
+template <class Element, class Rounding>
+void write(Element* part,
+           int64_t column,
+           TwoVectors<accumulation_t<Element>> value,
+           const Rounding& rounding,
+           LastStep step) {
+  Element padded[2 * kLanes<accumulation_t<Element>>];
+  rounding.store(padded, column, value);
+  std::memcpy(part + column, padded, step.count * sizeof(Element));
+}
 
 // Whether all numbers are zero, of either sign. On the bits, because numbers may be compared with
 // denormals taken as zero. The first blocks of nearly all gradients decide.
@@ -127,21 +128,21 @@ bool is_zero(const Element* gradient, int64_t width) {
 // Four sums side by side hide the latency of multiply-add.
 template <class Real, class Gradient>
 Real mean_of_squares(const Gradient* gradient, int64_t width) {
-  constexpr int lanes = kLanes<Real>;
-  constexpr int chains = 4;
-  Vector<Real> sums[chains] = {};
+  constexpr int64_t step = 2 * kLanes<Real>;
+  TwoVectors<Real> sums[2] = {};
   int64_t column = 0;
-  for (; column + chains * lanes <= width; column += chains * lanes) {
-    for (int c = 0; c < chains; ++c) {
-      const Vector<Real> g = load(gradient + column + c * lanes);
-      sums[c] += g * g;
+  for (; column + 2 * step <= width; column += 2 * step) {
+    for (int64_t i = 0; i < 2; ++i) {
+      const TwoVectors<Real> g = load_two(gradient + column + i * step);
+      sums[i] = sums[i] + g * g;
     }
   }
-  for_each_vector<Real>(width - column, [&](int64_t rest, auto lanes_of_step) {
-    const Vector<Real> g = read(gradient + column + rest, lanes_of_step);
-    sums[0] += g * g;
+  for_each_step<Real>(width - column, [&](int64_t rest, auto step_kind) {
+    const TwoVectors<Real> g = read(gradient + column + rest, step_kind);
+    sums[0] = sums[0] + g * g;
   });
-  return reduce_add<Real>((sums[0] + sums[1]) + (sums[2] + sums[3])) / Real(width);
+  const TwoVectors<Real> sum = sums[0] + sums[1];
+  return reduce_add<Real>(sum.first + sum.second) / Real(width);
 }
 
 // w = decay_factor·w - scale·g
@@ -151,11 +152,10 @@ void descend(Table* w,
              int64_t width,
              accumulation_t<Table> decay_factor,
              accumulation_t<Table> scale,
-             const Rounding& rounding) {
-  for_each_vector<accumulation_t<Table>>(width, [&](int64_t column, auto lanes) {
-    rounding.write(w, column,
-                   decay_factor * read(w + column, lanes) - scale * read(gradient + column, lanes),
-                   lanes);
+             Rounding rounding) {
+  for_each_step<accumulation_t<Table>>(width, [=](int64_t column, auto step) {
+    const auto g = read(gradient + column, step);
+    write(w, column, decay_factor * read(w + column, step) - scale * g, rounding, step);
   });
 }
 
@@ -172,18 +172,16 @@ void descend_with_momentum(Table* w,
                            Table* momentum,
                            const Gradient* gradient,
                            int64_t width,
-                           const MomentumStep<accumulation_t<Table>>& step,
-                           const Rounding& rounding,
-                           const Rounding& momentum_rounding) {
-  using Real = accumulation_t<Table>;
-  const Real beta = step.beta, gain = step.gain;
-  const Real decay_factor = step.decay_factor, scale = step.scale;
-  for_each_vector<Real>(width, [&](int64_t column, auto lanes) {
-    const Vector<Real> g = read(gradient + column, lanes);
-    const Vector<Real> m = beta * read(momentum + column, lanes) + gain * g;
-    momentum_rounding.write(momentum, column, m, lanes);
-    const Vector<Real> direction = nesterov ? g + beta * m : m;
-    rounding.write(w, column, decay_factor * read(w + column, lanes) - scale * direction, lanes);
+                           MomentumStep<accumulation_t<Table>> rule,
+                           Rounding rounding,
+                           Rounding momentum_rounding) {
+  for_each_step<accumulation_t<Table>>(width, [=](int64_t column, auto step) {
+    const auto g = read(gradient + column, step);
+    const auto m = rule.beta * read(momentum + column, step) + rule.gain * g;
+    write(momentum, column, m, momentum_rounding, step);
+    const auto direction = nesterov ? g + rule.beta * m : m;
+    write(w, column, rule.decay_factor * read(w + column, step) - rule.scale * direction, rounding,
+          step);
   });
 }
 
@@ -193,19 +191,24 @@ struct Part {
   Table* w;
   Table* momentum;
   accumulation_t<Table>* second_moment;
-  double step;
+};
+
+// 1 - beta^t of the moments of row-wise Adam, where t is the row's number of steps.
+struct BiasCorrections {
+  double first, second;
 };
 
 template <class Table, class Gradient, class Rounding>
 void update_part(const UpdateRule<Table>& rule,
                  int64_t width,
                  const Part<Table>& part,
+                 const BiasCorrections& bias,
                  const Gradient* gradient,
                  const Rounding& rounding,
                  const Rounding& momentum_rounding) {
   using Real = accumulation_t<Table>;
   const Real decay_factor = Real(rule.decay_factor);
-  const auto& [w, momentum, second_moment, step] = part;
+  const auto& [w, momentum, second_moment] = part;
   switch (rule.rule) {
     case Rule::rowwise_adagrad: {
       const Real sum = *second_moment += mean_of_squares<Real>(gradient, width);
@@ -229,13 +232,11 @@ void update_part(const UpdateRule<Table>& rule,
       break;
     }
     case Rule::rowwise_adam: {
-      const double first_bias = 1 - std::pow(rule.beta1, step);
-      const double second_bias = 1 - std::pow(rule.beta2, step);
       Real& second = *second_moment;
       second =
           Real(rule.beta2) * second + Real(1 - rule.beta2) * mean_of_squares<Real>(gradient, width);
       const Real scale =
-          Real(rule.lr / first_bias) / (std::sqrt(second / Real(second_bias)) + Real(rule.eps));
+          Real(rule.lr / bias.first) / (std::sqrt(second / Real(bias.second)) + Real(rule.eps));
       const MomentumStep<Real> momentum_step = {.beta = Real(rule.beta1),
                                                 .gain = Real(1 - rule.beta1),
                                                 .decay_factor = decay_factor,
@@ -255,7 +256,11 @@ void update_row(const TableUpdate<Table, Source>& update, int64_t row, const Gra
   const UpdateRule<Table>& rule = update.rule;
   Table* const w = update.table.data + row * update.table.stride;
   Table* const momentum = rule.momentum ? rule.momentum.data + row * rule.momentum.stride : nullptr;
-  const double step = rule.rule == Rule::rowwise_adam ? ++rule.row_steps[row] : 0;
+  BiasCorrections bias = {};
+  if (rule.rule == Rule::rowwise_adam) {
+    const double step = ++rule.row_steps[row];
+    bias = {.first = 1 - std::pow(rule.beta1, step), .second = 1 - std::pow(rule.beta2, step)};
+  }
   for (int64_t p = 0; p < update.parts; ++p) {
     const int64_t column = p * update.width;
     const Part<Table> part = {
@@ -263,17 +268,19 @@ void update_row(const TableUpdate<Table, Source>& update, int64_t row, const Gra
         .momentum = momentum ? momentum + column : nullptr,
         .second_moment =
             rule.second_moments ? rule.second_moments + row * update.parts + p : nullptr,
-        .step = step,
     };
-    if (update.stochastic_rounding) {
-      const RoundStochastically rounding = {.row_key = derive_key(update.key, 2 * uint64_t(row)),
-                                            .first_column = column};
-      const RoundStochastically momentum_rounding = {
-          .row_key = derive_key(update.key, 2 * uint64_t(row) + 1), .first_column = column};
-      update_part(rule, update.width, part, gradient + column, rounding, momentum_rounding);
-    } else {
-      update_part(rule, update.width, part, gradient + column, RoundToNearest{}, RoundToNearest{});
+    if constexpr (sizeof(Table) == 2) {
+      if (update.stochastic_rounding) {
+        const int64_t place = first_place_of_part(p, update.width);
+        const RoundStochastically rounding = {derive_key(update.key, 2 * uint64_t(row)), place};
+        const RoundStochastically momentum_rounding = {
+            derive_key(update.key, 2 * uint64_t(row) + 1), place};
+        update_part(rule, update.width, part, bias, gradient + column, rounding, momentum_rounding);
+        continue;
+      }
     }
+    update_part(rule, update.width, part, bias, gradient + column, RoundToNearest{},
+                RoundToNearest{});
   }
 }
 
@@ -305,21 +312,13 @@ void sum_chunk_of_parts(const TableUpdate<Table, Source>& update,
                         const SegmentWork<Real>& segments,
                         const Chunk& chunk,
                         Real* out) {
+  const ChunkSources sources(segments.pairs, chunk, update.pairs_per_row);
   for (int64_t p = 0; p < update.parts; ++p) {
     const int64_t column = p * update.width;
-    const bool weighted = update.coefficients != nullptr;
-    const Terms<Source, Real> terms = {
-        .pairs = segments.pairs,
-        .width = update.width,
-        .pairs_per_row = update.pairs_per_row,
-        .coefficients = weighted ? update.coefficients + p * segments.pair_count : nullptr,
-        .source = update.source.from_column(column),
-    };
-    if (weighted) {
-      sum_chunk<true>(terms, chunk, out + column);
-    } else {
-      sum_chunk<false>(terms, chunk, out + column);
-    }
+    const ChunkTerms<Source, Real> terms(
+        sources, update.coefficients ? update.coefficients + p * segments.pair_count : nullptr,
+        update.source.from_column(column));
+    sum_terms(terms, update.width, out + column);
   }
 }
 
@@ -349,6 +348,12 @@ void update_chunks(const TableUpdate<Table, Source>& update,
   for (int64_t c = first; c < last; ++c) {
     if (c + kRowsAhead < last && !segments.chunks[c + kRowsAhead].is_partial) {
       prefetch_row(update, segments.chunks[c + kRowsAhead].row);
+    }
+    if (c + kChunksAhead < last && update.coefficients) {
+      for (int64_t p = 0; p < update.parts; ++p) {
+        prefetch_coefficients(segments, segments.chunks[c + kChunksAhead],
+                              update.coefficients + p * segments.pair_count);
+      }
     }
     const Chunk& chunk = segments.chunks[c];
     if (chunk.is_partial) {

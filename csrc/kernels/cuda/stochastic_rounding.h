@@ -14,11 +14,6 @@
 
 namespace peer::cuda {
 
-// The place of a part's first column.
-PEER_HOST_DEVICE inline uint32_t first_place_of_part(int part, int64_t width) {
-  return uint32_t(part * (width + width % 2));
-}
-
 // The random bits of a place.
 PEER_HOST_DEVICE inline uint32_t random_bits(uint64_t row_key, uint32_t place) {
   const uint32_t word = random_word(row_key, place / 2);

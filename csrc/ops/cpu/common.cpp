@@ -54,28 +54,29 @@ at::Tensor TableGradient::sum(const at::Tensor& coefficients,
   with_table_type(values.scalar_type(), [&]<class Element>() {
     using Real = accumulation_t<Element>;
     const at::Tensor partial_sums =
-        at::empty({segments_.partial_rows, width}, sources[0].options());
-    const SegmentWork<Real> work = segments_.work(Rows<Real>{data_of<Real>(partial_sums), width});
-    const int64_t written_bytes =
-        segments_.chunks.size() * parts * width * int64_t(sizeof(Element));
-    const bool exceeds_caches = written_bytes > kCacheBytes;
-    const auto& kernel = kernels<TableGradKernels>().of<Element>();
+        at::empty({segments_.partial_rows, parts * width}, sources[0].options());
+    const SegmentWork<Real> work = segments_.work(mutable_rows_of<Real>(partial_sums));
+    std::vector<TableGrad<Element>> passes;
     for (int64_t part = 0; part < parts; ++part) {
       const at::Tensor& source = sources[part];
-      const TableGrad<Element> pass = {
+      passes.push_back({
           .width = width,
           .pairs_per_row = source.size(0) > 0 ? count_ / source.size(0) : 1,
           .coefficients = const_data_of<Real>(coefficients) + part * count_,
           .source = rows_of<Real>(source),
           .out = mutable_rows_of<Element>(values.select(1, part)),
-      };
-      at::parallel_for(0, segments_.chunks.size(), 64, [&](int64_t first, int64_t last) {
-        kernel.sum_chunks(pass, work, exceeds_caches, first, last);
-      });
-      at::parallel_for(0, segments_.split_segments.size(), 1, [&](int64_t first, int64_t last) {
-        kernel.sum_split_segments(pass, work, first, last);
       });
     }
+    const int64_t written_bytes =
+        segments_.chunks.size() * parts * width * int64_t(sizeof(Element));
+    const bool exceeds_caches = written_bytes > kCacheBytes;
+    const auto& kernel = kernels<TableGradKernels>().of<Element>();
+    at::parallel_for(0, segments_.chunks.size(), 64, [&](int64_t first, int64_t last) {
+      kernel.sum_chunks(passes, work, exceeds_caches, first, last);
+    });
+    at::parallel_for(0, segments_.split_segments.size(), 1, [&](int64_t first, int64_t last) {
+      kernel.sum_split_segments(passes, work, first, last);
+    });
   });
   if (!sparse_) {
     return values;

@@ -240,25 +240,30 @@ TEMPLATE_TEST_CASE("every activation and its derivative, with and without gate",
 
 namespace {
 
-// The element of a table that the gradient of one pair with coefficient 1 is rounded to.
+// The element of a table that the gradient of one pair with coefficient 1 is rounded to. In a row,
+// whole vectors and the last columns are stored by different functions.
 template <class Element>
 Element store_gradient(Capability capability, float value) {
+  constexpr int64_t width = 32 + 15;
   const float one = 1;
+  const std::vector<float> source(width, value);
   const Pair pair = {.owner = 0, .id = 0};
   const Chunk chunk = {.first = 0, .last = 1, .row = 0, .is_partial = false};
-  Element written{0x1234};
-  const TableGrad<Element> pass = {.width = 1,
+  std::vector<Element> written(width, Element{0x1234});
+  const TableGrad<Element> pass = {.width = width,
                                    .pairs_per_row = 1,
                                    .coefficients = &one,
-                                   .source = {&value, 1},
-                                   .out = {&written, 1}};
+                                   .source = {source.data(), width},
+                                   .out = {written.data(), width}};
   const SegmentWork<float> work = {.pair_count = 1,
                                    .pairs = &pair,
                                    .chunks = &chunk,
                                    .split_segments = nullptr,
                                    .partial_sums = {}};
-  kernels<TableGradKernels>(capability).of<Element>().sum_chunks(pass, work, false, 0, 1);
-  return written;
+  kernels<TableGradKernels>(capability).of<Element>().sum_chunks({&pass, 1}, work, false, 0, 1);
+  REQUIRE(std::all_of(written.begin(), written.end(),
+                      [&](const Element& each) { return each.bits == written[0].bits; }));
+  return written[0];
 }
 
 }  // namespace

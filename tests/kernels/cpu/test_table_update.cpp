@@ -223,19 +223,21 @@ namespace {
 
 // Rounds values with the kernels: subtracts their negatives from rows of zeros.
 template <class Table>
-std::vector<Table> round_stochastically(Capability capability,
-                                        const std::vector<float>& values,
-                                        int64_t rows,
-                                        uint64_t key) {
-  const int64_t width = values.size() / rows;
+std::vector<Table> round_with_kernels(Capability capability,
+                                      const std::vector<float>& values,
+                                      int64_t rows,
+                                      uint64_t key,
+                                      int64_t parts = 1) {
+  const int64_t columns = values.size() / rows;
   std::vector<Table> table(values.size(), Table{});
   const TableUpdate<Table, float> update = {
-      .width = width,
-      .table = {table.data(), width},
+      .parts = parts,
+      .width = columns / parts,
+      .table = {table.data(), columns},
       .rule = {.rule = Rule::sgd, .lr = -1, .decay_factor = 1},
       .stochastic_rounding = true,
       .key = key,
-      .source = {values.data(), width},
+      .source = {values.data(), columns},
   };
   kernels<TableUpdateKernels>(capability).of<Table, float>().update_rows(update, nullptr, 0, rows);
   return table;
@@ -253,6 +255,32 @@ std::pair<double, double> neighbours(double value) {
 }
 
 }  // namespace
+
+TEMPLATE_TEST_CASE("a column is rounded by 16 bits of a word that it shares with its neighbour",
+                   "[table_update]",
+                   BFloat16,
+                   Half) {
+  constexpr int64_t kRows = 5, kKey = 11;
+  for (const int64_t parts : {1, 2, 3}) {
+    for (const int64_t width : {1, 2, 7, 16, 31, 33, 64, 100}) {
+      const int64_t columns = parts * width;
+      std::vector<float> values = Random(7).normal<float>(kRows * columns);
+      for (size_t i = 0; i < values.size(); i += 3) {
+        values[i] *= 0x1p-17f;  // a subnormal half
+      }
+      for (const Capability capability : capabilities()) {
+        const auto rounded = round_with_kernels<TestType>(capability, values, kRows, kKey, parts);
+        INFO(name_of(capability) << " parts " << parts << " width " << width);
+        for (int64_t i = 0; i < kRows * columns; ++i) {
+          const int64_t row = i / columns, column = i % columns;
+          const uint32_t random =
+              random_bits_of(derive_key(kKey, 2 * row), column / width, width, column % width);
+          REQUIRE(rounded[i].bits == round_by_bits<TestType>(values[i], random).bits);
+        }
+      }
+    }
+  }
+}
 
 // 6 standard deviations: a correct kernel fails one comparison in 5·10^8.
 TEMPLATE_TEST_CASE("stochastic rounding is unbiased", "[table_update]", BFloat16, Half) {
@@ -273,7 +301,7 @@ TEMPLATE_TEST_CASE("stochastic rounding is unbiased", "[table_update]", BFloat16
       const double next = std::isinf(above) ? std::ldexp(1, is_half ? 16 : 128) : above;
       const double up = (value - below) / (next - below);
       int64_t ups = 0;
-      const auto rounded = round_stochastically<TestType>(
+      const auto rounded = round_with_kernels<TestType>(
           capability, std::vector<float>(kRows * kWidth, value), kRows, 5);
       for (const TestType& each : rounded) {
         REQUIRE((to_double(each) == below || to_double(each) == above));
@@ -283,7 +311,7 @@ TEMPLATE_TEST_CASE("stochastic rounding is unbiased", "[table_update]", BFloat16
       INFO(name_of(capability) << " value " << value << " expected " << up * count << " got "
                                << ups);
       CHECK(std::abs(ups - up * count) <= 6 * std::sqrt(count * up * (1 - up)) + 1);
-      const auto negative = round_stochastically<TestType>(
+      const auto negative = round_with_kernels<TestType>(
           capability, std::vector<float>(kRows * kWidth, -value), kRows, 5);
       for (size_t i = 0; i < rounded.size(); ++i) {
         REQUIRE(to_double(negative[i]) == -to_double(rounded[i]));
@@ -302,7 +330,7 @@ TEMPLATE_TEST_CASE("what a 16-bit type holds is rounded to itself",
   }
   for (const Capability capability : capabilities()) {
     for (const uint64_t key : {1, 2, 3}) {
-      const auto rounded = round_stochastically<TestType>(capability, values, 256, key);
+      const auto rounded = round_with_kernels<TestType>(capability, values, 256, key);
       int64_t changed = 0;
       for (int bits = 0; bits < 0x10000; ++bits) {
         const double expected = to_double(TestType{uint16_t(bits)});
@@ -324,7 +352,7 @@ TEMPLATE_TEST_CASE("stochastic rounding has the same bits on every capability, i
   for (const int64_t bits : random.integers(7000 - values.size(), int64_t(1) << 32)) {
     values.push_back(std::bit_cast<float>(uint32_t(bits)));
   }
-  const auto expected = round_stochastically<TestType>(Capability::baseline, values, 70, 9);
+  const auto expected = round_with_kernels<TestType>(Capability::baseline, values, 70, 9);
   for (size_t i = 0; i < values.size(); ++i) {
     const double value = values[i], rounded = to_double(expected[i]);
     INFO(value << " to " << rounded);
@@ -337,28 +365,29 @@ TEMPLATE_TEST_CASE("stochastic rounding has the same bits on every capability, i
     }
   }
   for (const Capability capability : capabilities()) {
-    const auto result = round_stochastically<TestType>(capability, values, 70, 9);
+    const auto result = round_with_kernels<TestType>(capability, values, 70, 9);
     INFO(name_of(capability));
     CHECK(std::memcmp(result.data(), expected.data(), result.size() * sizeof(TestType)) == 0);
   }
 }
 
-TEMPLATE_TEST_CASE(
-    "neither the smallest nor the largest random word moves what a 16-bit type holds",
-    "[table_update]",
-    BFloat16,
-    Half) {
+TEMPLATE_TEST_CASE("neither the smallest nor the largest random bits move what a 16-bit type holds",
+                   "[table_update]",
+                   BFloat16,
+                   Half) {
   using namespace baseline;
   constexpr int lanes = kLanes<float>;
-  for (const uint32_t word : {0u, 0xffffffffu}) {
+  for (const uint32_t random : {0u, 0xffffu}) {
     for (int bits = 0; bits < 0x10000; bits += lanes) {
-      TestType given[lanes], rounded[lanes];
+      TestType given[lanes];
       for (int i = 0; i < lanes; ++i) {
         given[i].bits = bits + i;
       }
-      store_stochastic(rounded, load(given), Bits32{} + word);
+      const Bits32 rounded =
+          baseline::round_stochastically<TestType>(load(given), Bits32{} + random);
       for (int i = 0; i < lanes; ++i) {
-        const double expected = to_double(given[i]), actual = to_double(rounded[i]);
+        const double expected = to_double(given[i]),
+                     actual = to_double(TestType{uint16_t(rounded[i])});
         REQUIRE((std::isnan(expected)
                      ? std::isnan(actual)
                      : actual == expected && std::signbit(actual) == std::signbit(expected)));
@@ -368,7 +397,7 @@ TEMPLATE_TEST_CASE(
 }
 
 // Each bit is set half of the time, independently of its neighbours, within 6 standard deviations.
-TEST_CASE("random words are balanced, and differ by row, column and key", "[table_update]") {
+TEST_CASE("random words are balanced, and differ by row, number and key", "[table_update]") {
   constexpr int64_t kRows = 300, kColumns = 300;
   const double count = kRows * kColumns, allowed = 6 * std::sqrt(count) / 2;
   std::array<int64_t, 32> ones = {}, same_in_next_row = {}, same_in_next_column = {},
