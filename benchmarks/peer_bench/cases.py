@@ -16,16 +16,18 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 LAYER = ("forward", "backward", "step")
 EXPERTS = ("experts-forward", "experts-backward")
 CHOICE = ("routing", "retrieval", "selection")  # these read no expert
+WITHOUT_IDS = (*CHOICE, "router")  # in these, drawn ids replace nothing
 
 # The whole layer, then its stages. "backward" is forward and backward; "step" adds the optimizer
 # and zero_grad; "experts-backward" is the backward pass alone; "routing" is the product with the
-# query weights, then retrieval.
-MODES = (*LAYER, *EXPERTS, *CHOICE, "optimizer")
+# query weights, then retrieval; "router" is the whole router in training, forward and backward.
+MODES = (*LAYER, *EXPERTS, *CHOICE, "router", "optimizer")
 
 PROVIDERS = (
     "peer",
     "peer-dense-grad",
     "peer-fused",
+    "peer-fused-nearest",
     "peer-graph",
     "eager",
     "embedding_bag",
@@ -33,9 +35,10 @@ PROVIDERS = (
     "PEER-pytorch",
     "dense-4d",
     "dense-active",
+    "products",
 )
 OURS = ("peer", "peer-fused")
-FREEZES = (*OURS, "peer-dense-grad")  # providers that can freeze experts
+FREEZES = (*OURS, "peer-fused-nearest", "peer-dense-grad")  # providers that can freeze experts
 PLAIN = ("eager", "compiled")
 ALL = tuple(name for name in PROVIDERS if name != "peer-graph")
 
@@ -157,7 +160,13 @@ def _targets() -> list[Plan]:
             Plan(case, ("backward",), ("peer", *PLAIN)),
             Plan(case, ("step",), (*OURS, *PLAIN, "dense-4d")),
             Plan(case, with_zipf, ("peer",), ("uniform", "zipf:1.0")),
-            Plan(replace(case, dtype="bfloat16"), ("experts-forward", "step"), OURS),
+            Plan(case, ("experts-backward",), OURS),
+            Plan(case, ("router",), ("peer", "products")),
+            Plan(
+                replace(case, dtype="bfloat16"),
+                with_zipf,
+                (*OURS, "peer-fused-nearest"),
+            ),
         ]
     for root in (256, 512, 1024, 2048):
         plans.append(Plan(Case(num_experts=root**2, dim=256), ("step",), OURS))

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 import peer
-from peer_bench.layers import TABLE_LEARNING_RATE, DenseLayer
+from peer_bench.layers import TABLE_LEARNING_RATE, DenseLayer, exact_queries_of, score_keys
 from peer_bench.problem import Problem
 
 # Norm of the difference over the norm of the reference, by the table's dtype. With activations in
@@ -106,6 +106,39 @@ def check_retrieval(
     query = make_queries(tokens)
     _check_choice(problem, query, keys, ids)
     _compare(problem, "scores", scores, _exact_scores(query, keys, ids))
+
+
+def check_router(problem: Problem, router: peer.ProductKeyRouter, grad_weights: Tensor) -> None:
+    """Compares the choice, the weights and the gradient of x of a router in training."""
+    tokens = _choose_tokens(problem)
+    x = problem.get_x(0).detach().clone().requires_grad_()
+    exact_x = x.detach().double().requires_grad_()
+    query = exact_queries_of(router, exact_x)[tokens]
+    keys = router.row_keys, router.col_keys
+    weights, ids = router(x)
+    _check_choice(problem, query.detach(), keys, ids[tokens])
+    expected = _exact_scores(query, keys, ids[tokens]).softmax(-1)
+    _compare(problem, "weights", weights[tokens], expected)
+    masked = torch.zeros_like(grad_weights)
+    masked[tokens] = grad_weights[tokens]
+    weights.backward(masked)
+    expected.backward(grad_weights[tokens].double())
+    assert x.grad is not None
+    assert exact_x.grad is not None
+    _compare(problem, "gradient of x", x.grad, exact_x.grad)
+
+
+def check_scores(
+    problem: Problem, query_weight: Tensor, row_keys: Tensor, col_keys: Tensor
+) -> None:
+    """Compares the scores of all keys by `score_keys`."""
+    weights = query_weight, row_keys, col_keys
+    x = problem.get_x(0)[:TOKENS]
+    with torch.no_grad():
+        got = score_keys(x, *weights)
+        expected = score_keys(x.double(), *(weight.double() for weight in weights))
+    for part, reference in zip(got, expected, strict=True):
+        _compare(problem, "scores", part, reference)
 
 
 def check_dense(problem: Problem, layer: DenseLayer) -> None:

@@ -20,6 +20,7 @@ R = C = √N keys per half:
                                                        writes three of them
     step              backward + optimizer
     routing           router + T·D·s + 12·T·P                      x read, scores and ids written
+    router, the mode  3·router + 3·T·D·s               and gradients written; x read twice
     retrieval         T·H·dim_key·s + (R + C)·dim_key/2·s + 12·T·P
     selection         4·T·H·(R + C) + 12·T·P           scores read, scores and ids written
     feed-forward      2·D·F·s forward, 3 times that with backward, 10 times with a step
@@ -30,7 +31,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterator
 
-from peer_bench.cases import CHOICE, FREEZES, LAYER, Case, Entry, Plan
+from peer_bench.cases import CHOICE, FREEZES, LAYER, WITHOUT_IDS, Case, Entry, Plan
 from peer_bench.machine import CPU
 from peer_bench.problem import count_inputs
 from peer_bench.workloads import SETUPS
@@ -50,7 +51,7 @@ def list_entries(plan: Plan, memory: int, cache: int | None = None) -> Iterator[
     for mode in plan.modes:
         for distribution in plan.distributions:
             for name in plan.providers:
-                ignores_ids = mode in CHOICE or name.startswith("dense")
+                ignores_ids = mode in WITHOUT_IDS or name.startswith("dense")
                 if mode not in SETUPS[name]:
                     continue
                 if ignores_ids and distribution != plan.distributions[0]:
@@ -100,7 +101,7 @@ def unsupported_reason(provider: str, case: Case, mode: str) -> str:
         if any(importlib.util.find_spec(name) is None for name in ("PEER_pytorch", "einx")):
             return "not installed: pip install PEER-pytorch"
     normalises = provider != "PEER-pytorch" and not provider.startswith("dense")
-    if normalises and case.tokens == 1 and mode in ("backward", "step", "optimizer"):
+    if normalises and case.tokens == 1 and mode in ("backward", "step", "router", "optimizer"):
         return "batch normalisation learns from two tokens or more"
     return ""
 
@@ -119,7 +120,7 @@ def estimate_case(case: Case, cache: int | None = None) -> int:
 
 def _get_gradients(entry: Entry) -> str:
     """The gradients of the table: "sparse", "dense" or "fused" into the backward pass."""
-    if entry.provider == "peer-fused":
+    if entry.provider in ("peer-fused", "peer-fused-nearest"):
         return "fused"
     is_sparse = entry.provider in ("peer", "peer-graph") or "sparse" in entry.variant
     return "sparse" if is_sparse else "dense"
@@ -140,6 +141,10 @@ def _estimate_provider(entry: Entry) -> int:
     sparse = 2 * rows * 2 * case.dim * case.itemsize
     gradient = {"dense": case.table_bytes, "sparse": sparse, "fused": 0}[gradients]
     moments = 2 * case.table_bytes if mode in ("step", "optimizer") else 0
+    if entry.provider == "products":  # all scores and their gradients
+        return router + 16 * case.tokens * case.heads * case.root
+    if mode == "router":
+        return router
     learns = mode not in ("forward", "experts-forward", *CHOICE)
     if entry.provider.startswith("peer"):
         graphs = max(case.routers, 4) if entry.provider == "peer-graph" else 1
@@ -176,6 +181,9 @@ def bytes_moved(entry: Entry, distinct: float) -> int:
         return times * 2 * case.dim * _get_hidden(entry) * case.activation_dtype.itemsize
     if mode in CHOICE:
         return _choice_bytes(case, mode)
+    if mode == "router":
+        activations = case.tokens * case.dim * case.activation_dtype.itemsize
+        return 3 * router_bytes(case) + 3 * activations
     gradients = _get_gradients(entry)
     if mode not in LAYER:
         total = experts_bytes(case, mode, distinct, gradients)

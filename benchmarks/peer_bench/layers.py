@@ -64,6 +64,14 @@ def route(
     return retrieve(query, row_keys, col_keys, k)
 
 
+def score_keys(
+    x: Tensor, query_weight: Tensor, row_keys: Tensor, col_keys: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`project`, and the scores of all rows and of all columns: three matrix products."""
+    row_query, col_query = project(x, query_weight, 2 * row_keys.shape[-1]).chunk(2, dim=-1)
+    return row_query @ row_keys.T, col_query @ col_keys.T
+
+
 def gather_and_einsum(x: Tensor, weights: Tensor, ids: Tensor, table: Tensor) -> Tensor:
     """Gathers the rows of the table and contracts them."""
     down, up = table[ids].to(x.dtype).unbind(-2)
@@ -113,7 +121,7 @@ class PeerLayer(nn.Module):
         pool.weight = problem.weight
         self.peer = peer.PEER(problem.case.dim, router=router, experts=pool)
         self.row_keys, self.col_keys = router.row_keys, router.col_keys
-        self.exact_queries = functools.partial(_exact_queries, router)
+        self.exact_queries = functools.partial(exact_queries_of, router)
         self._ids: Tensor | None = None
         self._chosen: Tensor | None = None
 
@@ -140,7 +148,7 @@ class PlainLayer(nn.Module):
         self.heads, self.dim_key, self.k = problem.case.heads, problem.case.dim_key, problem.case.k
         self.experts = VARIANTS[variant]
         self.table = problem.rows if variant in VARIANTS_OF_ROWS else problem.weight
-        self.exact_queries = functools.partial(_exact_queries, router)
+        self.exact_queries = functools.partial(exact_queries_of, router)
 
     def forward(self, x: Tensor, ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Applies the layer."""
@@ -151,7 +159,7 @@ class PlainLayer(nn.Module):
         return self.experts(x, weights, used, self.table), chosen
 
 
-def _exact_queries(router: peer.ProductKeyRouter, x: Tensor) -> Tensor:
+def exact_queries_of(router: peer.ProductKeyRouter, x: Tensor) -> Tensor:
     """Queries (T, H, 2, dim_key / 2) of float64 inputs: linear, batch normalisation, heads."""
     norm: Any = router.norm
     query = x @ router.query.weight.detach().double().T
@@ -233,17 +241,23 @@ class DenseLayer(nn.Module):
 # The optimizers of a turn. The end of the turn closes the stack.
 
 
-def row_wise(layer: nn.Module, _: ExitStack) -> Sequence[Optimizer]:
+def row_wise(
+    layer: nn.Module, _: ExitStack, *, stochastic_rounding: bool = True
+) -> Sequence[Optimizer]:
     """Row-wise Adagrad for the table, fused AdamW for the rest."""
     dense, experts = peer.param_groups(layer, lr=LEARNING_RATE, expert_lr=TABLE_LEARNING_RATE)
-    rows = peer.optim.RowwiseAdagrad([experts], lr=TABLE_LEARNING_RATE)
+    rows = peer.optim.RowwiseAdagrad(
+        [experts], lr=TABLE_LEARNING_RATE, stochastic_rounding=stochastic_rounding
+    )
     others = [torch.optim.AdamW([dense], lr=LEARNING_RATE, fused=True)] if dense["params"] else []
     return [rows, *others]
 
 
-def fused_row_wise(layer: nn.Module, stack: ExitStack) -> Sequence[Optimizer]:
+def fused_row_wise(
+    layer: nn.Module, stack: ExitStack, *, stochastic_rounding: bool = True
+) -> Sequence[Optimizer]:
     """The same with the update of the table fused into the backward pass."""
-    optimizers = row_wise(layer, stack)
+    optimizers = row_wise(layer, stack, stochastic_rounding=stochastic_rounding)
     stack.enter_context(cast(Any, optimizers[0]).fuse_into_backward(layer))
     return optimizers
 

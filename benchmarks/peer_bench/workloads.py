@@ -258,7 +258,9 @@ def _set_up_peer_experts(problem: Problem, entry: Entry, *, sparse_grad: bool = 
     return set_up_experts(problem, entry, experts, problem.weight)
 
 
-def _set_up_fused_experts(problem: Problem, entry: Entry) -> Workload:
+def _set_up_fused_experts(
+    problem: Problem, entry: Entry, *, stochastic_rounding: bool = True
+) -> Workload:
     """A pool in whose backward pass row-wise Adagrad updates the table."""
     pool = problem.make_pool()
     pool.weight = problem.weight
@@ -266,7 +268,9 @@ def _set_up_fused_experts(problem: Problem, entry: Entry) -> Workload:
     def experts(x: Tensor, weights: Tensor, ids: Tensor, _: Tensor) -> Any:
         return pool(x, weights, ids)
 
-    open_turn = functools.partial(layers.fused_row_wise, pool)
+    open_turn = functools.partial(
+        layers.fused_row_wise, pool, stochastic_rounding=stochastic_rounding
+    )
     return set_up_experts(problem, entry, experts, pool.weight, open_turn=open_turn)
 
 
@@ -314,6 +318,38 @@ def set_up_routing(problem: Problem, entry: Entry, function: Any) -> Workload:
 
     keys = first.row_keys, first.col_keys
     return _set_up_choice(entry, problem, function, make_inputs, make_queries, keys)
+
+
+def set_up_router(problem: Problem, entry: Entry) -> Workload:
+    """The router in training: weights and ids forward, and all gradients backward.
+
+    "products" does the matrix products alone: the queries, and the scores of all keys.
+    """
+    router = problem.routers[0]
+    weights = router.query.weight, router.row_keys, router.col_keys
+    grad_weights = problem.weights.flip(-1) - problem.weights
+    grad_scores = torch.randn(2, problem.case.tokens, problem.case.heads, problem.case.root)
+    grad_scores = grad_scores.to(problem.device, problem.dtype)
+
+    def run_router(x: Tensor) -> None:
+        router(x)[0].backward(grad_weights)
+
+    def run_products(x: Tensor) -> None:
+        torch.autograd.backward(layers.score_keys(x, *weights), grad_scores.unbind(0))
+
+    def prepare(index: int) -> Arguments:
+        router.train()
+        return (problem.get_x(index).detach().requires_grad_(),)
+
+    def check_one() -> None:
+        if entry.provider == "products":
+            check.check_scores(problem, *weights)
+        else:
+            router.train()
+            check.check_router(problem, router, grad_weights)
+
+    run = run_products if entry.provider == "products" else run_router
+    return Workload(problem, prepare, run, check_one, modules=(router,))
 
 
 def set_up_retrieval(
@@ -372,6 +408,7 @@ _plain: dict[str, Setup] = {
 }
 _with_optimizer = (*LAYER, "optimizer")
 _dense_grad = functools.partial(layers.PeerLayer, sparse_grad=False)
+_fused_to_nearest = functools.partial(layers.fused_row_wise, stochastic_rounding=False)
 _dense_4d = functools.partial(layers.DenseLayer, get_hidden=lambda case: 4 * case.dim)
 _dense_active = functools.partial(layers.DenseLayer, get_hidden=lambda case: case.per_token)
 
@@ -380,6 +417,7 @@ SETUPS: dict[str, dict[str, Setup]] = {
         **_layers(_with_optimizer, layers.PeerLayer, layers.row_wise),
         **dict.fromkeys(EXPERTS, _set_up_peer_experts),
         **_choices(_topk, _peer_selection),
+        "router": set_up_router,
     },
     "peer-dense-grad": {
         **_layers(("backward", "step", "optimizer"), _dense_grad, layers.dense_adam),
@@ -388,6 +426,10 @@ SETUPS: dict[str, dict[str, Setup]] = {
     "peer-fused": {
         **_layers(("step",), layers.PeerLayer, layers.fused_row_wise),
         "experts-backward": _set_up_fused_experts,
+    },
+    "peer-fused-nearest": {
+        **_layers(("step",), layers.PeerLayer, _fused_to_nearest),
+        "experts-backward": functools.partial(_set_up_fused_experts, stochastic_rounding=False),
     },
     "peer-graph": {"forward": set_up_graph},
     "eager": {**_plain, **_layers(("optimizer",), layers.PlainLayer, layers.dense_adam)},
@@ -399,4 +441,5 @@ SETUPS: dict[str, dict[str, Setup]] = {
     "PEER-pytorch": _layers(LAYER, layers.PublishedLayer, layers.dense_adam),
     "dense-4d": _layers(LAYER, _dense_4d, layers.dense_adamw),
     "dense-active": _layers(LAYER, _dense_active, layers.dense_adamw),
+    "products": {"router": set_up_router},
 }

@@ -132,12 +132,12 @@ inline std::shared_ptr<void> plain_memory(int64_t bytes) {
 
 // Contiguous ranges on new threads, as many as given.
 inline ParallelFor on_threads(int threads) {
-  return [threads](int64_t begin, int64_t end, int64_t /*grain*/, const RangeBody& body) {
+  return [threads](int64_t count, int64_t /*grain*/, const RangeBody& body) {
     std::vector<std::thread> workers;
-    const int64_t share = (end - begin + threads - 1) / threads;
-    for (int64_t first = begin; first < end; first += share) {
+    const int64_t share = (count + threads - 1) / threads;
+    for (int64_t first = 0; first < count; first += share) {
       workers.emplace_back(
-          [&body, first, last = std::min(first + share, end)] { body(first, last); });
+          [&body, first, last = std::min(first + share, count)] { body(first, last); });
     }
     for (std::thread& worker : workers) {
       worker.join();

@@ -37,6 +37,12 @@ ExpertRange experts_of_split(const ExpertMlpForward<Table>& pass, int64_t split)
   return {first, std::min(first + kExpertsPerSplit, pass.experts_per_token)};
 }
 
+// Rows of some of a token's experts.
+template <class Pass, class Table>
+RowList<Table> rows_of(const Pass& pass, Rows<const Table> table, int64_t t, ExpertRange experts) {
+  return {table, pass.indices + t * pass.experts_per_token + experts.first, experts.count()};
+}
+
 // hidden, gate and coefficients = weights·act(hidden)·gate of some of a token's experts.
 template <class Table, class Real>
 void compute_coefficients(const ExpertMlpForward<Table>& pass,
@@ -45,10 +51,12 @@ void compute_coefficients(const ExpertMlpForward<Table>& pass,
                           Real* coefficients) {
   const Real* x = pass.x + t * pass.dim;
   const int64_t pair = t * pass.experts_per_token + experts.first;
-  const int64_t* indices = pass.indices + pair;
   const Real* weights = pass.weights + pair;
   Real* hidden = pass.hidden + pair;
-  dot_with_rows(x, pass.dim, pass.w_down, indices, experts.count(), hidden);
+  const RowList<Table> down = rows_of(pass, pass.w_down, t, experts);
+  const RowList<Table> gates = rows_of(pass, pass.w_gate, t, experts);
+  const RowList<Table> up = rows_of(pass, pass.w_up, t, experts);
+  dot_with_rows(x, pass.dim, down, pass.w_gate ? gates : up, hidden);
   with_activation(pass.activation, [&]<Activation activation>() {
     for (int64_t p = 0; p < experts.count(); ++p) {
       coefficients[p] = weights[p] * activate<activation>(hidden[p]);
@@ -56,22 +64,22 @@ void compute_coefficients(const ExpertMlpForward<Table>& pass,
   });
   if (pass.w_gate) {
     Real* gate = pass.gate + pair;
-    dot_with_rows(x, pass.dim, pass.w_gate, indices, experts.count(), gate);
+    dot_with_rows(x, pass.dim, gates, up, gate);
     for (int64_t p = 0; p < experts.count(); ++p) {
       coefficients[p] *= gate[p];
     }
   }
 }
 
+// then: what is read after the split.
 template <class Table, class Real>
 void sum_split(const ExpertMlpForward<Table>& pass,
                int64_t t,
                ExpertRange experts,
+               const RowList<Table>& then,
                const Real* coefficients,
                Real* out) {
-  sum_weighted_rows(coefficients, pass.w_up,
-                    pass.indices + t * pass.experts_per_token + experts.first, experts.count(),
-                    pass.dim, out);
+  sum_weighted_rows(coefficients, pass.dim, rows_of(pass, pass.w_up, t, experts), then, out);
 }
 
 template <class Real>
@@ -85,15 +93,24 @@ template <class Table>
 void expert_mlp_forward(const ExpertMlpForward<Table>& pass, int64_t first, int64_t last) {
   using Real = accumulation_t<Table>;
   const ExpertRange all = {0, pass.experts_per_token};
+  const int64_t splits = splits_per_token(all.count());
   Scratch<Real> coefficients(all.count());
   Scratch<Real> partial_sum(pass.dim);
   for (int64_t t = first; t < last; ++t) {
     Real* out = pass.out + t * pass.dim;
     compute_coefficients(pass, t, all, coefficients.data());
-    sum_split(pass, t, experts_of_split(pass, 0), coefficients.data(), out);
-    for (int64_t split = 1; split < splits_per_token(all.count()); ++split) {
+    // What is read after a split.
+    const auto then = [&](int64_t split) {
+      if (split + 1 < splits) {
+        return rows_of(pass, pass.w_up, t, experts_of_split(pass, split + 1));
+      }
+      return t + 1 < last ? rows_of(pass, pass.w_down, t + 1, all) : RowList<Table>{};
+    };
+    sum_split(pass, t, experts_of_split(pass, 0), then(0), coefficients.data(), out);
+    for (int64_t split = 1; split < splits; ++split) {
       const ExpertRange experts = experts_of_split(pass, split);
-      sum_split(pass, t, experts, coefficients.data() + experts.first, partial_sum.data());
+      sum_split(pass, t, experts, then(split), coefficients.data() + experts.first,
+                partial_sum.data());
       add(partial_sum.data(), pass.dim, out);
     }
   }
@@ -109,7 +126,7 @@ void expert_mlp_forward_splits(const ExpertMlpForward<Table>& pass,
   for (int64_t i = first; i < last; ++i) {
     const ExpertRange experts = experts_of_split(pass, i % splits);
     compute_coefficients(pass, i / splits, experts, coefficients.data());
-    sum_split(pass, i / splits, experts, coefficients.data(), partial_sums + i * pass.dim);
+    sum_split(pass, i / splits, experts, {}, coefficients.data(), partial_sums + i * pass.dim);
   }
 }
 
@@ -133,9 +150,9 @@ template <class Table>
 void expert_mlp_backward(const ExpertMlpBackward<Table>& pass, int64_t first, int64_t last) {
   using Real = accumulation_t<Table>;
   const int64_t experts = pass.experts_per_token;
+  const ExpertRange all = {0, experts};
   Scratch<Real> upstream(experts);
   for (int64_t t = first; t < last; ++t) {
-    const int64_t* indices = pass.indices + t * experts;
     const Real* weights = pass.weights + t * experts;
     const Real* hidden = pass.hidden + t * experts;
     const Real* gate = pass.w_gate ? pass.gate + t * experts : nullptr;
@@ -143,8 +160,13 @@ void expert_mlp_backward(const ExpertMlpBackward<Table>& pass, int64_t first, in
     Real* down = pass.down_coefficients + t * experts;
     Real* up = pass.up_coefficients + t * experts;
 
-    dot_with_rows(pass.grad_out + t * pass.dim, pass.dim, pass.w_up, indices, experts,
-                  upstream.data());
+    const RowList<Table> up_rows = rows_of(pass, pass.w_up, t, all);
+    const RowList<Table> down_rows = rows_of(pass, pass.w_down, t, all);
+    const RowList<Table> gate_rows = rows_of(pass, pass.w_gate, t, all);
+    const RowList<Table> next_token =
+        t + 1 < last ? rows_of(pass, pass.w_up, t + 1, all) : RowList<Table>{};
+    dot_with_rows(pass.grad_out + t * pass.dim, pass.dim, up_rows,
+                  pass.grad_x ? down_rows : next_token, upstream.data());
     with_activation(pass.activation, [&]<Activation activation>() {
       for (int64_t p = 0; p < experts; ++p) {
         const Real value = activate<activation>(hidden[p]);
@@ -164,10 +186,10 @@ void expert_mlp_backward(const ExpertMlpBackward<Table>& pass, int64_t first, in
     }
     if (pass.grad_x) {
       Real* grad_x = pass.grad_x + t * pass.dim;
-      sum_weighted_rows(down, pass.w_down, indices, experts, pass.dim, grad_x);
+      sum_weighted_rows(down, pass.dim, down_rows, gate ? gate_rows : next_token, grad_x);
       if (gate) {
-        add_weighted_rows(pass.gate_coefficients + t * experts, pass.w_gate, indices, experts,
-                          pass.dim, grad_x);
+        add_weighted_rows(pass.gate_coefficients + t * experts, pass.dim, gate_rows, next_token,
+                          grad_x);
       }
     }
   }

@@ -1,13 +1,13 @@
 // The loops over rows of a table that are gathered by index.
 //
-//   dot_with_rows        z[p] = <v, table[indices[p]]>
-//   add_weighted_rows    y += Σ_p c[p]·table[indices[p]]
-//   sum_weighted_rows    y = Σ_p c[p]·table[indices[p]]
+//   dot_with_rows        z[p] = <v, rows[p]>
+//   add_weighted_rows    y += Σ_p c[p]·rows[p]
+//   sum_weighted_rows    y = Σ_p c[p]·rows[p]
 //
 // Rows lie anywhere in a table far larger than any cache, so the cost is the latency of DRAM.
-// kRowsInFlight rows are read side by side, each with its own accumulator, while the first lines of
-// the next group are prefetched; the hardware's prefetcher continues from there. The order of every
-// sum depends on p and the lane only, not on the group.
+// kRowsInFlight rows are read side by side while the next group is prefetched. At the end of a
+// list, the next group is the beginning of `then`, the list that the caller reads next. The order
+// of every sum depends on p and the lane only, not on the group.
 #pragma once
 
 #include <cstdint>
@@ -18,44 +18,80 @@
 
 namespace peer::cpu::PEER_CAPABILITY {
 
+// Each row has an accumulator of its own. With 16 registers, more than 8 of them would be spilled.
+//
+// Rows up to kShortRowBytes are prefetched whole, each line while the same line of the current
+// group is read. Of longer rows only the heads are prefetched, at once, and the hardware's
+// prefetcher continues from there. Where the second way becomes the faster one was measured: on
+// processors with AVX-512 later than on those without.
+#if defined(__AVX512F__)
+constexpr int kRowsInFlight = 16;
+constexpr int64_t kShortRowBytes = 2048;
+#else
 constexpr int kRowsInFlight = 8;
-constexpr int64_t kPrefetchedBytes = 256;
+constexpr int64_t kShortRowBytes = 1024;
+#endif
+constexpr int64_t kHeadBytes = 256;
+constexpr int64_t kLineBytes = 64;
 
+// Rows of a table in the order in which they are read.
 template <class Table>
-static inline void prefetch_heads(Rows<const Table> table, const int64_t* indices, int64_t count) {
-  const int64_t rows = count < kRowsInFlight ? count : kRowsInFlight;
-  for (int64_t p = 0; p < rows; ++p) {
-    const char* head = reinterpret_cast<const char*>(table.data + indices[p] * table.stride);
-    for (int64_t byte = 0; byte < kPrefetchedBytes; byte += 64) {
-      __builtin_prefetch(head + byte);
-    }
+struct RowList {
+  Rows<const Table> table = {};
+  const int64_t* indices = nullptr;
+  int64_t count = 0;
+
+  const Table* row(int64_t p) const { return table.data + indices[p] * table.stride; }
+  RowList from(int64_t p) const { return {table, indices + p, count - p}; }
+};
+
+static inline void prefetch_bytes(const void* from, int64_t bytes) {
+  for (int64_t byte = 0; byte < bytes; byte += kLineBytes) {
+    __builtin_prefetch(static_cast<const char*>(from) + byte);
   }
 }
 
-template <int rows, class Table, class Real>
-static inline void dot_group(const Real* v,
-                             int64_t width,
-                             Rows<const Table> table,
-                             const int64_t* indices,
-                             Real* z) {
-  constexpr int lanes = kLanes<Real>;
-  const Table* row[rows];
-  Vector<Real> sum[rows];
-  for (int r = 0; r < rows; ++r) {
-    row[r] = table.data + indices[r] * table.stride;
-    sum[r] = Vector<Real>{};
-  }
-  int64_t i = 0;
-  for (; i + lanes <= width; i += lanes) {
-    const Vector<Real> part = load(v + i);
+// The rows of a group, and those to prefetch meanwhile. If there are fewer of those, the rest are
+// rows of the group itself, which costs nothing but the instructions.
+template <int rows, class Table>
+struct RowGroup {
+  RowGroup(const RowList<Table>& list, const RowList<Table>& then) {
+    const RowList<Table> next = list.count > rows ? list.from(rows) : then;
     for (int r = 0; r < rows; ++r) {
-      sum[r] += part * load(row[r] + i);
+      current[r] = list.row(r);
+      ahead[r] = r < next.count ? next.row(r) : current[r];
     }
   }
-  if (i < width) {
-    const Vector<Real> part = load_first(v + i, width - i);
+
+  const Table* current[rows];
+  const Table* ahead[rows];
+};
+
+template <bool is_short, int rows, class Table, class Real>
+static inline void dot_group(const Real* v,
+                             int64_t width,
+                             const RowGroup<rows, Table>& group,
+                             Real* z) {
+  constexpr int lanes = kLanes<Real>;
+  constexpr int64_t step_bytes = 2 * lanes * sizeof(Table);
+  Vector<Real> sum[rows] = {};
+  int64_t i = 0;
+  for (; i + 2 * lanes <= width; i += 2 * lanes) {
+    const TwoVectors<Real> part = load_two(v + i);
     for (int r = 0; r < rows; ++r) {
-      sum[r] += part * load_first(row[r] + i, width - i);
+      const TwoVectors<Real> row = load_two(group.current[r] + i);
+      if constexpr (is_short) {
+        prefetch_bytes(group.ahead[r] + i, step_bytes);
+      }
+      sum[r] += part.first * row.first;
+      sum[r] += part.second * row.second;
+    }
+  }
+  for (; i < width; i += lanes) {
+    const int64_t count = width - i < lanes ? width - i : lanes;
+    const Vector<Real> part = load_first(v + i, count);
+    for (int r = 0; r < rows; ++r) {
+      sum[r] += part * load_first(group.current[r] + i, count);
     }
   }
   for (int r = 0; r < rows; ++r) {
@@ -63,77 +99,88 @@ static inline void dot_group(const Real* v,
   }
 }
 
-template <class Table, class Real>
-static inline void dot_with_rows(const Real* v,
-                                 int64_t width,
-                                 Rows<const Table> table,
-                                 const int64_t* indices,
-                                 int64_t count,
-                                 Real* z) {
-  int64_t p = 0;
-  for (; p + kRowsInFlight <= count; p += kRowsInFlight) {
-    prefetch_heads(table, indices + p + kRowsInFlight, count - p - kRowsInFlight);
-    dot_group<kRowsInFlight>(v, width, table, indices + p, z + p);
+template <bool is_short, int rows, class Table, class Real>
+static inline void add_group(const Real* c,
+                             int64_t width,
+                             const RowGroup<rows, Table>& group,
+                             Real* y) {
+  constexpr int lanes = kLanes<Real>;
+  constexpr int64_t step_bytes = 2 * lanes * sizeof(Table);
+  int64_t i = 0;
+  for (; i + 2 * lanes <= width; i += 2 * lanes) {
+    TwoVectors<Real> sum = load_two(y + i);
+    for (int r = 0; r < rows; ++r) {
+      if constexpr (is_short) {
+        prefetch_bytes(group.ahead[r] + i, step_bytes);
+      }
+      sum = sum + c[r] * load_two(group.current[r] + i);
+    }
+    store_two(y + i, sum);
   }
-  for (; p < count; ++p) {
-    dot_group<1>(v, width, table, indices + p, z + p);
+  for (; i < width; i += lanes) {
+    const int64_t count = width - i < lanes ? width - i : lanes;
+    Vector<Real> sum = load_first(y + i, count);
+    for (int r = 0; r < rows; ++r) {
+      sum += c[r] * load_first(group.current[r] + i, count);
+    }
+    store_first(y + i, sum, count);
   }
 }
 
-template <int rows, class Table, class Real>
-static inline void add_group(const Real* c,
-                             Rows<const Table> table,
-                             const int64_t* indices,
-                             int64_t width,
-                             Real* y) {
-  constexpr int lanes = kLanes<Real>;
-  const Table* row[rows];
-  for (int r = 0; r < rows; ++r) {
-    row[r] = table.data + indices[r] * table.stride;
-  }
-  int64_t i = 0;
-  for (; i + lanes <= width; i += lanes) {
-    Vector<Real> sum = load(y + i);
-    for (int r = 0; r < rows; ++r) {
-      sum += c[r] * load(row[r] + i);
+// visit.operator()<is_short>(p, group) for groups of kRowsInFlight rows, then for single rows.
+template <class Table, class Visit>
+static inline void for_each_group(const RowList<Table>& list,
+                                  const RowList<Table>& then,
+                                  int64_t width,
+                                  const Visit& visit) {
+  const bool is_short = width * int64_t(sizeof(Table)) <= kShortRowBytes;
+  int64_t p = 0;
+  for (; p + kRowsInFlight <= list.count; p += kRowsInFlight) {
+    const RowGroup<kRowsInFlight, Table> group(list.from(p), then);
+    if (is_short) {
+      visit.template operator()<true>(p, group);
+    } else {
+      for (const Table* row : group.ahead) {
+        prefetch_bytes(row, kHeadBytes);
+      }
+      visit.template operator()<false>(p, group);
     }
-    store(y + i, sum);
   }
-  if (i < width) {
-    Vector<Real> sum = load_first(y + i, width - i);
-    for (int r = 0; r < rows; ++r) {
-      sum += c[r] * load_first(row[r] + i, width - i);
-    }
-    store_first(y + i, sum, width - i);
+  for (; p < list.count; ++p) {
+    visit.template operator()<false>(p, RowGroup<1, Table>(list.from(p), {}));
   }
+}
+
+template <class Table, class Real>
+static inline void dot_with_rows(const Real* v,
+                                 int64_t width,
+                                 const RowList<Table>& list,
+                                 const RowList<Table>& then,
+                                 Real* z) {
+  for_each_group(list, then, width, [&]<bool is_short>(int64_t p, const auto& group) {
+    dot_group<is_short>(v, width, group, z + p);
+  });
 }
 
 template <class Table, class Real>
 static inline void add_weighted_rows(const Real* c,
-                                     Rows<const Table> table,
-                                     const int64_t* indices,
-                                     int64_t count,
                                      int64_t width,
+                                     const RowList<Table>& list,
+                                     const RowList<Table>& then,
                                      Real* y) {
-  int64_t p = 0;
-  for (; p + kRowsInFlight <= count; p += kRowsInFlight) {
-    prefetch_heads(table, indices + p + kRowsInFlight, count - p - kRowsInFlight);
-    add_group<kRowsInFlight>(c + p, table, indices + p, width, y);
-  }
-  for (; p < count; ++p) {
-    add_group<1>(c + p, table, indices + p, width, y);
-  }
+  for_each_group(list, then, width, [&]<bool is_short>(int64_t p, const auto& group) {
+    add_group<is_short>(c + p, width, group, y);
+  });
 }
 
 template <class Table, class Real>
 static inline void sum_weighted_rows(const Real* c,
-                                     Rows<const Table> table,
-                                     const int64_t* indices,
-                                     int64_t count,
                                      int64_t width,
+                                     const RowList<Table>& list,
+                                     const RowList<Table>& then,
                                      Real* y) {
   std::memset(y, 0, width * sizeof(Real));
-  add_weighted_rows(c, table, indices, count, width, y);
+  add_weighted_rows(c, width, list, then, y);
 }
 
 }  // namespace peer::cpu::PEER_CAPABILITY

@@ -1,6 +1,6 @@
-// The parallel loop that the caller passes to functions of several passes: at::parallel_for with
-// Torch, threads of their own in tests. A body is called with disjoint ranges that cover [begin,
-// end), in any order. No result may depend on how the range is cut.
+// The parallel loop that the caller passes to functions of several passes: that of ops/cpu/common.h
+// with Torch, threads of their own in tests. A body is called with disjoint ranges that cover [0,
+// count), in any order. No result may depend on how the range is cut.
 #pragma once
 
 #include <cstdint>
@@ -8,8 +8,7 @@
 
 namespace peer {
 
-using RangeBody = std::function<void(int64_t begin, int64_t end)>;
-using ParallelFor =
-    std::function<void(int64_t begin, int64_t end, int64_t grain, const RangeBody& body)>;
+using RangeBody = std::function<void(int64_t first, int64_t last)>;
+using ParallelFor = std::function<void(int64_t count, int64_t grain, const RangeBody& body)>;
 
 }  // namespace peer

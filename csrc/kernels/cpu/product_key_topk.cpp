@@ -329,8 +329,12 @@ void retrieve_from_enabled(const ProductKeyTopk<Real>& pass,
 template <class Real>
 void gather_sum(const GatherSum<Real>& pass, int64_t first, int64_t last) {
   for (int64_t i = first; i < last; ++i) {
-    sum_weighted_rows(pass.coefficients + i * pass.terms, pass.table, pass.indices + i * pass.terms,
-                      pass.terms, pass.width, pass.out.data + i * pass.out.stride);
+    const auto rows_of = [&](int64_t item) {
+      return RowList<Real>{pass.table, pass.indices + item * pass.terms, pass.terms};
+    };
+    sum_weighted_rows(pass.coefficients + i * pass.terms, pass.width, rows_of(i),
+                      i + 1 < last ? rows_of(i + 1) : RowList<Real>{},
+                      pass.out.data + i * pass.out.stride);
   }
 }
 

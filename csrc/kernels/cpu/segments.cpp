@@ -34,7 +34,7 @@ void sort_by_digit(const Pair* source,
   const auto digit_of = [&](const Pair& pair) { return (pair.owner >> shift) & (digits - 1); };
   std::vector<int64_t> positions(blocks * digits);
 
-  parallel_for(0, blocks, 1, [&](int64_t first, int64_t last) {
+  parallel_for(blocks, 1, [&](int64_t first, int64_t last) {
     for (int64_t block = first; block < last; ++block) {
       int64_t* counts = positions.data() + block * digits;
       for (int64_t i = block * kPairsPerBlock; i < std::min(count, (block + 1) * kPairsPerBlock);
@@ -49,7 +49,7 @@ void sort_by_digit(const Pair* source,
       position += std::exchange(positions[block * digits + digit], position);
     }
   }
-  parallel_for(0, blocks, 1, [&](int64_t first, int64_t last) {
+  parallel_for(blocks, 1, [&](int64_t first, int64_t last) {
     for (int64_t block = first; block < last; ++block) {
       int64_t* next = positions.data() + block * digits;
       for (int64_t i = block * kPairsPerBlock; i < std::min(count, (block + 1) * kPairsPerBlock);
@@ -65,7 +65,7 @@ List<Pair> list_pairs(const int64_t* owners,
                       const ParallelFor& parallel_for,
                       const Allocate& allocate) {
   const List<Pair> pairs(allocate, count);
-  parallel_for(0, count, kPairsPerBlock, [&](int64_t first, int64_t last) {
+  parallel_for(count, kPairsPerBlock, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
       pairs[i] = {.owner = owners[i], .id = i};
     }
@@ -81,7 +81,7 @@ List<Pair> list_trained_pairs(const int64_t* owners,
                               const Allocate& allocate) {
   const int64_t blocks = ceil_div(count, kPairsPerBlock);
   std::vector<int64_t> positions(blocks + 1);
-  parallel_for(0, blocks, 1, [&](int64_t first, int64_t last) {
+  parallel_for(blocks, 1, [&](int64_t first, int64_t last) {
     for (int64_t block = first; block < last; ++block) {
       for (int64_t i = block * kPairsPerBlock; i < std::min(count, (block + 1) * kPairsPerBlock);
            ++i) {
@@ -94,7 +94,7 @@ List<Pair> list_trained_pairs(const int64_t* owners,
     total += std::exchange(position, total);
   }
   const List<Pair> pairs(allocate, total);
-  parallel_for(0, blocks, 1, [&](int64_t first, int64_t last) {
+  parallel_for(blocks, 1, [&](int64_t first, int64_t last) {
     for (int64_t block = first; block < last; ++block) {
       // No branch depends on the mask: the place of a frozen pair is overwritten by the next pair.
       // The loop ends with the block's last place, so that it writes no other block's places.
@@ -172,7 +172,7 @@ Segments make_segments(const int64_t* owners,
                      std::min(pairs.size(), (block + 1) * kPairsPerBlock), visit);
   };
 
-  parallel_for(0, blocks, 1, [&](int64_t first_block, int64_t last_block) {
+  parallel_for(blocks, 1, [&](int64_t first_block, int64_t last_block) {
     for (int64_t block = first_block; block < last_block; ++block) {
       Counts counts;
       for_each_segment_of_block(block, [&](int64_t first, int64_t last) {
@@ -202,7 +202,7 @@ Segments make_segments(const int64_t* owners,
       .distinct_owners = List<int64_t>(allocate, is_compact ? total.segments : 0),
       .partial_rows = total.partial_rows,
   };
-  parallel_for(0, blocks, 1, [&](int64_t first_block, int64_t last_block) {
+  parallel_for(blocks, 1, [&](int64_t first_block, int64_t last_block) {
     for (int64_t block = first_block; block < last_block; ++block) {
       Counts next = places[block];
       for_each_segment_of_block(block, [&](int64_t first, int64_t last) {

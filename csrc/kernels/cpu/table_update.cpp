@@ -13,7 +13,8 @@
 //             split segment
 // Traffic     per row, the table's row and its state, read and written once; g stays in the
 //             first-level cache. Rows lie anywhere in a table far larger than any cache, so the
-//             first lines of later rows are prefetched
+//             row after the next one is prefetched, each line while the same line of the current
+//             row is updated
 // Exactness   g as in table_grad.cpp, without its rounding; the mean of squares in a fixed order;
 //             everything in the accumulation type, and one rounding at the store
 // Requires    pairs sorted by owner, stably, or distinct rows; nothing of widths, strides and
@@ -34,8 +35,7 @@ namespace PEER_CAPABILITY {
 
 namespace {
 
-constexpr int64_t kRowsAhead = 4;
-constexpr int64_t kBytesAhead = 256;
+constexpr int64_t kRowsAhead = 2;
 
 // A step through a row: two whole vectors, or the first elements of the last two.
 struct WholeStep {};
@@ -145,15 +145,36 @@ Real mean_of_squares(const Gradient* gradient, int64_t width) {
   return reduce_add<Real>(sum.first + sum.second) / Real(width);
 }
 
+// A part of a row, and its state if the rule has any. ahead: the same part of a later row.
+template <class Table>
+struct Part {
+  Table* w;
+  Table* momentum;
+  accumulation_t<Table>* second_moment;
+  const Table* w_ahead;
+  const Table* momentum_ahead;
+};
+
+template <class Element>
+void prefetch_step(const Element* part, int64_t column) {
+  constexpr int64_t bytes = 2 * kLanes<accumulation_t<Element>> * sizeof(Element);
+  for (int64_t byte = 0; byte < bytes; byte += 64) {
+    __builtin_prefetch(reinterpret_cast<const char*>(part + column) + byte, /*for writing*/ 1);
+  }
+}
+
 // w = decay_factor·w - scale·g
 template <class Table, class Gradient, class Rounding>
-void descend(Table* w,
+void descend(const Part<Table>& part,
              const Gradient* gradient,
              int64_t width,
              accumulation_t<Table> decay_factor,
              accumulation_t<Table> scale,
              Rounding rounding) {
+  Table* const w = part.w;
+  const Table* const ahead = part.w_ahead;
   for_each_step<accumulation_t<Table>>(width, [=](int64_t column, auto step) {
+    prefetch_step(ahead, column);
     const auto g = read(gradient + column, step);
     write(w, column, decay_factor * read(w + column, step) - scale * g, rounding, step);
   });
@@ -168,14 +189,19 @@ struct MomentumStep {
 };
 
 template <bool nesterov, class Table, class Gradient, class Rounding>
-void descend_with_momentum(Table* w,
-                           Table* momentum,
+void descend_with_momentum(const Part<Table>& part,
                            const Gradient* gradient,
                            int64_t width,
                            MomentumStep<accumulation_t<Table>> rule,
                            Rounding rounding,
                            Rounding momentum_rounding) {
+  Table* const w = part.w;
+  Table* const momentum = part.momentum;
+  const Table* const w_ahead = part.w_ahead;
+  const Table* const momentum_ahead = part.momentum_ahead;
   for_each_step<accumulation_t<Table>>(width, [=](int64_t column, auto step) {
+    prefetch_step(w_ahead, column);
+    prefetch_step(momentum_ahead, column);
     const auto g = read(gradient + column, step);
     const auto m = rule.beta * read(momentum + column, step) + rule.gain * g;
     write(momentum, column, m, momentum_rounding, step);
@@ -184,14 +210,6 @@ void descend_with_momentum(Table* w,
           step);
   });
 }
-
-// A part of a row, and its state if the rule has any.
-template <class Table>
-struct Part {
-  Table* w;
-  Table* momentum;
-  accumulation_t<Table>* second_moment;
-};
 
 // 1 - beta^t of the moments of row-wise Adam, where t is the row's number of steps.
 struct BiasCorrections {
@@ -208,31 +226,30 @@ void update_part(const UpdateRule<Table>& rule,
                  const Rounding& momentum_rounding) {
   using Real = accumulation_t<Table>;
   const Real decay_factor = Real(rule.decay_factor);
-  const auto& [w, momentum, second_moment] = part;
   switch (rule.rule) {
     case Rule::rowwise_adagrad: {
-      const Real sum = *second_moment += mean_of_squares<Real>(gradient, width);
+      const Real sum = *part.second_moment += mean_of_squares<Real>(gradient, width);
       const Real scale = Real(rule.lr) / (std::sqrt(sum) + Real(rule.eps));
-      descend(w, gradient, width, decay_factor, scale, rounding);
+      descend(part, gradient, width, decay_factor, scale, rounding);
       break;
     }
     case Rule::sgd: {
       const Real lr = Real(rule.lr);
       const MomentumStep<Real> momentum_step = {
           .beta = Real(rule.beta1), .gain = Real(1), .decay_factor = decay_factor, .scale = lr};
-      if (momentum == nullptr) {
-        descend(w, gradient, width, decay_factor, lr, rounding);
+      if (part.momentum == nullptr) {
+        descend(part, gradient, width, decay_factor, lr, rounding);
       } else if (rule.nesterov) {
-        descend_with_momentum<true>(w, momentum, gradient, width, momentum_step, rounding,
+        descend_with_momentum<true>(part, gradient, width, momentum_step, rounding,
                                     momentum_rounding);
       } else {
-        descend_with_momentum<false>(w, momentum, gradient, width, momentum_step, rounding,
+        descend_with_momentum<false>(part, gradient, width, momentum_step, rounding,
                                      momentum_rounding);
       }
       break;
     }
     case Rule::rowwise_adam: {
-      Real& second = *second_moment;
+      Real& second = *part.second_moment;
       second =
           Real(rule.beta2) * second + Real(1 - rule.beta2) * mean_of_squares<Real>(gradient, width);
       const Real scale =
@@ -241,21 +258,33 @@ void update_part(const UpdateRule<Table>& rule,
                                                 .gain = Real(1 - rule.beta1),
                                                 .decay_factor = decay_factor,
                                                 .scale = scale};
-      descend_with_momentum<false>(w, momentum, gradient, width, momentum_step, rounding,
+      descend_with_momentum<false>(part, gradient, width, momentum_step, rounding,
                                    momentum_rounding);
       break;
     }
   }
 }
 
+// ahead: a row that is updated later, or this one.
 template <class Table, class Source, class Gradient>
-void update_row(const TableUpdate<Table, Source>& update, int64_t row, const Gradient* gradient) {
+void update_row(const TableUpdate<Table, Source>& update,
+                int64_t row,
+                int64_t ahead,
+                const Gradient* gradient) {
+  const UpdateRule<Table>& rule = update.rule;
+  if (rule.second_moments != nullptr) {
+    __builtin_prefetch(rule.second_moments + ahead * update.parts, 1);
+  }
+  if (rule.row_steps != nullptr) {
+    __builtin_prefetch(rule.row_steps + ahead, 1);
+  }
   if (is_zero(gradient, update.parts * update.width)) {
     return;
   }
-  const UpdateRule<Table>& rule = update.rule;
   Table* const w = update.table.data + row * update.table.stride;
   Table* const momentum = rule.momentum ? rule.momentum.data + row * rule.momentum.stride : nullptr;
+  const int64_t w_distance = (ahead - row) * update.table.stride;
+  const int64_t momentum_distance = (ahead - row) * rule.momentum.stride;
   BiasCorrections bias = {};
   if (rule.rule == Rule::rowwise_adam) {
     const double step = ++rule.row_steps[row];
@@ -268,6 +297,8 @@ void update_row(const TableUpdate<Table, Source>& update, int64_t row, const Gra
         .momentum = momentum ? momentum + column : nullptr,
         .second_moment =
             rule.second_moments ? rule.second_moments + row * update.parts + p : nullptr,
+        .w_ahead = w + w_distance + column,
+        .momentum_ahead = momentum ? momentum + momentum_distance + column : nullptr,
     };
     if constexpr (sizeof(Table) == 2) {
       if (update.stochastic_rounding) {
@@ -281,28 +312,6 @@ void update_row(const TableUpdate<Table, Source>& update, int64_t row, const Gra
     }
     update_part(rule, update.width, part, bias, gradient + column, RoundToNearest{},
                 RoundToNearest{});
-  }
-}
-
-template <class Element>
-void prefetch_head(Rows<Element> rows, int64_t row, int64_t width) {
-  const char* head = reinterpret_cast<const char*>(rows.data + row * rows.stride);
-  const int64_t row_bytes = width * int64_t(sizeof(Element));
-  const int64_t bytes = row_bytes < kBytesAhead ? row_bytes : kBytesAhead;
-  for (int64_t byte = 0; byte < bytes; byte += 64) {
-    __builtin_prefetch(head + byte, /*for writing*/ 1);
-  }
-}
-
-template <class Table, class Source>
-void prefetch_row(const TableUpdate<Table, Source>& update, int64_t row) {
-  const int64_t width = update.parts * update.width;
-  prefetch_head(update.table, row, width);
-  if (update.rule.momentum) {
-    prefetch_head(update.rule.momentum, row, width);
-  }
-  if (update.rule.second_moments != nullptr) {
-    __builtin_prefetch(update.rule.second_moments + row * update.parts, 1);
   }
 }
 
@@ -330,11 +339,11 @@ void update_rows(const TableUpdate<Table, Source>& update,
   const auto row_of = [&](int64_t i) { return ids ? ids[i] : i; };
   const auto is_frozen = [&](int64_t row) { return update.frozen && update.frozen[row]; };
   for (int64_t i = first; i < last; ++i) {
-    if (i + kRowsAhead < last && !is_frozen(row_of(i + kRowsAhead))) {
-      prefetch_row(update, row_of(i + kRowsAhead));
-    }
-    if (!is_frozen(row_of(i))) {
-      update_row(update, row_of(i), update.source.data + i * update.source.stride);
+    const int64_t row = row_of(i);
+    if (!is_frozen(row)) {
+      const int64_t ahead = i + kRowsAhead < last ? row_of(i + kRowsAhead) : row;
+      update_row(update, row, is_frozen(ahead) ? row : ahead,
+                 update.source.data + i * update.source.stride);
     }
   }
 }
@@ -346,9 +355,6 @@ void update_chunks(const TableUpdate<Table, Source>& update,
                    int64_t last) {
   Scratch<accumulation_t<Table>> gradient(update.parts * update.width);
   for (int64_t c = first; c < last; ++c) {
-    if (c + kRowsAhead < last && !segments.chunks[c + kRowsAhead].is_partial) {
-      prefetch_row(update, segments.chunks[c + kRowsAhead].row);
-    }
     if (c + kChunksAhead < last && update.coefficients) {
       for (int64_t p = 0; p < update.parts; ++p) {
         prefetch_coefficients(segments, segments.chunks[c + kChunksAhead],
@@ -360,8 +366,9 @@ void update_chunks(const TableUpdate<Table, Source>& update,
       sum_chunk_of_parts(update, segments, chunk,
                          segments.partial_sums.data + chunk.row * segments.partial_sums.stride);
     } else {
+      const Chunk& ahead = segments.chunks[c + kRowsAhead < last ? c + kRowsAhead : c];
       sum_chunk_of_parts(update, segments, chunk, gradient.data());
-      update_row(update, chunk.row, gradient.data());
+      update_row(update, chunk.row, ahead.is_partial ? chunk.row : ahead.row, gradient.data());
     }
   }
 }
@@ -376,7 +383,7 @@ void update_split_segments(const TableUpdate<Table, Source>& update,
   for (int64_t i = first; i < last; ++i) {
     const SplitSegment& segment = segments.split_segments[i];
     sum_split_segment(segments.partial_sums, width, segment, gradient.data());
-    update_row(update, segment.row, gradient.data());
+    update_row(update, segment.row, segment.row, gradient.data());
   }
 }
 

@@ -201,7 +201,7 @@ static inline void store_lower_halves(uint16_t* target, Bits32 first, Bits32 sec
 #if defined(__AVX512BW__)
   const __m512i packed = _mm512_packus_epi32(bit_cast<__m512i>(first), bit_cast<__m512i>(second));
   const __m512i order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);
-  const __m512i narrow = _mm512_permutexvar_epi64(order, packed);
+  const __m512i narrow = _mm512_maskz_permutexvar_epi64(0xff, order, packed);
 #elif defined(__AVX2__)
   const __m256i packed = _mm256_packus_epi32(bit_cast<__m256i>(first), bit_cast<__m256i>(second));
   const __m256i narrow = _mm256_permute4x64_epi64(packed, 0b11011000);

@@ -27,7 +27,7 @@ Segments make_segments(const at::Tensor& contiguous_owners,
                        OutputRows rows) {
   return peer::cpu::make_segments(contiguous_owners.const_data_ptr<int64_t>(),
                                   contiguous_owners.numel(), owner_count, frozen, rows,
-                                  torch_threads(), cached_memory);
+                                  parallel_for<RangeBody>, cached_memory);
 }
 
 TableGradient::TableGradient(const at::Tensor& owners,
@@ -71,10 +71,10 @@ at::Tensor TableGradient::sum(const at::Tensor& coefficients,
         segments_.chunks.size() * parts * width * int64_t(sizeof(Element));
     const bool exceeds_caches = written_bytes > kCacheBytes;
     const auto& kernel = kernels<TableGradKernels>().of<Element>();
-    at::parallel_for(0, segments_.chunks.size(), 64, [&](int64_t first, int64_t last) {
+    parallel_for(segments_.chunks.size(), 64, [&](int64_t first, int64_t last) {
       kernel.sum_chunks(passes, work, exceeds_caches, first, last);
     });
-    at::parallel_for(0, segments_.split_segments.size(), 1, [&](int64_t first, int64_t last) {
+    parallel_for(segments_.split_segments.size(), 1, [&](int64_t first, int64_t last) {
       kernel.sum_split_segments(passes, work, first, last);
     });
   });
@@ -92,7 +92,7 @@ void Device::check_index_range(const char* op,
   const int64_t* indices = contiguous_indices.const_data_ptr<int64_t>();
   const int64_t total = contiguous_indices.numel();
   std::atomic<int64_t> first_bad = total;
-  at::parallel_for(0, total, 1 << 15, [&](int64_t first, int64_t last) {
+  parallel_for(total, 1 << 15, [&](int64_t first, int64_t last) {
     // Unsigned, so that one comparison catches negative ids too; no branch, so that the loop
     // vectorises.
     uint64_t largest = 0;

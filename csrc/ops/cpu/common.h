@@ -4,6 +4,8 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 
+#include <algorithm>
+#include <atomic>
 #include <limits>
 
 #include "kernels/cpu/dispatch.h"
@@ -15,12 +17,19 @@ namespace peer::ops::cpu {
 
 using namespace peer::cpu;
 
-inline const ParallelFor& torch_threads() {
-  static const ParallelFor loop = [](int64_t begin, int64_t end, int64_t grain,
-                                     const RangeBody& body) {
-    at::parallel_for(begin, end, grain, body);
-  };
-  return loop;
+// Calls body(first, last) for ranges of `grain` work items that cover [0, count), on torch's
+// threads. A thread takes the next range when it has finished one. at::parallel_for alone gives
+// every thread one range, so the loop takes as long as the thread that other programs interrupt
+// most.
+template <class Body>
+void parallel_for(int64_t count, int64_t grain, const Body& body) {
+  const int64_t ranges = (count + grain - 1) / grain;
+  std::atomic<int64_t> next = 0;
+  at::parallel_for(0, std::min<int64_t>(ranges, at::get_num_threads()), 1, [&](int64_t, int64_t) {
+    for (int64_t range = next++; range < ranges; range = next++) {
+      body(range * grain, std::min((range + 1) * grain, count));
+    }
+  });
 }
 
 // frozen: by owner, or null. Pairs of frozen owners are dropped.

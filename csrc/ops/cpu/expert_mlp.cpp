@@ -27,13 +27,13 @@ struct Cpu : Device {
         const Tensor partial_sums =
             at::empty({pass.tokens * splits, pass.dim}, tokens.out.options());
         Real* const sums = data_of<Real>(partial_sums);
-        at::parallel_for(0, pass.tokens * splits, 1, [&](int64_t first, int64_t last) {
+        parallel_for(pass.tokens * splits, 1, [&](int64_t first, int64_t last) {
           kernel.forward_splits(pass, sums, first, last);
         });
         kernel.add_splits(pass, sums, 0, pass.tokens);
       } else {
-        at::parallel_for(0, pass.tokens, kTokensPerTask,
-                         [&](int64_t first, int64_t last) { kernel.forward(pass, first, last); });
+        parallel_for(pass.tokens, kTokensPerTask,
+                     [&](int64_t first, int64_t last) { kernel.forward(pass, first, last); });
       }
     });
   }
@@ -42,8 +42,8 @@ struct Cpu : Device {
     with_table_type(experts.type(), [&]<class Table>() {
       const auto pass = backward_arguments<Table, accumulation_t<Table>>(experts, tokens);
       const auto& kernel = kernels<ExpertMlpKernels>().of<Table>();
-      at::parallel_for(0, pass.tokens, kTokensPerTask,
-                       [&](int64_t first, int64_t last) { kernel.backward(pass, first, last); });
+      parallel_for(pass.tokens, kTokensPerTask,
+                   [&](int64_t first, int64_t last) { kernel.backward(pass, first, last); });
     });
   }
 };

@@ -23,8 +23,8 @@ Tensor pack(const ProductKeyTopkFunctions<Real>& kernel, const Tensor& keys) {
       .keys = const_data_of<Real>(keys),
       .packed = data_of<Real>(packed),
   };
-  at::parallel_for(0, heads * panels, 8,
-                   [&](int64_t first, int64_t last) { kernel.pack_keys(pass, first, last); });
+  parallel_for(heads * panels, 8,
+               [&](int64_t first, int64_t last) { kernel.pack_keys(pass, first, last); });
   return packed;
 }
 
@@ -92,16 +92,15 @@ struct Cpu : Device {
           .disabled = const_data_or_null<bool>(mask.disabled),
       };
       const auto retrieve = kernel.retrieve(retrieval);
-      at::parallel_for(
-          0, (tokens + block - 1) / block * heads, 1,
-          [&](int64_t first, int64_t last) { retrieve(retrieval, block, first, last); });
+      parallel_for((tokens + block - 1) / block * heads, 1,
+                   [&](int64_t first, int64_t last) { retrieve(retrieval, block, first, last); });
     });
   }
 
   static void find_retrieved_keys(const RetrievedKeys& keys) {
     const int64_t heads = keys.indices.size(1);
     const int64_t k = keys.indices.size(2);
-    at::parallel_for(0, keys.indices.size(0) * heads, 256, [&](int64_t first, int64_t last) {
+    parallel_for(keys.indices.size(0) * heads, 256, [&](int64_t first, int64_t last) {
       const int64_t* id = keys.indices.const_data_ptr<int64_t>();
       int64_t* row = keys.rows.mutable_data_ptr<int64_t>();
       int64_t* column = keys.columns.mutable_data_ptr<int64_t>();
@@ -118,8 +117,8 @@ struct Cpu : Device {
   template <class Real>
   static void gather_sum(const GatherSum<Real>& pass) {
     const auto& kernel = kernels<ProductKeyTopkKernels>().of<Real>();
-    at::parallel_for(0, pass.items, 64,
-                     [&](int64_t first, int64_t last) { kernel.gather_sum(pass, first, last); });
+    parallel_for(pass.items, 64,
+                 [&](int64_t first, int64_t last) { kernel.gather_sum(pass, first, last); });
   }
 };
 

@@ -35,7 +35,7 @@ struct Cpu : Device {
     if (!indices.defined() ||
         (update.coefficients == nullptr && indices.dim() == 1 && ascend_strictly(indices))) {
       const int64_t* const ids = const_data_or_null<int64_t>(indices);
-      at::parallel_for(0, source.size(0), kRowsPerTask, [&](int64_t first, int64_t last) {
+      parallel_for(source.size(0), kRowsPerTask, [&](int64_t first, int64_t last) {
         kernel.update_rows(update, ids, first, last);
       });
       return;
@@ -46,10 +46,10 @@ struct Cpu : Device {
                   source.options().dtype(accumulation_type(source.scalar_type())));
     update.pairs_per_row = indices.numel() / source.size(0);
     const auto work = segments.work(mutable_rows_of<accumulation_t<Table>>(partial_sums));
-    at::parallel_for(0, segments.chunks.size(), kRowsPerTask, [&](int64_t first, int64_t last) {
+    parallel_for(segments.chunks.size(), kRowsPerTask, [&](int64_t first, int64_t last) {
       kernel.update_chunks(update, work, first, last);
     });
-    at::parallel_for(0, segments.split_segments.size(), 1, [&](int64_t first, int64_t last) {
+    parallel_for(segments.split_segments.size(), 1, [&](int64_t first, int64_t last) {
       kernel.update_split_segments(update, work, first, last);
     });
   }

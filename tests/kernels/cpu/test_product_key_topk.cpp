@@ -32,7 +32,7 @@ struct Problem {
       packed.assign(key_heads * panels * kernel.keys_per_panel * half_width, Real(NAN));
       const PackKeys<Real> pass = {
           .count = count, .half_width = half_width, .keys = keys.data(), .packed = packed.data()};
-      on_threads(threads)(0, key_heads * panels, 1, [&](int64_t first, int64_t last) {
+      on_threads(threads)(key_heads * panels, 1, [&](int64_t first, int64_t last) {
         kernel.pack_keys(pass, first, last);
       });
       return Keys<Real>{
@@ -56,7 +56,7 @@ struct Problem {
         .disabled = Mask::data(mask.disabled),
     };
     const int64_t items = (tokens + tokens_per_block - 1) / tokens_per_block * heads;
-    on_threads(threads)(0, items, 1, [&](int64_t first, int64_t last) {
+    on_threads(threads)(items, 1, [&](int64_t first, int64_t last) {
       kernel.retrieve(pass)(pass, tokens_per_block, first, last);
     });
   }

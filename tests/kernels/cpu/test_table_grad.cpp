@@ -53,10 +53,10 @@ struct Problem {
     }
     const SegmentWork<Real> work = segments.work(Rows<Real>{partial_sums.data(), columns});
     const auto& kernel = kernels<TableGradKernels>(capability).of<Element>();
-    parallel_for(0, segments.chunks.size(), 1, [&](int64_t first, int64_t last) {
+    parallel_for(segments.chunks.size(), 1, [&](int64_t first, int64_t last) {
       kernel.sum_chunks(passes, work, nontemporal, first, last);
     });
-    parallel_for(0, segments.split_segments.size(), 1, [&](int64_t first, int64_t last) {
+    parallel_for(segments.split_segments.size(), 1, [&](int64_t first, int64_t last) {
       kernel.sum_split_segments(passes, work, first, last);
     });
     return {out, out + owner_count * columns};

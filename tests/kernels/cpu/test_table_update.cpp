@@ -53,7 +53,7 @@ struct Problem : TableUpdateProblem<Table, Source> {
     const auto& kernel = kernels<TableUpdateKernels>(capability).of<Table, Source>();
     if (!this->has_pairs()) {
       const int64_t* ids = given == Given::dense ? nullptr : owners.data();
-      parallel_for(0, owners.size(), 1, [&](int64_t first, int64_t last) {
+      parallel_for(owners.size(), 1, [&](int64_t first, int64_t last) {
         kernel.update_rows(update, ids, first, last);
       });
       return state;
@@ -62,10 +62,10 @@ struct Problem : TableUpdateProblem<Table, Source> {
                                             OutputRows::by_owner, parallel_for, plain_memory);
     std::vector<Real> partial_sums(segments.partial_rows * parts * width);
     const SegmentWork<Real> work = segments.work(Rows<Real>{partial_sums.data(), parts * width});
-    parallel_for(0, segments.chunks.size(), 1, [&](int64_t first, int64_t last) {
+    parallel_for(segments.chunks.size(), 1, [&](int64_t first, int64_t last) {
       kernel.update_chunks(update, work, first, last);
     });
-    parallel_for(0, segments.split_segments.size(), 1, [&](int64_t first, int64_t last) {
+    parallel_for(segments.split_segments.size(), 1, [&](int64_t first, int64_t last) {
       kernel.update_split_segments(update, work, first, last);
     });
     return state;
