@@ -1,19 +1,12 @@
 // product_key_topk: the k best of R·C experts for every token and head, exactly, without computing
-// R·C scores.
+// R·C scores. Two kernels:
 //
-//   1. sub-scores   <q1, row_keys[r]>, then <q2, col_keys[c]>, of a block's queries, a batch of
-//                   keys at a time, in shared memory (sub_scores.h)
-//   2. best keys    the k best keys of each half of every query: the best of those so far and of
-//                   the batch (query_topk.h, warp_select.h)
-//   3. best pairs   the k best sums row + column, among the candidate pairs (query_topk.h)
+//   best keys    the k best keys of each half of every query (best_keys.h), from the sub-scores
+//                <q1, row_keys[r]> and <q2, col_keys[c]> (sub_scores.h)
+//   best pairs   the k best sums row + column of every query (best_pairs.h)
 //
 // Shapes      query (T, H, dim_key)   keys (R or C, dim_key / 2), shared or for each head
 //             scores, indices (T, H, k)
-// One block   32 queries (16 of double) of one head. Its warps divide the keys of a batch for the
-//             sub-scores, then the queries for the selection. Two blocks fit on an SM, so that one
-//             multiplies while the other selects
-// Traffic     the keys once per block, from the L2 cache; nothing of size R or C per query leaves
-//             the block
 // Exactness   every sub-score is summed in an order that depends only on dim_key; a pair's score is
 //             one addition
 // Order       higher score first; among equal scores the smaller (row rank, column rank). Keys with
@@ -28,43 +21,91 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "kernels/cuda/best_keys.h"
+#include "kernels/cuda/best_pairs.h"
 #include "kernels/cuda/product_key_topk.h"
 #include "kernels/cuda/product_key_topk_masked.h"
 #include "kernels/cuda/query_block.h"
-#include "kernels/cuda/query_topk.h"
+#include "kernels/cuda/row_slices.h"
 #include "kernels/cuda/sub_scores.h"
 
 namespace peer::cuda {
 
 namespace {
 
-constexpr int kMaxThreads = 512;
+// The division of both halves' keys into ranges, rows first. With few queries, several blocks share
+// a half, so that they fill the device and read the keys at once.
+struct KeyRanges {
+  int64_t keys_per_range;
+  int rows, columns;  // the number of ranges of a half
+
+  PEER_HOST_DEVICE int count() const { return rows + columns; }
+};
+
+// Best keys.
+//
+// One block   64 queries of one head (32 of float or if there are few, 16 of double), one half, one
+//             range of its keys. Its warps divide the keys of a batch for the sub-scores, then the
+//             queries for the selection
+// Memory      the sub-scores of 512 keys (1024 of float or double), a block per SM
+// Traffic     the keys once per block, from the L2 cache; k candidates per query, half and range
+template <bool is_masked, int queries, class Query>
+__global__ void __launch_bounds__(kMaxWarps* kWarp, 1)
+    best_keys_kernel(ProductKeyTopk<Query> retrieval,
+                     KeyRanges ranges,
+                     BestKeysMemory<Query, queries> memory,
+                     Vectorizable vectorizable,
+                     Packed<ordered_t<accumulation_t<Query>>>* best) {
+  const QueryBlock<Query, queries> block(retrieval, vectorizable, blockIdx.x / ranges.count());
+  const int range = int(blockIdx.x % ranges.count());
+  const int half = range < ranges.rows ? kRows : kColumns;
+  const int64_t first = (half == kRows ? range : range - ranges.rows) * ranges.keys_per_range;
+  const HalfRows<Query> keys = block.key_rows(half);
+  const KeyRange<Query> key_range = {
+      .rows = keys,
+      .first = first,
+      .end = std::min(first + ranges.keys_per_range, keys.count),
+      .unused = half == kRows ? retrieval.rows.unused : retrieval.columns.unused,
+  };
+  if (ranges.count() > 2) {
+    prefetch_l2(keys.row(first), keys.row(key_range.end));
+  }
+  find_best_keys<is_masked>(block.query_rows(half), key_range, memory, [&](int query) {
+    return best + (block.query(query) * ranges.count() + range) * retrieval.k;
+  });
+}
+
+// Best pairs.
+//
+// One warp    one query after another
+// Traffic     k candidates per half and range; score and id per result
+constexpr int kPairWarps = 8;
+constexpr int kPairBlocksPerSm = 6;
 
 // The layout of a block's shared memory, in bytes from its start.
-template <class Query>
-class SharedLayout {
+template <class Real>
+class BestPairsMemory {
  public:
-  using Real = accumulation_t<Query>;
-  using Order = ordered_t<Real>;
-  static constexpr int kQueries = kQueriesPerBlock<Query>;
+  using Item = Packed<ordered_t<Real>>;
 
-  SharedLayout(int k, int keys_per_batch)
-      : k_(k),
-        keys_per_batch_(keys_per_batch),
-        sorted_(kScores + kQueries * score_stride() * int(sizeof(Order))),
-        pairs_(sorted_ + 2 * kQueries * k * int(sizeof(Candidate<Order>))),
-        bytes_(pairs_ + kMaxCandidatePairs * int(sizeof(RankPair))) {}
+  BestPairsMemory(int k, int pair_count, int rows)
+      : k_(k), capacity_((std::max(pair_count, capacity_for(k)) + 1) / 2 * 2) {
+    scores_ = kPairWarps * capacity_ * int(sizeof(Item));
+    ids_ = scores_ + kPairWarps * 2 * k * int(sizeof(Real));
+    pairs_ = ids_ + kPairWarps * 2 * k * int(sizeof(int32_t));
+    bound_columns_ = pairs_ + pair_count * int(sizeof(RankPair));
+    bytes_ = bound_columns_ + rows;
+  }
 
   int bytes() const { return bytes_; }
-  PEER_HOST_DEVICE int keys_per_batch() const { return keys_per_batch_; }
 
-  __device__ OperandVec<Query>* stage_vecs() const { return at<OperandVec<Query>>(0); }
-  // (kQueries, at least keys_per_batch)
-  __device__ ScoreRows<Real> scores() const { return {at<Order>(kScores), score_stride()}; }
-  __device__ RankPair* pairs() const { return at<RankPair>(pairs_); }
-  __device__ BestKeys<Real> best_keys(int half, int query) const {
-    return {k_, at<Candidate<Order>>(sorted_) + (half * kQueries + query) * k_};
+  __device__ Item* items() const { return at<Item>(0) + warp_in_block() * capacity_; }
+  __device__ BestKeys<Real> best_keys(int half) const {
+    const int place = (warp_in_block() * 2 + half) * k_;
+    return {at<Real>(scores_) + place, at<int32_t>(ids_) + place};
   }
+  __device__ RankPair* pairs() const { return at<RankPair>(pairs_); }
+  __device__ uint8_t* bound_columns() const { return at<uint8_t>(bound_columns_); }
 
  private:
   template <class Item>
@@ -72,96 +113,110 @@ class SharedLayout {
     return reinterpret_cast<Item*>(peer_shared_memory + byte);
   }
 
-  static constexpr int kScores = Stage<Query>::kBytes;
-  // The padding avoids bank conflicts: four lanes store eight scores of a query, and the lanes
-  // beside them eight scores of the next query.
-  PEER_HOST_DEVICE int score_stride() const { return keys_per_batch_ + 8; }
-  static_assert(kMaxCandidates * sizeof(Candidate<Order>) <= kMinKeysPerBatch * sizeof(Order));
-
-  int k_;
-  int keys_per_batch_;
-  int sorted_, pairs_, bytes_;
+  int k_, capacity_;
+  int scores_, ids_, pairs_, bound_columns_, bytes_;
 };
 
-template <bool is_masked, class Query>
-__global__ void __launch_bounds__(kMaxThreads)
-    product_key_topk_kernel(ProductKeyTopk<Query> retrieval,
-                            SharedLayout<Query> shared,
-                            Vectorizable vectorizable) {
+template <class Query>
+__global__ void __launch_bounds__(kPairWarps* kWarp)
+    best_pairs_kernel(ProductKeyTopk<Query> retrieval,
+                      KeyRanges ranges,
+                      CandidatePairs candidates,
+                      BestPairsMemory<accumulation_t<Query>> memory,
+                      const Packed<ordered_t<accumulation_t<Query>>>* best) {
   using Real = accumulation_t<Query>;
-  const int k = int(retrieval.k);
-  const QueryBlock<Query> block(retrieval, vectorizable, blockIdx.x);
-  const int queries = block.count();
-  const int warps = int(blockDim.x) / kWarp;
-  const ScoreRows<Real> scores = shared.scores();
-
-  const int best_rows = int(std::min(retrieval.k, retrieval.rows.count));
-  const int best_columns = int(std::min(retrieval.k, retrieval.columns.count));
-  const int pair_count = count_candidate_pairs(best_rows, best_columns, k);
-  list_candidate_pairs(best_rows, best_columns, k, shared.pairs());
-
-  for (int half = kRows; half <= kColumns; ++half) {
-    const HalfRows<Query> keys = block.key_rows(half);
-    const HalfRows<Query> query_rows = block.query_rows(half);
-    const bool* const unused = half == kRows ? retrieval.rows.unused : retrieval.columns.unused;
-    for (int64_t first = 0; first < keys.count; first += shared.keys_per_batch()) {
-      const int batch = int(std::min<int64_t>(shared.keys_per_batch(), keys.count - first));
-      score_batch(query_rows, keys, first, batch, shared.stage_vecs(), scores);
-      __syncthreads();
-      for (int query = warp_in_block(); query < queries; query += warps) {
-        shared.best_keys(half, query)
-            .template add_batch<is_masked>(scores.data + query * scores.stride, batch,
-                                           int32_t(first), unused);
-      }
-      __syncthreads();
-    }
-  }
-
-  for (int query = warp_in_block(); query < queries; query += warps) {
-    const int64_t target = block.query(query) * retrieval.k;
-    const PairSelection<Real> selection = {
-        .rows = shared.best_keys(kRows, query),
-        .columns = shared.best_keys(kColumns, query),
-        .column_count = retrieval.columns.count,
-        .pairs = shared.pairs(),
-        .pair_count = pair_count,
-        .k = k,
-        .scores = retrieval.scores + target,
-        .indices = retrieval.indices + target,
-    };
-    selection.select(
-        reinterpret_cast<Candidate<ordered_t<Real>>*>(scores.data + query * scores.stride));
+  const int k = candidates.k;
+  candidates.pairs = memory.pairs();
+  candidates.bound_columns = memory.bound_columns();
+  candidates.list();
+  __syncthreads();
+  const BestKeys<Real> rows = memory.best_keys(kRows);
+  const BestKeys<Real> columns = memory.best_keys(kColumns);
+  const int64_t queries = retrieval.tokens * retrieval.heads;
+  for (int64_t query = int64_t(blockIdx.x) * kPairWarps + warp_in_block(); query < queries;
+       query += int64_t(gridDim.x) * kPairWarps) {
+    const auto* of_ranges = best + query * ranges.count() * k;
+    merge_best_keys(of_ranges, ranges.rows, k, memory.items(), rows);
+    __syncwarp();
+    merge_best_keys(of_ranges + ranges.rows * k, ranges.columns, k, memory.items(), columns);
+    __syncwarp();
+    select_pairs(candidates, rows, columns, retrieval.columns.count, memory.items(),
+                 retrieval.scores + query * k, retrieval.indices + query * k);
+    __syncwarp();
   }
 }
 
-// Chooses the largest batch of keys with which two blocks fit on an SM. The SM reserves 1 KiB for
-// each block.
+// Divides the keys such that every SM has a block, if the ranges do not become too short to be
+// worth one, or too many to merge.
 template <class Query>
-SharedLayout<Query> choose_shared_layout(const ProductKeyTopk<Query>& retrieval) {
-  constexpr int kReserved = 1 << 10;
-  constexpr int kStep = 2 * kWarp;
-  const int64_t bytes_per_block = (max_shared_bytes() - kReserved) / 2;
-  const auto layout_for = [&](int64_t keys) {
-    return SharedLayout<Query>(int(retrieval.k), int(keys));
-  };
+KeyRanges divide_keys(const ProductKeyTopk<Query>& retrieval, int64_t query_blocks) {
+  constexpr int64_t kMinKeys = 64;  // per range
+  constexpr int64_t kMaxRanges = 32;
+  static_assert(kMinKeys % kKeysPerTile<Query> == 0);
+  const int64_t blocks_per_half = sm_count() / (2 * std::max<int64_t>(query_blocks, 1));
+  const int64_t wanted = std::clamp<int64_t>(blocks_per_half, 1, kMaxRanges);
   const int64_t keys = std::max(retrieval.rows.count, retrieval.columns.count);
-  int64_t batch =
-      std::clamp<int64_t>((keys + kStep - 1) / kStep * kStep, kMinKeysPerBatch, kMaxKeysPerBatch);
-  while (batch > kMinKeysPerBatch && layout_for(batch).bytes() > bytes_per_block) {
-    batch -= kStep;
+  const int64_t keys_per_range =
+      ((keys + wanted - 1) / wanted + kMinKeys - 1) / kMinKeys * kMinKeys;
+  const auto ranges_of = [&](const Keys<Query>& half) {
+    return int((half.count + keys_per_range - 1) / keys_per_range);
+  };
+  return {keys_per_range, ranges_of(retrieval.rows), ranges_of(retrieval.columns)};
+}
+
+// Chooses as many warps as have keys and fit in shared memory, an even number.
+template <int queries, class Query>
+BestKeysMemory<Query, queries> choose_memory(int k, int64_t keys) {
+  constexpr int kMinWarps = 4;
+  const int64_t tiles = (keys + kKeysPerTile<Query> - 1) / kKeysPerTile<Query>;
+  int warps = int(std::clamp<int64_t>((tiles + 1) / 2 * 2, kMaxWarps / 2, kMaxWarps));
+  while (warps > kMinWarps &&
+         BestKeysMemory<Query, queries>(k, warps).bytes() > max_shared_bytes()) {
+    warps -= 2;
   }
-  return layout_for(batch);
+  return {k, warps};
+}
+
+template <bool is_masked, int queries, class Query>
+void find_best(const ProductKeyTopk<Query>& retrieval, const Context& context) {
+  using Real = accumulation_t<Query>;
+  using Item = Packed<ordered_t<Real>>;
+  const int k = int(retrieval.k);
+  const int64_t query_blocks = count_query_blocks(retrieval, queries);
+  const KeyRanges ranges = divide_keys(retrieval, query_blocks);
+  const int64_t query_count = retrieval.tokens * retrieval.heads;
+  const auto best = context.array<Item>(query_count * ranges.count() * k);
+
+  const auto memory = choose_memory<queries, Query>(
+      k, std::min(std::max(retrieval.rows.count, retrieval.columns.count), ranges.keys_per_range));
+  launch(best_keys_kernel<is_masked, queries, Query>,
+         {query_blocks * ranges.count(), memory.threads(), memory.bytes()}, context.stream,
+         retrieval, ranges, memory, find_vectorizable(retrieval), best.get());
+
+  CandidatePairs candidates = {
+      .k = k,
+      .rows = int(std::min(retrieval.k, retrieval.rows.count)),
+      .columns = int(std::min(retrieval.k, retrieval.columns.count)),
+  };
+  candidates.count = count_candidate_pairs(candidates.rows, candidates.columns, k);
+  const BestPairsMemory<Real> pairs_memory(k, candidates.count, candidates.rows);
+  const int64_t blocks =
+      std::min((query_count + kPairWarps - 1) / kPairWarps, int64_t(kPairBlocksPerSm) * sm_count());
+  launch(best_pairs_kernel<Query>, {blocks, kPairWarps * kWarp, pairs_memory.bytes()},
+         context.stream, retrieval, ranges, candidates, pairs_memory, best.get());
 }
 
 // Retrieves from all experts. Under a mask, unused keys rank behind the others.
 template <bool is_masked, class Query>
 void retrieve(const ProductKeyTopk<Query>& retrieval, const Context& context) {
-  const int64_t blocks = count_query_blocks(retrieval);
-  const SharedLayout<Query> shared = choose_shared_layout(retrieval);
-  // With at most one block per SM, a block takes all registers.
-  const int threads = blocks > sm_count() ? kMaxThreads / 2 : kMaxThreads;
-  launch(product_key_topk_kernel<is_masked, Query>, {blocks, threads, shared.bytes()},
-         context.stream, retrieval, shared, find_vectorizable(retrieval));
+  constexpr int many = kManyQueries<Query>;
+  constexpr int few = kFewQueries<Query>;
+  if (retrieval.tokens > few &&
+      BestKeysMemory<Query, many>(int(retrieval.k), kMaxWarps / 2).bytes() <= max_shared_bytes()) {
+    find_best<is_masked, many>(retrieval, context);
+  } else {
+    find_best<is_masked, few>(retrieval, context);
+  }
 }
 
 }  // namespace

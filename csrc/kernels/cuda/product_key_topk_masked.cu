@@ -12,9 +12,9 @@
 #include <cstdio>
 #include <limits>
 
+#include "kernels/cuda/best_keys.h"
 #include "kernels/cuda/product_key_topk_masked.h"
 #include "kernels/cuda/query_block.h"
-#include "kernels/cuda/query_topk.h"
 #include "kernels/cuda/sub_scores.h"
 #include "kernels/cuda/warp.h"
 #include "kernels/cuda/warp_select.h"
@@ -76,7 +76,7 @@ constexpr int64_t kScanBytes = int64_t(64) << 20;
 // Device memory of the blocks.
 template <class Query>
 struct ScanMemory {
-  static constexpr int kQueries = kQueriesPerBlock<Query>;
+  static constexpr int kQueries = kFewQueries<Query>;
   using Real = accumulation_t<Query>;
   using Order = ordered_t<Real>;
 
@@ -84,8 +84,9 @@ struct ScanMemory {
   Order* scores[2];  // (blocks, kQueries, stride)
   int32_t* heads;    // (blocks, row stride), the column of each head, -1 if the row has none
 
-  __device__ ScoreRows<Real> block_scores(int half) const {
-    return {scores[half] + int64_t(blockIdx.x) * kQueries * strides[half], strides[half]};
+  // The scores of one of the block's queries.
+  __device__ Order* block_scores(int half, int query) const {
+    return scores[half] + (int64_t(blockIdx.x) * kQueries + query) * strides[half];
   }
   __device__ int32_t* block_heads() const { return heads + int64_t(blockIdx.x) * strides[kRows]; }
 };
@@ -93,8 +94,8 @@ struct ScanMemory {
 // A row and the score of its head, or no row. The order is that of the heads' pairs.
 template <class Order>
 struct Head {
-  Order score = kBelowAll<Order>;
-  Order row_score = kBelowAll<Order>;
+  Order score = std::numeric_limits<Order>::min();
+  Order row_score = std::numeric_limits<Order>::min();
   int32_t row = -1;
 };
 
@@ -139,28 +140,23 @@ struct PairScan {
   int32_t* heads;  // (R)
   Head<Order>* warp_heads;
 
-  // The best enabled column of a row behind another column, or -1. Called by one warp.
-  __device__ int32_t best_column(int32_t row, const Candidate<Order>& other) const {
+  // The best enabled column of a row among the candidates up to a limit, or -1. Called by one warp.
+  __device__ int32_t best_column(int32_t row, Packed<Order> limit) const {
     const bool* const are_disabled = disabled + int64_t(row) * column_count;
-    Candidate<Order> best = {kBelowAll<Order>, -1};
+    Packed<Order> best = 0;
     for (int column = lane(); column < column_count; column += kWarp) {
-      const Candidate<Order> candidate = {columns[column], column};
-      if (is_better(candidate, best) && is_better(other, candidate) && !are_disabled[column]) {
+      const Packed<Order> candidate = pack(columns[column], uint32_t(column));
+      if (candidate > best && candidate <= limit && !are_disabled[column]) {
         best = candidate;
       }
     }
-    for (int distance = kWarp / 2; distance > 0; distance /= 2) {
-      const Candidate<Order> of_lane = {__shfl_xor_sync(kAllLanes, best.order, distance),
-                                        __shfl_xor_sync(kAllLanes, best.id, distance)};
-      best = is_better(of_lane, best) ? of_lane : best;
-    }
-    return best.id;
+    best = warp_max(best);
+    return best == 0 ? -1 : id_of<Order>(best);
   }
 
   __device__ void find_heads() const {
-    const Candidate<Order> before_all = {std::numeric_limits<Order>::max(), -1};
     for (int row = warp_in_block(); row < row_count; row += kScanWarps) {
-      const int32_t head = unused_rows[row] ? -1 : best_column(row, before_all);
+      const int32_t head = unused_rows[row] ? -1 : best_column(row, ~Packed<Order>(0));
       if (lane() == 0) {
         heads[row] = head;
       }
@@ -191,7 +187,7 @@ struct PairScan {
       const int32_t column = heads[best.row];
       __syncthreads();  // all threads have read the head
       if (warp_in_block() == 0) {
-        const int32_t next = best_column(best.row, {columns[column], column});
+        const int32_t next = best_column(best.row, pack(columns[column], uint32_t(column)) - 1);
         if (lane() == 0) {
           heads[best.row] = next;
           scores[i] = from_ordered<Real>(best.score);
@@ -204,21 +200,30 @@ struct PairScan {
   }
 };
 
-// The sub-scores of a block's queries, clamped. Called by all threads of the block.
+// Writes the sub-scores of a block's queries, clamped. Called by all threads of the block.
 template <class Query>
-__device__ void score_all_keys(const QueryBlock<Query>& block,
+__device__ void score_all_keys(const QueryBlock<Query, kFewQueries<Query>>& block,
                                const ScanMemory<Query>& memory,
                                OperandVec<Query>* stage_vecs) {
-  using Real = accumulation_t<Query>;
+  using Tile = ScoreTile<Query, kFewQueries<Query>>;
   for (int half = kRows; half <= kColumns; ++half) {
     const HalfRows<Query> keys = block.key_rows(half);
-    const ScoreRows<Real> scores = memory.block_scores(half);
-    score_batch(block.query_rows(half), keys, 0, int(keys.count), stage_vecs, scores);
-    __syncthreads();
-    for (int query = 0; query < block.count(); ++query) {
-      for (int key = int(threadIdx.x); key < keys.count; key += kScanThreads) {
-        ordered_t<Real>& score = scores.data[query * scores.stride + key];
-        score = clamp_to_finite<Real>(score);
+    for (int64_t first = 0; first < keys.count; first += kScanWarps * kKeysPerTile<Query>) {
+      const int64_t first_of_warp = first + warp_in_block() * kKeysPerTile<Query>;
+      const bool is_used = first_of_warp < keys.count;
+      Tile tile(keys, first_of_warp);
+      multiply_tile<Query, kFewQueries<Query>>(block.query_rows(half), keys, stage_vecs, first == 0,
+                                               is_used, tile);
+      if (!is_used) {
+        continue;
+      }
+#pragma unroll
+      for (int i = 0; i < Tile::kLaneQueries; ++i) {
+        auto* scores = memory.block_scores(half, Tile::query_of(i)) + first_of_warp;
+#pragma unroll
+        for (int j = 0; j < Tile::kLaneKeys; ++j) {
+          scores[Tile::key_at(Tile::place() + j)] = to_ordered(clamp_to_finite(tile.sum(i, j)));
+        }
       }
     }
   }
@@ -235,10 +240,10 @@ __global__ void __launch_bounds__(kScanThreads) scan_kernel(ProductKeyTopk<Query
   using Order = ordered_t<Real>;
   auto* const stage_vecs = reinterpret_cast<OperandVec<Query>*>(peer_shared_memory);
   auto* const warp_heads =
-      reinterpret_cast<Head<Order>*>(peer_shared_memory + Stage<Query>::kBytes);
+      reinterpret_cast<Head<Order>*>(peer_shared_memory + Stage<Query, kFewQueries<Query>>::kBytes);
   const int k = int(retrieval.k);
   for (int64_t i = blockIdx.x; i < query_blocks; i += gridDim.x) {
-    const QueryBlock<Query> block(retrieval, vectorizable, i);
+    const QueryBlock<Query, kFewQueries<Query>> block(retrieval, vectorizable, i);
     const bool is_waiting = lane() < block.count() && is_unfinished[block.query(lane())];
     const unsigned waiting = __ballot_sync(kAllLanes, is_waiting);  // the same in every warp
     if (waiting == 0) {
@@ -249,15 +254,11 @@ __global__ void __launch_bounds__(kScanThreads) scan_kernel(ProductKeyTopk<Query
       if ((waiting >> query & 1) == 0) {
         continue;
       }
-      const auto scores_of = [&](int half) {
-        const ScoreRows<Real> scores = memory.block_scores(half);
-        return scores.data + query * scores.stride;
-      };
       const PairScan<Real> scan = {
           .row_count = int(retrieval.rows.count),
           .column_count = int(retrieval.columns.count),
-          .rows = scores_of(kRows),
-          .columns = scores_of(kColumns),
+          .rows = memory.block_scores(kRows, query),
+          .columns = memory.block_scores(kColumns, query),
           .unused_rows = retrieval.rows.unused,
           .disabled = retrieval.disabled,
           .heads = memory.block_heads(),
@@ -298,7 +299,7 @@ void keep_enabled(const ProductKeyTopk<Query>& best,
   const int64_t bytes_per_block =
       Memory::kQueries * (row_stride + column_stride) * int64_t(sizeof(Order)) +
       row_stride * int64_t(sizeof(int32_t));
-  const int64_t query_blocks = count_query_blocks(retrieval);
+  const int64_t query_blocks = count_query_blocks(retrieval, Memory::kQueries);
   const int64_t blocks = std::min(
       {query_blocks, int64_t(2 * sm_count()), std::max<int64_t>(kScanBytes / bytes_per_block, 1)});
   const auto row_scores = context.array<Order>(blocks * Memory::kQueries * row_stride);
@@ -309,7 +310,8 @@ void keep_enabled(const ProductKeyTopk<Query>& best,
       .scores = {row_scores.get(), column_scores.get()},
       .heads = heads.get(),
   };
-  const int64_t shared_bytes = Stage<Query>::kBytes + kScanWarps * int64_t(sizeof(Head<Order>));
+  const int64_t shared_bytes =
+      Stage<Query, kFewQueries<Query>>::kBytes + kScanWarps * int64_t(sizeof(Head<Order>));
   launch(scan_kernel<Query>, {blocks, kScanThreads, shared_bytes}, context.stream, retrieval,
          find_vectorizable(retrieval), query_blocks, is_unfinished.get(), memory);
 }

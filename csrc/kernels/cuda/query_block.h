@@ -1,4 +1,4 @@
-// What one block of retrieval works on: kQueriesPerBlock queries of one head, and the head's keys.
+// What one block of retrieval works on: some queries of one head, and the head's keys.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -31,21 +31,20 @@ Vectorizable find_vectorizable(const ProductKeyTopk<Query>& retrieval) {
 }
 
 template <class Query>
-int64_t count_query_blocks(const ProductKeyTopk<Query>& retrieval) {
-  constexpr int queries = kQueriesPerBlock<Query>;
+int64_t count_query_blocks(const ProductKeyTopk<Query>& retrieval, int queries) {
   return (retrieval.tokens + queries - 1) / queries * retrieval.heads;
 }
 
-template <class Query>
+template <class Query, int queries>
 class QueryBlock {
  public:
   __device__ QueryBlock(const ProductKeyTopk<Query>& retrieval,
                         const Vectorizable& vectorizable,
                         int64_t block)
       : retrieval_(retrieval), vectorizable_(vectorizable), head_(block % retrieval.heads) {
-    const int64_t first_token = block / retrieval.heads * kQueriesPerBlock<Query>;
+    const int64_t first_token = block / retrieval.heads * queries;
     first_query_ = first_token * retrieval.heads + head_;
-    count_ = int(std::min<int64_t>(kQueriesPerBlock<Query>, retrieval.tokens - first_token));
+    count_ = int(std::min<int64_t>(queries, retrieval.tokens - first_token));
   }
 
   // The number of queries.

@@ -266,6 +266,16 @@ __device__ inline void prefetch_l2(const void* address) {
 #endif
 }
 
+// Prefetches memory into the L2 cache, all lines at once. Called by all threads of the block.
+__device__ inline void prefetch_l2(const void* begin, const void* end) {
+  constexpr int64_t line = 128;
+  const auto* last = static_cast<const char*>(end);
+  for (const char* address = static_cast<const char*>(begin) + threadIdx.x * line; address < last;
+       address += blockDim.x * line) {
+    prefetch_l2(address);
+  }
+}
+
 // Prefetches a slice into the L2 cache. Called by all lanes of a warp that holds one slice, with
 // the slice's first column. Before sm_90, every lane prefetches one line. Since sm_90, one lane
 // prefetches all bytes by one instruction, in units of 16 bytes.

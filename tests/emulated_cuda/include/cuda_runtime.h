@@ -117,6 +117,7 @@ inline int __reduce_max_sync(unsigned mask, int value) {
 
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline int __ffs(int bits) { return __builtin_ffs(bits); }
+inline int __clz(int bits) { return bits == 0 ? 32 : __builtin_clz(unsigned(bits)); }
 [[noreturn]] inline void __trap() { throw std::runtime_error("CUDA: a kernel trapped"); }
 
 // Memory. Cache hints have no effect.

@@ -1,5 +1,7 @@
-// product_key_topk on the emulated device, which has 3 SMs. So up to 3 blocks have the larger
-// number of threads.
+// product_key_topk on the emulated device, which has 3 SMs. With more SMs, few queries divide the
+// keys into ranges.
+#include <algorithm>
+#include <cmath>
 #include <limits>
 #include <set>
 
@@ -226,6 +228,63 @@ TEMPLATE_TEST_CASE("retrieval equals brute force for any number of tokens",
   }
 }
 
+TEMPLATE_TEST_CASE("retrieval equals brute force if many queries share a block",
+                   "[product_key_topk]",
+                   PEER_QUERY_TYPES) {
+  Random random(23);
+  check_against_brute_force(random_problem<TestType>(random, {65, 1, 3, 530, 9, 16}, 15), "k 16");
+  check_against_brute_force(random_problem<TestType>(random, {33, 1, 3, 70, 70, 33, false}, 2),
+                            "k 33");
+  const ScopedSharedMemory device(99 << 10);  // no room for many queries
+  check_against_brute_force(random_problem<TestType>(random, {33, 1, 3, 300, 9, 64}, 15),
+                            "a small device");
+}
+
+TEMPLATE_TEST_CASE("the result does not depend on the division of the keys",
+                   "[product_key_topk]",
+                   PEER_QUERY_TYPES) {
+  Random random(24);
+  for (const auto& [tokens, k] : {std::pair<int64_t, int64_t>{1, 16}, {3, 64}, {40, 1}, {40, 16}}) {
+    const int64_t half_width = 5;
+    const Sizes sizes = {tokens, 1, half_width, 1100, 200, k};
+    Problem<TestType> problem = k == 16 ? normal_problem<TestType>(random, sizes)
+                                        : random_problem<TestType>(random, sizes, 1);
+    problem.row_keys[77 * half_width] = element_of<TestType>(kNan);
+    problem.row_keys[1030 * half_width] = element_of<TestType>(kNan);
+    problem.col_keys[130 * half_width] = element_of<TestType>(-kInf);
+    Problem<TestType> whole = problem;
+    {
+      const ScopedSmCount sms(1);
+      whole.solve();
+    }
+    for (const int sm_count : {9, 132}) {
+      Problem<TestType> divided = problem;
+      const ScopedSmCount sms(sm_count);
+      divided.solve();
+      INFO(tokens << " tokens, k " << k << ", " << sm_count << " SMs");
+      CHECK(have_same_bits(divided.scores, whole.scores));
+      CHECK(divided.indices == whole.indices);
+    }
+  }
+}
+
+TEMPLATE_TEST_CASE("retrieval equals brute force if the keys are divided",
+                   "[product_key_topk]",
+                   PEER_QUERY_TYPES) {
+  const ScopedSmCount sms(132);
+  Random random(25);
+  for (const auto& [rows, columns] :
+       {std::pair<int64_t, int64_t>{1100, 65}, {64, 129}, {1, 700}, {63, 2}}) {
+    for (const int64_t k : {1, 16, 63}) {
+      for (const int64_t range : {1, 15}) {
+        check_against_brute_force(
+            random_problem<TestType>(random, {1, 2, 3, rows, columns, k, false}, range),
+            describe_grid(rows, columns, k));
+      }
+    }
+  }
+}
+
 TEMPLATE_TEST_CASE("no tokens give no results", "[product_key_topk]", PEER_QUERY_TYPES) {
   Random random(10);
   for (const bool shared : {true, false}) {
@@ -304,6 +363,35 @@ TEMPLATE_TEST_CASE("retrieval equals brute force for infinities among many keys"
   check_against_brute_force(given_scores<TestType>(both, both, 64), "both in both");
   both[3] = kNan;
   check_against_brute_force(given_scores<TestType>(both, {-kInf, 1, kInf, kNan}, 64), "NaN, too");
+}
+
+TEMPLATE_TEST_CASE("retrieval equals brute force for special values among many keys",
+                   "[product_key_topk]",
+                   PEER_QUERY_TYPES) {
+  const double largest = to_double(std::is_same_v<TestType, Half> ? element_of<TestType>(65504)
+                                                                  : element_of<TestType>(3e38));
+  const std::vector<double> special = {0, -0.0, 1, kInf, -kInf, kNan, largest, -largest};
+  Random random(26);
+  const auto draw = [&](int64_t count, int64_t percent) {
+    const double usual = special[random.integer(special.size())];
+    std::vector<double> values;
+    for (int64_t i = 0; i < count; ++i) {
+      const bool is_special = random.integer(100) < percent;
+      values.push_back(is_special ? special[random.integer(special.size())]
+                       : std::isfinite(usual) && percent < 50 ? double(random.integer(50)) - 25
+                                                              : usual);
+    }
+    return values;
+  };
+  for (const int sm_count : {1, 132}) {
+    const ScopedSmCount sms(sm_count);
+    for (const int64_t percent : {1, 10, 60}) {
+      for (const int64_t k : {1, 16, 64}) {
+        check_against_brute_force(given_scores<TestType>(draw(1100, percent), draw(70, percent), k),
+                                  "k " + std::to_string(k) + " percent " + std::to_string(percent));
+      }
+    }
+  }
 }
 
 TEMPLATE_TEST_CASE("retrieval equals brute force for NaNs and infinities in one half",
@@ -474,6 +562,47 @@ TEMPLATE_TEST_CASE("a masked retrieval orders special values as brute force orde
   }
 }
 
+TEMPLATE_TEST_CASE("an unused key ranks behind keys of infinitely low score",
+                   "[product_key_topk]",
+                   PEER_QUERY_TYPES) {
+  // 8 rows have the score -infinity. All others are unused, but have better scores or NaN.
+  const int64_t rows = 700, columns = 3;
+  std::vector<double> row_scores(rows, 5);
+  std::vector<char> disabled(rows * columns, 1);
+  for (const int64_t row : {7, 70, 71, 300, 301, 302, 600, 699}) {
+    row_scores[row] = -kInf;
+    std::fill_n(&disabled[row * columns], columns, 0);
+  }
+  row_scores[0] = row_scores[640] = kNan;
+  for (const int sm_count : {1, 132}) {
+    const ScopedSmCount sms(sm_count);
+    for (const int64_t k : {1, 8, 24}) {
+      Problem<TestType> problem = given_scores<TestType>(row_scores, {1, kInf, -kInf}, k);
+      problem.mask = make_mask(disabled, rows, columns);
+      check_against_brute_force(problem, "rows, k " + std::to_string(k));
+    }
+  }
+}
+
+TEMPLATE_TEST_CASE("a scan finds pairs with NaN, also those of key 0",
+                   "[product_key_topk]",
+                   PEER_QUERY_TYPES) {
+  // All pairs that the filter sees are NaN, and disabled but for the last ones.
+  const int64_t rows = 30, columns = 40, k = 20;
+  std::vector<double> row_scores(rows, 1), column_scores(columns, kNan);
+  std::fill_n(column_scores.begin() + 20, 20, 2);
+  std::vector<char> disabled(rows * columns, 0);
+  for (int64_t id = 0; id < 20 * columns; ++id) {
+    disabled[id] = id % columns != 0 && id % columns < 30;
+  }
+  for (int64_t id = 0; id < 5 * columns; ++id) {
+    disabled[id] = 1;
+  }
+  Problem<TestType> problem = given_scores<TestType>(row_scores, column_scores, k);
+  problem.mask = make_mask(disabled, rows, columns);
+  check_against_brute_force(problem, "NaN");
+}
+
 TEMPLATE_TEST_CASE("a scan finds what the filter does not, for some or all queries of a block",
                    "[product_key_topk]",
                    PEER_QUERY_TYPES) {
@@ -559,10 +688,17 @@ TEMPLATE_TEST_CASE("a masked retrieval without tokens gives no results",
 }
 
 TEMPLATE_TEST_CASE("no access races with another", "[product_key_topk][races]", float, BFloat16) {
-  const ScopedSharedMemory device(99 << 10);
   Random random(14);
-  check_against_brute_force(random_problem<TestType>(random, {2, 1, 3, 270, 9, 3}, 3),
-                            "two batches");
+  check_against_brute_force(random_problem<TestType>(random, {2, 1, 3, 1030, 9, 3}, 3),
+                            "several batches");
+  check_against_brute_force(random_problem<TestType>(random, {40, 1, 3, 70, 9, 3}, 3),
+                            "many queries");
+  {
+    const ScopedSmCount sms(12);
+    check_against_brute_force(random_problem<TestType>(random, {2, 1, 3, 150, 70, 16}, 3),
+                              "ranges of keys");
+  }
+  const ScopedSharedMemory device(99 << 10);
   check_against_brute_force(random_problem<TestType>(random, {1, 1, 130, 9, 9, 3}, 1),
                             "two stages");
   check_against_brute_force(given_scores<TestType>({kInf, 1}, {2, -kInf, 3}, 2), "infinities");
