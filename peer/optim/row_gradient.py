@@ -41,7 +41,7 @@ class RowGradient(NamedTuple):
         if gradient.layout == torch.strided:
             return cls(None, gradient)
         if gradient.layout == torch.sparse_coo and gradient.sparse_dim() == 1:
-            # Accumulation clears the coalesced flag. The operators check whether the ids are
+            # Accumulation clears the coalesced flag. The operators find out whether the ids are
             # distinct and ascending, and otherwise sum the rows of equal ids.
             return cls(gradient._indices()[0], gradient._values())
         raise ValueError(

@@ -233,13 +233,14 @@ class TableSlice {
   using Form = typename Update::Form;
   using Real = typename Update::Real;
 
-  __device__ TableSlice(const Update& update, int32_t row, int64_t column)
-      : update_(update), row_(row), column_(column) {}
+  // columns: of the slice from the lane's first column on.
+  __device__ TableSlice(const Update& update, int32_t row, int64_t column, int columns)
+      : update_(update), row_(row), column_(column), columns_(columns) {}
 
   __device__ void read() {
-    w_ = load(update_.table.slice(row_, column_));
+    w_ = load(update_.table.slice(row_, column_, columns_));
     if constexpr (Update::Rule::kMomentum) {
-      m_ = load(update_.momentum.slice(row_, column_));
+      m_ = load(update_.momentum.slice(row_, column_, columns_));
     }
   }
 
@@ -287,19 +288,20 @@ class TableSlice {
           m.values[i] = hyperparameters.update_momentum(m.values[i], g);
           direction.values[i] = hyperparameters.direction(m.values[i], g);
         });
-        store_vec(update_.momentum.slice(row_, column_), k, round_momentum(m, k));
+        store_vec(update_.momentum.slice(row_, column_, columns_), k, round_momentum(m, k));
       }
       WideVec w = widen_vec(w_.vecs[k]);
       for_each_element<Form>([&](int i) {
         w.values[i] = hyperparameters.update_weight(w.values[i], scale, direction.values[i]);
       });
-      store_vec(update_.table.slice(row_, column_), k, round_weights(w, k));
+      store_vec(update_.table.slice(row_, column_, columns_), k, round_weights(w, k));
     });
   }
 
   const Update& update_;
   const int32_t row_;
   const int64_t column_;
+  const int columns_;
   RawSliceValues<Table, Form> w_ = {}, m_ = {};
 };
 

@@ -75,6 +75,10 @@ struct SlicedRows {
   __device__ Slice<Element, Form> slice(int64_t row, int64_t lane_column) const {
     return slice_at(row * stride, lane_column);
   }
+  // columns: columns_from(lane_column), computed before.
+  __device__ Slice<Element, Form> slice(int64_t row, int64_t lane_column, int columns) const {
+    return {data + lane_column + row * stride, columns, is_vectorizable};
+  }
 };
 
 template <class Form, class Element>

@@ -246,16 +246,20 @@ class Ring {
     }
   }
 
-  // Vectors are copied asynchronously. Rows that are not vectorizable are copied at once.
+  // Vectors are copied asynchronously. Rows that are not vectorizable are copied at once. Most
+  // lanes have all of their vectors; one test then replaces one for each.
   __device__ void copy(int i, const Slice<const Source, Form>& row) {
-    if (row.is_vectorizable) {
+    const Slice<Source, Form> target = slot(i);
+    if (!row.is_vectorizable) {
+      store(target, load(row));
+    } else if (row.has_vec(Form::kVecs - 1)) {
+      for_each_vec<Form>([&](int k) { cp_async(target.vec_address(k), row.vec_address(k)); });
+    } else {
       for_each_vec<Form>([&](int k) {
         if (row.has_vec(k)) {
-          cp_async(slot(i).vec_address(k), row.vec_address(k));
+          cp_async(target.vec_address(k), row.vec_address(k));
         }
       });
-    } else {
-      store(slot(i), load(row));
     }
   }
 

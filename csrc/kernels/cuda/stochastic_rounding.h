@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "kernels/common.h"
 #include "kernels/cuda/elements.h"
@@ -26,11 +27,13 @@ PEER_HOST_DEVICE inline Element narrow_stochastically(accumulation_t<Element> va
   return value;
 }
 
+constexpr uint32_t kNanBits = 0x7fc0;  // of bfloat16
+
 template <>
 PEER_HOST_DEVICE inline BFloat16 narrow_stochastically<BFloat16>(float value, uint32_t random) {
   uint32_t bits;
   std::memcpy(&bits, &value, sizeof(bits));
-  return {uint16_t(value != value ? 0x7fc0u : (bits + random) >> 16)};
+  return {uint16_t(value != value ? kNanBits : (bits + random) >> 16)};
 }
 
 // The fraction of a subnormal result is compared with a multiple of 2^-16. So the probability of
@@ -58,47 +61,45 @@ PEER_HOST_DEVICE inline Half narrow_stochastically<Half>(float value, uint32_t r
   return {uint16_t(sign | rounded)};
 }
 
-// Rounds a vector whose first column is at an even place. NaN is rare, so each vector tests for it
-// once.
-template <class Element, int vec_size>
-__device__ RawVec<Element, vec_size> narrow_vec_stochastically(
-    const Vec<accumulation_t<Element>, vec_size>& wide,
-    uint64_t row_key,
-    uint32_t place) {
+// Rounds two neighbouring columns, the first at an even place, by one random word. NaN becomes
+// something else if Element is BFloat16.
+template <class Element>
+PEER_HOST_DEVICE inline uint32_t narrow_two_stochastically(const float* values, uint32_t random) {
   if constexpr (std::is_same_v<Element, BFloat16>) {
-    RawVec<BFloat16, vec_size> result;
-    bool has_nan = false;
+    uint32_t bits[2];
+    std::memcpy(bits, values, sizeof(bits));
+    return (bits[0] + (random & 0xffffu)) >> 16 | ((bits[1] + (random >> 16)) & 0xffff0000u);
+  } else {
+    const uint32_t first = narrow_stochastically<Element>(values[0], random & 0xffffu).bits;
+    const uint32_t second = narrow_stochastically<Element>(values[1], random >> 16).bits;
+    return first | second << 16;
+  }
+}
+
+// Rounds a vector whose first column is at an even place. NaN is rare, so a vector of bfloat16
+// tests for it once.
+template <class Element, int vec_size>
+__device__ RawVec<Element, vec_size> narrow_vec_stochastically(const Vec<float, vec_size>& wide,
+                                                               uint64_t row_key,
+                                                               uint32_t place) {
+  RawVec<Element, vec_size> result;
+  bool has_nan = false;
+#pragma unroll
+  for (int w = 0; w < vec_size / 2; ++w) {
+    const float* const two = wide.values + 2 * w;
+    result.words[w] = narrow_two_stochastically<Element>(two, random_word(row_key, place / 2 + w));
+    has_nan |= (two[0] != two[0]) | (two[1] != two[1]);
+  }
+  if (std::is_same_v<Element, BFloat16> && has_nan) {
 #pragma unroll
     for (int w = 0; w < vec_size / 2; ++w) {
-      const uint32_t random = random_word(row_key, place / 2 + w);
-      uint32_t bits[2];
-      std::memcpy(bits, wide.values + 2 * w, sizeof(bits));
-      bits[0] += random & 0xffffu;
-      bits[1] += random >> 16;
-      const float first = wide.values[2 * w], second = wide.values[2 * w + 1];
-      has_nan |= (first != first) | (second != second);
-      result.words[w] = bits[0] >> 16 | (bits[1] & 0xffff0000u);
+      const float* const two = wide.values + 2 * w;
+      uint32_t& word = result.words[w];
+      word = two[0] != two[0] ? (word & 0xffff0000u) | kNanBits : word;
+      word = two[1] != two[1] ? (word & 0xffffu) | kNanBits << 16 : word;
     }
-    if (has_nan) {
-#pragma unroll
-      for (int w = 0; w < vec_size / 2; ++w) {
-        const float first = wide.values[2 * w], second = wide.values[2 * w + 1];
-        result.words[w] =
-            first != first ? (result.words[w] & 0xffff0000u) | 0x7fc0u : result.words[w];
-        result.words[w] =
-            second != second ? (result.words[w] & 0xffffu) | 0x7fc00000u : result.words[w];
-      }
-    }
-    return result;
-  } else {
-    Vec<Element, vec_size> result;
-#pragma unroll
-    for (int i = 0; i < vec_size; ++i) {
-      result.values[i] =
-          narrow_stochastically<Element>(wide.values[i], random_bits(row_key, place + i));
-    }
-    return to_raw(result);
   }
+  return result;
 }
 
 }  // namespace peer::cuda

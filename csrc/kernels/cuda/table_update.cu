@@ -248,6 +248,7 @@ __global__ void update_kernel(TermList<Real> list,
   for (int round = 0; round < rounds; ++round) {
     const int64_t slice_column = slice_column_of_round(round % rounds_per_row);
     const int64_t column = Form::lane_column(slice_column);
+    const int columns = update.table.columns_from(column);
     const bool is_mean_round = round < mean_rounds;
     TermSet found;  // the rows with a nonzero gradient in this round, as far as the warp knows
     const auto prefetch_row = [&](int32_t target) {
@@ -260,7 +261,7 @@ __global__ void update_kernel(TermList<Real> list,
         store(partial_sums.slice(partial_row_of(target), column), gradient);
         return;
       }
-      TableSlice<Update> slice(update, target, column);
+      TableSlice<Update> slice(update, target, column, columns);
       if (!is_mean_round) {
         slice.read();
       }
