@@ -1,27 +1,25 @@
 #include "grid_player.h"
 
+#include <ucontext.h>
+
 #include <algorithm>
-#include <atomic>
-#include <chrono>
-#include <condition_variable>
+#include <cstdlib>
 #include <cstring>
 #include <exception>
 #include <memory>
-#include <mutex>
 #include <stdexcept>
 #include <string>
-#include <thread>
 #include <vector>
-
-#ifndef PEER_PLAY_WITH_THREADS
-#include <ucontext.h>
-
-#include <csetjmp>
-#endif
 
 #ifdef __SANITIZE_ADDRESS__
 #include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
+#endif
+
+// This file is not instrumented for ThreadSanitizer, because fibers share the scheduler's state
+// without synchronisation. The definition tells that the kernels are.
+#ifdef PEER_THREAD_SANITIZER
+#include <sanitizer/tsan_interface.h>
 #endif
 
 alignas(16) unsigned char peer_shared_memory[peer::test::kSharedBytes];
@@ -33,22 +31,30 @@ namespace {
 constexpr unsigned kWarp = 32;
 constexpr int kGarbage = 0xff;  // the bytes of memory before the first write: NaN
 
+// An order of accesses, for ThreadSanitizer: what a fiber did before it releases happens before
+// what another does after it acquires. Nothing else orders accesses of two fibers of a block.
+struct Order {
+  char address = 0;
+
+#ifdef PEER_THREAD_SANITIZER
+  void release() { __tsan_release(&address); }
+  void acquire() { __tsan_acquire(&address); }
+#else
+  void release() {}
+  void acquire() {}
+#endif
+};
+
 // A reusable barrier. The lanes of a warp exchange values through two alternating buffers, so that
 // a lane's next contribution does not overwrite values that others still read.
 struct Barrier {
   unsigned members = 0;
   unsigned arrived = 0;
   unsigned round = 0;
-  // For system threads. Each barrier has a lock of its own: a shared lock would order accesses of
-  // different barriers and hide races.
-  std::mutex mutex;
-  std::condition_variable completed;
+  // Of even and odd rounds. A fiber may arrive for the next round before others have left this one,
+  // but not for the round after the next.
+  Order orders[2];
   alignas(16) unsigned char contributions[2][kWarp][16];
-
-  void wake_all() {
-    const std::lock_guard lock(mutex);  // no thread is between its check and its wait
-    completed.notify_all();
-  }
 };
 
 struct Copy {
@@ -85,7 +91,7 @@ void prepare_shared_memory(size_t bytes) {
 #endif
 }
 
-// The threads of one block and their barriers, for fibers and for system threads.
+// The threads of one block and their barriers.
 struct Block {
   explicit Block(const GridShape& shape) : players(shape.threads), warps(shape.threads / kWarp) {
     if (shape.threads % kWarp != 0) {
@@ -108,131 +114,58 @@ struct Block {
       player.place.block = block;
       player.copies.clear();
     }
+    begins.release();
   }
 
   std::vector<Player> players;
   Barrier whole;
   std::vector<Barrier> warps;
+  Order begins, ends;
   std::exception_ptr failure;
 };
 
 Block* current_block = nullptr;
 
-}  // namespace
-
-#ifdef PEER_PLAY_WITH_THREADS
-
-namespace {
-
-std::mutex failure_mutex;
-std::atomic<bool> has_failed = false;  // then no thread waits any longer
-
-struct Abandoned {};
-
-void arrive_and_wait(Barrier& barrier) {
-  std::unique_lock lock(barrier.mutex);
-  if (has_failed) {
-    throw Abandoned();
-  }
-  const unsigned round = barrier.round;
-  if (++barrier.arrived == barrier.members) {
-    barrier.arrived = 0;
-    ++barrier.round;
-    barrier.completed.notify_all();
-    return;
-  }
-  // Long enough for the slowest sanitizer. A longer wait is a deadlock.
-  const bool is_complete = barrier.completed.wait_for(
-      lock, std::chrono::seconds(60), [&] { return barrier.round != round || has_failed; });
-  if (!is_complete) {
-    throw std::logic_error("threads wait for others that do not arrive");
-  }
-  if (barrier.round == round) {
-    throw Abandoned();
-  }
-}
-
-}  // namespace
-
-void play_grid(const GridShape& shape, const std::function<void()>& body) {
-  Block block(shape);
-  current_block = &block;
-  has_failed = false;
-  for (unsigned b = 0; b < shape.blocks && !block.failure; ++b) {
-    block.begin(b, shape.shared_bytes);
-    std::vector<std::thread> threads;
-    for (Player& player : block.players) {
-      threads.emplace_back([&] {
-        current = &player;
-        try {
-          body();
-        } catch (const Abandoned&) {
-        } catch (...) {
-          {
-            const std::lock_guard lock(failure_mutex);
-            if (!block.failure) {
-              block.failure = std::current_exception();
-            }
-          }
-          has_failed = true;
-          block.whole.wake_all();
-          std::for_each(block.warps.begin(), block.warps.end(),
-                        [](Barrier& warp) { warp.wake_all(); });
-        }
-      });
-    }
-    for (std::thread& thread : threads) {
-      thread.join();
-    }
-  }
-  if (block.failure) {
-    std::rethrow_exception(block.failure);
-  }
-}
-
-#else
-
-namespace {
-
 // The point at which a fiber or the scheduler continues. ucontext makes the stack of a fiber. Later
-// switches use _setjmp and _longjmp, which make no system call and take a tenth of the time.
-// AddressSanitizer supports only swapcontext.
-#ifdef __SANITIZE_ADDRESS__
+// switches use the compiler's setjmp, which makes no system call. Sanitizers intercept the C
+// library's functions: at every swapcontext, AddressSanitizer would forget what it knows about the
+// whole stack.
 struct Continuation {
   ucontext_t context;
-};
-
-void switch_context(Continuation& from, Continuation& to) {
-  swapcontext(&from.context, &to.context);
-}
-#else
-struct Continuation {
-  ucontext_t context;
-  std::jmp_buf jump;
+  void* jump[5];
   bool has_run = false;
 };
 
-void switch_context(Continuation& from, Continuation& to) {
-  if (_setjmp(from.jump) != 0) {
-    return;
-  }
-  from.has_run = true;
+[[noreturn]] __attribute__((noinline, no_sanitize("address"))) void resume(Continuation& to) {
   if (to.has_run) {
-    _longjmp(to.jump, 1);
+    __builtin_longjmp(to.jump, 1);
   }
   setcontext(&to.context);
+  std::abort();
 }
-#endif
+
+__attribute__((noinline, no_sanitize("address"))) void switch_context(Continuation& from,
+                                                                      Continuation& to) {
+  if (__builtin_setjmp(from.jump) == 0) {
+    from.has_run = true;
+    resume(to);
+  }
+}
 
 // A thread of a block, with a stack of its own. It runs the same thread of one block after the
 // other.
 struct Fiber {
   static constexpr size_t kStackBytes = 256 << 10;
+
+  Fiber();
+  ~Fiber();
+
   std::unique_ptr<unsigned char[]> stack{new unsigned char[kStackBytes]};
   Continuation continuation;
   bool has_returned = false;
   const Barrier* barrier = nullptr;  // at which it waits until the round is complete
   unsigned round = 0;
+  void* sanitizer_fiber = nullptr;  // ThreadSanitizer's
 
   bool is_waiting() const { return barrier != nullptr && barrier->round == round; }
 };
@@ -244,16 +177,21 @@ struct Scheduler {
   unsigned steps = 0;  // of all fibers; a pass over them without a step is a deadlock
   const void* stack = nullptr;
   size_t stack_bytes = 0;
+  void* sanitizer_fiber = nullptr;
 };
 
 Scheduler scheduler;
 
-// AddressSanitizer must know that the stack changes.
+// AddressSanitizer must know that the stack changes, and ThreadSanitizer that another fiber runs.
 void before_switch([[maybe_unused]] void** fake_stack,
                    [[maybe_unused]] const void* stack,
-                   [[maybe_unused]] size_t bytes) {
+                   [[maybe_unused]] size_t bytes,
+                   [[maybe_unused]] void* sanitizer_fiber) {
 #ifdef __SANITIZE_ADDRESS__
   __sanitizer_start_switch_fiber(fake_stack, stack, bytes);
+#endif
+#ifdef PEER_THREAD_SANITIZER
+  __tsan_switch_to_fiber(sanitizer_fiber, __tsan_switch_to_fiber_no_sync);
 #endif
 }
 
@@ -268,7 +206,7 @@ void after_switch([[maybe_unused]] void* fake_stack, [[maybe_unused]] bool from_
 void run_until_waiting(Fiber& fiber) {
   scheduler.running = &fiber;
   void* fake_stack = nullptr;
-  before_switch(&fake_stack, fiber.stack.get(), Fiber::kStackBytes);
+  before_switch(&fake_stack, fiber.stack.get(), Fiber::kStackBytes, fiber.sanitizer_fiber);
   switch_context(scheduler.continuation, fiber.continuation);
   after_switch(fake_stack, false);
 }
@@ -276,7 +214,7 @@ void run_until_waiting(Fiber& fiber) {
 void yield_to_scheduler() {
   Fiber& fiber = *scheduler.running;
   void* fake_stack = nullptr;
-  before_switch(&fake_stack, scheduler.stack, scheduler.stack_bytes);
+  before_switch(&fake_stack, scheduler.stack, scheduler.stack_bytes, scheduler.sanitizer_fiber);
   switch_context(fiber.continuation, scheduler.continuation);
   after_switch(fake_stack, true);
 }
@@ -284,6 +222,7 @@ void yield_to_scheduler() {
 void run_fiber() {
   after_switch(nullptr, true);
   for (;;) {
+    current_block->begins.acquire();
     try {
       (*scheduler.body)();
     } catch (...) {
@@ -291,33 +230,55 @@ void run_fiber() {
         current_block->failure = std::current_exception();
       }
     }
+    current_block->ends.release();
     scheduler.running->has_returned = true;
     ++scheduler.steps;
     yield_to_scheduler();
   }
 }
 
-void make_fiber(Fiber& fiber) {
-  ucontext_t& context = fiber.continuation.context;
+Fiber::Fiber() {
+  ucontext_t& context = continuation.context;
   getcontext(&context);
   context.uc_stack = {};
-  context.uc_stack.ss_sp = fiber.stack.get();
-  context.uc_stack.ss_size = Fiber::kStackBytes;
+  context.uc_stack.ss_sp = stack.get();
+  context.uc_stack.ss_size = kStackBytes;
   context.uc_link = nullptr;
   makecontext(&context, run_fiber, 0);
+#ifdef PEER_THREAD_SANITIZER
+  sanitizer_fiber = __tsan_create_fiber(0);
+#endif
+}
+
+Fiber::~Fiber() {
+#ifdef PEER_THREAD_SANITIZER
+  __tsan_destroy_fiber(sanitizer_fiber);
+#endif
+}
+
+// Orders what an unfinished fiber did before the end of its block.
+void abandon([[maybe_unused]] Fiber& fiber) {
+#ifdef PEER_THREAD_SANITIZER
+  __tsan_switch_to_fiber(fiber.sanitizer_fiber, __tsan_switch_to_fiber_no_sync);
+  current_block->ends.release();
+  __tsan_switch_to_fiber(scheduler.sanitizer_fiber, __tsan_switch_to_fiber_no_sync);
+#endif
 }
 
 void arrive_and_wait(Barrier& barrier) {
   ++scheduler.steps;
   const unsigned round = barrier.round;
+  Order& order = barrier.orders[round % 2];
+  order.release();
   if (++barrier.arrived == barrier.members) {
     barrier.arrived = 0;
     ++barrier.round;
-    return;
+  } else {
+    scheduler.running->barrier = &barrier;
+    scheduler.running->round = round;
+    yield_to_scheduler();
   }
-  scheduler.running->barrier = &barrier;
-  scheduler.running->round = round;
-  yield_to_scheduler();
+  order.acquire();
 }
 
 }  // namespace
@@ -326,16 +287,22 @@ void play_grid(const GridShape& shape, const std::function<void()>& body) {
   Block block(shape);
   current_block = &block;
   scheduler.body = &body;
+#ifdef PEER_THREAD_SANITIZER
+  scheduler.sanitizer_fiber = __tsan_get_current_fiber();
+#endif
   // Fibers are kept for the next grid, because making them takes longer than running a small grid.
   // After a failure they are in the middle of the body, so they are replaced.
   static std::vector<std::unique_ptr<Fiber> > fibers;
   const auto fail = [&](std::exception_ptr failure) {
+    for (unsigned t = 0; t < shape.threads; ++t) {
+      abandon(*fibers[t]);
+    }
+    block.ends.acquire();
     fibers.clear();
     std::rethrow_exception(failure);
   };
   while (fibers.size() < shape.threads) {
     fibers.push_back(std::make_unique<Fiber>());
-    make_fiber(*fibers.back());
   }
   for (unsigned b = 0; b < shape.blocks; ++b) {
     block.begin(b, shape.shared_bytes);
@@ -362,10 +329,9 @@ void play_grid(const GridShape& shape, const std::function<void()>& body) {
             std::to_string(remaining) + " threads wait for others that do not arrive")));
       }
     }
+    block.ends.acquire();
   }
 }
-
-#endif
 
 size_t shared_bytes_limit() { return shared_limit; }
 

@@ -1,8 +1,8 @@
 // Runs a CUDA grid on the CPU, so that kernels can be tested without a GPU and under sanitizers.
 //
 // Blocks run one after the other. The threads of a block are fibers on one system thread; each runs
-// until it waits for others. With PEER_PLAY_WITH_THREADS they are system threads, so that
-// ThreadSanitizer sees every access that no barrier orders.
+// until it waits for others. ThreadSanitizer takes them for threads that only barriers order, so it
+// finds every pair of accesses that no barrier orders, whichever fiber runs first.
 //
 // Stricter than a GPU: every collective takes the whole warp. A thread that returns while others
 // wait for it is an error, like any other deadlock. Dynamic shared memory holds garbage when a
