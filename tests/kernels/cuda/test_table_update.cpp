@@ -229,8 +229,9 @@ TEMPLATE_TEST_CASE(
   using Source = typename TestType::Source;
   for (const int64_t width : {9, 536}) {
     for (const Given given : kGiven) {
-      const int64_t parts = 1 + width % 3;
-      const Problem<Table, Source> problem(given, 70, parts, width, {1, 128, 129, 2, 0, 257}, 10);
+      const int64_t parts = width == 9 ? 1 : 2;
+      // Row 0, which is frozen, has several chunks. So has row 2, which is not.
+      const Problem<Table, Source> problem(given, 70, parts, width, {129, 128, 130, 2, 0, 1}, 10);
       const std::valarray<bool> rows = problem.some_rows();
       Problem<Table, Source> with_frozen = problem, with_all = problem, with_zeros = problem;
       with_frozen.frozen = rows;
@@ -272,13 +273,20 @@ TEMPLATE_TEST_CASE("a row is updated whole if any piece of its gradient is nonze
                    PEER_TABLE_AND_SOURCE_TYPES) {
   using Table = typename TestType::Table;
   using Source = typename TestType::Source;
-  // One warp, several warps, several rounds.
-  for (const int64_t width : {6, 1030, 16 * 1024 / int(sizeof(Source)) + 333}) {
+  // One warp, three warps, several rounds. A piece has more columns than a warp takes at once.
+  const int64_t wide = 2048 / sizeof(Source) + 6;
+  for (const int64_t width : {int64_t(6), wide, 8 * wide + 285}) {
     for (const Given given : {Given::dense, Given::pairs}) {
-      const int64_t parts = width == 1030 ? 3 : 2;
+      const int64_t parts = width == 6 ? 3 : 2;
+      const bool has_rounds = width > wide;
       std::vector<int64_t> segments(1 << 2 * parts, 1);
-      segments[1] = 129, segments[4] = 130, segments[6] = 100, segments[15] = 200;
-      const bool has_rounds = width > 1030;
+      segments[1] = 129;
+      if (!has_rounds) {
+        segments[15] = 130;  // no gradient in the first two parts
+      }
+      if (width == 6) {
+        segments[4] = 130, segments[6] = 100;
+      }
       Problem<Table, Source> problem(given, segments.size(), parts, width, segments, 11);
       problem.clear_pieces();
       for (const Hyperparameters& rule : has_rounds ? std::vector{kRules[3], kRules[4]} : kRules) {
