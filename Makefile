@@ -50,7 +50,7 @@ sources := $(shell find csrc cmake build_backend peer -path peer/include -prune 
 cpp_files = $(shell find csrc tests examples -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.hpp' -o -name '*.cuh')
 python_files := peer tests examples build_backend setup.py $(wildcard benchmarks)
 
-.PHONY: help demo bench test test-long test-short test-cpp test-python test-hostile test-install test-cuda test-cuda-installed test-emulated rehearse build lint format clean catch2 compiler
+.PHONY: help demo bench test test-long test-short test-cpp test-python test-hostile test-install test-cuda test-cuda-installed test-emulated rehearse kernel-budget build lint format clean catch2 compiler
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -63,6 +63,7 @@ help:
 	@echo "make test-cuda     the tests that need a GPU, after a build with CUDA"
 	@echo "make test-emulated the tests of the operators, with the CUDA operators on an emulated device"
 	@echo "make rehearse      the GPU script on an emulated device"
+	@echo "make kernel-budget compare registers, spills and sizes of the CUDA kernels with the committed table"
 	@echo "make bench         measure the layer beside the layers that it replaces"
 	@echo "make build         compile in place, so that 'import peer' works from the checkout"
 	@echo "make lint          ruff, mypy and clang-format, changing nothing"
@@ -139,6 +140,10 @@ emulated_tests := $(addprefix tests/python/test_,expert_mlp.py product_key_topk.
 test-emulated: rehearse
 	PEER_EMULATE_EVERYTHING=1 PYTHONPATH=$(abspath build/emulated/site):$(abspath tests/emulated_cuda) \
 	  $(BIN)/pytest -n 2 -p emulated_cuda $(emulated_tests) $(ARGS)
+
+# Needs nvcc and nvdisasm, which CUDA's folder or the triton package has, and no GPU. ARGS=--write renews the table.
+kernel-budget: | $(BIN)/python
+	$(BIN)/python benchmarks/gpu/kernel_budget.py $(ARGS)
 
 build: $(torch) $(test_tools) compiler
 	$(BIN)/python setup.py build_ext --inplace
