@@ -81,8 +81,8 @@ def test_the_summary_compares_what_was_measured_with_what_was_predicted(out):
         "as",
         "predicted",
     ]
-    assert line_of(out, "training step with sparse").split()[-2:] == ["3.6", "slower"]
-    assert line_of(out, "training step with fused").split()[-1] == "3.6"
+    assert line_of(out, "training step with sparse").split()[-2:] == ["4.0", "slower"]
+    assert line_of(out, "training step with fused").split()[-1] == "4.0"
     assert line_of(out, "sorting the pairs once").split()[-3:] == ["0.110", "as", "predicted"]
     assert line_of(out, "summing one table's pairs").split()[-3:] == ["0.500", "as", "predicted"]
 
