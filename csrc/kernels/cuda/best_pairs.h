@@ -33,9 +33,9 @@ struct alignas(2) RankPair {
 // The pairs among which a query's best are, the same for all queries.
 struct CandidatePairs {
   int k, rows, columns;  // the best rows and columns
-  int count;
-  RankPair* pairs;         // (count), in order of (row rank, column rank)
-  uint8_t* bound_columns;  // (rows), the first column with which k sums reach a row's sum
+  int count = 0;
+  RankPair* pairs = nullptr;         // (count), in order of (row rank, column rank)
+  uint8_t* bound_columns = nullptr;  // (rows), the first column with which k sums reach a row's sum
 
   // Called by all threads of the block, with a barrier before the pairs are read.
   __device__ void list() const {
