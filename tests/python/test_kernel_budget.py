@@ -170,3 +170,13 @@ def test_kernels_of_a_header_have_one_row(budget: ModuleType) -> None:
         "f in a.cu",
         "f in b.cu",
     ]
+
+
+def test_the_committed_table_has_all_sources_and_architectures(budget: ModuleType) -> None:
+    _, rows = budget.read_table(budget.TABLE)
+    assert {row.architecture for row in rows} == set(budget.ARCHITECTURES)
+    names = [row.kernel.split("<")[0] for row in rows]
+    for source in budget.kernel_sources():
+        text = source.read_text()
+        assert any(f"{name}(" in text or f"{name}<" in text for name in names), source.name
+    assert len({row.key for row in rows}) == len(rows)
