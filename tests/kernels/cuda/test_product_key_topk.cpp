@@ -214,6 +214,14 @@ TEMPLATE_TEST_CASE("retrieval equals brute force at every key width, aligned or 
   }
 }
 
+TEMPLATE_TEST_CASE("every batch of keys is multiplied with all columns of wide queries",
+                   "[product_key_topk]",
+                   PEER_QUERY_TYPES) {
+  Random random(27);
+  check_against_brute_force(random_problem<TestType>(random, {2, 1, 250, 9, 1500, 12}, 2),
+                            "two stages of columns, several batches");
+}
+
 TEMPLATE_TEST_CASE("retrieval equals brute force for any number of tokens",
                    "[product_key_topk]",
                    PEER_QUERY_TYPES) {
@@ -305,8 +313,8 @@ TEMPLATE_TEST_CASE("a device with little shared memory is enough for every k",
                    PEER_QUERY_TYPES) {
   const ScopedSharedMemory device(99 << 10);
   Random random(11);
-  for (const int64_t k : {1, 64}) {  // a batch has 256 keys
-    check_against_brute_force(random_problem<TestType>(random, {3, 1, 3, 300, 100, k}, 3),
+  for (const int64_t k : {1, 64}) {  // a batch has fewer keys than there are rows
+    check_against_brute_force(random_problem<TestType>(random, {3, 1, 3, 600, 100, k}, 3),
                               "k " + std::to_string(k));
   }
 }
@@ -363,6 +371,28 @@ TEMPLATE_TEST_CASE("retrieval equals brute force for infinities among many keys"
   check_against_brute_force(given_scores<TestType>(both, both, 64), "both in both");
   both[3] = kNan;
   check_against_brute_force(given_scores<TestType>(both, {-kInf, 1, kInf, kNan}, 64), "NaN, too");
+}
+
+TEMPLATE_TEST_CASE("many keys of infinite scores tie with those of the largest finite number",
+                   "[product_key_topk]",
+                   float,
+                   double) {
+  // Every group of keys has both numbers, so its maximum is the greater one. The bound must be one
+  // that the smaller one reaches.
+  const double largest = std::numeric_limits<TestType>::max();
+  for (const auto& [even, odd] : {std::pair{-kInf, -largest}, {largest, kInf}}) {
+    std::vector<double> long_half;
+    for (int i = 0; i < 1100; ++i) {
+      long_half.push_back(i % 2 == 0 ? even : odd);
+    }
+    for (const int64_t k : {1, 4}) {
+      INFO(even << " and " << odd);
+      check_against_brute_force(given_scores<TestType>(long_half, {0}, k),
+                                "rows, k " + std::to_string(k));
+      check_against_brute_force(given_scores<TestType>({0}, long_half, k),
+                                "columns, k " + std::to_string(k));
+    }
+  }
 }
 
 TEMPLATE_TEST_CASE("retrieval equals brute force for special values among many keys",
@@ -483,7 +513,7 @@ TEMPLATE_TEST_CASE("a query's result does not depend on its neighbours or on the
                    PEER_QUERY_TYPES) {
   using Real = accumulation_t<TestType>;
   Random random(13);
-  const int64_t half_width = 150, keys = 300, k = 12;  // a second stage, a second batch
+  const int64_t half_width = 150, keys = 600, k = 12;  // a second stage, a second batch
   const auto row_keys = random.normal<TestType>(keys * half_width);
   const auto col_keys = random.normal<TestType>(keys * half_width);
   const auto query = random.normal<TestType>(5 * 2 * half_width);
