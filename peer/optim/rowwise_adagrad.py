@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from peer.optim.row_gradient import RowGradient
-from peer.optim.table_optimizer import TableOptimizer, require, row_state
+from peer.optim.table_optimizer import TableOptimizer, accumulation_dtype, require, row_state
 
 __all__ = ["RowwiseAdagrad"]
 
@@ -74,6 +74,9 @@ class RowwiseAdagrad(TableOptimizer):
         super()._check_options(options)
         for name in ("eps", "initial_accumulator_value"):
             require(self, name, options[name], options[name] >= 0, "not negative")
+
+    def _state_dtypes(self, table: Tensor) -> dict[str, torch.dtype]:
+        return {"sum_of_squares": accumulation_dtype(table)}
 
     def _update(
         self,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from peer.memory import zeros_huge
 from peer.optim.row_gradient import RowGradient
-from peer.optim.table_optimizer import TableOptimizer, require, row_state
+from peer.optim.table_optimizer import TableOptimizer, accumulation_dtype, require, row_state
 
 __all__ = ["RowwiseAdam"]
 
@@ -89,6 +89,13 @@ class RowwiseAdam(TableOptimizer):
         betas = options["betas"]
         are_valid = len(betas) == 2 and all(0 <= beta < 1 for beta in betas)
         require(self, "betas", betas, are_valid, "two numbers in [0, 1)")
+
+    def _state_dtypes(self, table: Tensor) -> dict[str, torch.dtype]:
+        return {
+            "first_moment": table.dtype,
+            "second_moment": accumulation_dtype(table),
+            "row_steps": torch.int32,
+        }
 
     def _update(
         self,

@@ -89,6 +89,9 @@ class SGD(TableOptimizer):
             "positive with nesterov",
         )
 
+    def _state_dtypes(self, table: Tensor) -> dict[str, torch.dtype]:
+        return {"momentum_buffer": table.dtype}
+
     def _update(
         self,
         table: Tensor,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any, overload
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from peer._growth import require_current_state
+from peer.memory import empty_huge
 from peer.optim.fused import FusedUpdate
 from peer.optim.row_gradient import RowGradient
 
@@ -140,8 +142,11 @@ class TableOptimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a saved state, so that training resumes bit by bit.
 
-        Unlike `torch.optim.Optimizer.load_state_dict`, it preserves the dtypes of the state: the
-        float32 state of a 16-bit table stays in float32.
+        It differs from `torch.optim.Optimizer.load_state_dict` in two ways. The float32 state of a
+        16-bit table stays in float32, and the state of a table of another dtype gets the dtypes
+        that this optimizer uses. Tensors are copied, so that two optimizers never share state. All
+        else is torch's: hooks, groups, and parameters that are matched by their positions, not by
+        their names.
 
         Args:
             state_dict: the `state_dict()` of an optimizer of the same class.
@@ -149,12 +154,31 @@ class TableOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: the groups do not match.
         """
-        super().load_state_dict(state_dict)
-        saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]
-        for saved_id, table in zip(saved_ids, self._tables(), strict=True):
-            for name, value in state_dict["state"].get(saved_id, {}).items():
-                if isinstance(value, Tensor):
-                    self.state[table][name] = value.to(table.device)
+        # The last of the pre-hooks: it sees what the others return.
+        handle = self.register_load_state_dict_pre_hook(_wrap_entries)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if "state" in state:
+            entries: defaultdict[Any, Any] = defaultdict(dict)
+            for table, of_table in state["state"].items():
+                entries[table] = self._unwrap_entries(table, of_table)
+            state = {**state, "state": entries}
+        super().__setstate__(state)
+
+    def _unwrap_entries(self, table: Any, entries: Any) -> Any:
+        if not isinstance(entries, dict):
+            return entries
+        dtypes = self._state_dtypes(table) if isinstance(table, Tensor) else {}
+        return {
+            name: _copy_for(table, entry.value, dtypes.get(name))
+            if isinstance(entry, _Entry)
+            else entry
+            for name, entry in entries.items()
+        }
 
     def holds(self, table: Tensor) -> bool:
         """Whether the optimizer updates this table."""
@@ -211,6 +235,10 @@ class TableOptimizer(torch.optim.Optimizer):
         """
         raise NotImplementedError
 
+    def _state_dtypes(self, table: Tensor) -> dict[str, torch.dtype]:
+        """The dtypes that `_update` gives to the tensors of a table's state, by name."""
+        return {}
+
     def _check_options(self, options: dict[str, Any]) -> None:
         for name in ("lr", "weight_decay"):
             require(self, name, options[name], options[name] >= 0, "not negative")
@@ -238,14 +266,59 @@ def require(
         raise ValueError(f"{kind}: expected {name} to be {valid_range}, got {value}")
 
 
+def accumulation_dtype(table: Tensor) -> torch.dtype:
+    """The dtype in which updates of a table are computed: float64 for float64, else float32."""
+    return torch.promote_types(table.dtype, torch.float32)
+
+
 def row_state(table: Tensor, value: float) -> Tensor:
     """Makes row-wise state, filled with `value`, in the accumulation dtype of the table.
 
     Returns:
         (N,), or (N, parts) for a table with parts.
     """
-    dtype = torch.promote_types(table.dtype, torch.float32)
+    dtype = accumulation_dtype(table)
     return torch.full(table.shape[:-1], value, dtype=dtype, device=table.device)
+
+
+class _Entry:
+    """An entry of a state dict that torch's loading passes through as it is.
+
+    Torch casts the tensors of a state to the dtype of their parameter, and the function that does
+    so cannot be overridden.
+    """
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
+def _wrap_entries(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    wrapped = {
+        key: {name: _Entry(value) for name, value in entries.items()}
+        if isinstance(entries, dict)
+        else entries
+        for key, entries in state_dict["state"].items()
+    }
+    return {**state_dict, "state": wrapped}
+
+
+def _copy_for(table: Any, value: Any, dtype: torch.dtype | None) -> Any:
+    """Copies an entry of a state to the device of its table, and to a dtype unless it is None."""
+    if not isinstance(table, Tensor):
+        return value  # state of no parameter, which torch does not touch either
+    if isinstance(value, Tensor):
+        if value.layout != torch.strided:
+            return value.to(table.device, dtype, copy=True)
+        if value.shape == table.shape and type(value) is Tensor:
+            return empty_huge(*value.shape, dtype=dtype or value.dtype, device=table.device).copy_(
+                value
+            )
+        return value.to(table.device, dtype, copy=True, memory_format=torch.contiguous_format)
+    if isinstance(value, dict):
+        return {name: _copy_for(table, each, dtype) for name, each in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_copy_for(table, each, dtype) for each in value)
+    return value
 
 
 def _check_table(optimizer: str, name: str, table: Tensor) -> None:

@@ -591,6 +591,188 @@ def test_the_float32_state_of_a_16_bit_table_survives_loading(kind):
             assert loaded[name] == value
 
 
+def trained_pair(kind, dtype=torch.bfloat16):
+    """Two tables with different state, their names and their optimizer."""
+    tables = {name: make_table(dtype, (ROWS, 2, WIDTH)) for name in ("b", "a")}
+    optimizer = make_optimizer(kind, tables.items())
+    for scale, table in enumerate(tables.values(), start=1):
+        for _ in range(scale):
+            table.grad = scale * torch.randn_like(table)
+            optimizer.step()
+            table.grad = None
+    return tables, optimizer
+
+
+def assert_same_state(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        if isinstance(value, Tensor):
+            assert (ours[name].dtype, ours[name].shape) == (value.dtype, value.shape)
+            assert_same_bits(ours[name], value)
+        else:
+            assert ours[name] == value
+
+
+def test_a_pre_hook_decides_which_state_is_loaded(kind):
+    # The hook of torch's documentation: parameters are matched by their names.
+    tables, optimizer = trained_pair(kind)
+    others = {name: nn.Parameter(tables[name].detach().clone()) for name in ("a", "b")}
+    other = make_optimizer(kind, others.items())
+
+    def by_names(optimizer, state_dict):
+        saved = {}
+        for group in state_dict["param_groups"]:
+            saved.update(zip(group["param_names"], group["params"], strict=True))
+        (group,) = optimizer.state_dict()["param_groups"]
+        names = zip(group["params"], group["param_names"], strict=True)
+        state = {i: state_dict["state"][saved[name]] for i, name in names}
+        groups = [{**state_dict["param_groups"][0], **{k: group[k] for k in ("params",)}}]
+        return {"state": state, "param_groups": groups}
+
+    other.register_load_state_dict_pre_hook(by_names)
+    other.load_state_dict(saved_and_loaded(optimizer.state_dict()))
+    for name, table in tables.items():
+        assert_same_state(other.state[others[name]], optimizer.state[table])
+
+
+def test_a_pre_hook_may_change_the_state_in_place_or_drop_it(kind):
+    tables, optimizer = trained_pair(kind)
+    state_dict = optimizer.state_dict()
+    other = make_optimizer(kind, [nn.Parameter(each.detach().clone()) for each in tables.values()])
+    hook = other.register_load_state_dict_pre_hook(
+        lambda _, state_dict: state_dict.update(state={0: state_dict["state"][0]})
+    )
+    other.load_state_dict(state_dict)
+    first, second = other.param_groups[0]["params"]
+    assert_same_state(other.state[first], optimizer.state[tables["b"]])
+    assert second not in other.state
+    assert len(state_dict["state"]) == 2
+    hook.remove()
+    other.load_state_dict(state_dict)
+    assert_same_state(other.state[second], optimizer.state[tables["a"]])
+
+
+def test_a_post_hook_has_the_last_word(kind):
+    tables, optimizer = trained_pair(kind)
+    other = make_optimizer(kind, [nn.Parameter(each.detach().clone()) for each in tables.values()])
+    seen = []
+
+    def reset(optimizer):
+        for table in optimizer.param_groups[0]["params"]:
+            seen.append(dict(optimizer.state[table]))
+            optimizer.state[table] = {"step": 7}
+
+    other.register_load_state_dict_post_hook(reset)
+    other.load_state_dict(optimizer.state_dict())
+    for saved, table in zip(seen, tables.values(), strict=True):
+        assert_same_state(saved, optimizer.state[table])
+    assert all(state == {"step": 7} for state in other.state.values())
+
+
+def test_hooks_of_a_load_are_those_of_the_user(kind):
+    _, optimizer = trained_pair(kind)
+    with pytest.raises(ValueError, match="different number of parameter groups"):
+        optimizer.load_state_dict({"state": {}, "param_groups": []})
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert not optimizer._optimizer_load_state_dict_pre_hooks
+    assert not optimizer._optimizer_load_state_dict_post_hooks
+
+
+def test_hooks_of_state_dict_run(kind):
+    _, optimizer = trained_pair(kind)
+    calls = []
+    optimizer.register_state_dict_pre_hook(lambda optimizer: calls.append(optimizer))
+    optimizer.register_state_dict_post_hook(lambda _, state_dict: {**state_dict, "mark": 1})
+    assert optimizer.state_dict()["mark"] == 1
+    assert calls == [optimizer]
+    optimizer.load_state_dict(optimizer.state_dict())
+
+
+def test_loaded_state_is_a_copy(kind):
+    tables, optimizer = trained_pair(kind)
+    state_dict = optimizer.state_dict()
+    kept = copy.deepcopy(state_dict["state"])
+    others = [nn.Parameter(each.detach().clone()) for each in tables.values()]
+    other = make_optimizer(kind, others)
+    other.load_state_dict(state_dict)
+    other.param_groups[0]["lr"] = 9.0
+    for table in others:
+        table.grad = torch.randn_like(table)
+    other.step()
+    for i, table in enumerate(tables.values()):
+        assert_same_state(optimizer.state[table], kept[i])
+    assert optimizer.param_groups[0]["lr"] != 9.0
+    assert state_dict["param_groups"][0]["lr"] != 9.0
+
+
+@pytest.mark.parametrize("saved", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_the_state_of_a_table_of_another_dtype_loads(kind, dtype, saved):
+    tables, optimizer = trained_pair(kind, saved)
+    others = [nn.Parameter(each.detach().to(dtype)) for each in tables.values()]
+    other, fresh = make_optimizer(kind, others), make_optimizer(kind, copy.deepcopy(others))
+    other.load_state_dict(saved_and_loaded(optimizer.state_dict()))
+    for each in (other, fresh):
+        for table in each.param_groups[0]["params"]:
+            table.grad = torch.ones_like(table)
+        each.step()
+    for ours, theirs in zip(other.state.values(), fresh.state.values(), strict=True):
+        kinds = [
+            {k: v.dtype for k, v in s.items() if isinstance(v, Tensor)} for s in (ours, theirs)
+        ]
+        assert kinds[0] == kinds[1]
+
+
+def test_state_that_is_not_contiguous_loads(kind):
+    tables, optimizer = trained_pair(kind)
+    state_dict = optimizer.state_dict()
+    for state in state_dict["state"].values():
+        for name, value in state.items():
+            if isinstance(value, Tensor):
+                state[name] = torch.stack([value, value], dim=-1)[..., 0]
+    others = [nn.Parameter(each.detach().clone()) for each in tables.values()]
+    other = make_optimizer(kind, others)
+    other.load_state_dict(state_dict)
+    for table in others:
+        table.grad = torch.ones_like(table)
+    other.step()
+
+
+def test_state_of_other_kinds_loads():
+    class Remembering(SGD):
+        """Has state of all kinds beside its own."""
+
+    table, other = make_table(torch.bfloat16), make_table(torch.bfloat16)
+    optimizer, loaded = Remembering([table], lr=1.0), Remembering([other], lr=1.0)
+    numbers = torch.randn(3)
+    optimizer.state[table] = {"step": 1, "nested": {"a": [numbers, (numbers, 2)]}, "text": "b"}
+    optimizer.state["of no table"] = {"numbers": numbers}
+    loaded.load_state_dict(optimizer.state_dict())
+    nested = loaded.state[other]["nested"]["a"]
+    for value in (nested[0], nested[1][0]):
+        assert_same_bits(value, numbers)
+        assert value.data_ptr() != numbers.data_ptr()
+    assert nested[1][1] == 2
+    assert loaded.state[other]["text"] == "b"
+    assert_same_bits(loaded.state["of no table"]["numbers"], numbers)
+
+
+def test_tables_are_added_after_loading(kind):
+    tables, optimizer = trained_pair(kind)
+    others = [nn.Parameter(each.detach().clone()) for each in tables.values()]
+    other = make_optimizer(kind, others)
+    other.load_state_dict(optimizer.state_dict())
+    added = make_table()
+    other.add_param_group({"params": [("added", added)], "lr": 1.0})
+    before = added.detach().clone()
+    added.grad = torch.ones_like(added)
+    other.step()
+    assert not torch.equal(added, before)
+    for ours, theirs in zip(others, tables.values(), strict=True):
+        assert_same_state(other.state[ours], optimizer.state[theirs])
+    with pytest.raises(ValueError, match="different number of parameter groups"):
+        other.load_state_dict(optimizer.state_dict())
+
+
 def test_the_state_appears_with_the_first_step():
     table, idle = make_table(torch.bfloat16), make_table()
     optimizer = RowwiseAdam([table, idle])
