@@ -5,7 +5,7 @@ only these rows and their state. They take sparse gradients, or they update the 
 backward pass without any gradient.
 """
 
-from peer.optim.clip_grad import clip_grad_norm_
+from peer.optim.clip_grad import clip_grad_norm_, clip_grad_value_
 from peer.optim.distributed import all_reduce_gradients_
 from peer.optim.fused import FusedUpdate
 from peer.optim.grow import grow_
@@ -22,5 +22,6 @@ __all__ = [
     "TableOptimizer",
     "all_reduce_gradients_",
     "clip_grad_norm_",
+    "clip_grad_value_",
     "grow_",
 ]

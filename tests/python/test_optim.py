@@ -1226,6 +1226,81 @@ def test_norms_that_rows_of_zero_would_change_are_refused(norm_type):
         peer.optim.clip_grad_norm_(dense_and_sparse(), 1.0, norm_type)
 
 
+@pytest.mark.parametrize("form", ["dense", "sparse", "repeated ids", "sparse by elements", "csr"])
+@pytest.mark.parametrize("norm_type", [2.0, 1.0, 3.0, math.inf])
+def test_norms_of_16_bit_gradients_do_not_overflow(dtype, form, norm_type):
+    values = torch.full((1000, 100), 300.0, dtype=torch.float64)
+    exact = torch.linalg.vector_norm(values, norm_type)
+    table = nn.Parameter(torch.zeros(1000, 100, dtype=dtype))
+    table.grad = values.to(dtype)
+    if form == "sparse":
+        table.grad = table.grad.to_sparse(1)
+    elif form == "sparse by elements":
+        table.grad = table.grad.to_sparse()
+    elif form == "csr":
+        table.grad = table.grad.to_sparse_csr()
+    elif form == "repeated ids":
+        ids = torch.arange(1000).repeat(3)
+        table.grad = sparse(ids, torch.full((3000, 100), 100.0, dtype=dtype), 1000)
+    norm = peer.optim.clip_grad_norm_(table, 1.0, norm_type)
+    wide = torch.promote_types(dtype, torch.float32)
+    assert norm.dtype == wide
+    torch.testing.assert_close(norm, exact.to(wide), rtol=1e-5, atol=0)
+    expected = (values / exact).to(dtype)
+    torch.testing.assert_close(table.grad.to_dense(), expected, rtol=1e-2, atol=1e-7)
+
+
+def test_gradients_of_several_dtypes_are_clipped_together():
+    dtypes = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+    parameters = [make_table(each) for each in dtypes]
+    for parameter in parameters:
+        parameter.grad = torch.full_like(parameter, 1.5)
+    parameters[0].grad = parameters[0].grad.to_sparse(1)
+    norm = peer.optim.clip_grad_norm_(parameters, 1.0)
+    expected = 1.5 * math.sqrt(4 * ROWS * WIDTH)
+    torch.testing.assert_close(norm, torch.tensor(expected, dtype=torch.float64))
+    for parameter in parameters:
+        every = torch.full((ROWS, WIDTH), 1.5 / expected, dtype=torch.float64)
+        torch.testing.assert_close(parameter.grad.to_dense(), every.to(parameter.dtype))
+
+
+def test_norms_of_16_bit_gradients_are_computed_in_blocks(monkeypatch):
+    monkeypatch.setattr("peer.optim.clip_grad._BLOCK", 4 * WIDTH)
+    for shape in ((ROWS, WIDTH), (ROWS * WIDTH,), (), (1, ROWS * WIDTH)):
+        parameter = nn.Parameter(torch.zeros(shape, dtype=torch.bfloat16))
+        parameter.grad = torch.randn_like(parameter)
+        norm = parameter.grad.double().norm().float()
+        torch.testing.assert_close(peer.optim.clip_grad_norm_(parameter, 1.0), norm)
+
+
+def test_a_parameter_given_twice_is_clipped_once():
+    table, *_ = dense_and_sparse()
+    (other,) = densified([table])
+    norm = peer.optim.clip_grad_norm_([table, table], 1.0)
+    torch.testing.assert_close(norm, torch.nn.utils.clip_grad_norm_([other], 1.0))
+    assert_same_bits(table.grad, other.grad)
+
+
+@pytest.mark.parametrize("row", [(WIDTH,), (2, WIDTH)], ids=["flat", "parts"])
+def test_clipping_by_value_equals_that_of_the_dense_gradients(row):
+    parameters = dense_and_sparse(row)
+    copies = densified(parameters)
+    peer.optim.clip_grad_value_(parameters, 0.7)
+    torch.nn.utils.clip_grad_value_(copies, 0.7)
+    for ours, theirs in zip(parameters[:3], copies[:3], strict=True):
+        torch.testing.assert_close(ours.grad.to_dense(), theirs.grad)
+        assert ours.grad.to_dense().abs().max() <= 0.7
+    assert parameters[3].grad is None
+    peer.optim.clip_grad_value_(parameters[0], 0.1)
+    assert parameters[0].grad.abs().max() <= 0.1
+
+
+@pytest.mark.parametrize("value", [-1.0, math.nan])
+def test_clipping_to_no_interval_is_refused(value):
+    with pytest.raises(ValueError, match="clip_value to be not negative"):
+        peer.optim.clip_grad_value_(dense_and_sparse(), value)
+
+
 # --- parameter groups ----------------------------------------------------------------------------
 
 
