@@ -104,7 +104,9 @@ class TableOptimizer(torch.optim.Optimizer):
         * `GradScaler`;
         * data parallelism, because each process would update its own copy by its own batch.
 
-        `torch.autograd.grad` through the pool also updates the table.
+        `torch.autograd.grad` through the pool also updates the table. Hooks that are registered on
+        the optimizer's `step` do not run. Schedulers of torch work: step them after the backward
+        pass.
 
         The forward pass must run in eager mode: `torch.compile` breaks the graph there, and
         `torch.export`, TorchScript's tracer and `torch.func` raise an error. Without grad mode, and
@@ -199,6 +201,8 @@ class TableOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             if any(each is table for each in group["params"]):
                 self._update_table(table, group, gradient)
+                # Schedulers of torch warn if the optimizer has made no step before theirs.
+                self._opt_called = True
                 return
         raise ValueError("expected a table that the optimizer holds")
 

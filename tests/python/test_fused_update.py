@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -202,6 +203,66 @@ def test_options_are_those_at_the_time_of_the_backward_pass():
     optimizer.param_groups[0]["lr"] = 0.0
     loss.backward()
     assert torch.equal(pool.weight, before)
+
+
+def make_scheduler(name, optimizer):
+    schedulers = torch.optim.lr_scheduler
+    step = schedulers.StepLR(optimizer, step_size=1, gamma=0.5)
+    if name == "sequential":
+        constant = schedulers.ConstantLR(optimizer, factor=0.5, total_iters=2)
+        return schedulers.SequentialLR(optimizer, [constant, step], milestones=[2])
+    if name == "chained":
+        return schedulers.ChainedScheduler([step, schedulers.ExponentialLR(optimizer, 0.9)])
+    if name == "plateau":
+        return schedulers.ReduceLROnPlateau(optimizer, patience=0)
+    if name == "one cycle":
+        return schedulers.OneCycleLR(optimizer, max_lr=0.5, total_steps=9)
+    if name == "cyclic":
+        return schedulers.CyclicLR(optimizer, base_lr=0.1, max_lr=0.5, step_size_up=2)
+    if name == "averaging":
+        return torch.optim.swa_utils.SWALR(optimizer, swa_lr=0.01, anneal_epochs=3)
+    return step
+
+
+@pytest.mark.parametrize(
+    "name", ["step", "sequential", "chained", "plateau", "one cycle", "cyclic", "averaging"]
+)
+@pytest.mark.parametrize("kind", ["sgd", "adam"])
+def test_schedulers_act_on_fused_updates_as_on_steps(name, kind):
+    pool, fused = pair_of_pools()
+    optimizer, fused_optimizer = make_optimizer(kind, pool), make_optimizer(kind, fused)
+    fused_optimizer.fuse_into_backward(fused)
+    with warnings.catch_warnings():
+        # "Detected call of `lr_scheduler.step()` before `optimizer.step()`"
+        warnings.filterwarnings("error", message="Detected call of")
+        warnings.filterwarnings("ignore", category=UserWarning)
+        scheduler = make_scheduler(name, optimizer)
+        fused_scheduler = make_scheduler(name, fused_optimizer)
+        rates = []
+        for _ in range(5):
+            inputs = draw((20,))
+            for each in (pool, fused):
+                each(*inputs).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            assert_same_bits(pool.weight, fused.weight)
+            for each in (scheduler, fused_scheduler):
+                each.step(*([1.0] if name == "plateau" else []))
+            options = [
+                dict(each.param_groups[0], params=None) for each in (optimizer, fused_optimizer)
+            ]
+            assert options[0] == options[1]
+            rates.append(options[0]["lr"])
+    assert len(set(rates)) > 1
+
+
+def test_a_scheduler_before_the_first_fused_update_is_reported():
+    pool = make_pool()
+    optimizer = make_optimizer("sgd", pool)
+    optimizer.fuse_into_backward(pool)
+    scheduler = make_scheduler("step", optimizer)
+    with pytest.warns(UserWarning, match="before `optimizer.step"):
+        scheduler.step()
 
 
 def test_no_tokens_change_nothing():
