@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -62,9 +62,17 @@ class FusedUpdate:
                 raise ValueError("a pool's update is already fused into its backward pass")
         for pool in self.pools:
             pool.fused_update = self
+        tables = dict.fromkeys(pool.weight for pool in self.pools)
+        self._updated: dict[Tensor, _Update] = {}
+        self._guards = [
+            table.register_post_accumulate_grad_hook(self._refuse_gradient) for table in tables
+        ]
 
     def remove(self) -> None:
         """Ends the fusion. Tables get gradients again."""
+        for guard in self._guards:
+            guard.remove()
+        self._updated.clear()
         for pool in self.pools:
             if pool.fused_update is self:
                 pool.fused_update = None
@@ -74,6 +82,24 @@ class FusedUpdate:
 
     def __exit__(self, *exception: object) -> None:
         self.remove()
+
+    def update(self, table: Tensor, gradient: RowGradient) -> None:
+        """Updates a table in a backward pass."""
+        self.optimizer.apply_gradient(table, gradient)
+        self._updated[table] = _Update.of(table)
+
+    def _refuse_gradient(self, table: Tensor) -> None:
+        # Runs at the end of every backward pass whose graph contains the table, after all of its
+        # uses. Another use of the table, such as a second pool that is not fused or a penalty on
+        # the weights, has then added a gradient, and the update had only a part of the sum.
+        update = self._updated.pop(table, None)
+        if update is not None and update.is_followed_by_gradient(table):
+            raise RuntimeError(
+                "a table got a gradient in a backward pass that also updated it, so the update was "
+                "made by a part of the gradient: use a table only once in a graph if a pool's "
+                "update is fused into its backward pass, or call remove() on the handle from "
+                "fuse_into_backward"
+            )
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, pool: ExpertPool, x: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
@@ -106,10 +132,28 @@ class FusedUpdate:
         if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
             x = x.to(torch.get_autocast_dtype(device))
         rows = flatten_tokens(x, weights, indices)
-        out: Tensor = _Experts.apply(
-            self.optimizer, pool.activation, *rows, pool.weight, pool.frozen
-        )
+        out: Tensor = _Experts.apply(self, pool.activation, *rows, pool.weight, pool.frozen)
         return out.view(x.shape)
+
+
+class _Update(NamedTuple):
+    """The backward pass of an update, and the gradient that its table had."""
+
+    backward_pass: int
+    gradient: Tensor | None
+    version: int
+
+    @classmethod
+    def of(cls, table: Tensor) -> _Update:
+        gradient = table.grad
+        version = 0 if gradient is None else gradient._version
+        return cls(torch._C._current_graph_task_id(), gradient, version)
+
+    def is_followed_by_gradient(self, table: Tensor) -> bool:
+        now = _Update.of(table)
+        return self.backward_pass == now.backward_pass and (
+            self.gradient is not now.gradient or self.version != now.version
+        )
 
 
 class _Experts(torch.autograd.Function):
@@ -124,7 +168,7 @@ class _Experts(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        optimizer: RowUpdater,
+        fusion: FusedUpdate,
         activation: str,
         x: Tensor,
         weights: Tensor,
@@ -138,7 +182,7 @@ class _Experts(torch.autograd.Function):
         kept = None if frozen is None else frozen.clone()
         ctx.save_for_backward(x, weights, indices, hidden, gate, kept)
         ctx.table, ctx.version = table, table._version
-        ctx.optimizer, ctx.activation = optimizer, activation
+        ctx.fusion, ctx.activation = fusion, activation
         return out
 
     @staticmethod
@@ -158,8 +202,8 @@ class _Experts(torch.autograd.Function):
         # The gradients of the down and gate vectors are multiples of x, those of the up vectors
         # multiples of grad_out.
         source = torch.stack([x] * (table.shape[1] - 1) + [grad_out], dim=1)
-        optimizer: RowUpdater = ctx.optimizer
-        optimizer.apply_gradient(table, RowGradient(indices, source, coefficients, frozen))
+        fusion: FusedUpdate = ctx.fusion
+        fusion.update(table, RowGradient(indices, source, coefficients, frozen))
         # Autograd drops gradients of inputs that do not require grad.
         return None, None, grad_x, grad_weights, None, None, None
 

@@ -44,7 +44,8 @@ class TableOptimizer(torch.optim.Optimizer):
                 optimizer's defaults.
 
         Raises:
-            ValueError: a parameter is neither 2-D nor 3-D, or an option is out of range.
+            ValueError: a parameter is neither 2-D nor 3-D or is given twice, or an option is out of
+                range.
             TypeError: a parameter has an unsupported dtype.
         """
         params = param_group["params"]
@@ -53,6 +54,13 @@ class TableOptimizer(torch.optim.Optimizer):
             name, table = item if isinstance(item, tuple) else ("a parameter", item)
             if isinstance(table, Tensor):
                 _check_table(type(self).__name__, name, table)
+        tables = [item[1] if isinstance(item, tuple) else item for item in params]
+        if len(set(map(id, tables))) < len(tables):
+            raise ValueError(
+                f"{type(self).__name__}: expected every table of a group once, got a table twice; "
+                f"a step would update it twice by the same gradient. Tables that modules share are "
+                f"listed once by model.parameters() and peer.param_groups"
+            )
         self._check_options({**self.defaults, **param_group})
         super().add_param_group({**param_group, "params": params})
 
@@ -126,7 +134,10 @@ class TableOptimizer(torch.optim.Optimizer):
                 pool is fused already.
 
         A backward pass raises RuntimeError if the table changed after its forward pass. This
-        happens if a graph contains a pool twice, or if a graph runs twice.
+        happens if a graph contains a pool twice, or if a graph runs twice. It also raises
+        RuntimeError if another use of the table adds a gradient, such as a second pool with the
+        same table that is not fused, or a penalty on the weights. The table has then been updated
+        by a part of its gradient.
 
         Example:
             >>> import torch, peer

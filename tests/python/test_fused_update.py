@@ -370,6 +370,90 @@ def test_a_pool_used_twice_under_checkpoints_is_refused():
         y.sum().backward()
 
 
+def two_pools_with_one_table():
+    first, second = make_pool(), make_pool()
+    second.weight = first.weight
+    return first, second
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_two_fused_pools_with_one_table_in_a_graph_are_refused(order):
+    first, second = two_pools_with_one_table()[::order]
+    make_optimizer("sgd", first).fuse_into_backward(first, second)
+    x, weights, indices = draw()
+    with pytest.raises(RuntimeError, match=CHANGED):
+        (first(x, weights, indices) + second(x, weights, indices)).sum().backward()
+
+
+def test_two_fused_pools_with_one_table_in_two_graphs_take_two_steps():
+    (first, second), pool = two_pools_with_one_table(), make_pool()
+    with torch.no_grad():
+        pool.weight.copy_(first.weight)
+    optimizer = make_optimizer("sgd", pool)
+    make_optimizer("sgd", first).fuse_into_backward(first, second)
+    for each in (first, second):
+        inputs = draw()
+        each(*inputs).square().sum().backward()
+        pool(*inputs).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert_same_bits(each.weight, pool.weight)
+
+
+GRADIENT = r"got a gradient in a backward pass that also updated it|" + CHANGED
+
+
+@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.parametrize("form", ["sparse", "dense", "penalty"])
+@pytest.mark.parametrize("has_gradient", [False, True])
+def test_a_gradient_beside_a_fused_update_is_refused(order, form, has_gradient):
+    fused, other = two_pools_with_one_table()
+    other.sparse_grad = form == "sparse"
+    inputs = draw()
+    if has_gradient:
+        other(*inputs).sum().backward()
+    make_optimizer("sgd", fused).fuse_into_backward(fused)
+
+    def use_otherwise():
+        return fused.weight.sum() if form == "penalty" else other(*inputs).sum()
+
+    uses = [lambda: fused(*inputs).sum(), use_otherwise][::order]
+    loss = uses[0]() + uses[1]()
+    with pytest.raises(RuntimeError, match=GRADIENT):
+        loss.backward()
+
+
+def test_a_gradient_of_another_backward_pass_stays_beside_a_fused_update():
+    fused, other = two_pools_with_one_table()
+    make_optimizer("sgd", fused).fuse_into_backward(fused)
+    for _ in range(2):
+        other(*draw()).sum().backward()
+        gradient = fused.weight.grad.to_dense().clone()
+        fused(*draw()).sum().backward()
+        assert_same_bits(fused.weight.grad.to_dense(), gradient)
+
+
+def test_a_gradient_is_taken_again_after_the_end_of_the_fusion():
+    fused, other = two_pools_with_one_table()
+    fusion = make_optimizer("sgd", fused).fuse_into_backward(fused)
+    fused(*draw()).sum().backward()
+    fusion.remove()
+    fusion.remove()
+    (fused(*draw()).sum() + other(*draw()).sum()).backward()
+    assert fused.weight.grad is not None
+
+
+def test_a_fused_pool_grows():
+    layer = peer.PEER(8, num_experts=16, heads=2, num_experts_per_head=4, dim_key=4)
+    optimizer = make_optimizer("adam", layer.experts)
+    optimizer.fuse_into_backward(layer)
+    for _ in range(2):
+        layer(torch.randn(5, 8)).square().sum().backward()
+        layer.zero_grad()
+        layer.grow(1)
+        peer.optim.grow_(optimizer)
+
+
 def test_a_forward_pass_before_the_last_update_is_refused():
     pool = fused_pool()
     first, second = pool(*draw()).sum(), pool(*draw()).sum()

@@ -846,6 +846,40 @@ def test_only_tables_are_taken(kind, shape):
     assert len(optimizer.param_groups) == 1
 
 
+@pytest.mark.parametrize("are_named", [False, True])
+def test_a_table_given_twice_is_refused(kind, are_named):
+    table = make_table()
+    twice = [("a", table), ("b", table)] if are_named else [table, table]
+    with pytest.raises(ValueError, match="every table of a group once"):
+        make_optimizer(kind, twice)
+    optimizer = make_optimizer(kind, [table])
+    with pytest.raises(ValueError, match="more than one parameter group"):
+        optimizer.add_param_group({"params": [table]})
+
+
+@pytest.mark.parametrize("forms", [(True, True), (True, False), (False, True), (False, False)])
+def test_a_table_used_twice_in_a_graph_is_updated_by_the_sum(kind, forms):
+    pools = [
+        peer.ExpertPool(9, num_experts=20, sparse_grad=form, dtype=torch.float64) for form in forms
+    ]
+    pools[1].weight = pools[0].weight
+    whole = copy.deepcopy(pools[0])
+    x, weights, indices = (
+        torch.randn(6, 9).double(),
+        torch.rand(6, 4).double(),
+        torch.randint(20, (6, 4)),
+    )
+    halves = [
+        pool(x[i : i + 3], weights[i : i + 3], indices[i : i + 3])
+        for pool, i in zip(pools, (0, 3), strict=True)
+    ]
+    torch.cat(halves).square().sum().backward()
+    whole(x, weights, indices).square().sum().backward()
+    for pool in (pools[0], whole):
+        make_optimizer(kind, pool.parameters()).step()
+    torch.testing.assert_close(pools[0].weight, whole.weight)
+
+
 def test_complex_tables_are_refused(kind):
     with pytest.raises(TypeError, match="complex64"):
         make_optimizer(kind, [nn.Parameter(torch.ones(3, 4, dtype=torch.complex64))])
