@@ -13,11 +13,8 @@ using torch::Tensor;
 
 namespace {
 
-void move(const Tensor& running,
-          const Tensor& target,
-          const Tensor& factor,
-          const Tensor& is_moved) {
-  running.copy_(torch::where(is_moved, running + factor * (target - running), running));
+Tensor lerp(const Tensor& running, const Tensor& target, const Tensor& factor) {
+  return (running + factor * (target - running)).to(running.scalar_type());
 }
 
 }  // namespace
@@ -91,20 +88,27 @@ Tensor QueryNormImpl::forward(const Tensor& query, const Tensor& padding_mask) {
 }
 
 Tensor QueryNormImpl::normalise_batch(const Tensor& query) {
-  double factor = 0.0;
-  if (uses_batch_statistics()) {
-    num_batches_tracked.add_(1);
-    factor = options.momentum() ? *options.momentum()
-                                : 1.0 / static_cast<double>(num_batches_tracked.item<int64_t>());
-  }
   // Not torch::nn::BatchNorm1d: its statistics cannot leave out masked tokens.
-  return torch::nn::functional::batch_norm(query, running_mean, running_var,
-                                           torch::nn::functional::BatchNormFuncOptions()
-                                               .weight(weight)
-                                               .bias(bias)
-                                               .training(uses_batch_statistics())
-                                               .momentum(factor)
-                                               .eps(options.eps()));
+  const auto normalise = [&](const Tensor& mean, const Tensor& variance, double factor) {
+    return torch::nn::functional::batch_norm(query, mean, variance,
+                                             torch::nn::functional::BatchNormFuncOptions()
+                                                 .weight(weight)
+                                                 .bias(bias)
+                                                 .training(uses_batch_statistics())
+                                                 .momentum(factor)
+                                                 .eps(options.eps()));
+  };
+  if (!uses_batch_statistics()) {
+    return normalise(running_mean, running_var, 0.0);
+  }
+  const double factor =
+      options.momentum() ? *options.momentum()
+                         : 1.0 / (static_cast<double>(num_batches_tracked.item<int64_t>()) + 1.0);
+  // The kernel moves copies, and a batch that must not count leaves the buffers alone.
+  const Tensor mean = running_mean.clone(), variance = running_var.clone();
+  Tensor normed = normalise(mean, variance, factor);
+  count_batch(mean, variance, {});
+  return normed;
 }
 
 Tensor QueryNormImpl::normalise_unpadded(const Tensor& query, const Tensor& padding_mask) {
@@ -125,16 +129,28 @@ Tensor QueryNormImpl::normalise_unpadded(const Tensor& query, const Tensor& padd
 void QueryNormImpl::move_running_statistics(const Tensor& mean,
                                             const Tensor& variance,
                                             const Tensor& count) {
-  torch::NoGradGuard no_grad;
-  const Tensor has_variance = count > 1.0;
-  num_batches_tracked.add_(has_variance);
-  Tensor factor = num_batches_tracked.clamp_min(1).to(mean.scalar_type()).reciprocal();
+  Tensor factor = (num_batches_tracked + 1).to(mean.scalar_type()).reciprocal();
   if (options.momentum()) {
     factor = torch::full_like(factor, *options.momentum());
   }
   const Tensor unbiased = variance * (count / (count - 1.0).clamp_min(1.0));
-  move(running_mean, mean, factor, has_variance);
-  move(running_var, unbiased, factor, has_variance);
+  count_batch(lerp(running_mean, mean, factor), lerp(running_var, unbiased, factor), count > 1.0);
+}
+
+// Replaces the running statistics by moved ones, if all are finite and the condition holds. The
+// moved statistics are tested, not those of the batch, because a variance that is finite in float
+// can overflow in a 16-bit buffer.
+void QueryNormImpl::count_batch(const Tensor& mean,
+                                const Tensor& variance,
+                                const Tensor& condition) {
+  const torch::NoGradGuard no_grad;
+  Tensor is_counted = mean.isfinite().logical_and(variance.isfinite()).all();
+  if (condition.defined()) {
+    is_counted = is_counted.logical_and(condition);
+  }
+  num_batches_tracked.add_(is_counted);
+  running_mean.copy_(torch::where(is_counted, mean, running_mean));
+  running_var.copy_(torch::where(is_counted, variance, running_var));
 }
 
 }  // namespace peer::nn

@@ -24,6 +24,10 @@ class BatchQueryNorm(nn.BatchNorm1d):
     :math:`\sigma^2`. Without padding, the module computes what `torch.nn.BatchNorm1d` does. Its
     state always has the same names.
 
+    If a statistic would become infinite or NaN, the batch does not count: no running statistic
+    moves, nor does `num_batches_tracked`. So one batch with an overflow, whose step is skipped,
+    does not harm evaluation. The decision stays on the device.
+
     While `are_statistics_frozen` is set, training uses the running statistics, too, and does not
     move them.
 
@@ -75,26 +79,34 @@ class BatchQueryNorm(nn.BatchNorm1d):
             ValueError: T = 1 in training without a mask.
         """
         is_training = self.training and not self.are_statistics_frozen
-        uses_batch = is_training or self.running_mean is None
+        running_mean, running_var = self.running_mean, self.running_var
+        uses_batch = is_training or running_mean is None
         if uses_batch and padding_mask is not None:
             return self._normalise_unpadded(query, padding_mask)
-        factor = 0.0
-        if is_training and self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
-            if self.momentum is None:
-                factor = 1.0 / float(self.num_batches_tracked)
-            else:
-                factor = self.momentum
-        return F.batch_norm(
-            query,
-            self.running_mean,
-            self.running_var,
-            self.weight,
-            self.bias,
-            uses_batch,
-            factor,
-            self.eps,
-        )
+        batches = self.num_batches_tracked
+        if not is_training or running_mean is None or running_var is None or batches is None:
+            return F.batch_norm(
+                query,
+                running_mean,
+                running_var,
+                self.weight,
+                self.bias,
+                uses_batch,
+                0.0,
+                self.eps,
+            )
+        if self.momentum is None:
+            factor = 1.0 / (float(batches) + 1.0)
+        else:
+            factor = self.momentum
+        # The kernel moves copies, and a batch that must not count leaves the buffers alone.
+        mean, variance = running_mean.clone(), running_var.clone()
+        normed = F.batch_norm(query, mean, variance, self.weight, self.bias, True, factor, self.eps)
+        is_counted = _are_finite(mean, variance)
+        batches.add_(is_counted)
+        running_mean.copy_(torch.where(is_counted, mean, running_mean))
+        running_var.copy_(torch.where(is_counted, variance, running_var))
+        return normed
 
     def _normalise_unpadded(self, query: Tensor, padding_mask: Tensor) -> Tensor:
         # Filling padding with zeros keeps shapes independent of the mask, and values in the
@@ -120,18 +132,29 @@ class BatchQueryNorm(nn.BatchNorm1d):
             return
         # Nothing here requires grad. A torch.no_grad() block is not needed, and an exported program
         # that contains one can be saved but not loaded.
-        has_variance = count > 1.0
-        batches.add_(has_variance)
-        factor = 1.0 / batches.clamp(min=1).to(mean.dtype)
+        factor = 1.0 / (batches + 1).to(mean.dtype)
         if self.momentum is not None:
             factor = torch.full_like(factor, self.momentum)
         unbiased = variance * (count / (count - 1.0).clamp(min=1.0))
-        _lerp_where_(running_mean, mean, factor, has_variance)
-        _lerp_where_(running_var, unbiased, factor, has_variance)
+        moved_mean = _lerp(running_mean, mean, factor)
+        moved_var = _lerp(running_var, unbiased, factor)
+        is_counted = (count > 1.0) & _are_finite(moved_mean, moved_var)
+        batches.add_(is_counted)
+        running_mean.copy_(torch.where(is_counted, moved_mean, running_mean))
+        running_var.copy_(torch.where(is_counted, moved_var, running_var))
 
 
-def _lerp_where_(running: Tensor, target: Tensor, factor: Tensor, condition: Tensor) -> None:
-    running.copy_(torch.where(condition, running + factor * (target - running), running))
+def _lerp(running: Tensor, target: Tensor, factor: Tensor) -> Tensor:
+    return (running + factor * (target - running)).to(running.dtype)
+
+
+def _are_finite(mean: Tensor, variance: Tensor) -> Tensor:
+    """Whether all moved statistics are finite, as a bool scalar on their device.
+
+    This tests the moved statistics, not those of the batch, because a variance that is finite in
+    float32 can overflow in a 16-bit buffer.
+    """
+    return (mean.isfinite() & variance.isfinite()).all()
 
 
 class _HeadNorm(nn.Module):

@@ -9,6 +9,7 @@
 #include <torch/types.h>
 #include <torch/utils.h>
 
+#include <limits>
 #include <sstream>
 
 #include "../kernels/catch.hpp"
@@ -211,4 +212,26 @@ TEST_CASE("torch::save and torch::load take the modules") {
   layer->eval(), other->eval();
   const torch::Tensor x = torch::randn({5, 8});
   CHECK(other(x).equal(layer(x)));
+}
+
+TEST_CASE("a batch without finite statistics does not count") {
+  const double junk = GENERATE(std::numeric_limits<double>::infinity(),
+                               std::numeric_limits<double>::quiet_NaN(), 3e38);
+  const bool is_masked = GENERATE(false, true);
+  PEER layer(small());
+  const torch::Tensor x = torch::randn({5, 8});
+  const torch::Tensor mask = is_masked ? torch::arange(5) >= 4 : torch::Tensor();
+  layer(x, mask);
+  const auto& norm = *layer->router->norm;
+  const torch::Tensor mean = norm.running_mean.clone(), variance = norm.running_var.clone();
+  torch::Tensor bad = x.clone();
+  bad[0][0] = junk;
+  layer(bad, mask);
+  CHECK(norm.running_mean.equal(mean));
+  CHECK(norm.running_var.equal(variance));
+  CHECK(norm.num_batches_tracked.item<int64_t>() == 1);
+  layer(x + 1, mask);
+  CHECK_FALSE(norm.running_mean.equal(mean));
+  CHECK(norm.running_mean.isfinite().all().item<bool>());
+  CHECK(norm.num_batches_tracked.item<int64_t>() == 2);
 }

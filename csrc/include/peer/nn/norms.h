@@ -32,7 +32,9 @@ struct PEER_API QueryNormOptions {
 // Normalises queries (T, H·dim_key): each feature over the tokens ("batch"), or each head's query
 // ("layer", "rms"). Every kind but the identity has a weight per feature.
 //
-// "batch" leaves padding out of its statistics. In evaluation it uses the running statistics.
+// "batch" leaves padding out of its statistics. In evaluation it uses the running statistics. A
+// batch after which a running statistic would be infinite or NaN does not count, and the running
+// statistics stay as they are.
 //
 // State: weight, bias (not "rms"), and for "batch" running_mean, running_var, num_batches_tracked.
 class PEER_API QueryNormImpl : public torch::nn::Cloneable<QueryNormImpl> {
@@ -62,6 +64,9 @@ class PEER_API QueryNormImpl : public torch::nn::Cloneable<QueryNormImpl> {
   void move_running_statistics(const torch::Tensor& mean,
                                const torch::Tensor& variance,
                                const torch::Tensor& count);
+  void count_batch(const torch::Tensor& mean,
+                   const torch::Tensor& variance,
+                   const torch::Tensor& condition);
 };
 
 TORCH_MODULE(QueryNorm);
