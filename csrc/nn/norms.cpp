@@ -13,7 +13,7 @@ using torch::Tensor;
 
 namespace {
 
-Tensor lerp(const Tensor& running, const Tensor& target, const Tensor& factor) {
+Tensor move_towards(const Tensor& running, const Tensor& target, const Tensor& factor) {
   return (running + factor * (target - running)).to(running.scalar_type());
 }
 
@@ -134,7 +134,8 @@ void QueryNormImpl::move_running_statistics(const Tensor& mean,
     factor = torch::full_like(factor, *options.momentum());
   }
   const Tensor unbiased = variance * (count / (count - 1.0).clamp_min(1.0));
-  count_batch(lerp(running_mean, mean, factor), lerp(running_var, unbiased, factor), count > 1.0);
+  count_batch(move_towards(running_mean, mean, factor), move_towards(running_var, unbiased, factor),
+              count > 1.0);
 }
 
 // Replaces the running statistics by moved ones, if all are finite and the condition holds. The
