@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import importlib.util
 import sys
 from pathlib import Path
@@ -62,3 +63,25 @@ def test_a_kernel_takes_the_longer_of_its_bytes_and_its_instructions(
     unknown = step.Budget([])
     assert unknown.instructions(few) is None
     assert unknown.problems == ["f is not in the table"]
+
+
+def test_the_trip_counts_are_those_of_the_committed_kernels(
+    budget: ModuleType, step: ModuleType
+) -> None:
+    computed = step.Budget(budget.read_table(budget.TABLE)[1])
+    assert computed.text()
+    assert computed.problems == []
+
+
+def test_the_page_has_the_computed_tables(budget: ModuleType, step: ModuleType) -> None:
+    text = step.Budget(budget.read_table(budget.TABLE)[1]).text()
+    assert f"{step.MARKS[0]}\n\n{text}\n\n{step.MARKS[1]}" in step.PAGE.read_text()
+
+
+def test_no_prediction_is_below_its_bound(budget: ModuleType, step: ModuleType) -> None:
+    computed = step.Budget(budget.read_table(budget.TABLE)[1])
+    with step.PREDICTIONS.open(newline="") as file:
+        low = {row["stage"]: float(row["low_ms"]) for row in csv.DictReader(file)}
+    for stage, launches in step.SUMMARY.items():
+        bound = sum(computed.milliseconds(each, "H200") for each in launches)
+        assert bound <= low[stage] <= 2 * bound, stage
