@@ -95,10 +95,8 @@ class BatchQueryNorm(nn.BatchNorm1d):
                 0.0,
                 self.eps,
             )
-        if self.momentum is None:
-            factor = 1.0 / (float(batches) + 1.0)
-        else:
-            factor = self.momentum
+        momentum = self.momentum
+        factor = 1.0 / (float(batches) + 1.0) if momentum is None else momentum
         # The kernel moves copies, and a batch that must not count leaves the buffers alone.
         mean, variance = running_mean.clone(), running_var.clone()
         normed = F.batch_norm(query, mean, variance, self.weight, self.bias, True, factor, self.eps)

@@ -20,12 +20,12 @@
 #define __launch_bounds__(...)
 
 // A built-in variable of the running thread. It has only x.
-template <unsigned peer::test::ThreadPlace::*coordinate>
+template <unsigned peer::test::ThreadPlace::* coordinate>
 struct Coordinate {
   operator unsigned() const { return ::peer::test::thread_place().*coordinate; }
 };
 
-template <unsigned peer::test::ThreadPlace::*coordinate>
+template <unsigned peer::test::ThreadPlace::* coordinate>
 struct Coordinates {
   Coordinate<coordinate> x;
 };
