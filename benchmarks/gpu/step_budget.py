@@ -154,7 +154,7 @@ def segments(pairs: int, owners: int, count: int = 1) -> list[Launch | Other]:
 def partial_sums(out: str, count: int, split_rows: int = 0, width: int = D) -> Launch:
     """The partial sums of segments of more than 128 pairs. Uniform experts have none."""
     return Launch(
-        kernel=f"add_partial_sums_kernel<float, {out}>",
+        kernel=f"add_partial_sums_kernel<float, {out}, SliceForm<4, 2, 32>>",
         blocks=min(SMS * 8, split_rows * -(-width // 256)) if split_rows else SMS * 8,
         threads=256,
         dynamic_shared=8 * 256 * 4,
@@ -217,7 +217,7 @@ def update(terms: int, source_bytes: float, term_bytes: int) -> Counted:
         threads=32,
         dynamic_shared=4 * ROW + MAX_TERMS * (TERM_BYTES + 8),  # a term has a key of random bits
         bytes=2 * DISTINCT * ROW + source_bytes + term_bytes * terms + 8 * DISTINCT,
-        counted=148 * (terms - DISTINCT) + 742 * DISTINCT + 550 * blocks,
+        counted=148 * (terms - DISTINCT) + 799 * DISTINCT + 550 * blocks,
         launches=2,
     )
 
@@ -278,9 +278,8 @@ FUSED: list[Launch | Other] = [
     partial_sums("float", 2),
     SPLIT_UPDATE,
 ]
-CHECK_BLOCKS = blocks_of(DISTINCT, 512)
 OPTIMIZER: list[Launch | Other] = [
-    Counted("check_distinct_ids", CHECK_BLOCKS, 512, 8 * DISTINCT, counted=CHECK_BLOCKS * 16 * 50),
+    Launch("check_distinct_ids", blocks_of(DISTINCT, 512), 512, 8 * DISTINCT),
     update(DISTINCT, DISTINCT * ROW, term_bytes=8),
 ]
 ROUTER_BACKWARD: list[Launch | Other] = [
@@ -352,11 +351,12 @@ class Budget:
         """Warp instructions of all launches, None if they are not known."""
         if isinstance(launch, Other):
             return None
-        if isinstance(launch, Counted):
-            return launch.counted * launch.launches
         kernel = self.kernels.get(launch.kernel)
         if kernel is None:
             self.problems.append(f"{launch.kernel} is not in the table")
+        if isinstance(launch, Counted):
+            return launch.counted * launch.launches
+        if kernel is None:
             return None
         try:
             return warp_instructions(kernel, launch) * launch.launches

@@ -85,3 +85,11 @@ def test_no_prediction_is_below_its_bound(budget: ModuleType, step: ModuleType) 
     for stage, launches in step.SUMMARY.items():
         bound = sum(computed.milliseconds(each, "H200") for each in launches)
         assert bound <= low[stage] <= 2 * bound, stage
+
+
+def test_a_kernel_counted_by_hand_must_be_in_the_table(
+    budget: ModuleType, step: ModuleType
+) -> None:
+    computed = step.Budget([])
+    assert computed.instructions(step.Counted("f", 1, 32, 0, counted=7, launches=2)) == 14
+    assert computed.problems == ["f is not in the table"]
