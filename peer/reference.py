@@ -136,7 +136,7 @@ def peer(layer: PEER, x: Tensor, padding_mask: Tensor | None = None) -> Tensor:
     Args:
         layer: a layer with `dropout=0` or in evaluation mode.
         x: (..., dim).
-        padding_mask: (...) bool, True for tokens that are padding.
+        padding_mask: (...) bool, True for tokens that are padding. Their outputs are zeros.
 
     Returns:
         (..., dim).
@@ -155,6 +155,8 @@ def peer(layer: PEER, x: Tensor, padding_mask: Tensor | None = None) -> Tensor:
     if layer.training and layer.dropout > 0:
         raise ValueError("expected a layer in evaluation mode, or without dropout")
     router, experts = layer.router, layer.experts
+    if padding_mask is not None:
+        x = x.masked_fill(padding_mask[..., None], 0.0)
     query = _normalise(router.norm, router.query(x), padding_mask)
     query = query.unflatten(-1, (router.heads, router.dim_key))
     k = router.num_experts_per_head
@@ -163,7 +165,8 @@ def peer(layer: PEER, x: Tensor, padding_mask: Tensor | None = None) -> Tensor:
         disabled = disabled[: router.num_experts]
     scores, indices = product_key_topk(query, *router.effective_keys(), k, disabled)
     weights = router_weights(scores, router.scores)
-    return expert_mlp(x, weights, indices, experts.weight, experts.activation, experts.frozen)
+    out = expert_mlp(x, weights, indices, experts.weight, experts.activation, experts.frozen)
+    return out if padding_mask is None else out.masked_fill(padding_mask[..., None], 0.0)
 
 
 def _normalise(norm: nn.Module, query: Tensor, padding_mask: Tensor | None) -> Tensor:

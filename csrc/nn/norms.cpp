@@ -112,15 +112,16 @@ Tensor QueryNormImpl::normalise_batch(const Tensor& query) {
 }
 
 Tensor QueryNormImpl::normalise_unpadded(const Tensor& query, const Tensor& padding_mask) {
-  // Padding is filled with zeros before the sums. So shapes do not depend on the mask, and the
-  // values in the padding, NaN included, do not enter the statistics.
-  const Tensor values = query.to(ops::accumulation_type(query.scalar_type()));
+  // Padding is filled with zeros. So shapes do not depend on the mask, and the values in the
+  // padding, NaN included, enter neither the statistics nor a gradient.
   const Tensor padding = padding_mask.unsqueeze(-1);
+  const Tensor values =
+      query.masked_fill(padding, 0.0).to(ops::accumulation_type(query.scalar_type()));
   const Tensor count = padding_mask.logical_not().sum().to(values.scalar_type());
   const Tensor divisor = count.clamp_min(1.0);
-  const Tensor mean = values.masked_fill(padding, 0.0).sum(0) / divisor;
-  const Tensor deviation = values - mean;
-  const Tensor variance = deviation.masked_fill(padding, 0.0).square().sum(0) / divisor;
+  const Tensor mean = values.sum(0) / divisor;
+  const Tensor deviation = (values - mean).masked_fill(padding, 0.0);
+  const Tensor variance = deviation.square().sum(0) / divisor;
   move_running_statistics(mean.detach(), variance.detach(), count);
   const Tensor normed = deviation * (variance + options.eps()).rsqrt() * weight + bias;
   return normed.to(query.scalar_type());

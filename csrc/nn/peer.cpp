@@ -139,7 +139,14 @@ Tensor PEERImpl::forward(const Tensor& x, const Tensor& padding_mask) {
   const Tensor disabled =
       is_set(experts->disabled) ? experts->disabled.narrow(0, 0, num_experts()) : experts->disabled;
   const auto [weights, indices] = router->forward(x, padding_mask, disabled);
-  return experts->forward(x, torch::dropout(weights, dropout, is_training()), indices);
+  const Tensor kept = torch::dropout(weights, dropout, is_training());
+  if (!padding_mask.defined()) {
+    return experts->forward(x, kept, indices);
+  }
+  // The first fill keeps the tokens in the padding out of the backward pass, the second one the
+  // gradients of their outputs.
+  const Tensor padding = padding_mask.unsqueeze(-1);
+  return experts->forward(x.masked_fill(padding, 0.0), kept, indices).masked_fill(padding, 0.0);
 }
 
 }  // namespace peer::nn

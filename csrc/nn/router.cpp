@@ -284,8 +284,10 @@ std::tuple<Tensor, Tensor> ProductKeyRouterImpl::forward(const Tensor& x,
                       "expected padding_mask of shape ", x.sizes().slice(0, x.dim() - 1),
                       " to match x, got ", padding_mask.sizes());
   }
+  // Zero weights are not enough, because 0 * NaN is NaN.
+  const Tensor tokens = padding_mask.defined() ? x.masked_fill(padding_mask.unsqueeze(-1), 0.0) : x;
   const Tensor queries =
-      norm->forward(query->forward(x).reshape({-1, options.heads() * options.dim_key()}),
+      norm->forward(query->forward(tokens).reshape({-1, options.heads() * options.dim_key()}),
                     padding_mask.defined() ? padding_mask.reshape(-1) : padding_mask);
   const auto [used_row_keys, used_col_keys] = effective_keys();
   const auto [scores, indices] =
@@ -294,7 +296,11 @@ std::tuple<Tensor, Tensor> ProductKeyRouterImpl::forward(const Tensor& x,
   std::vector<int64_t> shape = x.sizes().vec();
   shape.back() = options.heads();
   shape.push_back(options.num_experts_per_head());
-  return {router_weights(scores, options.scores()).view(shape), indices.view(shape)};
+  Tensor weights = router_weights(scores, options.scores()).view(shape);
+  if (padding_mask.defined()) {
+    weights = weights.masked_fill(padding_mask.unsqueeze(-1).unsqueeze(-1), 0.0);
+  }
+  return {weights, indices.view(shape)};
 }
 
 }  // namespace peer::nn

@@ -68,9 +68,9 @@ class BatchQueryNorm(nn.BatchNorm1d):
 
         Args:
             query: (T, H * dim_key).
-            padding_mask: (T,) bool, True for padding. Padding is normalised with the statistics of
-                the other tokens. With fewer than two other tokens there is no unbiased variance,
-                and the running statistics do not change.
+            padding_mask: (T,) bool, True for padding, which becomes the bias while the statistics
+                of the batch are used. With fewer than two other tokens there is no unbiased
+                variance, and the running statistics do not change.
 
         Returns:
             (T, H * dim_key), query's dtype.
@@ -108,16 +108,16 @@ class BatchQueryNorm(nn.BatchNorm1d):
 
     def _normalise_unpadded(self, query: Tensor, padding_mask: Tensor) -> Tensor:
         # Filling padding with zeros keeps shapes independent of the mask, and values in the
-        # padding, including NaN, out of the statistics.
-        values = query
-        if query.dtype == torch.float16 or query.dtype == torch.bfloat16:
-            values = query.float()
+        # padding, including NaN, out of the statistics and of all gradients.
         padding = padding_mask.unsqueeze(-1)
+        values = query.masked_fill(padding, 0.0)
+        if query.dtype == torch.float16 or query.dtype == torch.bfloat16:
+            values = values.float()
         count = (~padding_mask).sum().to(values.dtype)
         divisor = count.clamp(min=1.0)
-        mean = values.masked_fill(padding, 0.0).sum(0) / divisor
-        deviation = values - mean
-        variance = deviation.masked_fill(padding, 0.0).square().sum(0) / divisor
+        mean = values.sum(0) / divisor
+        deviation = (values - mean).masked_fill(padding, 0.0)
+        variance = deviation.square().sum(0) / divisor
         if self.training and not self.are_statistics_frozen:
             self._update_running_statistics(mean.detach(), variance.detach(), count)
         normed = deviation * (variance + self.eps).rsqrt() * self.weight + self.bias

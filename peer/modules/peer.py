@@ -383,8 +383,10 @@ class PEER(nn.Module):
 
         Args:
             x: (..., dim).
-            padding_mask: (...) bool, True for padding. Padding has outputs like other tokens, but
-                the statistics of batch normalisation exclude it.
+            padding_mask: (...) bool, True for padding. Its outputs are zeros. What stands in the
+                padding, including NaN, and the gradients of its outputs have no influence: not on
+                other tokens, statistics or gradients, and not on `peer.optim`, which skips rows of
+                zeros.
 
         Returns:
             (..., dim), x's dtype, or the autocast dtype under autocast.
@@ -399,8 +401,14 @@ class PEER(nn.Module):
             disabled = disabled[: self.router.num_experts]
         weights, indices = self.router(x, padding_mask, disabled)
         weights = F.dropout(weights, self.dropout, self.training)
-        out: Tensor = self.experts(x, weights, indices)
-        return out
+        if padding_mask is None:
+            out: Tensor = self.experts(x, weights, indices)
+            return out
+        # Zero weights are not enough: 0 * NaN is NaN. The first fill keeps the tokens out of the
+        # backward pass, the second one the gradients of their outputs.
+        padding = padding_mask.unsqueeze(-1)
+        masked: Tensor = self.experts(x.masked_fill(padding, 0.0), weights, indices)
+        return masked.masked_fill(padding, 0.0)
 
     def extra_repr(self) -> str:
         """The option that neither router nor pool has, for `repr`."""

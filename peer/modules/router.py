@@ -352,9 +352,8 @@ class ProductKeyRouter(nn.Module):
         Args:
             x: (..., dim).
             padding_mask: (...) bool, True for padding, like `key_padding_mask` of
-                `torch.nn.MultiheadAttention`. Padding is routed like other tokens, but the
-                statistics of batch normalisation exclude it. It has no effect on the other
-                normalisations.
+                `torch.nn.MultiheadAttention`. Padding is routed as zeros and with zero weights. So
+                what stands there, including NaN, has no influence on statistics or gradients.
             disabled: (R * C,) bool, True for experts that are never retrieved. At least K are
                 False. None if all experts can be retrieved.
 
@@ -370,6 +369,8 @@ class ProductKeyRouter(nn.Module):
         # A tracer turns sizes into tensors and warns about every comparison.
         if not torch.jit.is_tracing():  # type: ignore[attr-defined]
             self._check(x, padding_mask)
+        if padding_mask is not None:
+            x = x.masked_fill(padding_mask.unsqueeze(-1), 0.0)
         query = self.query(x).reshape(-1, self.heads * self.dim_key)
         if self.masks_padding and padding_mask is not None:
             query = self.norm(query, padding_mask.reshape(-1))
@@ -387,7 +388,10 @@ class ProductKeyRouter(nn.Module):
         shape = list(x.shape)
         shape[-1] = self.heads
         shape.append(self.num_experts_per_head)
-        return weights.view(shape), indices.view(shape)
+        weights = weights.view(shape)
+        if padding_mask is not None:
+            weights = weights.masked_fill(padding_mask.unsqueeze(-1).unsqueeze(-1), 0.0)
+        return weights, indices.view(shape)
 
     def _check(self, x: Tensor, padding_mask: Tensor | None) -> None:
         if x.dim() == 0 or x.shape[-1] != self.dim:

@@ -45,7 +45,8 @@ class PEER_API QueryNormImpl : public torch::nn::Cloneable<QueryNormImpl> {
   void reset_parameters();
   void pretty_print(std::ostream& stream) const override;
 
-  // padding_mask: (T,) bool, true for tokens that are padding; for "batch" only.
+  // padding_mask: (T,) bool, true for padding, for "batch" only. Padding becomes the bias while the
+  // statistics of the batch are used.
   torch::Tensor forward(const torch::Tensor& query, const torch::Tensor& padding_mask = {});
 
   QueryNormOptions options;

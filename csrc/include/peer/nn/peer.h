@@ -81,8 +81,8 @@ class PEER_API PEERImpl : public torch::nn::Cloneable<PEERImpl> {
 
   // (..., dim) in x's dtype, for x (..., dim).
   //
-  // padding_mask: (...) bool, true for padding. Padding gets outputs like other tokens, but does
-  // not enter the statistics of batch normalisation.
+  // padding_mask: (...) bool, true for padding. Its outputs are zeros. What stands in the padding,
+  // NaN included, and the gradients of its outputs have no influence.
   torch::Tensor forward(const torch::Tensor& x, const torch::Tensor& padding_mask = {});
 
   int64_t num_experts() const { return router->options.num_experts().num_experts(); }

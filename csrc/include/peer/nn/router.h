@@ -75,8 +75,8 @@ class PEER_API ProductKeyRouterImpl : public torch::nn::Cloneable<ProductKeyRout
 
   // Weights (..., H, K) and the ids of the experts (..., H, K), int64, for x (..., dim).
   //
-  // padding_mask: (...) bool, true for padding. Padding is routed like other tokens, but does not
-  // enter the statistics of batch normalisation.
+  // padding_mask: (...) bool, true for padding. Padding is routed as zeros and with zero weights.
+  // What stands there, NaN included, has no influence on statistics or gradients.
   //
   // disabled: (R·C) bool, true for experts that are not retrieved.
   std::tuple<torch::Tensor, torch::Tensor> forward(const torch::Tensor& x,
