@@ -3,11 +3,13 @@
 Each module maps queries (T, H * dim_key) to the same shape and has a weight for every feature.
 """
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 __all__ = ["QUERY_NORMS", "BatchQueryNorm", "LayerQueryNorm", "RMSQueryNorm", "make_query_norm"]
 
@@ -31,6 +33,13 @@ class BatchQueryNorm(nn.BatchNorm1d):
     While `are_statistics_frozen` is set, training uses the running statistics, too, and does not
     move them.
 
+    In data parallelism, each process normalises with the statistics of its own tokens. After
+    `torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)`, the statistics in training are those of
+    the tokens of all processes of a group, without padding. The norm of a router stays a
+    `BatchQueryNorm` then, on every device and with every backend. Every process must call the
+    layer, forward and backward, equally often. Second derivatives and TorchScript are not
+    available in training while there are several processes.
+
     Statistics of 16-bit queries are in float32. In training they depend on all tokens of the batch,
     so the routing of a token depends on later tokens.
 
@@ -40,6 +49,8 @@ class BatchQueryNorm(nn.BatchNorm1d):
         momentum: fraction by which the running statistics move; None averages over all batches.
         device: device of the parameters and buffers.
         dtype: dtype of the parameters and floating-point buffers.
+        is_synchronized: whether the statistics in training are those of all processes.
+        process_group: the processes; None for all.
 
     Source: arXiv 2407.04153, table 2; arXiv 1907.05242.
 
@@ -52,6 +63,8 @@ class BatchQueryNorm(nn.BatchNorm1d):
         [[-1.0, -1.0], [1.0, 1.0]]
     """
 
+    __constants__: ClassVar = ["is_synchronized"]  # lets TorchScript drop the dead branch
+
     def __init__(
         self,
         num_features: int,
@@ -59,9 +72,14 @@ class BatchQueryNorm(nn.BatchNorm1d):
         momentum: float | None = 0.1,
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        is_synchronized: bool = False,
+        process_group: Any = None,
     ) -> None:
         super().__init__(num_features, eps, momentum, device=device, dtype=dtype)
         self.are_statistics_frozen = False
+        self.is_synchronized = is_synchronized
+        self.process_group = process_group
 
     def forward(self, query: Tensor, padding_mask: Tensor | None = None) -> Tensor:
         """Normalises queries.
@@ -77,10 +95,19 @@ class BatchQueryNorm(nn.BatchNorm1d):
 
         Raises:
             ValueError: T = 1 in training without a mask.
+            RuntimeError: a scripted norm is synchronized and in training.
         """
         is_training = self.training and not self.are_statistics_frozen
         running_mean, running_var = self.running_mean, self.running_var
         uses_batch = is_training or running_mean is None
+        if self.is_synchronized and is_training:
+            if torch.jit.is_scripting():  # type: ignore[attr-defined]
+                raise RuntimeError(
+                    "TorchScript cannot synchronize batch normalisation between processes; script "
+                    "the layer before SyncBatchNorm.convert_sync_batchnorm, or in evaluation mode"
+                )
+            elif _has_other_processes(self.process_group):
+                return self._normalise_over_processes(query, padding_mask)
         if uses_batch and padding_mask is not None:
             return self._normalise_unpadded(query, padding_mask)
         batches = self.num_batches_tracked
@@ -123,6 +150,24 @@ class BatchQueryNorm(nn.BatchNorm1d):
         normed = deviation * (variance + self.eps).rsqrt() * self.weight + self.bias
         return normed.to(query.dtype)
 
+    @torch.jit.unused
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _normalise_over_processes(self, query: Tensor, padding_mask: Tensor | None) -> Tensor:
+        if padding_mask is None:
+            padding_mask = torch.zeros(len(query), dtype=torch.bool, device=query.device)
+        values = query.masked_fill(padding_mask.unsqueeze(-1), 0.0)
+        values = values.to(torch.promote_types(query.dtype, torch.float32))
+        normed, mean, variance, count = _NormaliseOverProcesses.apply(
+            values, padding_mask.unsqueeze(-1), self.eps, self.process_group
+        )
+        self._update_running_statistics(mean, variance, count)
+        affine: Tensor = normed * self.weight + self.bias
+        return affine.to(query.dtype)
+
+    def extra_repr(self) -> str:
+        """The options, for `repr`."""
+        return super().extra_repr() + (", is_synchronized=True" if self.is_synchronized else "")
+
     def _update_running_statistics(self, mean: Tensor, variance: Tensor, count: Tensor) -> None:
         running_mean, running_var = self.running_mean, self.running_var
         batches = self.num_batches_tracked
@@ -140,6 +185,54 @@ class BatchQueryNorm(nn.BatchNorm1d):
         batches.add_(is_counted)
         running_mean.copy_(torch.where(is_counted, moved_mean, running_mean))
         running_var.copy_(torch.where(is_counted, moved_var, running_var))
+
+
+@torch.jit.unused
+def _has_other_processes(group: Any) -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1
+
+
+class _NormaliseOverProcesses(torch.autograd.Function):
+    """Subtracts the mean and divides by the standard deviation over the tokens of all processes.
+
+    Every process has one collective forward and one backward, on vectors of the number of features.
+    Each contributes its mean and its sum of squared deviations, which are combined exactly, without
+    the cancellation of a sum of squares.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, values: Tensor, padding: Tensor, eps: float, group: Any
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        count = (~padding).sum().to(values.dtype).view(1)
+        mean = values.sum(0) / count.clamp(min=1.0)
+        squares = (values - mean).masked_fill(padding, 0.0).square().sum(0)
+        mine = torch.cat([mean, squares, count])
+        gathered = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(gathered, mine, group)
+        features = values.shape[1]
+        means, all_squares, counts = torch.stack(gathered).split([features, features, 1], 1)
+        total = counts.sum()
+        divisor = total.clamp(min=1.0)
+        mean = (means * counts).sum(0) / divisor
+        variance = (all_squares + counts * (means - mean).square()).sum(0) / divisor
+        scale = (variance + eps).rsqrt()
+        normed = ((values - mean) * scale).masked_fill(padding, 0.0)
+        ctx.save_for_backward(normed, padding, scale, divisor)
+        ctx.group = group
+        ctx.mark_non_differentiable(mean, variance, total)
+        return normed, mean, variance, total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        normed, padding, scale, divisor = ctx.saved_tensors
+        grad = grad.masked_fill(padding, 0.0)
+        sums = torch.stack([grad.sum(0), (grad * normed).sum(0)])
+        dist.all_reduce(sums, group=ctx.group)
+        mean_grad, mean_product = sums / divisor
+        grad_values = (grad - mean_grad - normed * mean_product) * scale
+        return grad_values.masked_fill(padding, 0.0), None, None, None
 
 
 def _lerp(running: Tensor, target: Tensor, factor: Tensor) -> Tensor:

@@ -157,6 +157,17 @@ class ProductKeyRouter(nn.Module):
             self.register_buffer(name, None)
         self._reset_keys()
 
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        """Adds a part, as `torch.nn.Module` does.
+
+        `torch.nn.SyncBatchNorm.convert_sync_batchnorm` puts its result back by this method. The
+        router needs a norm that takes a mask, so a `torch.nn.SyncBatchNorm` becomes a synchronized
+        `BatchQueryNorm` with the same parameters and buffers.
+        """
+        if name == "norm" and isinstance(module, nn.SyncBatchNorm):
+            module = _synchronized(module, are_statistics_frozen=self.frozen is not None)
+        super().add_module(name, module)
+
     def reset_parameters(self) -> None:
         """Initialises all parameters: keys uniform in ±1 / sqrt(dim_key / 2), others as torch.
 
@@ -439,6 +450,22 @@ class ProductKeyRouter(nn.Module):
                 f"with the checkpoint's options, or call peer.grow_to_(model, state_dict) before "
                 f"loading if the checkpoint's layer has grown."
             )
+
+
+def _synchronized(given: nn.SyncBatchNorm, are_statistics_frozen: bool) -> BatchQueryNorm:
+    norm = BatchQueryNorm(
+        given.num_features,
+        given.eps,
+        given.momentum,
+        device="meta",
+        is_synchronized=True,
+        process_group=given.process_group,
+    )
+    norm.weight, norm.bias = given.weight, given.bias
+    norm.running_mean, norm.running_var = given.running_mean, given.running_var
+    norm.num_batches_tracked = given.num_batches_tracked
+    norm.are_statistics_frozen = are_statistics_frozen
+    return norm.train(given.training)
 
 
 def _with_kept(keys: Tensor, frozen: Tensor | None, kept: Tensor | None) -> Tensor:

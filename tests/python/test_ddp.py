@@ -52,6 +52,7 @@ def one_of_two_processes(rank, folder):
         "state": train_on_half(rank),
         "means": reduce_some(rank),
         "frozen": train_frozen_on_half(rank),
+        "synchronized": {name: normalise_half(rank, name) for name in MASKS},
     }
     torch.save(results, f"{folder}/{rank}")
     dist.destroy_process_group()
@@ -92,6 +93,50 @@ def train_frozen_on_half(rank):
     layer = make_frozen_layer()
     parallel = nn.parallel.DistributedDataParallel(layer)
     return train_frozen(layer, parallel, draw_batches()[:, 10 * rank : 10 * rank + 10])
+
+
+MASKS = {
+    "no mask": None,
+    "padding": torch.arange(20) % 10 >= torch.arange(20) // 10 * 4 + 4,
+    "one process has padding alone": torch.arange(20) >= 10,
+    "one real token": torch.arange(20) != 3,
+    "a real token is infinite": torch.arange(20) % 10 >= 8,
+}
+
+
+def draw_for(name):
+    xs, mask = draw_batches(), MASKS[name]
+    if mask is not None:
+        xs = xs.masked_fill(mask[:, None], float("nan"))
+    if "infinite" in name:
+        xs[1, 2, 0] = float("inf")
+    return xs, mask
+
+
+def make_normalised_layer():
+    torch.manual_seed(0)
+    layer = peer.PEER(8, num_experts=64, heads=2, num_experts_per_head=4, dim_key=4)
+    return layer.double()
+
+
+def normalise(layer, run, xs, mask):
+    """Outputs and gradients of each batch, of the sum over all tokens, and the buffers."""
+    results = []
+    for x in xs.double():
+        leaf = x.clone().requires_grad_()
+        out = run(leaf, mask)
+        out.square().sum().backward()
+        results += [out.detach(), leaf.grad]
+    gradients = {name: p.grad for name, p in layer.named_parameters()}
+    return {"outputs": results, "gradients": gradients, "buffers": dict(layer.named_buffers())}
+
+
+def normalise_half(rank, name):
+    xs, mask = draw_for(name)
+    layer = nn.SyncBatchNorm.convert_sync_batchnorm(make_normalised_layer())
+    mine = slice(10 * rank, 10 * rank + 10)
+    parallel = nn.parallel.DistributedDataParallel(layer)
+    return normalise(layer, parallel, xs[:, mine], None if mask is None else mask[mine])
 
 
 def reduce_some(rank):
@@ -152,3 +197,56 @@ def test_gradients_become_their_mean(results, dtype):
         assert one[:, 0].tolist() == [0.0, 0.5, 0.0, 1.0, 0.0]
         assert (idle == 0).all()
         assert (dense == 1.5).all()
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_synchronized_statistics_are_those_of_the_whole_batch(results, name):
+    layer = make_normalised_layer()
+    expected = normalise(layer, layer, *draw_for(name))
+    halves = [each["synchronized"][name] for each in results]
+    same = {"rtol": 1e-9, "atol": 1e-9, "equal_nan": "infinite" in name}
+    for first, second, both in zip(*(each["outputs"] for each in [*halves, expected]), strict=True):
+        torch.testing.assert_close(torch.cat([first, second]), both, **same)
+    for half in halves:
+        for key, gradient in expected["gradients"].items():
+            # Data parallelism averages what one process sums.
+            torch.testing.assert_close(2 * half["gradients"][key], gradient, **same)
+        for key, buffer in expected["buffers"].items():
+            assert buffer.isfinite().all()
+            torch.testing.assert_close(half["buffers"][key], buffer, rtol=1e-9, atol=1e-9)
+    counted = {"one real token": 0, "a real token is infinite": 2}.get(name, 3)
+    assert expected["buffers"]["router.norm.num_batches_tracked"] == counted
+
+
+def test_a_converted_layer_keeps_its_norm_and_its_state():
+    layer = make_normalised_layer()
+    layer.router.freeze_network()
+    layer.router.norm.momentum = 0.3
+    before = dict(layer.router.norm.named_parameters()), dict(layer.router.norm.named_buffers())
+    converted = nn.SyncBatchNorm.convert_sync_batchnorm(
+        nn.SyncBatchNorm.convert_sync_batchnorm(layer)
+    )
+    norm = converted.router.norm
+    assert isinstance(norm, peer.modules.BatchQueryNorm)
+    assert norm.is_synchronized
+    assert norm.are_statistics_frozen
+    assert norm.momentum == 0.3
+    for ours, theirs in zip((norm.named_parameters(), norm.named_buffers()), before, strict=True):
+        ours = dict(ours)
+        assert list(ours) == list(theirs)
+        assert all(ours[name] is theirs[name] for name in theirs)
+    assert "is_synchronized=True" in repr(converted)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_converted_layer_without_other_processes_computes_the_same(masked):
+    layer, other = make_normalised_layer(), make_normalised_layer()
+    converted = nn.SyncBatchNorm.convert_sync_batchnorm(other)
+    x, mask = draw_batches()[0].double(), MASKS["padding"] if masked else None
+    assert torch.equal(converted(x, mask), layer(x, mask))
+    compiled = torch.compile(converted, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x, mask), layer(x, mask))
+    scripted = torch.jit.script(converted.eval())
+    assert torch.equal(scripted(x, mask), layer.eval()(x, mask))
+    with pytest.raises(Exception, match="TorchScript cannot synchronize"):
+        scripted.train()(x, mask)
