@@ -11,7 +11,7 @@ Columns of the table:
     registers      of a thread
     spill_stores, spill_loads, stack
                    bytes of a thread
-    shared         bytes of static shared memory of a block; launches.csv has the dynamic ones
+    shared         bytes of static shared memory of a block, without dynamic memory
     max_threads    of a block, by __launch_bounds__; empty without
     instructions   of the machine code, without the padding behind it
     loops          the instructions of each loop, those of inner loops included, in parentheses the

@@ -63,7 +63,8 @@ class BatchQueryNorm(nn.BatchNorm1d):
         [[-1.0, -1.0], [1.0, 1.0]]
     """
 
-    __constants__: ClassVar = ["is_synchronized"]  # lets TorchScript drop the dead branch
+    # Lets TorchScript drop the dead branch.
+    __constants__ = [*nn.BatchNorm1d.__constants__, "is_synchronized"]  # noqa: RUF012
 
     def __init__(
         self,

@@ -143,9 +143,8 @@ struct TileStorage {
   static constexpr int64_t kTermBytes = kMaxTerms * int64_t(sizeof(Term<Real>));
 
   // Rings of at most 64 KiB in a block.
-  static constexpr int kMaxWarps = kTiles > 1 ? 1
-                                              : int(std::min((int64_t(64) << 10) / kRingBytes,
-                                                             int64_t(kMaxWarpsPerTile)));
+  static constexpr int kMaxWarps =
+      kTiles > 1 ? 1 : int(std::min((int64_t(64) << 10) / kRingBytes, int64_t(kMaxWarpsPerTile)));
 
   static constexpr int64_t bytes(int warps) { return kTiles * (warps * kRingBytes + kTermBytes); }
   static __device__ int tile_of_lane() { return lane() / Form::kLanes; }

@@ -47,8 +47,8 @@ struct Problem {
                                frozen.size() > 0 ? &frozen[0] : nullptr, rows, kContext);
     }
     Gradient gradient;
-    gradient.owners.resize(rows == OutputRows::compact ? DistinctOwnerCount(segments, kContext).wait()
-                                                       : owner_count);
+    gradient.owners.resize(
+        rows == OutputRows::compact ? DistinctOwnerCount(segments, kContext).wait() : owner_count);
     for (size_t row = 0; row < gradient.owners.size(); ++row) {
       gradient.owners[row] =
           rows == OutputRows::compact ? segments.distinct_owners.get()[row] : row;
