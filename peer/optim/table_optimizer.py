@@ -70,6 +70,9 @@ class TableOptimizer(torch.optim.Optimizer):
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
 
+    # There is nothing to fuse with the operators, and the number of updates of a table, an argument
+    # of stochastic rounding, would be compiled into the code of every step.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Updates every table that has a gradient.

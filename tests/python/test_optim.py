@@ -232,6 +232,82 @@ def test_reading_the_state_for_a_distributed_checkpoint_changes_no_row(kind):
         assert_same_bits(ours, theirs)
 
 
+@pytest.mark.parametrize("row", [(WIDTH,), (2, WIDTH)], ids=["flat", "parts"])
+def test_a_distributed_checkpoint_resumes_bit_by_bit(kind, dtype, row):
+    checkpoint = pytest.importorskip("torch.distributed.checkpoint.state_dict")
+    gradients = [draw_gradient(dtype, row) for _ in range(4)]
+
+    def make_model():
+        model = nn.Module()
+        model.table = make_table(dtype, (ROWS, *row))
+        return model, make_optimizer(kind, model.parameters())
+
+    def run(model, optimizer, gradients):
+        for gradient in gradients:
+            model.table.grad = gradient.clone()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    first, optimizer = make_model()
+    run(first, optimizer, gradients[:2])
+    model_state, state = checkpoint.get_state_dict(first, optimizer)
+    model_state, state = saved_and_loaded((model_state, state))
+    second, resumed = make_model()
+    checkpoint.set_state_dict(second, resumed, model_state_dict=model_state, optim_state_dict=state)
+    for each, its_optimizer in ((first, optimizer), (second, resumed)):
+        run(each, its_optimizer, gradients[2:])
+    assert_same_bits(first.table, second.table)
+    assert_same_state(resumed.state[second.table], optimizer.state[first.table])
+
+
+@pytest.mark.parametrize("whole_step", [False, True])
+def test_a_compiled_step_is_compiled_once(kind, whole_step):
+    torch._dynamo.reset()
+    table, other = make_table(torch.bfloat16), make_table(torch.bfloat16)
+    with torch.no_grad():
+        other.copy_(table)
+    optimizer, eager = make_optimizer(kind, [table]), make_optimizer(kind, [other])
+
+    def train(scale):
+        if whole_step:
+            (table * scale).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    compiled = torch.compile(train, backend="aot_eager")
+    for i in range(6):
+        scale = torch.full((), 1.0 + i)
+        if not whole_step:
+            table.grad = 2 * scale**2 * table.detach()
+        other.grad = None
+        (other * scale).square().sum().backward()
+        if not whole_step:
+            other.grad = 2 * scale**2 * other.detach()
+        with torch._dynamo.config.patch(error_on_recompile=i > 1):
+            compiled(scale)
+        eager.step()
+        torch.testing.assert_close(table, other)
+    torch._dynamo.reset()
+
+
+def test_a_closure_may_be_compiled():
+    torch._dynamo.reset()
+    table = make_table()
+    optimizer = SGD([table], lr=0.1)
+    loss_of = torch.compile(lambda: table.square().sum(), backend="aot_eager", fullgraph=True)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = loss_of()
+        loss.backward()
+        return loss
+
+    expected = 0.8 * table.detach()
+    optimizer.step(closure)
+    torch.testing.assert_close(table.detach(), expected)
+    torch._dynamo.reset()
+
+
 @pytest.mark.parametrize("nesterov", [False, True])
 def test_sgd_on_dense_gradients_is_torch_s(nesterov):
     table = make_table()
