@@ -27,6 +27,7 @@ class TableOptimizer(torch.optim.Optimizer):
     not write other rows: they do not decay, their momentum does not move them, and they count no
     step. A row of a gradient is zero if all its numbers are, in all parts; -0.0 is zero, NaN is
     not. Dense and sparse gradients of equal numbers therefore give the same training, bit by bit.
+    To keep rows whatever their gradient, freeze them: `peer.PEER.freeze_experts`.
 
     With `stochastic_rounding`, 16-bit tables and their momentum are rounded up or down at random,
     so that the expectation of a value is the exact result. The random bits are a function of the

@@ -399,6 +399,52 @@ def test_gradients_that_accumulate_over_micro_batches_count_as_their_sum(kind):
     torch.testing.assert_close(pools[0].weight, pools[1].weight)
 
 
+@pytest.mark.skipif(not hasattr(Tensor, "grad_dtype"), reason="this torch has no grad_dtype")
+class TestFloat32GradientsOf16BitTables:
+    """`grad_dtype`, with which sums over micro-batches do not round and losses can be scaled."""
+
+    @pytest.fixture(params=[torch.bfloat16, torch.float16], ids=str)
+    def pool(self, request):
+        pool = peer.ExpertPool(9, num_experts=20, sparse_grad=True, dtype=request.param)
+        pool.weight.grad_dtype = torch.float32
+        return pool
+
+    def backward(self, pool, scaler=None):
+        x, weights = torch.randn(6, 9, dtype=pool.weight.dtype), torch.rand(6, 4)
+        loss = pool(x, weights.to(x.dtype), torch.randint(20, (6, 4))).float().square().sum()
+        (loss if scaler is None else scaler.scale(loss)).backward()
+
+    def test_micro_batches_add_without_rounding(self, kind, pool):
+        total = torch.zeros(pool.weight.shape)
+        for _ in range(16):
+            before = 0 if pool.weight.grad is None else pool.weight.grad.to_dense()
+            self.backward(pool)
+            part = pool.weight.grad.to_dense() - before
+            total += part.to(pool.weight.dtype)  # what one backward pass gives is rounded
+        assert pool.weight.grad.dtype == torch.float32
+        assert pool.weight.grad.layout == torch.sparse_coo
+        torch.testing.assert_close(pool.weight.grad.to_dense(), total)
+        before = pool.weight.detach().clone()
+        make_optimizer(kind, pool.parameters()).step()
+        assert not torch.equal(pool.weight, before)
+
+    @pytest.mark.parametrize("number", [1.0, math.inf, math.nan])
+    def test_a_scaler_steps_or_skips_the_step(self, kind, pool, number):
+        optimizer = make_optimizer(kind, pool.parameters())
+        scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+        for _ in range(2):
+            self.backward(pool, scaler)
+        pool.weight.grad._values()[0, 0, 0] = number
+        scaler.unscale_(optimizer)
+        peer.optim.clip_grad_norm_(pool.parameters(), 1.0)
+        before = pool.weight.detach().clone()
+        scaler.step(optimizer)
+        scaler.update()
+        assert torch.equal(pool.weight, before) == (number != 1.0)
+        assert scaler.get_scale() == (8.0 if number == 1.0 else 4.0)
+        assert bool(optimizer.state) == (number == 1.0)
+
+
 def test_rows_without_a_gradient_keep_their_bits_and_state(kind):
     table = make_table(torch.bfloat16)
     optimizer = make_optimizer(kind, [table])
