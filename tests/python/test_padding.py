@@ -129,7 +129,7 @@ def test_optimizers_update_only_the_rows_of_real_tokens(make_optimizer, sparse, 
     layer = make_layer(name, sparse_grad=sparse)
     x, mask = draw_padded(layer)
     x, mask = x[2:], mask[2:].clone()
-    mask[1] = True
+    mask[0, 2:] = mask[1] = True
     ids = layer.router(x, mask)[1]
     used = torch.zeros(layer.num_experts, dtype=torch.bool)
     used[ids[~mask].flatten()] = True
