@@ -50,6 +50,13 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("filterwarnings", line)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def nothing_compiled() -> None:
+    """Every file starts without compiled functions: torch limits those of each forward method."""
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
+
+
 @pytest.fixture(autouse=True)
 def two_threads() -> Iterator[None]:
     """Every test starts with two threads, and the number is reset after it."""
