@@ -68,8 +68,14 @@ inline BFloat16 from_double(double value) {
 
 template <>
 inline Half from_double(double value) {
+  if (std::isnan(value)) {
+    return {0x7e00};
+  }
   if (std::abs(value) < 0x1p-14) {
     return {uint16_t(value < 0 ? 0x8000 : 0)};
+  }
+  if (std::abs(value) >= 0x1p16) {
+    return {uint16_t(value < 0 ? 0xfc00 : 0x7c00)};
   }
   int exponent;
   const double fraction = std::frexp(std::abs(value), &exponent);  // in [0.5, 1)

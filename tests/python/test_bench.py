@@ -1313,7 +1313,7 @@ def test_targets_of_a_gpu_are_times_shares_and_ratios() -> None:
         assert found[text].measured == pytest.approx(measured), text
         assert found[text].is_met is is_met, text
     assert str(found["training step"].target) == "≤ 4.00 ms"
-    assert str(found["one token, layer forward in a CUDA graph"].target) == "≤ 15 µs"
+    assert str(found["one token, layer forward in a CUDA graph"].target) == "≤ 20 µs"
 
 
 def test_growth_with_the_number_of_experts_is_that_of_one_provider() -> None:
@@ -1416,13 +1416,13 @@ def test_targets_of_files_are_printed_and_nothing_is_measured(
     graph = {"run": "2", "preset": "cuda-targets", "tokens": 1, "distribution": "router"}
     routing = make_gpu_row("peer", "routing", 0.2e-3, run="1", preset="cuda-targets")
     results.append([routing], paths[0])
-    results.append([make_gpu_row("peer-graph", "forward", 20e-6, **graph)], paths[1])
+    results.append([make_gpu_row("peer-graph", "forward", 25e-6, **graph)], paths[1])
     assert main(["--targets", *map(str, paths)]) == 0
     out = capsys.readouterr().out
     assert re.search(
-        r"retrieval, projection included .* ≤ 0.25 ms +0.20 ms +yes +peer 0.2 ms; run of 1", out
+        r"retrieval, projection included .* ≤ 0.30 ms +0.20 ms +yes +peer 0.2 ms; run of 1", out
     )
-    assert re.search(r"one token, .* ≤ 15 µs +20 µs +no +peer-graph 0.02 ms; run of 2", out)
+    assert re.search(r"one token, .* ≤ 20 µs +25 µs +no +peer-graph 0.025 ms; run of 2", out)
     assert main(["--targets", str(tmp_path / "none.csv")]) == 2
     assert "none.csv" in capsys.readouterr().err
 
