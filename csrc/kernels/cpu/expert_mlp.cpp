@@ -71,17 +71,6 @@ void compute_coefficients(const ExpertMlpForward<Table>& pass,
   }
 }
 
-// then: what is read after the split.
-template <class Table, class Real>
-void sum_split(const ExpertMlpForward<Table>& pass,
-               int64_t t,
-               ExpertRange experts,
-               const RowList<Table>& then,
-               const Real* coefficients,
-               Real* out) {
-  sum_weighted_rows(coefficients, pass.dim, rows_of(pass, pass.w_up, t, experts), then, out);
-}
-
 template <class Real>
 void add(const Real* source, int64_t count, Real* target) {
   for (int64_t i = 0; i < count; ++i) {
@@ -99,18 +88,20 @@ void expert_mlp_forward(const ExpertMlpForward<Table>& pass, int64_t first, int6
   for (int64_t t = first; t < last; ++t) {
     Real* out = pass.out + t * pass.dim;
     compute_coefficients(pass, t, all, coefficients.data());
-    // What is read after a split.
-    const auto then = [&](int64_t split) {
-      if (split + 1 < splits) {
-        return rows_of(pass, pass.w_up, t, experts_of_split(pass, split + 1));
-      }
-      return t + 1 < last ? rows_of(pass, pass.w_down, t + 1, all) : RowList<Table>{};
-    };
-    sum_split(pass, t, experts_of_split(pass, 0), then(0), coefficients.data(), out);
-    for (int64_t split = 1; split < splits; ++split) {
+    const auto sum_split = [&](int64_t split, Real* sum) {
       const ExpertRange experts = experts_of_split(pass, split);
-      sum_split(pass, t, experts, then(split), coefficients.data() + experts.first,
-                partial_sum.data());
+      RowList<Table> then;
+      if (split + 1 < splits) {
+        then = rows_of(pass, pass.w_up, t, experts_of_split(pass, split + 1));
+      } else if (t + 1 < last) {
+        then = rows_of(pass, pass.w_down, t + 1, all);
+      }
+      sum_weighted_rows(coefficients.data() + experts.first, pass.dim,
+                        rows_of(pass, pass.w_up, t, experts), then, sum);
+    };
+    sum_split(0, out);
+    for (int64_t split = 1; split < splits; ++split) {
+      sum_split(split, partial_sum.data());
       add(partial_sum.data(), pass.dim, out);
     }
   }
@@ -126,7 +117,8 @@ void expert_mlp_forward_splits(const ExpertMlpForward<Table>& pass,
   for (int64_t i = first; i < last; ++i) {
     const ExpertRange experts = experts_of_split(pass, i % splits);
     compute_coefficients(pass, i / splits, experts, coefficients.data());
-    sum_split(pass, i / splits, experts, {}, coefficients.data(), partial_sums + i * pass.dim);
+    sum_weighted_rows(coefficients.data(), pass.dim, rows_of(pass, pass.w_up, i / splits, experts),
+                      {}, partial_sums + i * pass.dim);
   }
 }
 

@@ -32,7 +32,6 @@ constexpr int kRowsInFlight = 8;
 constexpr int64_t kShortRowBytes = 1024;
 #endif
 constexpr int64_t kHeadBytes = 256;
-constexpr int64_t kLineBytes = 64;
 
 // Rows of a table in the order in which they are read.
 template <class Table>
@@ -44,12 +43,6 @@ struct RowList {
   const Table* row(int64_t p) const { return table.data + indices[p] * table.stride; }
   RowList from(int64_t p) const { return {table, indices + p, count - p}; }
 };
-
-static inline void prefetch_bytes(const void* from, int64_t bytes) {
-  for (int64_t byte = 0; byte < bytes; byte += kLineBytes) {
-    __builtin_prefetch(static_cast<const char*>(from) + byte);
-  }
-}
 
 // The rows of a group, and those to prefetch meanwhile. If there are fewer of those, the rest are
 // rows of the group itself, which costs nothing but the instructions.

@@ -15,44 +15,13 @@
 
 namespace peer::cpu::PEER_CAPABILITY {
 
-// One bit per lane of a comparison's result.
-template <class Real>
-static inline uint64_t lane_bits(OrderedVector<Real> mask) {
-  constexpr bool is_float = sizeof(Real) == 4;
-#if defined(__AVX512F__)
-  if constexpr (is_float) {
-    return _mm512_movepi32_mask(bit_cast<__m512i>(mask));
-  } else {
-    return _mm512_movepi64_mask(bit_cast<__m512i>(mask));
-  }
-#elif defined(__AVX2__)
-  if constexpr (is_float) {
-    return uint32_t(_mm256_movemask_ps(bit_cast<__m256>(mask)));
-  } else {
-    return uint32_t(_mm256_movemask_pd(bit_cast<__m256d>(mask)));
-  }
-#elif defined(__SSE2__)
-  if constexpr (is_float) {
-    return uint32_t(_mm_movemask_ps(bit_cast<__m128>(mask)));
-  } else {
-    return uint32_t(_mm_movemask_pd(bit_cast<__m128d>(mask)));
-  }
-#else
-  uint64_t bits = 0;
-  for (int i = 0; i < kLanes<Real>; ++i) {
-    bits |= uint64_t(mask[i] != 0) << i;
-  }
-  return bits;
-#endif
-}
-
 // A bit mask: which of 64 scores are above a value.
 template <class Real>
 static inline uint64_t bits_above(const ordered_t<Real>* scores, ordered_t<Real> value) {
   constexpr int lanes = kLanes<Real>;
   uint64_t bits = 0;
   for (int i = 0; i < kScoresPerWord; i += lanes) {
-    bits |= lane_bits<Real>(load_ordered<Real>(scores + i) > value) << i;
+    bits |= lane_bits(load_ordered<Real>(scores + i) > value) << i;
   }
   return bits;
 }

@@ -63,7 +63,7 @@ static inline Bits32 round_to_half(Vector<float> v, Bits32 random) {
   const Bits32 bits = bit_cast<Bits32>(v);
   const Bits32 magnitude = bits & 0x7fffffffu;
   Bits32 result = (magnitude - 0x38000000u + (random >> 3)) >> 13;
-  if (any(Bits32(magnitude - least_normal >= least_overflow - least_normal))) {
+  if (lane_bits(Bits32(magnitude - least_normal >= least_overflow - least_normal)) != 0) {
     const Bits32 is_subnormal = Bits32(magnitude < least_normal);
     const Vector<float> scaled = bit_cast<Vector<float>>(magnitude & is_subnormal) * 0x1p24f;
     const Int32 floor = __builtin_convertvector(scaled, Int32);

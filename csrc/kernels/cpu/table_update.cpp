@@ -158,9 +158,7 @@ struct Part {
 template <class Element>
 void prefetch_step(const Element* part, int64_t column) {
   constexpr int64_t bytes = 2 * kLanes<accumulation_t<Element>> * sizeof(Element);
-  for (int64_t byte = 0; byte < bytes; byte += 64) {
-    __builtin_prefetch(reinterpret_cast<const char*>(part + column) + byte, /*for writing*/ 1);
-  }
+  prefetch_bytes</*for_writing=*/true>(part + column, bytes);
 }
 
 // w = decay_factor·w - scale·g

@@ -106,19 +106,36 @@ static inline void store(float* target, Vector<float> v) { std::memcpy(target, &
 
 static inline void store(double* target, Vector<double> v) { std::memcpy(target, &v, sizeof(v)); }
 
-// Masks: all ones or zero in every lane.
+// Masks, the results of comparisons: all ones or zero in every lane.
 
-static inline bool any(Bits32 mask) {
-#if defined(__AVX512DQ__)
-  return _mm512_movepi32_mask(bit_cast<__m512i>(mask)) != 0;
-#elif defined(__AVX2__)
-  return _mm256_movemask_ps(bit_cast<__m256>(mask)) != 0;
-#else
-  uint32_t bits = 0;
-  for (int i = 0; i < kLanes<float>; ++i) {
-    bits |= mask[i];
+// One bit per lane. Mask: a vector of 32-bit or 64-bit integers.
+template <class Mask>
+static inline uint64_t lane_bits(Mask mask) {
+  constexpr bool is_32_bit = sizeof(mask[0]) == 4;
+#if defined(__AVX512F__)
+  if constexpr (is_32_bit) {
+    return _mm512_movepi32_mask(bit_cast<__m512i>(mask));
+  } else {
+    return _mm512_movepi64_mask(bit_cast<__m512i>(mask));
   }
-  return bits != 0;
+#elif defined(__AVX2__)
+  if constexpr (is_32_bit) {
+    return uint32_t(_mm256_movemask_ps(bit_cast<__m256>(mask)));
+  } else {
+    return uint32_t(_mm256_movemask_pd(bit_cast<__m256d>(mask)));
+  }
+#elif defined(__SSE2__)
+  if constexpr (is_32_bit) {
+    return uint32_t(_mm_movemask_ps(bit_cast<__m128>(mask)));
+  } else {
+    return uint32_t(_mm_movemask_pd(bit_cast<__m128d>(mask)));
+  }
+#else
+  uint64_t bits = 0;
+  for (size_t i = 0; i < sizeof(mask) / sizeof(mask[0]); ++i) {
+    bits |= uint64_t(mask[i] != 0) << i;
+  }
+  return bits;
 #endif
 }
 
@@ -273,6 +290,15 @@ static inline TwoVectors<accumulation_t<Element>> load_first_of_two(const Elemen
   Element padded[2 * kLanes<accumulation_t<Element>>] = {};
   std::memcpy(padded, source, count * sizeof(Element));
   return load_two(padded);
+}
+
+// Prefetches the lines of some bytes.
+template <bool for_writing = false>
+static inline void prefetch_bytes(const void* from, int64_t bytes) {
+  constexpr int64_t line = 64;
+  for (int64_t byte = 0; byte < bytes; byte += line) {
+    __builtin_prefetch(static_cast<const char*>(from) + byte, for_writing);
+  }
 }
 
 template <class Real>
