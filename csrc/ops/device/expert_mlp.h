@@ -130,17 +130,21 @@ ThreeTensors expert_mlp_on(const ExpertMlpArguments& args) {
   return {tokens.out.to(args.x.scalar_type()), tokens.hidden, tokens.gate};
 }
 
-// The arguments of expert_mlp_backward or of expert_mlp_backward_coefficients. Calls
-// before_launch(indices) with checked indices before the kernels are launched.
-template <class Device, class Arguments, class BeforeLaunch>
-TokenGradients token_gradients_on(const Arguments& args,
-                                  bool wants_grad_x,
-                                  const BeforeLaunch& before_launch) {
+// The arguments of both functions: of expert_mlp_backward or of expert_mlp_backward_coefficients.
+
+template <class Device, class Arguments>
+Experts check_experts_on(const Arguments& args) {
   const Activation activation = check_expert_mlp_backward(args, args.hidden, args.gate);
   check_expert_mlp_grad_out(args.kName, args.grad_out, args.x);
   const Experts experts(activation, args);
   Device::check_index_range(args.kName, experts.indices, experts.count());
+  return experts;
+}
 
+template <class Device, class Arguments>
+TokenGradients token_gradients_on(const Arguments& args,
+                                  const Experts& experts,
+                                  bool wants_grad_x) {
   const Tensor& indices = experts.indices;
   const at::TensorOptions accumulated = experts.weights.options();
   const Tensor incoming = as_input<Device>(args.grad_out, experts.type());
@@ -155,7 +159,6 @@ TokenGradients token_gradients_on(const Arguments& args,
       .coefficients =
           at::empty({args.table.size(1), indices.size(0), indices.size(1)}, accumulated),
   };
-  before_launch(indices);
   Device::backward(experts, gradients);
   return gradients;
 }
@@ -164,16 +167,16 @@ template <class Device>
 ThreeTensors expert_mlp_backward_on(const ExpertMlpBackwardArguments& args) {
   const c10::DeviceGuard guard(args.x.device());
   const Tensor& table = args.table;
+  const Experts experts = check_experts_on<Device>(args);
   // The retrievals are sorted first. A device that knows the size of a sparse gradient before the
   // host does then tells it while it works on the tokens.
   std::optional<typename Device::TableGradient> gradient;
-  const TokenGradients tokens =
-      token_gradients_on<Device>(args, args.output_mask[kGradX], [&](const Tensor& indices) {
-        if (args.output_mask[kGradTable]) {
-          check_sortable<Device>(args.kName, table, indices.numel(), table.size(0));
-          gradient.emplace(indices, table.size(0), args.sparse_grad, contiguous_mask(args.frozen));
-        }
-      });
+  if (args.output_mask[kGradTable]) {
+    check_sortable<Device>(args.kName, table, experts.indices.numel(), table.size(0));
+    gradient.emplace(experts.indices, table.size(0), args.sparse_grad,
+                     contiguous_mask(args.frozen));
+  }
+  const TokenGradients tokens = token_gradients_on<Device>(args, experts, args.output_mask[kGradX]);
   Tensor grad_table;
   if (gradient.has_value()) {
     std::vector<Tensor> sources(table.size(1), as_input<Device>(args.x, table.scalar_type()));
@@ -190,8 +193,8 @@ template <class Device>
 ThreeTensors expert_mlp_backward_coefficients_on(
     const ExpertMlpBackwardCoefficientsArguments& args) {
   const c10::DeviceGuard guard(args.x.device());
-  const TokenGradients tokens =
-      token_gradients_on<Device>(args, /*wants_grad_x=*/true, [](const Tensor&) {});
+  const Experts experts = check_experts_on<Device>(args);
+  const TokenGradients tokens = token_gradients_on<Device>(args, experts, /*wants_grad_x=*/true);
   return {tokens.grad_x.to(args.x.scalar_type()),
           tokens.grad_weights.to(args.weights.scalar_type()), tokens.coefficients};
 }
