@@ -7,6 +7,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from peer.optim.row_gradient import accumulation_dtype
+
 __all__ = ["clip_grad_norm_", "clip_grad_value_"]
 
 _BLOCK = 2**20  # numbers of a 16-bit gradient that are converted at a time
@@ -109,7 +111,7 @@ def _values_of_gradients(parameters: Tensor | Iterable[Tensor]) -> list[Tensor]:
             if not _is_coalesced(gradient):
                 # The sum of rows in 16 bits would round at every addition, and could overflow.
                 gradient = parameter.grad = (
-                    gradient.to(_wide(gradient.dtype)).coalesce().to(gradient.dtype)
+                    gradient.to(accumulation_dtype(gradient.dtype)).coalesce().to(gradient.dtype)
                 )
             gradient = gradient._values()
         elif gradient.layout != torch.strided:
@@ -127,7 +129,7 @@ def _total_norm(values: list[Tensor], norm_type: float) -> Tensor:
     for each in values:
         groups.setdefault((each.device, each.dtype), []).append(each)
     for (_, dtype), group in groups.items():
-        wide = _wide(dtype)
+        wide = accumulation_dtype(dtype)
         # A norm in another dtype converts its argument, all at once.
         blocks = group if wide == dtype else [block for each in group for block in _blocks(each)]
         norms += torch._foreach_norm(blocks, norm_type, dtype=wide)
@@ -136,10 +138,6 @@ def _total_norm(values: list[Tensor], norm_type: float) -> Tensor:
     return torch.linalg.vector_norm(
         torch.stack([each.to(device, wide) for each in norms]), norm_type
     )
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
 
 
 def _blocks(values: Tensor) -> Iterable[Tensor]:

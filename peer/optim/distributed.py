@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from peer.optim.row_gradient import accumulation_dtype
+
 __all__ = ["all_reduce_gradients_"]
 
 
@@ -56,7 +58,7 @@ def all_reduce_gradients_(
         gradient = parameter.grad
         if gradient is None:
             gradient = _empty_gradient(parameter)
-        total = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+        total = gradient.to(accumulation_dtype(gradient.dtype))
         if total is gradient:
             total = gradient.clone()
         dist.all_reduce(total, group=group)

@@ -7,7 +7,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["RowGradient"]
+__all__ = ["RowGradient", "accumulation_dtype"]
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which gradients and updates are computed: float64 for float64, else float32."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 class RowGradient(NamedTuple):

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peer.optim.row_gradient import RowGradient
-from peer.optim.table_optimizer import TableOptimizer, accumulation_dtype, require, row_state
+from peer.optim.row_gradient import RowGradient, accumulation_dtype
+from peer.optim.table_optimizer import TableOptimizer, require, row_state
 
 __all__ = ["RowwiseAdagrad"]
 
@@ -76,7 +76,7 @@ class RowwiseAdagrad(TableOptimizer):
             require(self, name, options[name], options[name] >= 0, "not negative")
 
     def _state_dtypes(self, table: Tensor) -> dict[str, torch.dtype]:
-        return {"sum_of_squares": accumulation_dtype(table)}
+        return {"sum_of_squares": accumulation_dtype(table.dtype)}
 
     def _update(
         self,

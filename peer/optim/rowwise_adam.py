@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from peer.memory import zeros_huge
-from peer.optim.row_gradient import RowGradient
-from peer.optim.table_optimizer import TableOptimizer, accumulation_dtype, require, row_state
+from peer.optim.row_gradient import RowGradient, accumulation_dtype
+from peer.optim.table_optimizer import TableOptimizer, require, row_state
 
 __all__ = ["RowwiseAdam"]
 
@@ -93,7 +93,7 @@ class RowwiseAdam(TableOptimizer):
     def _state_dtypes(self, table: Tensor) -> dict[str, torch.dtype]:
         return {
             "first_moment": table.dtype,
-            "second_moment": accumulation_dtype(table),
+            "second_moment": accumulation_dtype(table.dtype),
             "row_steps": torch.int32,
         }
 

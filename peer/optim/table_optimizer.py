@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from peer._growth import require_current_state
 from peer.memory import empty_huge
 from peer.optim.fused import FusedUpdate
-from peer.optim.row_gradient import RowGradient
+from peer.optim.row_gradient import RowGradient, accumulation_dtype
 
 __all__ = ["TableOptimizer"]
 
@@ -285,18 +285,13 @@ def require(
         raise ValueError(f"{kind}: expected {name} to be {valid_range}, got {value}")
 
 
-def accumulation_dtype(table: Tensor) -> torch.dtype:
-    """The dtype in which updates of a table are computed: float64 for float64, else float32."""
-    return torch.promote_types(table.dtype, torch.float32)
-
-
 def row_state(table: Tensor, value: float) -> Tensor:
     """Makes row-wise state, filled with `value`, in the accumulation dtype of the table.
 
     Returns:
         (N,), or (N, parts) for a table with parts.
     """
-    dtype = accumulation_dtype(table)
+    dtype = accumulation_dtype(table.dtype)
     return torch.full(table.shape[:-1], value, dtype=dtype, device=table.device)
 
 
