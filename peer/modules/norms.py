@@ -128,10 +128,7 @@ class BatchQueryNorm(nn.BatchNorm1d):
         # The kernel moves copies, and a batch that must not count leaves the buffers alone.
         mean, variance = running_mean.clone(), running_var.clone()
         normed = F.batch_norm(query, mean, variance, self.weight, self.bias, True, factor, self.eps)
-        is_counted = _are_finite(mean, variance)
-        batches.add_(is_counted)
-        running_mean.copy_(torch.where(is_counted, mean, running_mean))
-        running_var.copy_(torch.where(is_counted, variance, running_var))
+        _count_batch_(batches, running_mean, running_var, mean, variance, None)
         return normed
 
     def _normalise_unpadded(self, query: Tensor, padding_mask: Tensor) -> Tensor:
@@ -182,10 +179,7 @@ class BatchQueryNorm(nn.BatchNorm1d):
         unbiased = variance * (count / (count - 1.0).clamp(min=1.0))
         moved_mean = _lerp(running_mean, mean, factor)
         moved_var = _lerp(running_var, unbiased, factor)
-        is_counted = (count > 1.0) & _are_finite(moved_mean, moved_var)
-        batches.add_(is_counted)
-        running_mean.copy_(torch.where(is_counted, moved_mean, running_mean))
-        running_var.copy_(torch.where(is_counted, moved_var, running_var))
+        _count_batch_(batches, running_mean, running_var, moved_mean, moved_var, count > 1.0)
 
 
 @torch.jit.unused
@@ -240,13 +234,25 @@ def _lerp(running: Tensor, target: Tensor, factor: Tensor) -> Tensor:
     return (running + factor * (target - running)).to(running.dtype)
 
 
-def _are_finite(mean: Tensor, variance: Tensor) -> Tensor:
-    """Whether all moved statistics are finite, as a bool scalar on their device.
+def _count_batch_(
+    batches: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    mean: Tensor,
+    variance: Tensor,
+    condition: Tensor | None,
+) -> None:
+    """Replaces the running statistics by moved ones, if all are finite and the condition holds.
 
-    This tests the moved statistics, not those of the batch, because a variance that is finite in
-    float32 can overflow in a 16-bit buffer.
+    The decision stays on the device. It tests the moved statistics, not those of the batch, because
+    a variance that is finite in float32 can overflow in a 16-bit buffer.
     """
-    return (mean.isfinite() & variance.isfinite()).all()
+    is_counted = (mean.isfinite() & variance.isfinite()).all()
+    if condition is not None:
+        is_counted = is_counted & condition
+    batches.add_(is_counted)
+    running_mean.copy_(torch.where(is_counted, mean, running_mean))
+    running_var.copy_(torch.where(is_counted, variance, running_var))
 
 
 class _HeadNorm(nn.Module):
