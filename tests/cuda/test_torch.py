@@ -268,18 +268,21 @@ def test_under_autocast(sized):
     assert all(p.grad is not None for p in layer.parameters())
 
 
-@pytest.mark.parametrize("kind", ["RowwiseAdagrad", "SGD", "RowwiseAdam"])
-@pytest.mark.parametrize("hot", [False, True], ids=["spread", "hot expert"])
-def test_an_update_fused_into_backward_equals_a_gradient_and_a_step(sized, kind, hot):
-    tokens = sized(400, 30)
+def make_two_pools(kind):
+    """Two equal pools of 300 experts, each with its optimizer."""
     torch.manual_seed(0)
     pool = peer.ExpertPool(
         72, num_experts=300, num_experts_per_token=32, sparse_grad=True, device="cuda"
     )
-    fused = copy.deepcopy(pool)
-    optimizer, fused_optimizer = (
-        getattr(peer.optim, kind)(each.parameters(), lr=0.1) for each in (pool, fused)
-    )
+    pools = pool, copy.deepcopy(pool)
+    return [(each, getattr(peer.optim, kind)(each.parameters(), lr=0.1)) for each in pools]
+
+
+@pytest.mark.parametrize("kind", ["RowwiseAdagrad", "SGD", "RowwiseAdam"])
+@pytest.mark.parametrize("hot", [False, True], ids=["spread", "hot expert"])
+def test_an_update_fused_into_backward_equals_a_gradient_and_a_step(sized, kind, hot):
+    tokens = sized(400, 30)
+    (pool, optimizer), (fused, fused_optimizer) = make_two_pools(kind)
     fused_optimizer.fuse_into_backward(fused)
     for _ in range(3):
         x = torch.randn(tokens, 72, device="cuda", requires_grad=True)
@@ -299,16 +302,10 @@ def test_an_update_fused_into_backward_equals_a_gradient_and_a_step(sized, kind,
 def test_ids_that_are_not_sorted_again_give_the_same_bits(sized, kind, frozen):
     """Gradients of peer, against copies of them, whose ids the optimizer sorts."""
     tokens = sized(400, 30)
-    torch.manual_seed(0)
-    pool = peer.ExpertPool(
-        72, num_experts=300, num_experts_per_token=32, sparse_grad=True, device="cuda"
-    )
+    (pool, optimizer), (copied, copied_optimizer) = make_two_pools(kind)
     if frozen:
-        pool.freeze_experts(torch.arange(300, device="cuda") % 3 == 0)
-    copied = copy.deepcopy(pool)
-    optimizer, copied_optimizer = (
-        getattr(peer.optim, kind)(each.parameters(), lr=0.1) for each in (pool, copied)
-    )
+        for each in (pool, copied):
+            each.freeze_experts(torch.arange(300, device="cuda") % 3 == 0)
     for passes in (1, 1, 2):  # two passes add their gradients, with ids that repeat
         for _ in range(passes):
             x = torch.randn(tokens, 72, device="cuda")

@@ -12,9 +12,9 @@
 //             byte of it per pair
 // Exactness   everything is determined by the owners; the host reads nothing
 // Requires    fewer than 2^31 pairs and owners
-#include <cstdio>
 #include <cub/device/device_radix_sort.cuh>
 
+#include "kernels/cuda/check_row.h"
 #include "kernels/cuda/segment_chunks.h"
 #include "kernels/cuda/segments.h"
 #include "kernels/cuda/warp.h"
@@ -99,11 +99,7 @@ __global__ void make_pair_ids(const int64_t* owners,
     return;
   }
   const int64_t owner = owners[i];
-  if (owner < 0 || owner >= owner_count) {
-    printf("peer: index %lld at position %lld is out of range for %lld rows\n", (long long)(owner),
-           (long long)(i), (long long)(owner_count));
-    __trap();
-  }
+  check_row(owner, i, owner_count);
   sort_keys[i] = int32_t(frozen && frozen[owner] ? owner_count : owner);
   pair_ids[i] = int32_t(i);
 }

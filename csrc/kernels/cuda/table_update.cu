@@ -33,6 +33,7 @@
 #include <cstring>
 #include <type_traits>
 
+#include "kernels/cuda/check_row.h"
 #include "kernels/cuda/part_update.h"
 #include "kernels/cuda/partial_sums.h"
 #include "kernels/cuda/segment_sum.h"
@@ -318,11 +319,7 @@ __global__ void check_distinct_ids(const int64_t* ids, int64_t count, int64_t ta
     return;
   }
   const int64_t id = ids[i];
-  if (id < 0 || id >= table_rows) {
-    printf("peer: index %lld at position %lld is out of range for %lld rows\n", (long long)(id),
-           (long long)(i), (long long)(table_rows));
-    __trap();
-  }
+  check_row(id, i, table_rows);
   if (i > 0 && ids[i - 1] >= id) {
     printf(
         "peer: index %lld at position %lld follows %lld: the indices of a sparse gradient were "

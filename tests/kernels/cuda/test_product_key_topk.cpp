@@ -395,12 +395,20 @@ TEMPLATE_TEST_CASE("many keys of infinite scores tie with those of the largest f
   }
 }
 
+namespace {
+
+template <class Query>
+std::vector<double> special_scores() {
+  const double largest = to_double(element_of<Query>(std::is_same_v<Query, Half> ? 65504 : 3e38));
+  return {0, -0.0, 1, kInf, -kInf, kNan, largest, -largest};
+}
+
+}  // namespace
+
 TEMPLATE_TEST_CASE("retrieval equals brute force for special values among many keys",
                    "[product_key_topk]",
                    PEER_QUERY_TYPES) {
-  const double largest = to_double(std::is_same_v<TestType, Half> ? element_of<TestType>(65504)
-                                                                  : element_of<TestType>(3e38));
-  const std::vector<double> special = {0, -0.0, 1, kInf, -kInf, kNan, largest, -largest};
+  const std::vector<double> special = special_scores<TestType>();
   Random random(26);
   const auto draw = [&](int64_t count, int64_t percent) {
     const double usual = special[random.integer(special.size())];
@@ -580,9 +588,7 @@ TEMPLATE_TEST_CASE("a masked retrieval finds enabled experts behind any number o
 TEMPLATE_TEST_CASE("a masked retrieval orders special values as brute force orders them",
                    "[product_key_topk]",
                    PEER_QUERY_TYPES) {
-  const double largest = to_double(std::is_same_v<TestType, Half> ? element_of<TestType>(65504)
-                                                                  : element_of<TestType>(3e38));
-  const std::vector<double> special = {0, -0.0, 1, kInf, -kInf, kNan, largest, -largest};
+  const std::vector<double> special = special_scores<TestType>();
   Random random(17);
   for (int repeat = 0; repeat < 60; ++repeat) {
     const auto [k, rows, columns] = draw_special_scores(random, special);
