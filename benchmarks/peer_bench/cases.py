@@ -153,18 +153,18 @@ def _targets() -> list[Plan]:
     plans = []
     for dim in (512, 1024):
         case = Case(dim=dim)
-        with_zipf = ("experts-forward", "experts-backward", "step")
+        reading_rows = ("experts-forward", "experts-backward", "step")
         plans += [
             Plan(case, ("experts-forward",), ("peer", "eager", "embedding_bag", "compiled")),
             Plan(case, ("selection",), ("peer", "eager")),
             Plan(case, ("backward",), ("peer", *PLAIN)),
             Plan(case, ("step",), (*OURS, *PLAIN, "dense-4d")),
-            Plan(case, with_zipf, ("peer",), ("uniform", "zipf:1.0")),
+            Plan(case, reading_rows, ("peer",), ("uniform", "zipf:1.0")),
             Plan(case, ("experts-backward",), OURS),
             Plan(case, ("router",), ("peer", "products")),
             Plan(
                 replace(case, dtype="bfloat16"),
-                with_zipf,
+                reading_rows,
                 (*OURS, "peer-fused-nearest"),
             ),
         ]
