@@ -153,6 +153,7 @@ def expert_mlp_backward(
     sparse_grad: bool,
     output_mask: Sequence[bool],
     frozen: Tensor | None = None,
+    grad_table_dtype: torch.dtype | None = None,
 ) -> Results:
     """The batching rule of `torch.ops.peer.expert_mlp_backward`."""
     grad_dim, x_dim, weight_dim, index_dim, table_dim, hidden_dim, gate_dim = in_dims[:7]
@@ -176,7 +177,7 @@ def expert_mlp_backward(
         *tokens, hidden, gate = samples
         # Without gates, `gate` is B empty tensors folded into one empty tensor.
         arguments = (*tokens, table, hidden, gate, activation, sparse_grad, output_mask, frozen)
-        return list(torch.ops.peer.expert_mlp_backward(*arguments))
+        return list(torch.ops.peer.expert_mlp_backward(*arguments, grad_table_dtype))
 
     if table_dim is None and frozen is not None and frozen_dim is not None:
         masks = frozen.movedim(frozen_dim, 0)

@@ -146,9 +146,9 @@ def keys_from(
     """Takes keys for new rows from the queries of new data.
 
     The data passes through the model in evaluation mode and without gradients. The function draws
-    `rows` of the row halves of the layer's normalised queries, over all tokens that are not padding
-    and, if the heads share keys, over all heads. It scales them to the mean length of the old keys,
-    so that they compete with old keys by direction alone.
+    `rows` of the row halves of the layer's normalised queries: over all tokens that are not padding
+    and have finite queries and, if the heads share keys, over all heads. It scales them to the mean
+    length of the old keys, so that they compete with old keys by direction alone.
 
     Args:
         layer: the layer or the router that will grow.
@@ -199,6 +199,7 @@ def keys_from(
         (mask,) = masks
         if mask is not None:
             halves = halves[~mask.reshape(-1)]
+        halves = halves[halves.isfinite().flatten(1).all(1)]
         halves = halves.flatten(0, 1)[None] if router.share_keys else halves.transpose(0, 1)
         drawn = torch.cat([drawn.to(halves), halves], 1)
         more = torch.rand(halves.shape[:2], generator=generator)

@@ -28,9 +28,9 @@ class UsageTracker:
     * unevenness is :math:`\mathrm{KL}(z \,\|\, \mathrm{uniform}) = \log N + \sum_e z_e \log z_e`
       in nats: 0 if all experts are used equally, log N if only one is used.
 
-    The weights are those before dropout. `mass` and `counts` stay on the device of the layers. If a
-    layer grows, they grow in its next call. As a context manager, the tracker stops at the end of
-    the block.
+    The weights are those before dropout. Retrievals with a weight that is not finite do not count.
+    `mass` and `counts` stay on the device of the layers. If a layer grows, they grow in its next
+    call. As a context manager, the tracker stops at the end of the block.
 
     Args:
         layers: `PEER` layers or routers with the same number of experts, or `PEER` layers that
@@ -99,8 +99,9 @@ class UsageTracker:
             with torch.inference_mode(False):
                 self.mass = F.pad(self.mass, (0, added))
                 self.counts = F.pad(self.counts, (0, added))
-        self.mass = _add_uses(self.mass, indices, weights, mask)
-        self.counts = _add_uses(self.counts, indices, torch.ones_like(indices), mask)
+        is_counted = _is_counted(weights, mask)
+        self.mass = _add_uses(self.mass, indices, torch.where(is_counted, weights, 0))
+        self.counts = _add_uses(self.counts, indices, is_counted)
 
     def usage(self) -> float:
         """The fraction of experts with a nonzero sum of weights, in [0, 1]."""
@@ -134,8 +135,9 @@ def count_usage(model: nn.Module, batches: Iterable[Any]) -> dict[str, Tensor]:
     """Counts how often each expert is retrieved while data passes through a model.
 
     The model runs in evaluation mode and without gradients, and every module's mode is restored.
-    A retrieval counts whatever its router weight is. Tokens that the `padding_mask` of a `PEER`
-    layer marks do not count. Layers that share a pool add to the same counts.
+    A retrieval counts whatever its router weight is, if that is finite. Tokens that the
+    `padding_mask` of a `PEER` layer marks do not count. Layers that share a pool add to the same
+    counts.
 
     Args:
         model: a model with at least one `ExpertPool`, as in `PEER` layers. Compiled parts run
@@ -178,9 +180,10 @@ def count_usage(model: nn.Module, batches: Iterable[Any]) -> dict[str, Tensor]:
 
     def count_in(name: str) -> Any:
         def hook(_: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+            weights = arguments[1] if len(arguments) > 1 else keywords["weights"]
             indices = arguments[2] if len(arguments) > 2 else keywords["indices"]
             mask = next(reversed(masks.values()), None)
-            counts[name] = _add_uses(counts[name], indices, torch.ones_like(indices), mask)
+            counts[name] = _add_uses(counts[name], indices, _is_counted(weights, mask))
 
         return hook
 
@@ -199,20 +202,33 @@ def count_usage(model: nn.Module, batches: Iterable[Any]) -> dict[str, Tensor]:
     return counts
 
 
-def _add_uses(total: Tensor, indices: Tensor, uses: Tensor, mask: Tensor | None) -> Tensor:
-    """Adds the uses of experts, of all tokens but padding.
+def _is_counted(weights: Tensor, mask: Tensor | None) -> Tensor:
+    """Which retrievals count: those of tokens that are not padding, with finite weights.
+
+    Args:
+        weights: (..., H, K) or (..., P).
+        mask: (...) bool, True for padding, or None.
+
+    Returns:
+        The shape of the weights, bool.
+    """
+    is_finite = weights.isfinite()
+    if mask is None:
+        return is_finite
+    trailing = (1,) * (weights.dim() - mask.dim())
+    return is_finite & ~mask.reshape(*mask.shape, *trailing)
+
+
+def _add_uses(total: Tensor, indices: Tensor, uses: Tensor) -> Tensor:
+    """Adds the uses of experts.
 
     Args:
         total: (N,), changed in place if it is on the device of the indices.
         indices: (..., H, K) or (..., P).
         uses: what each retrieval adds, in the shape of the indices.
-        mask: (...) bool, True for padding, or None.
 
     Returns:
         The total on the device of the indices.
     """
-    if mask is not None:
-        trailing = (1,) * (uses.dim() - mask.dim())
-        uses = uses.masked_fill(mask.reshape(*mask.shape, *trailing), 0)
     total = total.to(indices.device)
     return total.index_add_(0, indices.flatten(), uses.flatten().to(total.dtype))

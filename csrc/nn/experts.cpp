@@ -65,7 +65,12 @@ ExpertPoolImpl::ExpertPoolImpl(const ExpertPoolOptions& options) : options(optio
 }
 
 void ExpertPoolImpl::reset() {
+  // clone() calls reset() in a copy that still has the table of the original.
+  const auto grad_dtype = weight.defined() ? ops::requested_grad_dtype(weight) : std::nullopt;
   weight = register_parameter("weight", make_table(options));
+  if (grad_dtype.has_value()) {
+    weight.set_grad_dtype(grad_dtype);
+  }
   register_again(*this, "frozen", frozen);
   register_again(*this, "disabled", disabled);
   draw_experts(weight, options.zero_init_out());

@@ -99,6 +99,22 @@ Activation check_expert_mlp_backward(const ExpertMlpInputs& inputs,
   return parsed;
 }
 
+at::ScalarType grad_table_type(const ExpertMlpBackwardArguments& args) {
+  const at::ScalarType stored = args.table.scalar_type();
+  const at::ScalarType type = args.grad_table_dtype.value_or(stored);
+  TORCH_CHECK_TYPE(type == stored || type == accumulation_type(stored), args.kName,
+                   ": expected grad_table_dtype ", stored, " or ", accumulation_type(stored),
+                   " for a table of ", stored, ", got ", type);
+  return type;
+}
+
+std::optional<at::ScalarType> requested_grad_dtype(const Tensor& table) {
+  const std::optional<at::ScalarType> requested = table.grad_dtype();
+  const bool is_wider =
+      requested != table.scalar_type() && requested == accumulation_type(table.scalar_type());
+  return is_wider ? requested : std::nullopt;
+}
+
 void check_expert_mlp_grad_out(const char* op, const Tensor& grad_out, const Tensor& x) {
   TORCH_CHECK_VALUE(grad_out.sizes() == x.sizes(), op, ": expected grad_out of shape ", x.sizes(),
                     ", got ", grad_out.sizes());
@@ -118,7 +134,7 @@ TORCH_LIBRARY_FRAGMENT(peer, m) {
   m.def(
       "expert_mlp_backward(Tensor grad_out, Tensor x, Tensor weights, Tensor indices, Tensor "
       "table, Tensor hidden, Tensor gate, str activation, bool sparse_grad, bool[3] output_mask, "
-      "Tensor? frozen=None) -> (Tensor, Tensor, Tensor)",
+      "Tensor? frozen=None, ScalarType? grad_table_dtype=None) -> (Tensor, Tensor, Tensor)",
       {at::Tag::pt2_compliant_tag});
   m.def(
       "expert_mlp_backward_coefficients(Tensor grad_out, Tensor x, Tensor weights, Tensor indices, "

@@ -44,6 +44,8 @@ struct ExpertMlpBackwardArguments : ExpertMlpBackwardCoefficientsArguments {
   bool sparse_grad;
   std::array<bool, 3> output_mask;
   const std::optional<Tensor>& frozen;
+  // The table's dtype, which is the default, or its accumulation dtype. See grad_table_type.
+  std::optional<at::ScalarType> grad_table_dtype;
 };
 
 // Positions in the results of expert_mlp_backward and in its output_mask.
@@ -68,7 +70,8 @@ using ExpertMlpBackwardOp = Operator<ExpertMlpBackwardArguments,
                                                   std::string_view,
                                                   bool,
                                                   std::array<bool, 3>,
-                                                  const std::optional<Tensor>&)>;
+                                                  const std::optional<Tensor>&,
+                                                  std::optional<at::ScalarType>)>;
 using ExpertMlpBackwardCoefficientsOp = Operator<ExpertMlpBackwardCoefficientsArguments,
                                                  ThreeTensors(const Tensor&,
                                                               const Tensor&,
@@ -124,6 +127,14 @@ Activation check_expert_mlp(const ExpertMlpInputs& inputs);
 Activation check_expert_mlp_backward(const ExpertMlpInputs& inputs,
                                      const Tensor& hidden,
                                      const Tensor& gate);
+
+// The dtype of the table's gradient. In the accumulation dtype, the sum over retrievals is not
+// rounded to 16 bits.
+at::ScalarType grad_table_type(const ExpertMlpBackwardArguments& args);
+
+// Torch's Tensor.grad_dtype of a 16-bit table, if it asks for the accumulation dtype. Torch
+// converts gradients to any other dtype that it asks for.
+std::optional<at::ScalarType> requested_grad_dtype(const Tensor& table);
 
 // Only for kernels that compute: while compiled autograd records a graph, the incoming gradient is
 // a placeholder whose shape may differ.

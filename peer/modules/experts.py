@@ -1,5 +1,7 @@
 """The pool of experts: a table with one expert per row."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -41,6 +43,10 @@ class ExpertPool(nn.Module):
     State: `weight` (N, parts, dim). Row e holds [down, up], or [down, gate, up] with `glu`.
     `w_down`, `w_gate` and `w_up` are views of `weight`. The masks `frozen` and `disabled`, (N,)
     bool, are None, and not in the state, while no expert is frozen or disabled.
+
+    Gradients of a 16-bit table are summed in float32 and rounded to its dtype. With
+    `weight.grad_dtype = torch.float32`, they stay in float32. Copies and pickles of the pool keep
+    this setting.
 
     Args:
         dim: width of input and output.
@@ -316,10 +322,33 @@ class ExpertPool(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy has its own table, which the optimizer does not hold.
-        return {**self.__dict__, "fused_update": None}
+        state = {**self.__dict__, "fused_update": None}
+        if self.weight.grad_dtype != self.weight.dtype:
+            state["grad_dtype"] = self.weight.grad_dtype
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        attributes = {name: value for name, value in state.items() if name != "grad_dtype"}
+        super().__setstate__(attributes)
+        if "grad_dtype" in state:
+            self.weight.grad_dtype = state["grad_dtype"]
+
+    def _apply(self, *args: Any, **kwargs: Any) -> "ExpertPool":
+        with self._keep_grad_dtype():
+            super()._apply(*args, **kwargs)
+        return self
+
+    @contextmanager
+    def _keep_grad_dtype(self) -> Iterator[None]:
+        """Gives a parameter that replaces the table the `grad_dtype` that the table has."""
+        table, grad_dtype = self.weight, self.weight.grad_dtype
+        yield
+        if self.weight is not table and grad_dtype != table.dtype:
+            self.weight.grad_dtype = grad_dtype
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        super()._load_from_state_dict(state_dict, prefix, *rest)
+        with self._keep_grad_dtype():
+            super()._load_from_state_dict(state_dict, prefix, *rest)
         error_msgs: list[str] = rest[-1]
         saved = state_dict.get(prefix + "weight")
         # A tensor that is not 3-D is not from a pool; torch has reported its shape.

@@ -37,8 +37,8 @@ class BatchQueryNorm(nn.BatchNorm1d):
     `torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)`, the statistics in training are those of
     the tokens of all processes of a group, without padding. The norm of a router stays a
     `BatchQueryNorm` then, on every device and with every backend. Every process must call the
-    layer, forward and backward, equally often. Second derivatives and TorchScript are not
-    available in training while there are several processes.
+    layer, forward and backward, equally often. In training, while there are several processes,
+    second derivatives and TorchScript are not available, and a compiled graph breaks at the norm.
 
     Statistics of 16-bit queries are in float32. In training they depend on all tokens of the batch,
     so the routing of a token depends on later tokens.

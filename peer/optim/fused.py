@@ -16,6 +16,13 @@ from peer.optim.row_gradient import RowGradient
 __all__ = ["FusedUpdate"]
 
 
+_CHANGED = (
+    "the table of a pool whose update is fused into its backward pass changed after this forward "
+    "pass: use a pool only once in a graph, run each graph only once, and run a backward pass "
+    "before the next update of its table"
+)
+
+
 class RowUpdater(Protocol):
     """What a fused update needs of an optimizer."""
 
@@ -64,6 +71,9 @@ class FusedUpdate:
             pool.fused_update = self
         tables = dict.fromkeys(pool.weight for pool in self.pools)
         self._updated: dict[Tensor, _Update] = {}
+        # The backward passes that contained the last update of a table. A checkpoint may recompute
+        # a forward pass in one backward pass and run its own inside.
+        self._updating_passes: dict[Tensor, set[int]] = {}
         self._guards = [
             table.register_post_accumulate_grad_hook(self._refuse_gradient) for table in tables
         ]
@@ -73,6 +83,7 @@ class FusedUpdate:
         for guard in self._guards:
             guard.remove()
         self._updated.clear()
+        self._updating_passes.clear()
         for pool in self.pools:
             if pool.fused_update is self:
                 pool.fused_update = None
@@ -83,10 +94,17 @@ class FusedUpdate:
     def __exit__(self, *exception: object) -> None:
         self.remove()
 
-    def update(self, table: Tensor, gradient: RowGradient) -> None:
-        """Updates a table in a backward pass."""
+    def update(self, table: Tensor, gradient: RowGradient, recomputed_in: int) -> None:
+        """Updates a table in a backward pass.
+
+        Args:
+            table: the table.
+            gradient: its gradient.
+            recomputed_in: the backward pass in which the forward pass ran; -1 if in none.
+        """
         self.optimizer.apply_gradient(table, gradient)
-        self._updated[table] = _Update.of(table)
+        self._updated[table] = update = _Update.of(table)
+        self._updating_passes[table] = {update.backward_pass, recomputed_in} - {-1}
 
     def _refuse_gradient(self, table: Tensor) -> None:
         # Runs at the end of every backward pass whose graph contains the table, after all of its
@@ -128,6 +146,8 @@ class FusedUpdate:
                 "the table of a pool whose update is fused into its backward pass does not require "
                 "grad; call remove() on the handle from fuse_into_backward before freezing it"
             )
+        if torch._C._current_graph_task_id() in self._updating_passes.get(pool.weight, ()):
+            raise RuntimeError(_CHANGED)  # a checkpoint recomputes this forward pass too late
         device = x.device.type
         if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
             x = x.to(torch.get_autocast_dtype(device))
@@ -183,6 +203,7 @@ class _Experts(torch.autograd.Function):
         ctx.save_for_backward(x, weights, indices, hidden, gate, kept)
         ctx.table, ctx.version = table, table._version
         ctx.fusion, ctx.activation = fusion, activation
+        ctx.recomputed_in = torch._C._current_graph_task_id()
         return out
 
     @staticmethod
@@ -190,11 +211,7 @@ class _Experts(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         table: Tensor = ctx.table
         if table._version != ctx.version:
-            raise RuntimeError(
-                "the table of a pool whose update is fused into its backward pass changed after "
-                "this forward pass: use a pool only once in a graph, run each graph only once, and "
-                "run a backward pass before the next update of its table"
-            )
+            raise RuntimeError(_CHANGED)
         x, weights, indices, hidden, gate, frozen = ctx.saved_tensors
         grad_x, grad_weights, coefficients = torch.ops.peer.expert_mlp_backward_coefficients(
             grad_out, x, weights, indices, table, hidden, gate, ctx.activation
@@ -203,7 +220,8 @@ class _Experts(torch.autograd.Function):
         # multiples of grad_out.
         source = torch.stack([x] * (table.shape[1] - 1) + [grad_out], dim=1)
         fusion: FusedUpdate = ctx.fusion
-        fusion.update(table, RowGradient(indices, source, coefficients, frozen))
+        gradient = RowGradient(indices, source, coefficients, frozen)
+        fusion.update(table, gradient, ctx.recomputed_in)
         # Autograd drops gradients of inputs that do not require grad.
         return None, None, grad_x, grad_weights, None, None, None
 

@@ -117,6 +117,16 @@ TEST_CASE("a copy is equal, and stands alone") {
   }
 }
 
+TEST_CASE("a copy keeps the request for gradients in float32") {
+  PEER layer(small());
+  layer->to(torch::kBFloat16);
+  layer->experts->weight.set_grad_dtype(torch::kFloat32);
+  const auto copied = std::dynamic_pointer_cast<peer::nn::PEERImpl>(layer->clone());
+  REQUIRE(copied);
+  copied->forward(torch::randn({5, 8}, torch::kBFloat16)).sum().backward();
+  CHECK(copied->experts->weight.grad().scalar_type() == torch::kFloat32);
+}
+
 TEST_CASE("layers share a pool") {
   PEER first(small());
   PEER second(peer::nn::ProductKeyRouter(small().router()), first->experts, 0.1);

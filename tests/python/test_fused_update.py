@@ -114,6 +114,21 @@ def test_a_16_bit_table_differs_by_the_rounding_of_the_gradient_alone(kind, dtyp
     torch.testing.assert_close(pool.weight, fused.weight, rtol=3 * unit, atol=unit)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_16_bit_table_equals_a_gradient_in_float32_and_a_step(kind, dtype):
+    pool, fused = pair_of_pools(dtype=dtype)
+    pool.weight.grad_dtype = torch.float32
+    optimizer = make_optimizer(kind, pool)
+    make_optimizer(kind, fused).fuse_into_backward(fused)
+    for _ in range(3):
+        inputs = draw((20,), dtype)
+        for each in (pool, fused):
+            each(*inputs).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert_same_bits(pool.weight, fused.weight)
+
+
 def test_under_autocast_it_equals_a_gradient_and_a_step(kind):
     pool, fused = pair_of_pools()
     inputs = draw((20,))
@@ -144,14 +159,17 @@ def test_the_same_bits_for_any_number_of_threads(kind, dtype):
         assert_same_bits(table, results[0])
 
 
-def test_activation_checkpoints_change_nothing(kind):
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_activation_checkpoints_change_nothing(kind, use_reentrant):
     pool, fused = pair_of_pools()
-    inputs = draw()
     for each in (pool, fused):
         make_optimizer(kind, each).fuse_into_backward(each)
-    pool(*inputs).square().sum().backward()
-    checkpoint(fused, *inputs, use_reentrant=False).square().sum().backward()
-    assert_same_bits(pool.weight, fused.weight)
+    for _ in range(2):
+        inputs = draw()
+        pool(*inputs).square().sum().backward()
+        y = checkpoint(fused, *inputs, use_reentrant=use_reentrant)
+        y.square().sum().backward()
+        assert_same_bits(pool.weight, fused.weight)
 
 
 def test_a_whole_model_learns():
@@ -362,10 +380,15 @@ def test_a_pool_used_twice_in_a_graph_is_refused():
         y.sum().backward()
 
 
-def test_a_pool_used_twice_under_checkpoints_is_refused():
+@pytest.mark.parametrize("second", [None, False, True])
+@pytest.mark.parametrize("first", [False, True])
+def test_a_pool_used_twice_under_checkpoints_is_refused(first, second):
     pool, (x, weights, indices) = fused_pool(), draw()
-    y = checkpoint(pool, x, weights, indices, use_reentrant=False)
-    y = checkpoint(pool, y, weights, indices, use_reentrant=False)
+    y = checkpoint(pool, x, weights, indices, use_reentrant=first)
+    if second is None:
+        y = pool(y, weights, indices)
+    else:
+        y = checkpoint(pool, y, weights, indices, use_reentrant=second)
     with pytest.raises(RuntimeError, match=CHANGED):
         y.sum().backward()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import math
 import pickle
 import weakref
 
@@ -685,6 +686,17 @@ def test_keys_from_data_exclude_padding_and_come_through_the_model():
         peer.keys_from(layer, [x], 1, model=nn.Linear(2, 2))
     with pytest.raises(TypeError, match="expected a PEER layer or a ProductKeyRouter, got Linear"):
         peer.keys_from(nn.Linear(2, 2), [x], 1)
+
+
+@pytest.mark.parametrize("name", ["paper", "keys_per_head"])
+def test_keys_from_data_exclude_tokens_that_are_not_finite(name):
+    layer = make_layer(name)
+    x = torch.randn(20, DIM)
+    x[3, 1], x[7] = math.inf, math.nan
+    count = 18 * (3 if layer.router.share_keys else 1)
+    assert peer.keys_from(layer, [x], count).isfinite().all()
+    with pytest.raises(ValueError, match=f"at least {count + 1} queries, got {count}"):
+        peer.keys_from(layer, [x], count + 1)
 
 
 def test_keys_from_data_are_repeatable_and_every_query_is_as_likely():

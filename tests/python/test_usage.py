@@ -52,6 +52,19 @@ def test_padding_is_not_counted(by_keyword):
     assert torch.equal(tracker.counts, counts)
 
 
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+def test_a_token_that_is_not_finite_is_not_counted(number):
+    layer, x = make_layer(), torch.randn(5, 10)
+    kept = torch.tensor([0, 1, 3, 4])
+    expected = sum_by_expert(*layer.router(x[kept]))
+    x[2, 3] = number
+    with peer.UsageTracker(layer) as tracker:
+        layer(x)
+    torch.testing.assert_close(tracker.mass, expected[0])
+    assert torch.equal(tracker.counts, expected[1])
+    assert torch.equal(peer.count_usage(layer, [x])["experts"], expected[1])
+
+
 def test_usage_is_the_fraction_of_experts_with_weight():
     layer = make_layer(scores="relu", num_experts_per_head=40)
     with peer.UsageTracker(layer) as tracker:

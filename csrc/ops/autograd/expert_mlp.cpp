@@ -7,6 +7,7 @@
 #include "ops/autograd/expert_mlp_derivative.h"
 #include "ops/autograd/saved.h"
 #include "ops/autograd/tangents.h"
+#include "ops/autograd/undefined_as_zero.h"
 #include "ops/checks.h"
 
 namespace peer::ops::autograd {
@@ -53,10 +54,23 @@ struct ExpertMlpDoubleBackward : SavingNode {
   }
 };
 
+// Torch adds sparse gradients of every dtype but float16, and its error does not name the way out.
+// A warning does, because only torch knows whether it will add the gradient or return it.
+void warn_of_float16_sum(const Tensor& table) {
+  if (table.scalar_type() == at::kHalf && table.is_leaf() && table.grad().defined() &&
+      table.grad().is_sparse()) {
+    TORCH_WARN(
+        "peer::expert_mlp: the table already has a sparse float16 gradient, and torch cannot add "
+        "another one (\"cadd_sparse\" not implemented for 'Half'); set "
+        "table.grad_dtype = torch.float32 for gradients that can be added");
+  }
+}
+
 struct ExpertMlpBackwardNode : SavingNode {
   SavedVariable x_, weights_, indices_, table_, frozen_, hidden_, gate_;
   std::string activation_;
   bool sparse_grad_ = false;
+  std::optional<at::ScalarType> grad_table_dtype_;
 
   std::string name() const override { return "PeerExpertMlpBackward"; }
   std::vector<SavedVariable*> saved() override {
@@ -65,16 +79,21 @@ struct ExpertMlpBackwardNode : SavingNode {
   void collect_arguments(torch::dynamo::autograd::CompiledNodeArgs& args) const override {
     args.collect(activation_);
     args.collect(sparse_grad_);
+    args.collect(grad_table_dtype_);
   }
 
   variable_list apply(variable_list&& grads) override {
     if (!grads[0].defined()) {
       return variable_list(3);
     }
-    auto [grad_x, grad_weights, grad_table] =
-        ExpertMlpBackwardOp::call(grads[0], x_.unpack(), weights_.unpack(), indices_.unpack(),
-                                  table_.unpack(), hidden_.unpack(), gate_.unpack(), activation_,
-                                  sparse_grad_, wanted_outputs<3>(), frozen_.unpack());
+    const Tensor table = table_.unpack();
+    if (sparse_grad_ && wanted_outputs<3>()[kGradTable] && !grad_table_dtype_.has_value()) {
+      warn_of_float16_sum(table);
+    }
+    auto [grad_x, grad_weights, grad_table] = ExpertMlpBackwardOp::call(
+        grads[0], x_.unpack(), weights_.unpack(), indices_.unpack(), table, hidden_.unpack(),
+        gate_.unpack(), activation_, sparse_grad_, wanted_outputs<3>(), frozen_.unpack(),
+        grad_table_dtype_);
     return {grad_x, grad_weights, grad_table};
   }
 };
@@ -99,6 +118,7 @@ ThreeTensors expert_mlp_autograd(c10::DispatchKeySet keys, const ExpertMlpArgume
     node->table_ = save(table);
     node->activation_ = activation;
     node->sparse_grad_ = sparse_grad;
+    node->grad_table_dtype_ = requested_grad_dtype(table);
     if (is_given(frozen)) {
       node->frozen_ = save(frozen->clone());
     }
@@ -147,9 +167,10 @@ ThreeTensors expert_mlp_backward_autograd(c10::DispatchKeySet keys,
   }
   auto [grad_x, grad_weights, grad_table] = [&] {
     const at::AutoDispatchBelowADInplaceOrView guard;
-    return ExpertMlpBackwardOp::redispatch(
-        keys & c10::after_autograd_keyset, grad_out, x, weights, args.indices, table, args.hidden,
-        args.gate, args.activation, args.sparse_grad, output_mask, args.frozen);
+    return ExpertMlpBackwardOp::redispatch(keys & c10::after_autograd_keyset, grad_out, x, weights,
+                                           args.indices, table, args.hidden, args.gate,
+                                           args.activation, args.sparse_grad, output_mask,
+                                           args.frozen, args.grad_table_dtype);
   }();
   if (node) {
     torch::autograd::set_history(variable_list{grad_x, grad_weights, grad_table}, node);
@@ -162,7 +183,7 @@ ThreeTensors expert_mlp_backward_autograd(c10::DispatchKeySet keys,
         {false, output_mask[kGradX], output_mask[kGradWeights], output_mask[kGradTable]});
     set_tangent(grad_x, derivative[kOfX]);
     set_tangent(grad_weights, derivative[kOfWeights]);
-    set_tangent(grad_table, derivative[kOfTable]);
+    set_tangent(grad_table, to_type(derivative[kOfTable], grad_table_type(args)));
   }
   return {grad_x, grad_weights, grad_table};
 }

@@ -168,6 +168,7 @@ ThreeTensors expert_mlp_backward_on(const ExpertMlpBackwardArguments& args) {
   const c10::DeviceGuard guard(args.x.device());
   const Tensor& table = args.table;
   const Experts experts = check_experts_on<Device>(args);
+  const at::ScalarType grad_type = grad_table_type(args);
   // The retrievals are sorted first. A device that knows the size of a sparse gradient before the
   // host does then tells it while it works on the tokens.
   std::optional<typename Device::TableGradient> gradient;
@@ -179,9 +180,9 @@ ThreeTensors expert_mlp_backward_on(const ExpertMlpBackwardArguments& args) {
   const TokenGradients tokens = token_gradients_on<Device>(args, experts, args.output_mask[kGradX]);
   Tensor grad_table;
   if (gradient.has_value()) {
-    std::vector<Tensor> sources(table.size(1), as_input<Device>(args.x, table.scalar_type()));
-    sources.back() = tokens.grad_out;
-    grad_table = gradient->sum(tokens.coefficients, sources, table.options());
+    std::vector<Tensor> sources(table.size(1), as_input<Device>(args.x, grad_type));
+    sources.back() = as_input<Device>(tokens.grad_out, grad_type);
+    grad_table = gradient->sum(tokens.coefficients, sources, table.options().dtype(grad_type));
   }
   return {tokens.grad_x.defined() ? tokens.grad_x.to(args.x.scalar_type()) : Tensor(),
           args.output_mask[kGradWeights] ? tokens.grad_weights.to(args.weights.scalar_type())

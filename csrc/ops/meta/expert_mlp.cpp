@@ -31,7 +31,7 @@ ThreeTensors expert_mlp_backward_meta(const ExpertMlpBackwardArguments& args) {
               "torch.compile");
   return {empty_if(args.output_mask[kGradX], args.x),
           empty_if(args.output_mask[kGradWeights], args.weights),
-          empty_if(args.output_mask[kGradTable], args.table)};
+          empty_if(args.output_mask[kGradTable], args.table, grad_table_type(args))};
 }
 
 ThreeTensors expert_mlp_backward_coefficients_meta(
