@@ -215,8 +215,9 @@ def keys_from(
         run_batches(model, batches)
     if drawn.shape[1] < rows:
         raise ValueError(f"expected data with at least {rows} queries, got {drawn.shape[1]}")
-    length = keys.float().norm(dim=-1).mean(-1).reshape(-1, 1, 1)
-    scaled = F.normalize(drawn.float(), dim=-1) * length.to(drawn.device)
+    dtype = torch.promote_types(keys.dtype, torch.float32)
+    length = keys.to(dtype).norm(dim=-1).mean(-1).reshape(-1, 1, 1)
+    scaled = F.normalize(drawn.to(dtype), dim=-1) * length.to(drawn.device)
     return scaled.to(keys).reshape(*keys.shape[:-2], rows, keys.shape[-1])
 
 

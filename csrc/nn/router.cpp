@@ -17,6 +17,16 @@ using torch::Tensor;
 
 namespace {
 
+// Keys at the length sqrt(1/3), in their dtype, computed in at least float. That is the root mean
+// square length of keys that are uniform in the cube ±1 / sqrt(dim_key / 2).
+Tensor normalised(const Tensor& keys) {
+  const Tensor wide = keys.to(torch::promoteTypes(keys.scalar_type(), torch::kFloat));
+  const Tensor squares = wide.square().sum(-1, /*keepdim=*/true);
+  // A key of zeros stays zero, and its gradients are finite, of any order.
+  const Tensor safe = squares.masked_fill(squares < 1e-24, 1.0 / 3);
+  return (wide * (3 * safe).rsqrt()).to(keys.scalar_type());
+}
+
 // The length of the noise on a copy of a key, relative to the key.
 constexpr double kKeyNoise = 0.5;
 
@@ -136,9 +146,10 @@ void ProductKeyRouterImpl::reset_parameters() {
 }
 
 void ProductKeyRouterImpl::reset_keys() {
-  const double bound = std::pow(static_cast<double>(options.dim_key()) / 2, -0.5);
-  torch::nn::init::uniform_(row_keys, -bound, bound);
-  torch::nn::init::uniform_(col_keys, -bound, bound);
+  const torch::NoGradGuard no_grad;
+  for (const Tensor& keys : {row_keys, col_keys}) {
+    keys.copy_(normalised(torch::nn::init::normal_(keys)));
+  }
 }
 
 std::tuple<Tensor, Tensor> ProductKeyRouterImpl::effective_keys() const {

@@ -169,9 +169,11 @@ class ProductKeyRouter(nn.Module):
         super().add_module(name, module)
 
     def reset_parameters(self) -> None:
-        """Initialises all parameters: keys uniform in ±1 / sqrt(dim_key / 2), others as torch.
+        """Initialises all parameters. Nothing is frozen then.
 
-        Nothing is frozen then.
+        Keys get random directions, uniform on the sphere, and the length sqrt(1/3). Retrieval then
+        depends on directions alone; of keys of different lengths, it prefers the long ones. The
+        other parameters start as in torch.
         """
         self.unfreeze_keys()
         self.unfreeze_network()
@@ -180,10 +182,10 @@ class ProductKeyRouter(nn.Module):
             self.norm.reset_parameters()
         self._reset_keys()
 
+    @torch.no_grad()
     def _reset_keys(self) -> None:
-        bound = (self.dim_key / 2) ** -0.5
-        nn.init.uniform_(self.row_keys, -bound, bound)
-        nn.init.uniform_(self.col_keys, -bound, bound)
+        for keys in self.row_keys, self.col_keys:
+            keys.copy_(_normalised(nn.init.normal_(keys)))
 
     def grow(self, rows: int, keys: Tensor | None = None) -> None:
         """Appends rows of keys, so that each head also scores `rows` * C more experts.
@@ -466,6 +468,18 @@ def _synchronized(given: nn.SyncBatchNorm, are_statistics_frozen: bool) -> Batch
     norm.num_batches_tracked = given.num_batches_tracked
     norm.are_statistics_frozen = are_statistics_frozen
     return norm.train(given.training)
+
+
+def _normalised(keys: Tensor) -> Tensor:
+    """Keys at the length sqrt(1/3), in their dtype, computed in at least float32.
+
+    That is the root mean square length of keys that are uniform in the cube ±1 / sqrt(dim_key / 2).
+    """
+    wide = keys.to(torch.promote_types(keys.dtype, torch.float32))
+    squares = wide.square().sum(-1, keepdim=True)
+    # A key of zeros stays zero, and its gradients are finite, of any order.
+    squares = squares.masked_fill(squares < 1e-24, 1 / 3)
+    return (wide * (3 * squares).rsqrt()).to(keys.dtype)
 
 
 def _with_kept(keys: Tensor, frozen: Tensor | None, kept: Tensor | None) -> Tensor:

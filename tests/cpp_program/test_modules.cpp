@@ -9,6 +9,7 @@
 #include <torch/types.h>
 #include <torch/utils.h>
 
+#include <cmath>
 #include <limits>
 #include <sstream>
 
@@ -45,6 +46,15 @@ TEST_CASE("the defaults are the paper's layer") {
   CHECK(options.query_norm() == "batch");
   CHECK(options.scores() == "softmax");
   CHECK(options.share_keys());
+}
+
+TEST_CASE("keys start at the length of the root of a third") {
+  for (const bool share_keys : {true, false}) {
+    PEER layer(small().dim_key(32).share_keys(share_keys));
+    for (const torch::Tensor& keys : {layer->router->row_keys, layer->router->col_keys}) {
+      CHECK((keys.norm(2, {-1}) - std::sqrt(1.0 / 3)).abs().max().item<double>() < 1e-6);
+    }
+  }
 }
 
 TEST_CASE("a layer maps all leading dimensions") {

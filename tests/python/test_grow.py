@@ -117,6 +117,20 @@ def test_drawn_keys_have_the_lengths_of_old_keys_and_are_all_different(share_key
     assert len(keys.reshape(-1, 4).unique(dim=0)) == keys.numel() // 4
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("share_keys", [True, False])
+def test_keys_of_equal_length_stay_so_in_growth(share_keys, dtype):
+    options = {"num_experts": (6, 5), "num_experts_per_head": 4, "dim_key": 8}
+    layer = peer.PEER(DIM, **options, heads=3, share_keys=share_keys, dtype=dtype)
+    layer.grow(7)
+    x = torch.randn(20, DIM, dtype=dtype)
+    layer.grow(5, peer.keys_from(layer, [x], 5))
+    layer.grow(2)
+    lengths = layer.router.row_keys.double().norm(dim=-1)
+    tolerance = 8 * torch.finfo(dtype).eps
+    torch.testing.assert_close(lengths, torch.full_like(lengths, 3**-0.5), rtol=tolerance, atol=0)
+
+
 def test_given_keys_are_appended():
     keys = torch.randn(2, 4, dtype=torch.float64)
     layer = make_layer()

@@ -297,13 +297,35 @@ def test_shapes_in_the_state(share_keys):
     assert shapes["norm.running_mean"] == shapes["norm.weight"] == (24,)
 
 
-def test_keys_start_uniform_within_one_over_the_root_of_their_width():
-    router = peer.ProductKeyRouter(10, num_experts=200**2, dim_key=32)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("share_keys", [True, False])
+def test_keys_start_at_the_length_of_the_root_of_a_third(share_keys, dtype):
+    router = make_router(num_experts=(40, 30), share_keys=share_keys, dim_key=32, dtype=dtype)
+    tolerance = 4 * torch.finfo(dtype).eps
     for keys in router.row_keys, router.col_keys:
-        assert keys.abs().max() <= 16**-0.5
-        assert keys.abs().max() > 0.99 * 16**-0.5
-        assert abs(keys.mean()) < 0.02
-        torch.testing.assert_close(keys.std().item(), (16 * 3) ** -0.5, rtol=0.05, atol=0)
+        lengths = keys.double().norm(dim=-1)
+        torch.testing.assert_close(
+            lengths, torch.full_like(lengths, 3**-0.5), rtol=tolerance, atol=0
+        )
+
+
+def test_keys_start_in_uniform_directions():
+    keys = make_router(num_experts=(16000, 1), dim_key=4).row_keys
+    # Of points in a square, the octants around its diagonals have 1.41 times as many.
+    octants = (torch.atan2(keys[:, 0], keys[:, 1]) / torch.pi * 4).round() % 8
+    assert octants.unique(return_counts=True)[1].sub(2000).abs().max() < 200
+
+
+@pytest.mark.parametrize("share_keys", [True, False])
+def test_untrained_keys_retrieve_as_many_experts_as_a_uniform_draw(share_keys):
+    router = make_router(
+        num_experts=(128, 128), heads=4, num_experts_per_head=16, dim_key=16, share_keys=share_keys
+    )
+    router.query, router.dim = nn.Identity(), 4 * 16
+    with peer.UsageTracker(router) as tracker:
+        router(torch.randn(1000, 4 * 16))
+    uniform = 1 - (1 - 16 / 128**2) ** 4000
+    assert tracker.usage() > uniform - 0.03
 
 
 @pytest.mark.parametrize("norm", NORMS)
