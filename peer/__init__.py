@@ -15,7 +15,7 @@ from peer._library import BinaryMismatchError, cmake_prefix_path
 from peer.config import show_config
 from peer.growth import grow_, grow_to_, keys_from
 from peer.memory import empty_huge, zeros_huge
-from peer.modules import PEER, ExpertPool, ProductKeyRouter, fold_query_norm_
+from peer.modules import PEER, ExpertPool, ProductKeyRouter, fold_key_norm_, fold_query_norm_
 from peer.param_groups import param_groups
 from peer.usage import UsageTracker, count_usage
 
@@ -30,6 +30,7 @@ __all__ = [
     "convert",
     "count_usage",
     "empty_huge",
+    "fold_key_norm_",
     "fold_query_norm_",
     "functional",
     "grow_",

@@ -299,6 +299,7 @@ def _convert(
         scores=options.scores,
         query_norm=None,
         share_keys=False,
+        key_norm=False,
         dropout=options.dropout,
         sparse_grad=sparse_grad,
         device="meta",

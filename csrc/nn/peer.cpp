@@ -28,6 +28,7 @@ ProductKeyRouterOptions PEEROptions::router() const {
       .query_norm(query_norm())
       .query_bias(query_bias())
       .share_keys(share_keys())
+      .key_norm(key_norm())
       .device(device())
       .dtype(dtype());
 }

@@ -37,6 +37,10 @@ void check(const ProductKeyRouterOptions& options) {
       options.dim_key() >= 2 && options.dim_key() % 2 == 0,
       "expected an even dim_key, because its halves score the rows and the columns, got ",
       options.dim_key());
+  TORCH_CHECK_VALUE(!options.key_norm() || options.dim_key() >= 4,
+                    "expected dim_key of at least 4 with key_norm, because a key of one number has "
+                    "no direction to learn, got ",
+                    options.dim_key());
   const int64_t num_experts = options.num_experts().num_experts();
   TORCH_CHECK_VALUE(
       options.num_experts_per_head() >= 1 && options.num_experts_per_head() <= num_experts,
@@ -54,6 +58,11 @@ void check(const ProductKeyRouterOptions& options) {
 Tensor with_kept(const Tensor& keys, const Tensor& frozen, const Tensor& kept) {
   // The graph keeps a mask of its own, so that a later change does not affect it.
   return is_set(frozen) ? torch::where(frozen.clone().unsqueeze(-1), kept, keys) : keys;
+}
+
+// The kept values are normalised already. To normalise them again would change their last bits.
+Tensor effective(const Tensor& keys, bool key_norm, const Tensor& frozen, const Tensor& kept) {
+  return with_kept(key_norm ? normalised(keys) : keys, frozen, kept);
 }
 
 Tensor key_mask(const char* name, const Tensor& mask, int64_t size, const Tensor& keys) {
@@ -153,8 +162,8 @@ void ProductKeyRouterImpl::reset_keys() {
 }
 
 std::tuple<Tensor, Tensor> ProductKeyRouterImpl::effective_keys() const {
-  return {with_kept(row_keys, frozen_rows, kept_row_keys),
-          with_kept(col_keys, frozen_columns, kept_col_keys)};
+  return {effective(row_keys, options.key_norm(), frozen_rows, kept_row_keys),
+          effective(col_keys, options.key_norm(), frozen_columns, kept_col_keys)};
 }
 
 void ProductKeyRouterImpl::freeze_keys(const Tensor& rows, const Tensor& columns) {
@@ -181,22 +190,20 @@ void ProductKeyRouterImpl::unfreeze_keys(const Tensor& rows, const Tensor& colum
   const torch::NoGradGuard no_grad;
   const Tensor row_mask = key_mask("rows", rows, options.num_experts().rows, row_keys);
   const Tensor column_mask = key_mask("columns", columns, options.num_experts().columns, col_keys);
-  const auto [present_rows, present_columns] = effective_keys();
-  const auto unfreeze = [&](Tensor& keys, const Tensor& mask, const Tensor& present,
+  const auto unfreeze = [&](Tensor& keys, const Tensor& mask,
                             std::pair<const char*, Tensor&> frozen,
                             std::pair<const char*, Tensor&> kept) {
     if (!is_set(frozen.second)) {
       return;
     }
-    keys.copy_(present);
+    keys.copy_(with_kept(keys, frozen.second, kept.second));
     set_buffer(*this, frozen.first, frozen.second, without(frozen.second, mask));
     if (!is_set(frozen.second)) {
-      set_buffer(*this, kept.first, kept.second, torch::empty({0}, present.options()));
+      set_buffer(*this, kept.first, kept.second, torch::empty({0}, kept.second.options()));
     }
   };
-  unfreeze(row_keys, row_mask, present_rows, {"frozen_rows", frozen_rows},
-           {"kept_row_keys", kept_row_keys});
-  unfreeze(col_keys, column_mask, present_columns, {"frozen_columns", frozen_columns},
+  unfreeze(row_keys, row_mask, {"frozen_rows", frozen_rows}, {"kept_row_keys", kept_row_keys});
+  unfreeze(col_keys, column_mask, {"frozen_columns", frozen_columns},
            {"kept_col_keys", kept_col_keys});
 }
 
@@ -279,7 +286,8 @@ void ProductKeyRouterImpl::pretty_print(std::ostream& stream) const {
          << ", num_experts=" << options.num_experts() << ", heads=" << options.heads()
          << ", num_experts_per_head=" << options.num_experts_per_head()
          << ", dim_key=" << options.dim_key() << ", scores=" << options.scores()
-         << ", share_keys=" << std::boolalpha << options.share_keys() << ")";
+         << ", share_keys=" << std::boolalpha << options.share_keys()
+         << ", key_norm=" << options.key_norm() << ")";
 }
 
 std::tuple<Tensor, Tensor> ProductKeyRouterImpl::forward(const Tensor& x,
@@ -312,6 +320,29 @@ std::tuple<Tensor, Tensor> ProductKeyRouterImpl::forward(const Tensor& x,
     weights = weights.masked_fill(padding_mask.unsqueeze(-1).unsqueeze(-1), 0.0);
   }
   return {weights, indices.view(shape)};
+}
+
+void fold_key_norm(torch::nn::Module& module) {
+  const torch::NoGradGuard no_grad;
+  std::vector<ProductKeyRouterImpl*> routers;
+  module.apply([&](torch::nn::Module& part) {
+    auto* router = dynamic_cast<ProductKeyRouterImpl*>(&part);
+    if (router != nullptr && router->options.key_norm()) {
+      routers.push_back(router);
+    }
+  });
+  TORCH_CHECK_VALUE(!routers.empty(),
+                    "expected a module with a router whose key_norm is true, found none");
+  // All before the first write, because routers may share a parameter.
+  std::vector<std::tuple<Tensor, Tensor>> effective;
+  for (const ProductKeyRouterImpl* router : routers) {
+    effective.push_back(router->effective_keys());
+  }
+  for (size_t i = 0; i < routers.size(); ++i) {
+    routers[i]->row_keys.copy_(std::get<0>(effective[i]));
+    routers[i]->col_keys.copy_(std::get<1>(effective[i]));
+    routers[i]->options.key_norm(false);
+  }
 }
 
 }  // namespace peer::nn

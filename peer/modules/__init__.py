@@ -3,7 +3,7 @@
 from peer.modules.experts import ExpertPool
 from peer.modules.norms import BatchQueryNorm, LayerQueryNorm, RMSQueryNorm, make_query_norm
 from peer.modules.peer import PEER
-from peer.modules.router import ProductKeyRouter, fold_query_norm_
+from peer.modules.router import ProductKeyRouter, fold_key_norm_, fold_query_norm_
 
 __all__ = [
     "PEER",
@@ -12,6 +12,7 @@ __all__ = [
     "LayerQueryNorm",
     "ProductKeyRouter",
     "RMSQueryNorm",
+    "fold_key_norm_",
     "fold_query_norm_",
     "make_query_norm",
 ]

@@ -45,6 +45,8 @@ class PEER(nn.Module):
         query_norm: "batch", "layer", "rms" or None.
         query_bias: whether the query projection has a bias before the normalisation.
         share_keys: whether all heads use the same keys.
+        key_norm: whether keys are scaled to one length at every call, so that training moves their
+            directions only.
         dropout: the probability that a retrieved expert is dropped in training, independently for
             each (token, expert) pair. The other weights are divided by 1 - dropout. Since an expert
             has one hidden neuron, this is dropout of the hidden layer.
@@ -88,6 +90,7 @@ class PEER(nn.Module):
         query_norm: str | None = "batch",
         query_bias: bool = False,
         share_keys: bool = True,
+        key_norm: bool = False,
         dropout: float = 0.0,
         sparse_grad: bool = False,
         zero_init_out: bool = False,
@@ -107,6 +110,7 @@ class PEER(nn.Module):
             "query_norm": query_norm,
             "query_bias": query_bias,
             "share_keys": share_keys,
+            "key_norm": key_norm,
         }
         pooling: dict[str, Any] = {
             "activation": activation,
@@ -191,7 +195,8 @@ class PEER(nn.Module):
             keys: (rows, dim_key / 2), for all heads, or (H, rows, dim_key / 2) if the heads do not
                 share keys. By default they are noisy copies of old keys, see
                 `ProductKeyRouter.make_row_keys`. `peer.keys_from` takes them from new data. Keys
-                that are longer than the old ones win far more retrievals than their share.
+                that are longer than the old ones win far more retrievals than their share, unless
+                `key_norm` gives all keys one length.
 
         Raises:
             ValueError: `rows` is not positive, or the keys have another shape.

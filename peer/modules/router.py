@@ -20,7 +20,7 @@ from peer.modules.masks import (
 )
 from peer.modules.norms import BatchQueryNorm, make_query_norm
 
-__all__ = ["ProductKeyRouter", "fold_query_norm_"]
+__all__ = ["ProductKeyRouter", "fold_key_norm_", "fold_query_norm_"]
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -66,6 +66,9 @@ class ProductKeyRouter(nn.Module):
             disables the normalisation.
         query_bias: whether the query projection has a bias before the normalisation.
         share_keys: whether all heads use the same keys, as in the paper.
+        key_norm: whether keys are scaled to the length sqrt(1/3) at every call, so that training
+            moves their directions only. A key shorter than 1e-12 is used as it is: a key of zeros
+            scores zero and learns like any other parameter.
         device: device of the parameters.
         dtype: dtype of the parameters.
 
@@ -106,6 +109,7 @@ class ProductKeyRouter(nn.Module):
         query_norm: str | None = "batch",
         query_bias: bool = False,
         share_keys: bool = True,
+        key_norm: bool = False,
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -118,6 +122,11 @@ class ProductKeyRouter(nn.Module):
             raise ValueError(
                 f"expected an even dim_key, because its halves score the rows and the columns, "
                 f"got {dim_key}"
+            )
+        if key_norm and dim_key < 4:
+            raise ValueError(
+                f"expected dim_key of at least 4 with key_norm, because a key of one number has no "
+                f"direction to learn, got {dim_key}"
             )
         if not 1 <= num_experts_per_head <= rows * columns:
             raise ValueError(
@@ -143,6 +152,7 @@ class ProductKeyRouter(nn.Module):
         self.query_norm = query_norm
         self.query_bias = query_bias
         self.share_keys = share_keys
+        self.key_norm = key_norm
 
         self.query = nn.Linear(dim, heads * dim_key, bias=query_bias, device=device, dtype=dtype)
         self.norm = make_query_norm(query_norm, heads, dim_key, device=device, dtype=dtype)
@@ -269,14 +279,16 @@ class ProductKeyRouter(nn.Module):
             self.kept_row_keys = torch.cat([self.kept_row_keys, keys.to(self.kept_row_keys)], -2)
 
     def effective_keys(self) -> tuple[Tensor, Tensor]:
-        """The keys that retrieval uses: the parameters, and for frozen keys their kept values.
+        """The keys that retrieval uses: the parameters, normalised with `key_norm`.
+
+        Frozen keys have the values that they keep, bit by bit.
 
         Returns:
             Row keys and column keys, in the shapes of `row_keys` and `col_keys`.
         """
         return (
-            _with_kept(self.row_keys, self.frozen_rows, self.kept_row_keys),
-            _with_kept(self.col_keys, self.frozen_columns, self.kept_col_keys),
+            _effective(self.row_keys, self.key_norm, self.frozen_rows, self.kept_row_keys),
+            _effective(self.col_keys, self.key_norm, self.frozen_columns, self.kept_col_keys),
         )
 
     @torch.no_grad()
@@ -309,10 +321,10 @@ class ProductKeyRouter(nn.Module):
         """
         rows, columns = self._key_masks(rows, columns)
         if self.frozen_rows is not None:
-            self.row_keys.copy_(self.effective_keys()[0])
+            self.row_keys.copy_(_with_kept(self.row_keys, self.frozen_rows, self.kept_row_keys))
             self.frozen_rows = without(self.frozen_rows, rows)
         if self.frozen_columns is not None:
-            self.col_keys.copy_(self.effective_keys()[1])
+            self.col_keys.copy_(_with_kept(self.col_keys, self.frozen_columns, self.kept_col_keys))
             self.frozen_columns = without(self.frozen_columns, columns)
         if self.frozen_rows is None:
             self.kept_row_keys = None
@@ -392,8 +404,8 @@ class ProductKeyRouter(nn.Module):
         # Not by effective_keys(): torch.jit.freeze makes no constants of tensors in a tuple.
         scores, indices = product_key_topk(
             query.view(-1, self.heads, self.dim_key),
-            _with_kept(self.row_keys, self.frozen_rows, self.kept_row_keys),
-            _with_kept(self.col_keys, self.frozen_columns, self.kept_col_keys),
+            _effective(self.row_keys, self.key_norm, self.frozen_rows, self.kept_row_keys),
+            _effective(self.col_keys, self.key_norm, self.frozen_columns, self.kept_col_keys),
             self.num_experts_per_head,
             disabled,
         )
@@ -426,7 +438,7 @@ class ProductKeyRouter(nn.Module):
         return (
             f"dim={self.dim}, num_experts=({self.rows}, {self.columns}), heads={self.heads}, "
             f"num_experts_per_head={self.num_experts_per_head}, dim_key={self.dim_key}, "
-            f"scores={self.scores!r}, share_keys={self.share_keys}"
+            f"scores={self.scores!r}, share_keys={self.share_keys}, key_norm={self.key_norm}"
         ) + describe(frozen_rows=self.frozen_rows, frozen_columns=self.frozen_columns)
 
     def _load_from_state_dict(
@@ -482,6 +494,11 @@ def _normalised(keys: Tensor) -> Tensor:
     return (wide * (3 * squares).rsqrt()).to(keys.dtype)
 
 
+def _effective(keys: Tensor, key_norm: bool, frozen: Tensor | None, kept: Tensor | None) -> Tensor:
+    # The kept values are normalised already. To normalise them again would change their last bits.
+    return _with_kept(_normalised(keys) if key_norm else keys, frozen, kept)
+
+
 def _with_kept(keys: Tensor, frozen: Tensor | None, kept: Tensor | None) -> Tensor:
     if frozen is None or kept is None:
         return keys
@@ -509,6 +526,47 @@ def _describe_sizes(query_weight: Tensor, row_keys: Tensor, col_keys: Tensor) ->
         f"heads={query_weight.shape[0] // dim_key}, dim_key={dim_key}, "
         f"share_keys={row_keys.dim() == 2}"
     )
+
+
+@torch.no_grad()
+def fold_key_norm_(module: Module) -> Module:
+    """Writes normalised keys into their parameters, for inference.
+
+    Outputs are equal bit by bit, and calls no longer normalise the keys. Afterwards `key_norm` is
+    False, so the state loads into a router with `key_norm=False`. Training would then change the
+    lengths of the keys, too.
+
+    Args:
+        module: a `ProductKeyRouter`, a `PEER` or a module that contains some, in any mode. It is
+            changed in place.
+
+    Returns:
+        The module.
+
+    Raises:
+        ValueError: no router in the module has `key_norm=True`.
+
+    Example:
+        >>> import torch, peer
+        >>> options = dict(num_experts=16, heads=2, num_experts_per_head=4, dim_key=4)
+        >>> layer = peer.PEER(8, **options, key_norm=True).eval()
+        >>> x = torch.randn(3, 8)
+        >>> before = layer(x)
+        >>> bool((peer.fold_key_norm_(layer)(x) == before).all())
+        True
+    """
+    routers = [
+        part for part in module.modules() if isinstance(part, ProductKeyRouter) and part.key_norm
+    ]
+    if not routers:
+        raise ValueError("expected a module with a router whose key_norm is True, found none")
+    # All before the first write, because routers may share a parameter.
+    effective = [router.effective_keys() for router in routers]
+    for router, (row_keys, col_keys) in zip(routers, effective, strict=True):
+        router.row_keys.copy_(row_keys)
+        router.col_keys.copy_(col_keys)
+        router.key_norm = False
+    return module
 
 
 @torch.no_grad()

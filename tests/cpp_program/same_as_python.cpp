@@ -59,6 +59,8 @@ peer::nn::PEEROptions parse(const c10::impl::GenericDict& given) {
       options.query_bias(value.toBool());
     } else if (name == "share_keys") {
       options.share_keys(value.toBool());
+    } else if (name == "key_norm") {
+      options.key_norm(value.toBool());
     } else if (name == "dropout") {
       options.dropout(value.toDouble());
     } else if (name == "sparse_grad") {

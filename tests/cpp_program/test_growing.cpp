@@ -91,7 +91,8 @@ TEST_CASE("a layer grows a pool only where its grid does not fit") {
 }
 
 TEST_CASE("frozen experts and keys hold, others learn") {
-  PEER layer(small());
+  const bool key_norm = GENERATE(false, true);
+  PEER layer(small().key_norm(key_norm));
   train(layer);
   layer->freeze_experts(ids({0, 7}));  // experts (0, 0) and (1, 1)
   const Tensor table = layer->experts->weight.detach().clone();

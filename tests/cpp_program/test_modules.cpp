@@ -46,6 +46,7 @@ TEST_CASE("the defaults are the paper's layer") {
   CHECK(options.query_norm() == "batch");
   CHECK(options.scores() == "softmax");
   CHECK(options.share_keys());
+  CHECK(!options.key_norm());
 }
 
 TEST_CASE("keys start at the length of the root of a third") {
@@ -55,6 +56,38 @@ TEST_CASE("keys start at the length of the root of a third") {
       CHECK((keys.norm(2, {-1}) - std::sqrt(1.0 / 3)).abs().max().item<double>() < 1e-6);
     }
   }
+}
+
+TEST_CASE("with key_norm, only the directions of keys matter") {
+  torch::manual_seed(0);
+  PEER layer(small().key_norm(true));
+  layer->eval();
+  const torch::NoGradGuard no_grad;
+  const torch::Tensor x = torch::randn({5, 8}), y = layer(x);
+  layer->router->row_keys.mul_(torch::rand({4, 1}) + 0.1);
+  layer->router->col_keys.mul_(1e6);
+  CHECK(layer(x).allclose(y, 1e-5, 1e-6));
+  layer->router->row_keys[1].zero_();  // no division by zero
+  CHECK(std::get<0>(layer->router->effective_keys())[1].count_nonzero().item<int64_t>() == 0);
+  CHECK(layer(x).isfinite().all().item<bool>());
+}
+
+TEST_CASE("a folded key norm leaves the outputs as they are") {
+  PEER layer(small().key_norm(true));
+  layer->eval();
+  layer->router->freeze_keys(torch::tensor({true, false, false, false}));
+  const torch::NoGradGuard no_grad;
+  layer->router->row_keys.mul_(torch::rand({4, 1}) + 0.1);
+  const torch::Tensor x = torch::randn({5, 8}), y = layer(x);
+  peer::nn::fold_key_norm(*layer);
+  CHECK(!layer->router->options.key_norm());
+  CHECK(layer(x).equal(y));
+  CHECK((layer->router->row_keys.norm(2, {-1}) - std::sqrt(1.0 / 3)).abs().max().item<double>() <
+        1e-6);
+  CHECK_THROWS_WITH(peer::nn::fold_key_norm(*layer), Catch::Contains("key_norm is true"));
+  PEER copied = std::dynamic_pointer_cast<peer::nn::PEERImpl>(layer->clone());
+  copied->eval();
+  CHECK(copied(x).equal(y));
 }
 
 TEST_CASE("a layer maps all leading dimensions") {
@@ -79,6 +112,8 @@ TEST_CASE("options out of range are refused by name") {
   CHECK_THAT(refusal(small(0)), Catch::Contains("dim to be positive"));
   CHECK_THAT(refusal(small().heads(0)), Catch::Contains("heads to be positive"));
   CHECK_THAT(refusal(small().dim_key(3)), Catch::Contains("an even dim_key"));
+  CHECK_THAT(refusal(small().dim_key(2).key_norm(true)),
+             Catch::Contains("at least 4 with key_norm"));
   CHECK_THAT(refusal(small().num_experts_per_head(25)),
              Catch::Contains("between 1 and the number of experts 24"));
   CHECK_THAT(refusal(small().num_experts_per_head(1)),
@@ -202,6 +237,7 @@ TEST_CASE("it prints its options") {
   std::ostringstream text;
   text << *PEER(small().query_norm("rms"));
   CHECK_THAT(text.str(), Catch::Contains("num_experts={4, 6}"));
+  CHECK_THAT(text.str(), Catch::Contains("key_norm=false"));
   CHECK_THAT(text.str(), Catch::Contains("kind=rms"));
   CHECK_THAT(text.str(), Catch::Contains("peer::nn::ExpertPool(dim=8, num_experts=24"));
 }

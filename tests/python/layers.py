@@ -22,6 +22,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "unnormalised": {"query_norm": None, "scores": "relu", "activation": "relu"},
     "gated": {"glu": True, "activation": "silu", "query_bias": True},
     "keys_per_head": {"share_keys": False, "dropout": 0.25, "zero_init_out": True},
+    "key_norm": {"key_norm": True},
+    "key_norm_16_bits": {"key_norm": True, "share_keys": False, "dtype": torch.bfloat16},
     "one_per_head": {"num_experts_per_head": 1, "scores": "sigmoid", "activation": "identity"},
     "sparse": {"sparse_grad": True, "glu": True},
     "bfloat16_tables": {"table_dtype": torch.bfloat16, "glu": True},

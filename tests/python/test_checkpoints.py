@@ -59,6 +59,7 @@ STATES = {
     "no norm": ({"query_norm": None}, {**KEYS, **QUERY, **TABLE}),
     "bias": ({"query_bias": True}, {**KEYS, **QUERY, **BIAS, **BATCH, **TABLE}),
     "keys per head": ({"share_keys": False}, {**KEYS_PER_HEAD, **QUERY, **BATCH, **TABLE}),
+    "key norm": ({"key_norm": True}, {**KEYS, **QUERY, **BATCH, **TABLE}),
     "gates": ({"glu": True}, {**KEYS, **QUERY, **BATCH, **WITH_GATES}),
     "all at once": (
         {"query_bias": True, "share_keys": False, "glu": True},

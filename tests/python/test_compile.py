@@ -213,7 +213,7 @@ def test_a_layer_is_one_graph_for_all_lengths(name, training):
 
 
 def test_a_layer_trains_under_inductor():
-    layer = make_layer("gated")
+    layer = make_layer("gated", key_norm=True)
     ours, call, counter = compile_copy(layer, "inductor")
     for length in LENGTHS:
         inputs = draw(layer, length)
@@ -224,8 +224,9 @@ def test_a_layer_trains_under_inductor():
     assert counter.frame_count == 1
 
 
-def test_a_layer_with_a_folded_norm_infers_under_inductor():
-    layer = peer.fold_query_norm_(make_layer("bfloat16_tables").eval())
+def test_a_layer_with_folded_norms_infers_under_inductor():
+    layer = make_layer("bfloat16_tables", key_norm=True).eval()
+    layer = peer.fold_key_norm_(peer.fold_query_norm_(layer))
     _, call, counter = compile_copy(layer, "inductor")
     with torch.no_grad():
         for length in LENGTHS:

@@ -266,6 +266,7 @@ def test_the_result_saves_and_loads_as_a_layer_with_its_options(tmp_path):
         dim_key=6,
         query_norm=None,
         share_keys=False,
+        key_norm=False,
         dtype=torch.double,
     )
     layer.load_state_dict(torch.load(tmp_path / "layer.pt"))

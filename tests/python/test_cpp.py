@@ -245,6 +245,7 @@ SCRIPTED = [
     {"glu": True},
     {"query_norm": "layer", "query_bias": True, "scores": "sigmoid", "activation": "gelu_tanh"},
     {"query_norm": "rms", "share_keys": False, "scores": "relu", "activation": "relu2"},
+    {"key_norm": True, "share_keys": False},
     {"query_norm": None, "num_experts": (4, 6), "activation": "silu"},
     {"sparse_grad": True, "activation": "relu", "zero_init_out": True},
 ]
@@ -338,6 +339,8 @@ CASES = [
     Case({"dtype": "bfloat16"}, masked=True),
     Case({"query_norm": "rms", "glu": True, "sparse_grad": True}, masked=True),
     Case({"dtype": "float16"}),
+    Case({"key_norm": True}),
+    Case({"key_norm": True, "share_keys": False, "dtype": "bfloat16"}),
 ]
 
 

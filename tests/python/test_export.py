@@ -157,7 +157,7 @@ def test_saved_programs_step_the_same_in_a_new_process(tmp_path, run_python):
 
 
 def test_a_package_compiled_ahead_of_time_runs_in_a_new_process(tmp_path, run_python):
-    layer = peer.fold_query_norm_(in_mode("gated", training=False))
+    layer = peer.fold_query_norm_(make_layer("gated", key_norm=True).eval())
     with torch.no_grad():
         program = exported_layer(layer, masked=False)
         inputs = [draw(layer, length, masked=False) for length in (1, 7, 33)]

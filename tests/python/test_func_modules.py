@@ -37,7 +37,8 @@ def make_layer(seed: int = 0, **options) -> peer.PEER:
 @pytest.fixture(params=["batch", "layer", "rms", None], ids=str)
 def layer(request, glu):
     """One layer of each kind that transforms support; batch normalisation is in eval mode."""
-    return make_layer(query_norm=request.param, glu=glu, share_keys=not glu).eval()
+    options = {"glu": glu, "share_keys": not glu, "key_norm": glu}
+    return make_layer(query_norm=request.param, **options).eval()
 
 
 @pytest.fixture

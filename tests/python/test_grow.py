@@ -119,14 +119,20 @@ def test_drawn_keys_have_the_lengths_of_old_keys_and_are_all_different(share_key
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("share_keys", [True, False])
-def test_keys_of_equal_length_stay_so_in_growth(share_keys, dtype):
+@pytest.mark.parametrize("key_norm", [True, False])
+def test_keys_of_equal_length_stay_so_in_growth(key_norm, share_keys, dtype):
     options = {"num_experts": (6, 5), "num_experts_per_head": 4, "dim_key": 8}
-    layer = peer.PEER(DIM, **options, heads=3, share_keys=share_keys, dtype=dtype)
+    options |= {"share_keys": share_keys, "key_norm": key_norm}
+    layer = peer.PEER(DIM, **options, heads=3, dtype=dtype)
+    if key_norm:
+        with torch.no_grad():
+            layer.router.row_keys *= 3
     layer.grow(7)
     x = torch.randn(20, DIM, dtype=dtype)
     layer.grow(5, peer.keys_from(layer, [x], 5))
     layer.grow(2)
-    lengths = layer.router.row_keys.double().norm(dim=-1)
+    keys = layer.router.effective_keys()[0]
+    lengths = keys.double().norm(dim=-1)
     tolerance = 8 * torch.finfo(dtype).eps
     torch.testing.assert_close(lengths, torch.full_like(lengths, 3**-0.5), rtol=tolerance, atol=0)
 
@@ -610,7 +616,7 @@ def test_an_average_follows_the_growth_of_its_model():
 
 
 @pytest.mark.parametrize("fused", [True, False])
-@pytest.mark.parametrize("name", ["paper", "gated", "keys_per_head", "bfloat16_tables"])
+@pytest.mark.parametrize("name", ["paper", "gated", "keys_per_head", "bfloat16_tables", "key_norm"])
 def test_after_freezing_and_growing_only_what_is_new_learns(name, fused):
     layer = make_layer(name, sparse_grad=True)
     x, mask = draw(layer, 30)
@@ -647,7 +653,9 @@ def test_after_freezing_and_growing_only_what_is_new_learns(name, fused):
 # Keys from data
 
 
-@pytest.mark.parametrize("name", ["paper", "layer", "unnormalised", "keys_per_head", "bfloat16"])
+@pytest.mark.parametrize(
+    "name", ["paper", "layer", "unnormalised", "keys_per_head", "bfloat16", "key_norm"]
+)
 def test_keys_from_data_are_queries_of_its_tokens_at_the_length_of_old_keys(name):
     layer = make_layer(name)
     batches = [draw(layer, length, masked=False)[0] for length in (7, 12)]
@@ -660,7 +668,7 @@ def test_keys_from_data_are_queries_of_its_tokens_at_the_length_of_old_keys(name
     halves = query.reshape(1, -1, 4) if layer.router.share_keys else query.transpose(0, 1)
     halves = nn.functional.normalize(halves.float(), dim=-1)
     grouped = keys.float().reshape(-1, 9, 4)
-    length = layer.router.row_keys.float().norm(dim=-1).mean(-1).reshape(-1, 1, 1)
+    length = layer.router.effective_keys()[0].float().norm(dim=-1).mean(-1).reshape(-1, 1, 1)
     tolerance = {"atol": 0.02, "rtol": 0.02} if name == "bfloat16" else {}
     torch.testing.assert_close(
         grouped.norm(dim=-1, keepdim=True), length.expand(-1, 9, 1), **tolerance

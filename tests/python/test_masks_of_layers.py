@@ -113,7 +113,9 @@ def test_freezing_clears_rows_of_a_gradient_that_exists(sparse_grad):
 
 
 @pytest.mark.parametrize("name", DENSE_OPTIMIZERS)
-@pytest.mark.parametrize("options", ["paper", "keys_per_head", "bfloat16"])
+@pytest.mark.parametrize(
+    "options", ["paper", "keys_per_head", "bfloat16", "key_norm", "key_norm_16_bits"]
+)
 def test_frozen_keys_hold_under_any_optimizer(name, options):
     layer = make_layer(options)
     tables, others = split(layer)
@@ -131,17 +133,21 @@ def test_frozen_keys_hold_under_any_optimizer(name, options):
         assert kept.tolist() == frozen
 
 
-def test_unfrozen_keys_go_on_from_their_kept_values():
-    layer = make_layer()
+@pytest.mark.parametrize("options", ["paper", "key_norm"])
+def test_unfrozen_keys_go_on_from_their_kept_values(options):
+    layer = make_layer(options)
     tables, others = split(layer)
     layer.freeze_experts([0, 7])
     kept = [keys.detach().clone() for keys in layer.router.effective_keys()]
     train(layer, OPTIMIZERS["SGD"](tables), DENSE_OPTIMIZERS["AdamW"](others))
+    learned = [keys.detach().clone() for keys in (layer.router.row_keys, layer.router.col_keys)]
     layer.unfreeze_experts([7])  # row 0 and column 0 stay frozen, for expert 0
     assert layer.router.frozen_rows.tolist() == [True, False, False, False, False, False]
     assert layer.router.frozen_columns.tolist() == [True, False, False, False, False]
     assert torch.equal(layer.router.row_keys[1], kept[0][1])
     assert torch.equal(layer.router.col_keys[2], kept[1][2])
+    assert torch.equal(layer.router.row_keys[2:], learned[0][2:])
+    assert torch.equal(layer.router.col_keys[3:], learned[1][3:])
     layer.unfreeze_experts([0])
     assert layer.router.frozen_rows is None
     assert torch.equal(layer.router.row_keys[0], kept[0][0])

@@ -45,6 +45,8 @@ def draw_padded(batch=4, length=7):
         {"query_norm": "layer", "query_bias": True},
         {"query_norm": "rms", "scores": "sigmoid"},
         {"query_norm": None, "scores": "relu", "share_keys": False},
+        {"key_norm": True},
+        {"key_norm": True, "share_keys": False, "query_norm": "layer"},
         {"glu": True, "activation": "silu"},
         {"num_experts": (3, 16), "num_experts_per_head": 20},
         {"scores": "relu", "num_experts_per_head": 1, "activation": "relu2"},
@@ -270,6 +272,7 @@ CONTRADICTIONS = {
     "scores": ({"scores": "relu"}, "router", "scores='relu'.*scores='softmax'"),
     "query_norm": ({"query_norm": None}, "router", "query_norm=None.*query_norm='batch'"),
     "share_keys": ({"share_keys": False}, "router", "share_keys=False.*share_keys=True"),
+    "key_norm": ({"key_norm": True}, "router", "key_norm=True.*key_norm=False"),
 }
 
 
@@ -450,6 +453,7 @@ PUBLIC = [
     peer.ExpertPool,
     peer.ProductKeyRouter,
     peer.UsageTracker,
+    peer.fold_key_norm_,
     peer.fold_query_norm_,
     peer.show_config,
     *(

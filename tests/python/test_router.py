@@ -340,7 +340,7 @@ def test_the_representation_names_the_options():
     text = repr(make_router(scores="relu", share_keys=False))
     assert (
         "dim=10, num_experts=(8, 6), heads=3, num_experts_per_head=4, dim_key=8, scores='relu', "
-        "share_keys=False"
+        "share_keys=False, key_norm=False"
     ) in text
     assert "BatchQueryNorm(24" in text
 
@@ -355,6 +355,11 @@ def test_a_square_number_of_experts_makes_a_square_grid():
 BAD_OPTIONS = {
     "odd dim_key": ({"dim_key": 7}, ValueError, "even dim_key.* got 7"),
     "no dim_key": ({"dim_key": 0}, ValueError, "even dim_key.* got 0"),
+    "no direction": (
+        {"dim_key": 2, "key_norm": True},
+        ValueError,
+        "dim_key of at least 4 with key_norm.* got 2",
+    ),
     "no heads": ({"heads": 0}, ValueError, "heads to be positive, got 0"),
     "k of 0": ({"num_experts_per_head": 0}, ValueError, "between 1 and .* 48, got 0"),
     "k > N": ({"num_experts_per_head": 49}, ValueError, "between 1 and .* 48, got 49"),
@@ -431,6 +436,131 @@ def test_a_mask_of_another_shape_is_named():
 def test_a_mask_that_is_not_bool_is_refused():
     with pytest.raises(TypeError, match=r"dtype bool, True for padding, got torch.int64"):
         make_router()(torch.randn(2, 3, 10), torch.ones(2, 3, dtype=torch.int64))
+
+
+# --- keys of one length --------------------------------------------------------------------------
+
+
+def make_normed(**options):
+    """A router with `key_norm` whose parameters have different lengths."""
+    router = make_router(key_norm=True, **options)
+    with torch.no_grad():
+        for keys in router.row_keys, router.col_keys:
+            keys *= torch.rand(*keys.shape[:-1], 1) * 5 + 0.1
+    return router
+
+
+@pytest.mark.parametrize("share_keys", [True, False])
+def test_key_norm_retrieves_by_keys_of_one_length(share_keys):
+    router = make_normed(share_keys=share_keys, query_norm=None).double()
+    x = torch.randn(9, 10).double()
+    query = (x @ router.query.weight.T).view(9, 3, 8)
+    unit = (keys / keys.norm(dim=-1, keepdim=True) for keys in (router.row_keys, router.col_keys))
+    s, expected = peer.reference.product_key_topk(query, *(keys * 3**-0.5 for keys in unit), 4)
+    weights, indices = router(x)
+    assert torch.equal(indices, expected)
+    torch.testing.assert_close(weights, s.softmax(-1))
+
+
+def test_with_key_norm_gradients_move_directions_only():
+    router = make_normed().double()
+    router(torch.randn(50, 10).double())[0].square().sum().backward()
+    for keys in router.row_keys, router.col_keys:
+        along = (keys * keys.grad).sum(-1) / keys.norm(dim=-1) / keys.grad.norm(dim=-1).clamp(1e-9)
+        assert along.abs().max() < 1e-9
+        assert keys.grad.abs().max() > 1e-6
+
+
+def test_a_key_of_zeros_scores_zero_and_learns_like_any_parameter():
+    router = make_normed(num_experts_per_head=48).double()  # all experts
+    with torch.no_grad():
+        router.row_keys[2] = 0
+    twin = make_router(num_experts_per_head=48).double()
+    twin.load_state_dict({**router.state_dict(), "row_keys": router.effective_keys()[0]})
+    with torch.no_grad():
+        twin.col_keys.copy_(router.effective_keys()[1])
+    assert torch.equal(twin.row_keys[2], torch.zeros(4).double())
+    x = torch.randn(50, 10).double()
+    for each in router, twin:
+        each(x)[0].square().sum().backward()
+    assert router.row_keys.grad[2].abs().max() > 1e-6
+    torch.testing.assert_close(router.row_keys.grad[2], twin.row_keys.grad[2])
+
+    def normalised(keys):
+        return torch.func.functional_call(EffectiveKeys(router), {"router.row_keys": keys}, ())
+
+    keys = router.row_keys.detach()
+    assert torch.func.jacfwd(normalised)(keys).isfinite().all()
+    assert torch.func.jacrev(torch.func.jacrev(normalised))(keys).isfinite().all()
+
+
+class EffectiveKeys(nn.Module):
+    """The row keys in effect, as the output of a module."""
+
+    def __init__(self, router):
+        super().__init__()
+        self.router = router
+
+    def forward(self):
+        return self.router.effective_keys()[0]
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1e4])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_16_bit_keys_are_normalised_in_float32(dtype, scale):
+    router = make_router(key_norm=True, dtype=dtype)
+    with torch.no_grad():
+        router.row_keys *= scale  # the squares of a length overflow or vanish in float16
+    keys = router.effective_keys()[0]
+    assert keys.dtype == dtype
+    lengths = keys.float().norm(dim=-1)
+    torch.testing.assert_close(lengths, torch.full_like(lengths, 3**-0.5), rtol=0.01, atol=0)
+
+
+@pytest.mark.parametrize("low", [None, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("share_keys", [True, False])
+def test_folding_the_key_norm_keeps_all_bits(share_keys, dtype, low):
+    router = make_normed(share_keys=share_keys, query_norm="layer", dtype=dtype)
+    router.freeze_keys(torch.arange(8) < 2, torch.arange(6) < 1)
+    with torch.no_grad():
+        router.row_keys += 1  # an optimizer moves the parameters of frozen keys, too
+    x = torch.randn(30, 10, dtype=dtype)
+    with torch.autocast("cpu", low, enabled=low is not None):
+        expected = router(x)
+        assert peer.fold_key_norm_(router) is router
+        for ours, theirs in zip(router(x), expected, strict=True):
+            assert torch.equal(ours, theirs)
+    router.unfreeze_keys()
+    other = make_router(share_keys=share_keys, query_norm="layer", dtype=dtype)
+    other.load_state_dict(router.state_dict())
+    assert torch.equal(other(x)[0], router(x)[0])
+    assert repr(other) == repr(router)
+
+
+def test_folding_the_key_norm_changes_every_router_in_a_model():
+    model = nn.Sequential(make_normed(), nn.Linear(2, 2), make_router(), make_normed())
+    model[3].row_keys = model[0].row_keys
+    expected = [model[i].effective_keys() for i in (0, 2, 3)]
+    peer.fold_key_norm_(model)
+    for i, keys in zip((0, 2, 3), expected, strict=True):
+        assert not model[i].key_norm
+        assert torch.equal(model[i].row_keys, keys[0])
+        assert torch.equal(model[i].col_keys, keys[1])
+
+
+def test_folding_refuses_a_module_without_key_norm():
+    with pytest.raises(ValueError, match="key_norm is True, found none"):
+        peer.fold_key_norm_(make_router())
+
+
+def test_both_norms_fold():
+    router = trained_router(key_norm=True)
+    x = torch.randn(30, 10)
+    expected = router(x)
+    peer.fold_query_norm_(peer.fold_key_norm_(router))
+    torch.testing.assert_close(router(x)[0], expected[0])
+    assert (router.query_norm, router.query_bias, router.key_norm) == (None, True, False)
 
 
 # --- checkpoints ---------------------------------------------------------------------------------

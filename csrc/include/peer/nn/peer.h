@@ -41,6 +41,9 @@ struct PEER_API PEEROptions {
   TORCH_ARG(bool, query_bias) = false;
   // Whether all heads use the same keys.
   TORCH_ARG(bool, share_keys) = true;
+  // Whether keys are scaled to one length at every call, so that training moves their directions
+  // only.
+  TORCH_ARG(bool, key_norm) = false;
   // The probability that, in training, a retrieved expert is dropped for a token.
   TORCH_ARG(double, dropout) = 0.0;
   // Whether the table's gradient is a coalesced sparse tensor.

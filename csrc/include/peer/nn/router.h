@@ -36,6 +36,9 @@ struct PEER_API ProductKeyRouterOptions {
   TORCH_ARG(bool, query_bias) = false;
   // Whether all heads use the same keys.
   TORCH_ARG(bool, share_keys) = true;
+  // Whether keys are scaled to the length sqrt(1/3) at every call, so that training moves their
+  // directions only. A key of zeros stays zero.
+  TORCH_ARG(bool, key_norm) = false;
   TORCH_ARG(std::optional<torch::Device>, device);
   TORCH_ARG(std::optional<torch::Dtype>, dtype);
 };
@@ -83,7 +86,8 @@ class PEER_API ProductKeyRouterImpl : public torch::nn::Cloneable<ProductKeyRout
                                                    const torch::Tensor& padding_mask = {},
                                                    const torch::Tensor& disabled = {});
 
-  // The row keys and column keys that retrieval uses: frozen keys have the values that they kept.
+  // The row keys and column keys that retrieval uses: normalised with key_norm, and frozen keys
+  // with the values that they kept.
   std::tuple<torch::Tensor, torch::Tensor> effective_keys() const;
 
   // Retrieval goes on using the present values of frozen keys, whatever an optimizer does to the
@@ -125,5 +129,10 @@ class PEER_API ProductKeyRouterImpl : public torch::nn::Cloneable<ProductKeyRout
 };
 
 TORCH_MODULE(ProductKeyRouter);
+
+// Writes the normalised keys of all routers with key_norm in a module into their parameters, for
+// inference: Python's peer.fold_key_norm_. Outputs are equal bit for bit, and key_norm is false
+// afterwards. Throws ValueError if there is no such router.
+PEER_API void fold_key_norm(torch::nn::Module& module);
 
 }  // namespace peer::nn
