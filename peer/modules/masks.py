@@ -9,6 +9,7 @@ __all__ = [
     "POOL_MASKS",
     "ROUTER_MASKS",
     "Experts",
+    "as_ids",
     "as_mask",
     "clear_gradient_",
     "describe",
@@ -40,14 +41,41 @@ def as_mask(experts: Experts, size: int, device: torch.device) -> Tensor:
         TypeError: ids are not integers.
         IndexError: an id is outside [0, size).
     """
+    given = _checked(experts, size, device)
+    if given.dtype == torch.bool:
+        return given.clone()
+    mask = torch.zeros(size, dtype=torch.bool, device=device)
+    mask[given] = True
+    return mask
+
+
+def as_ids(experts: Experts, size: int, device: torch.device) -> Tensor:
+    """Turns ids or a mask into distinct ids, ascending. Ids need no memory for all experts.
+
+    Args:
+        experts: an id, ids of any shape, or a bool mask (size,).
+        size: the number of experts.
+        device: device of the result.
+
+    Returns:
+        (E,) int64.
+
+    Raises:
+        ValueError, TypeError, IndexError: as `as_mask`.
+    """
+    given = _checked(experts, size, device)
+    return given.nonzero()[:, 0] if given.dtype == torch.bool else given.unique()
+
+
+def _checked(experts: Experts, size: int, device: torch.device) -> Tensor:
+    """A mask (size,) bool, or ids (E,) int64 in [0, size)."""
     given = torch.as_tensor(experts, device=device)
     if given.dtype == torch.bool:
         if given.shape != (size,):
             raise ValueError(f"expected a mask of shape [{size}], got {list(given.shape)}")
-        return given.clone()
-    mask = torch.zeros(size, dtype=torch.bool, device=device)
+        return given
     if given.numel() == 0:
-        return mask
+        return torch.zeros(0, dtype=torch.int64, device=device)
     if given.is_floating_point() or given.is_complex():
         raise TypeError(f"expected integer ids or a bool mask, got {given.dtype}")
     ids = given.flatten().long()
@@ -55,8 +83,7 @@ def as_mask(experts: Experts, size: int, device: torch.device) -> Tensor:
     if smallest < 0 or largest >= size:
         wrong = smallest if smallest < 0 else largest
         raise IndexError(f"expected ids in [0, {size}), got {wrong}")
-    mask[ids] = True
-    return mask
+    return ids
 
 
 def _none_if_empty(mask: Tensor) -> Tensor | None:

@@ -1,6 +1,6 @@
 """The router: maps a token to the ids and weights of its experts."""
 
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -20,13 +20,30 @@ from peer.modules.masks import (
 )
 from peer.modules.norms import BatchQueryNorm, make_query_norm
 
-__all__ = ["ProductKeyRouter", "fold_key_norm_", "fold_query_norm_"]
+__all__ = ["Observer", "ProductKeyRouter", "fold_key_norm_", "fold_query_norm_"]
 
 Module = TypeVar("Module", bound=nn.Module)
 
 # The length of the noise on a copy of a key, relative to the key. A copy then has a cosine of 0.9
 # with its source. A quarter more rows take 16 to 19 % of all retrievals, for a fair share of 20 %.
 KEY_NOISE = 0.5
+
+
+class Observer(Protocol):
+    """Sees what a router retrieves. Copies, pickles, scripts and exports have no observers."""
+
+    def observe(
+        self, num_experts: int, weights: Tensor, indices: Tensor, padding_mask: Tensor | None
+    ) -> None:
+        """Is called in each forward pass.
+
+        Args:
+            num_experts: N.
+            weights: (..., H, K), the router's weights. It must not be changed.
+            indices: (..., H, K), the ids. It must not be changed.
+            padding_mask: (...) bool, True for padding, or None.
+        """
+        ...
 
 
 class ProductKeyRouter(nn.Module):
@@ -165,6 +182,8 @@ class ProductKeyRouter(nn.Module):
         )
         for name in ROUTER_MASKS:
             self.register_buffer(name, None)
+        # Not hooks: those are copied, pickled and exported with the module, and do not script.
+        self.observers: tuple[Observer, ...] = ()
         self._reset_keys()
 
     def add_module(self, name: str, module: nn.Module | None) -> None:
@@ -416,7 +435,11 @@ class ProductKeyRouter(nn.Module):
         weights = weights.view(shape)
         if padding_mask is not None:
             weights = weights.masked_fill(padding_mask.unsqueeze(-1).unsqueeze(-1), 0.0)
-        return weights, indices.view(shape)
+        indices = indices.view(shape)
+        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+            for observer in self.observers:
+                observer.observe(self.num_experts, weights, indices, padding_mask)
+        return weights, indices
 
     def _check(self, x: Tensor, padding_mask: Tensor | None) -> None:
         if x.dim() == 0 or x.shape[-1] != self.dim:
@@ -440,6 +463,9 @@ class ProductKeyRouter(nn.Module):
             f"num_experts_per_head={self.num_experts_per_head}, dim_key={self.dim_key}, "
             f"scores={self.scores!r}, share_keys={self.share_keys}, key_norm={self.key_norm}"
         ) + describe(frozen_rows=self.frozen_rows, frozen_columns=self.frozen_columns)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "observers": ()}
 
     def _load_from_state_dict(
         self,

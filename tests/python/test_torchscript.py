@@ -283,12 +283,13 @@ def test_a_traced_layer_takes_other_numbers_of_tokens(name, masked):
         assert torch.equal(traced(*inputs), layer(*inputs))
 
 
-def test_a_layer_whose_use_is_tracked_scripts_when_the_tracker_is_gone():
-    layer = make_layer()
-    with peer.UsageTracker(layer), pytest.raises(RuntimeError, match="_observe"):
-        torch.jit.script(layer)
+def test_a_layer_whose_use_is_tracked_scripts_as_another():
+    layer, tracked = make_layer(), make_layer()
+    with peer.UsageTracker(tracked):
+        scripted = torch.jit.script(tracked)
     inputs = draw(layer, 7)
-    assert torch.equal(torch.jit.script(layer)(*inputs), layer(*inputs))
+    assert torch.equal(scripted(*inputs), layer(*inputs))
+    assert scripted.router.code == torch.jit.script(layer).router.code
 
 
 WITH_WARNINGS_AS_ERRORS = """
