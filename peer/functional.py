@@ -161,7 +161,9 @@ def expert_mlp(
         activation: "gelu" (by erf), "gelu_tanh", "relu", "silu", "identity" or "relu2" (ReLU
             squared).
         sparse_grad: whether the table's gradient is a coalesced sparse tensor that holds only the
-            retrieved rows. Eager mode only; it cannot be differentiated again.
+            retrieved rows. It cannot be differentiated again. If `torch.compile` meets the function
+            while such a gradient is to be recorded, the graph breaks, and the function runs in
+            eager mode.
         frozen: (N,) bool, True for frozen rows. Their gradient is zero. A sparse gradient does not
             hold them. None if no row is frozen.
 
@@ -172,8 +174,8 @@ def expert_mlp(
         ValueError: a shape does not fit, or the activation is unknown.
         TypeError: an argument has an unsupported dtype.
         IndexError: an index is outside [0, N).
-        NotImplementedError: `sparse_grad=True` while a graph is traced, or a sparse gradient is
-            differentiated again, in either mode.
+        NotImplementedError: a sparse gradient is differentiated again, in either mode, or is needed
+            under `vmap`.
         RuntimeError: the tensors are on different devices, or the device is not supported.
 
     Source: arXiv 2407.04153, equations 3, 6 and 7.
@@ -189,11 +191,32 @@ def expert_mlp(
         >>> peer.functional.expert_mlp(x, weights, indices, table, activation="relu")
         tensor([[ 1., 17.]])
     """
+    if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+        # An exported program has no backward pass, so the form of the gradient does not matter.
+        is_compiling = torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting()
+        if is_compiling and sparse_grad and table.requires_grad and torch.is_grad_enabled():
+            return _eager_expert_mlp(x, weights, indices, table, activation, frozen)
     rows, row_weights, row_indices = flatten_tokens(x, weights, indices)
     out: Tensor = torch.ops.peer.expert_mlp(
         rows, row_weights, row_indices, table, activation, sparse_grad, frozen
     )[0]
     return out.view(x.shape)
+
+
+@torch.compiler.disable(  # type: ignore[untyped-decorator]
+    reason="peer::expert_mlp: the size of the gradient with sparse_grad=True is the number of "
+    "retrieved experts, which is not known when a graph is traced; use sparse_grad=False for a "
+    "whole graph"
+)
+def _eager_expert_mlp(
+    x: Tensor,
+    weights: Tensor,
+    indices: Tensor,
+    table: Tensor,
+    activation: str,
+    frozen: Tensor | None,
+) -> Tensor:
+    return expert_mlp(x, weights, indices, table, activation, True, frozen)
 
 
 def flatten_tokens(x: Tensor, weights: Tensor, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:

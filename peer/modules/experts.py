@@ -58,7 +58,8 @@ class ExpertPool(nn.Module):
             it.
         sparse_grad: whether the table gets a coalesced sparse gradient that holds only the
             retrieved rows. It needs an optimizer for sparse gradients, such as
-            `peer.optim.RowwiseAdagrad`. Eager mode only.
+            `peer.optim.RowwiseAdagrad`. In a model that `torch.compile` compiles for training, the
+            pool runs in eager mode.
         zero_init_out: whether `w_up` starts at zero. A new layer then adds zero to the output of a
             trained model.
         device: device of the table.

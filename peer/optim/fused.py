@@ -119,7 +119,10 @@ class FusedUpdate:
                 "fuse_into_backward"
             )
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @torch.compiler.disable(  # type: ignore[untyped-decorator]
+        reason="the update of a pool's table is fused into its backward pass, which runs in eager "
+        "mode; call remove() on the handle from fuse_into_backward for a whole graph"
+    )
     def forward(self, pool: ExpertPool, x: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
         """Computes the pool's output and records a backward pass that updates its table.
 

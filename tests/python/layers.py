@@ -83,7 +83,7 @@ def step(
     torch.manual_seed(0)
     layer.zero_grad()
     leaf = x.clone().requires_grad_()
-    out = (call or layer)(leaf, padding_mask)
+    out = (layer if call is None else call)(leaf, padding_mask)
     out.square().sum().backward()
     gradients = {name: parameter.grad for name, parameter in layer.named_parameters()}
     return {

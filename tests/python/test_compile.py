@@ -324,13 +324,118 @@ def test_a_checkpoint_around_the_compiled_layer_keeps_its_gradients(name):
     assert_a_checkpoint_around_it_keeps_the_gradients(layer, call, ours)
 
 
-# Torch adds the traceback of the forward call as a separate warning.
-@pytest.mark.filterwarnings("ignore:Error detected in Peer:UserWarning")
-def test_training_a_layer_with_sparse_gradients_is_refused_by_sentence():
+class Model(torch.nn.Module):
+    """A layer between two modules that a compiler can optimise."""
+
+    def __init__(self, layer: peer.PEER) -> None:
+        super().__init__()
+        self.before = torch.nn.Linear(layer.router.dim, layer.router.dim)
+        self.layer = layer
+        self.after = torch.nn.Linear(layer.router.dim, layer.router.dim)
+
+    def forward(self, x, padding_mask=None):
+        return self.after(self.layer(self.before(x).tanh(), padding_mask).tanh())
+
+
+def make_model(name: str = "sparse", **options) -> Model:
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        return Model(make_layer(name, **options))
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_a_pool_with_sparse_gradients_runs_eagerly_in_a_compiled_model(backend, training):
+    model = make_model().train(training)
+    ours, counter = copy.deepcopy(model), CompileCounterWithBackend(backend)
+    compiled = torch.compile(ours, backend=counter, dynamic=True)
+    graphs = []
+    for length in LENGTHS:
+        inputs = draw(model.layer, length)
+        result, expected = step(ours, *inputs, call=compiled), step(model, *inputs)
+        graphs.append(counter.frame_count)
+        assert result["gradient of layer.experts.weight"].is_sparse
+        assert result.keys() == expected.keys()
+        for name, tensor in expected.items():
+            torch.testing.assert_close(result[name], tensor, rtol=1e-4, atol=1e-4)
+    # Before the layer, in it before and after the pool, and after the layer.
+    assert 2 <= graphs[0] <= 4
+    assert graphs == graphs[:1] * len(LENGTHS)
+
+
+def test_functions_with_sparse_gradients_break_the_graph(make_expert_inputs):
+    def loss(x, *rest):
+        out = peer.functional.expert_mlp(x.tanh(), *rest, sparse_grad=True)
+        return out.tanh().square().sum()
+
+    counter = CompileCounterWithBackend("aot_eager")
+    ours, theirs = (make_expert_inputs().requiring_grad() for _ in range(2))
+    torch.compile(loss, backend=counter)(*ours).backward()
+    loss(*theirs).backward()
+    assert counter.frame_count == 2
+    for a, b in zip(ours.differentiable(), theirs.differentiable(), strict=True):
+        assert a.grad.is_sparse == b.grad.is_sparse
+        torch.testing.assert_close(a.grad.to_dense(), b.grad.to_dense())
+
+
+def test_a_sparse_pool_under_autocast_runs_as_in_eager_mode():
+    model = make_model(glu=False)
+    ours = copy.deepcopy(model)
+    compiled = torch.compile(ours, backend="aot_eager")
+
+    def mixed(function):
+        def autocasting(x, padding_mask):
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                return function(x, padding_mask)
+
+        return autocasting
+
+    inputs = draw(model.layer, 7)
+    result, expected = (
+        step(ours, *inputs, call=mixed(compiled)),
+        step(model, *inputs, call=mixed(model)),
+    )
+    assert result["out"].dtype == torch.bfloat16
+    assert differing(result, expected) == []
+
+
+@pytest.mark.parametrize("case", ["frozen table", "no grad mode"])
+def test_where_no_sparse_gradient_is_recorded_the_model_is_one_graph(case):
+    model = make_model()
+    model.layer.experts.weight.requires_grad_(case != "frozen table")
+    inputs = draw(model.layer, 7)
+    with torch.set_grad_enabled(case != "no grad mode"):
+        out = torch.compile(model, fullgraph=True, backend="aot_eager")(*inputs)
+        assert out.requires_grad == (case == "frozen table")
+
+
+def test_a_whole_graph_with_a_sparse_gradient_is_refused_by_its_reason():
     layer = make_layer("sparse")
     ours, call, _ = compile_copy(layer)
-    with pytest.raises(Exception, match=r"peer::expert_mlp: sparse_grad=True .*eager"):
+    with pytest.raises(
+        Exception, match=r"peer::expert_mlp: .*sparse_grad=True .*use sparse_grad=F"
+    ):
         step(ours, *draw(layer, 7), call=call)
+
+
+def test_freezing_and_unfreezing_the_table_compiles_again():
+    model = make_model()
+    compiled = torch.compile(model, backend="aot_eager")
+    inputs = draw(model.layer, 7)
+    with torch._dynamo.config.patch(error_on_recompile=False):
+        for requires_grad in True, False, True:
+            model.layer.experts.weight.requires_grad_(requires_grad)
+            model.zero_grad()
+            compiled(*inputs).sum().backward()
+            assert (model.layer.experts.weight.grad is not None) == requires_grad
+
+
+def test_a_checkpoint_compiles_around_a_sparse_pool():
+    layer = make_layer("sparse", query_norm="layer")
+    ours = copy.deepcopy(layer)
+    call = torch.compile(checkpointed(ours), backend="aot_eager")
+    inputs = draw(layer, 7)
+    assert differing(step(ours, *inputs, call=call), step(layer, *inputs)) == []
 
 
 def test_a_layer_with_sparse_gradients_compiles_for_inference():
