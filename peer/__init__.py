@@ -10,7 +10,7 @@ Example:
     torch.Size([3, 16])
 """
 
-from peer import _library, _vmap, convert, functional, modules, optim, reference, select_rows
+from peer import _library, _vmap, convert, functional, hf, modules, optim, reference, select_rows
 from peer._library import BinaryMismatchError, cmake_prefix_path
 from peer.config import show_config
 from peer.growth import grow_, grow_to_, keys_from
@@ -35,6 +35,7 @@ __all__ = [
     "functional",
     "grow_",
     "grow_to_",
+    "hf",
     "keys_from",
     "modules",
     "optim",

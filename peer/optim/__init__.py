@@ -9,6 +9,7 @@ from peer.optim.clip_grad import clip_grad_norm_, clip_grad_value_
 from peer.optim.distributed import all_reduce_gradients_
 from peer.optim.fused import FusedUpdate
 from peer.optim.grow import grow_
+from peer.optim.model_optimizer import ModelOptimizer, optimizer_for
 from peer.optim.rowwise_adagrad import RowwiseAdagrad
 from peer.optim.rowwise_adam import RowwiseAdam
 from peer.optim.sgd import SGD
@@ -17,6 +18,7 @@ from peer.optim.table_optimizer import TableOptimizer
 __all__ = [
     "SGD",
     "FusedUpdate",
+    "ModelOptimizer",
     "RowwiseAdagrad",
     "RowwiseAdam",
     "TableOptimizer",
@@ -24,4 +26,5 @@ __all__ = [
     "clip_grad_norm_",
     "clip_grad_value_",
     "grow_",
+    "optimizer_for",
 ]

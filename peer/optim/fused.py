@@ -46,7 +46,8 @@ class FusedUpdate:
         modules: pools, or modules that contain pools.
 
     Attributes:
-        pools: the fused pools.
+        pools: the fused pools; none after `remove()`.
+        autocast_dtype: the dtype of autocast in the last forward pass, None without autocast.
 
     Raises:
         ValueError: the optimizer holds no pool's table, a table does not require grad, or a pool is
@@ -66,10 +67,14 @@ class FusedUpdate:
             if not pool.weight.requires_grad:
                 raise ValueError("a pool's weight does not require grad, so it cannot be updated")
             if pool.fused_update is not None:
-                raise ValueError("a pool's update is already fused into its backward pass")
+                raise ValueError(
+                    "a pool's update is already fused into its backward pass; end that fusion "
+                    "first: pool.fused_update.remove()"
+                )
         for pool in self.pools:
             pool.fused_update = self
         tables = dict.fromkeys(pool.weight for pool in self.pools)
+        self.autocast_dtype: torch.dtype | None = None
         self._updated: dict[Tensor, _Update] = {}
         # The backward passes that contained the last update of a table. A checkpoint may recompute
         # a forward pass in one backward pass and run its own inside.
@@ -87,6 +92,7 @@ class FusedUpdate:
         for pool in self.pools:
             if pool.fused_update is self:
                 pool.fused_update = None
+        self.pools = []
 
     def __enter__(self) -> FusedUpdate:
         return self
@@ -152,8 +158,10 @@ class FusedUpdate:
         if torch._C._current_graph_task_id() in self._updating_passes.get(pool.weight, ()):
             raise RuntimeError(_CHANGED)  # a checkpoint recomputes this forward pass too late
         device = x.device.type
-        if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-            x = x.to(torch.get_autocast_dtype(device))
+        is_autocast = torch.is_autocast_enabled(device)
+        self.autocast_dtype = torch.get_autocast_dtype(device) if is_autocast else None
+        if self.autocast_dtype is not None and x.dtype != torch.float64:
+            x = x.to(self.autocast_dtype)
         rows = flatten_tokens(x, weights, indices)
         out: Tensor = _Experts.apply(self, pool.activation, *rows, pool.weight, pool.frozen)
         return out.view(x.shape)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, overload
 
 import torch
@@ -14,7 +14,7 @@ from peer.memory import empty_huge
 from peer.optim.fused import FusedUpdate
 from peer.optim.row_gradient import RowGradient, accumulation_dtype
 
-__all__ = ["TableOptimizer"]
+__all__ = ["TableOptimizer", "wrap_entries"]
 
 
 class TableOptimizer(torch.optim.Optimizer):
@@ -91,11 +91,16 @@ class TableOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self.update_tables()
+        return loss
+
+    @torch.no_grad()
+    def update_tables(self) -> None:
+        """Updates every table that has a gradient. A step without its hooks."""
         for group in self.param_groups:
             for table in group["params"]:
                 if table.grad is not None:
                     self._update_table(table, group, RowGradient.from_tensor(table.grad))
-        return loss
 
     def fuse_into_backward(self, *modules: nn.Module) -> FusedUpdate:
         r"""Makes every backward pass through a pool update its table, without a gradient.
@@ -172,7 +177,7 @@ class TableOptimizer(torch.optim.Optimizer):
             ValueError: the groups do not match.
         """
         # The last of the pre-hooks: it sees what the others return.
-        handle = self.register_load_state_dict_pre_hook(_wrap_entries)
+        handle = self.register_load_state_dict_pre_hook(lambda _, state: wrap_entries(state))
         try:
             super().load_state_dict(state_dict)
         finally:
@@ -182,11 +187,12 @@ class TableOptimizer(torch.optim.Optimizer):
         if "state" in state:
             entries: defaultdict[Any, Any] = defaultdict(dict)
             for table, of_table in state["state"].items():
-                entries[table] = self._unwrap_entries(table, of_table)
+                entries[table] = self.unwrap_entries(table, of_table)
             state = {**state, "state": entries}
         super().__setstate__(state)
 
-    def _unwrap_entries(self, table: Any, entries: Any) -> Any:
+    def unwrap_entries(self, table: Any, entries: Any) -> Any:
+        """Copies the state of a table that `wrap_entries` passed through torch's loading."""
         if not isinstance(entries, dict):
             return entries
         dtypes = self._state_dtypes(table) if isinstance(table, Tensor) else {}
@@ -306,10 +312,18 @@ class _Entry:
         self.value = value
 
 
-def _wrap_entries(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+def wrap_entries(
+    state_dict: dict[str, Any], parameters: Collection[Any] | None = None
+) -> dict[str, Any]:
+    """Wraps the entries of a state dict, so that torch's loading does not cast them.
+
+    Args:
+        state_dict: the state dict.
+        parameters: the ids of the parameters whose entries are wrapped; None for all.
+    """
     wrapped = {
         key: {name: _Entry(value) for name, value in entries.items()}
-        if isinstance(entries, dict)
+        if isinstance(entries, dict) and (parameters is None or key in parameters)
         else entries
         for key, entries in state_dict["state"].items()
     }
