@@ -418,12 +418,14 @@ def _find_routers(layers: Sequence[nn.Module]) -> dict[str, ProductKeyRouter]:
                 f"{type(layers[0]).__name__}"
             )
         return routers
-    given = [layer.router if isinstance(layer, PEER) else layer for layer in layers]
-    for router in given:
+    given = []
+    for layer in layers:
+        router = layer.router if isinstance(layer, PEER) else layer
         if not isinstance(router, ProductKeyRouter):
             raise TypeError(
                 f"expected PEER layers or ProductKeyRouters, got {type(router).__name__}"
             )
+        given.append(router)
     if not _have_total(layers):
         sizes = sorted({router.num_experts for router in given})
         raise ValueError(
