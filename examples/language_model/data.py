@@ -221,14 +221,15 @@ class Windows:
 def held_out_batches(
     tokens: Tensor, context: int, batch: int, limit: int | None = None
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Inputs and targets, each (batch, context), of all tokens or the first `limit` tokens.
+    """Inputs and targets, each (batch, context), of all windows or of a part of them.
 
-    Every token except the first is a target once. Tokens after the last full window are skipped.
+    The windows follow each other, so every token except the first is a target once. Tokens after
+    the last full window are skipped. With `limit`, the windows of a part of that many tokens are
+    spread evenly over all.
     """
-    windows = (min(len(tokens), limit or len(tokens)) - 1) // context
-    for first in range(0, windows, batch):
-        count = min(batch, windows - first)
-        start = first * context
-        inputs = tokens[start : start + count * context].view(count, context)
-        targets = tokens[start + 1 : start + 1 + count * context].view(count, context)
-        yield inputs, targets
+    windows = (len(tokens) - 1) // context
+    chosen = windows if limit is None else min(windows, limit // context)
+    starts = torch.arange(chosen) * windows // max(1, chosen) * context
+    for part in starts.split(batch):
+        window = tokens[part[:, None] + torch.arange(context + 1)]
+        yield window[:, :-1], window[:, 1:]

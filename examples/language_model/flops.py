@@ -12,7 +12,9 @@ It excludes element-wise operations in both models.
 
 from __future__ import annotations
 
-from .model import ModelConfig, PeerConfig
+from .config import ModelConfig, PeerConfig
+
+WIDTH_STEP = 32  # hidden widths are multiples of it, for the kernels of dense layers
 
 
 def count_attention(config: ModelConfig) -> float:
@@ -42,13 +44,50 @@ def count_peer(dim: int, settings: PeerConfig) -> dict[str, float]:
 
 def count_model(config: ModelConfig) -> dict[str, float]:
     """A whole model, by part; the sum of the values is its forward FLOPs per token."""
-    full = config.blocks - (config.peer is not None)
     parts = {
         "attention": config.blocks * count_attention(config),
-        "feed-forward": full * count_feed_forward(config.dim, config.hidden),
+        "feed-forward": sum(
+            count_feed_forward(config.dim, hidden) for hidden in feed_forward_widths(config)
+        ),
         "logits": 2.0 * config.dim * config.vocabulary,
     }
     if config.peer:
-        parts["feed-forward"] += count_feed_forward(config.dim, config.peer.hidden)
-        parts |= count_peer(config.dim, config.peer)
+        layers = len(config.peer.blocks)
+        parts |= {
+            name: layers * count for name, count in count_peer(config.dim, config.peer).items()
+        }
     return parts
+
+
+def feed_forward_widths(config: ModelConfig) -> list[int]:
+    """The hidden width of the feed-forward layer of each block."""
+    widths = [config.hidden] * config.blocks
+    if config.peer:
+        hidden = match_hidden(config) if config.peer.hidden is None else config.peer.hidden
+        for block in config.peer.blocks:
+            widths[block] = hidden
+    return widths
+
+
+def match_hidden(config: ModelConfig) -> int:
+    """The hidden width beside a PEER layer that makes a model no dearer than its dense twin.
+
+    Args:
+        config: a model with PEER layers.
+
+    Returns:
+        The largest multiple of `WIDTH_STEP`, at least one step.
+
+    Raises:
+        ValueError: the PEER layer alone needs more FLOPs than the dense feed-forward layer.
+    """
+    assert config.peer is not None
+    layer = sum(count_peer(config.dim, config.peer).values())
+    left = count_feed_forward(config.dim, config.hidden) - layer
+    hidden = int(left / count_feed_forward(config.dim, 1)) // WIDTH_STEP * WIDTH_STEP
+    if hidden < WIDTH_STEP:
+        raise ValueError(
+            f"expected a PEER layer with fewer FLOPs per token than a feed-forward layer of hidden "
+            f"width {config.hidden - WIDTH_STEP}, got {layer:,.0f}"
+        )
+    return hidden

@@ -1,8 +1,6 @@
-"""A small Transformer language model, optionally with a PEER layer in one block."""
+"""A small Transformer language model, optionally with PEER layers in some blocks."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -10,41 +8,8 @@ from torch import Tensor, nn
 
 import peer
 
-
-@dataclass(frozen=True)
-class PeerConfig:
-    """The position and the options of a model's PEER layer.
-
-    Attributes:
-        block: index of the block with the PEER layer.
-        grid: rows and columns of the expert grid.
-        heads: routing heads.
-        experts_per_head: experts retrieved per head.
-        dim_key: query width per head.
-        activation: the experts' activation.
-        hidden: hidden width of the narrow feed-forward layer in the same block.
-    """
-
-    block: int = 1
-    grid: tuple[int, int] = (1024, 1024)
-    heads: int = 4
-    experts_per_head: int = 16
-    dim_key: int = 16
-    activation: str = "identity"
-    hidden: int = 128
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """Sizes of a language model; `peer` is None for the dense one."""
-
-    vocabulary: int = 2048
-    context: int = 256
-    dim: int = 128
-    blocks: int = 4
-    heads: int = 4
-    hidden: int = 512
-    peer: PeerConfig | None = None
+from .config import ModelConfig, PeerConfig
+from .flops import feed_forward_widths
 
 
 class Attention(nn.Module):
@@ -96,13 +61,13 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """Pre-norm Transformer block: attention, a feed-forward layer and optionally a PEER layer."""
 
-    def __init__(self, config: ModelConfig, settings: PeerConfig | None) -> None:
+    def __init__(self, config: ModelConfig, hidden: int, layer: peer.PEER | None) -> None:
         super().__init__()
         self.attention_norm = nn.LayerNorm(config.dim, bias=False)
         self.attention = Attention(config)
         self.feed_forward_norm = nn.LayerNorm(config.dim, bias=False)
-        self.feed_forward = FeedForward(config.dim, settings.hidden if settings else config.hidden)
-        self.peer = make_peer(config.dim, settings) if settings else None
+        self.feed_forward = FeedForward(config.dim, hidden)
+        self.peer = layer
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps x (batch, length, dim) to the same shape."""
@@ -112,18 +77,31 @@ class Block(nn.Module):
         return x if self.peer is None else x + self.peer(y)
 
 
-def make_peer(dim: int, settings: PeerConfig) -> peer.PEER:
-    """Makes the PEER layer, with keys per head and row-sparse table gradients."""
-    return peer.PEER(
+def make_layers(dim: int, settings: PeerConfig) -> list[peer.PEER]:
+    """Makes the PEER layers, whose gradients of the shared table are row-sparse."""
+    rows, columns = settings.grid
+    pool = peer.ExpertPool(
         dim,
-        num_experts=settings.grid,
-        heads=settings.heads,
-        num_experts_per_head=settings.experts_per_head,
-        dim_key=settings.dim_key,
+        num_experts=rows * columns,
         activation=settings.activation,
-        share_keys=False,
+        num_experts_per_token=settings.heads * settings.experts_per_head,
         sparse_grad=True,
+        zero_init_out=settings.zero_init_out,
+        dtype=getattr(torch, settings.table_dtype),
     )
+    layers = []
+    for _ in settings.blocks:
+        router = peer.ProductKeyRouter(
+            dim,
+            num_experts=settings.grid,
+            heads=settings.heads,
+            num_experts_per_head=settings.experts_per_head,
+            dim_key=settings.dim_key,
+            share_keys=settings.share_keys,
+            key_norm=settings.key_norm,
+        )
+        layers.append(peer.PEER(dim, router=router, experts=pool))
+    return layers
 
 
 class LanguageModel(nn.Module):
@@ -133,15 +111,19 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocabulary, config.dim)
+        layers: dict[int, peer.PEER] = {}
+        if config.peer:
+            made = make_layers(config.dim, config.peer)
+            layers = dict(zip(config.peer.blocks, made, strict=True))
         self.blocks = nn.ModuleList(
-            Block(config, config.peer if config.peer and config.peer.block == index else None)
-            for index in range(config.blocks)
+            Block(config, hidden, layers.get(index))
+            for index, hidden in enumerate(feed_forward_widths(config))
         )
         self.norm = nn.LayerNorm(config.dim, bias=False)
         self.reset_dense_parameters()
 
     def reset_dense_parameters(self) -> None:
-        """Initialises all but the PEER layer. Projections into the residual start smaller."""
+        """Initialises all but the PEER layers. Projections into the residual start smaller."""
         dim, residual = self.config.dim, (2 * self.config.blocks) ** -0.5
         nn.init.normal_(self.embedding.weight, std=dim**-0.5)
         for block in self.blocks:
@@ -152,13 +134,15 @@ class LanguageModel(nn.Module):
             nn.init.normal_(down.weight, std=residual * down.in_features**-0.5)
 
     @property
-    def peer(self) -> peer.PEER | None:
-        """The PEER layer, if there is one."""
-        return self.blocks[self.config.peer.block].peer if self.config.peer else None
+    def layers(self) -> list[peer.PEER]:
+        """The PEER layers, in the order of their blocks."""
+        return [block.peer for block in self.blocks if block.peer is not None]
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits (batch, length, vocabulary) of the next token at each position of `tokens`."""
         x = self.embedding(tokens)
+        if self.config.scale_embedding:
+            x = x * self.config.dim**0.5
         for block in self.blocks:
             x = block(x)
         return F.linear(self.norm(x), self.embedding.weight)

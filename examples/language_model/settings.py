@@ -2,12 +2,50 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+import ast
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from typing import Any, TypeVar
 
-from .model import ModelConfig, PeerConfig
+from .config import ModelConfig, PeerConfig
 
 MODELS = ("dense", "peer")
+Config = TypeVar("Config")
+
+
+@dataclass(frozen=True)
+class Training:
+    """How the dense parameters of a model are trained: AdamW with a schedule.
+
+    Attributes:
+        lr: peak learning rate.
+        beta1: AdamW's decay of the first moment.
+        beta2: AdamW's decay of the second moment.
+        weight_decay: weight decay of matrices.
+        warm_up: steps of linear warm-up.
+        decay: what follows the warm-up: "cosine" or "linear", to zero at the last step.
+    """
+
+    lr: float = 1.5e-3
+    beta1: float = 0.9
+    beta2: float = 0.95
+    weight_decay: float = 0.1
+    warm_up: int = 50
+    decay: str = "cosine"
+
+
+@dataclass(frozen=True)
+class PeerTraining(Training):
+    """How a model with PEER layers is trained.
+
+    Attributes:
+        router_lr: peak learning rate of query networks and keys.
+        table_optimizer: class of `peer.optim` for the expert table.
+        table_lr: peak learning rate of the expert table.
+    """
+
+    router_lr: float = 3e-4
+    table_optimizer: str = "RowwiseAdam"
+    table_lr: float = 1e-2
 
 
 @dataclass(frozen=True)
@@ -18,16 +56,13 @@ class Settings:
         seed: seed for initialisation and data order.
         steps: optimizer steps for each model.
         batch: windows per step.
-        model: sizes of the dense model. The PEER model differs in one block.
-        peer: the PEER layer.
-        dense_lr: peak learning rate of the dense model.
-        peer_lr: peak learning rate of the PEER model outside its PEER layer.
-        router_lr: peak learning rate of the layer's query network and keys.
-        table_lr: peak learning rate of the expert tables.
-        weight_decay: weight decay of the matrices outside the PEER layer.
-        warm_up: steps of linear warm-up; a cosine decay to zero follows.
+        model: sizes of the dense model. The PEER model differs in the blocks with a PEER layer.
+        peer: the PEER layers.
+        dense_training: how the dense model is trained.
+        peer_training: how the PEER model is trained.
         curve_points: number of evaluations during a run.
-        curve_tokens: held-out tokens per evaluation; the final evaluation uses all of them.
+        curve_tokens: held-out tokens per evaluation.
+        held_out_tokens: held-out tokens of the final evaluation, None for all.
         sample_tokens: length of the generated sample in tokens.
         megabytes: approximate amount of text to use, None for all.
     """
@@ -37,14 +72,11 @@ class Settings:
     batch: int = 8
     model: ModelConfig = field(default_factory=ModelConfig)
     peer: PeerConfig = field(default_factory=PeerConfig)
-    dense_lr: float = 4e-3
-    peer_lr: float = 4e-3
-    router_lr: float = 8e-4
-    table_lr: float = 1e-2
-    weight_decay: float = 0.1
-    warm_up: int = 50
-    curve_points: int = 10
+    dense_training: Training = field(default_factory=Training)
+    peer_training: PeerTraining = field(default_factory=PeerTraining)
+    curve_points: int = 20
     curve_tokens: int = 65_536
+    held_out_tokens: int | None = None
     sample_tokens: int = 160
     megabytes: float | None = None
 
@@ -52,12 +84,62 @@ class Settings:
         """Sizes of the model called `name`."""
         return replace(self.model, peer=self.peer if name == "peer" else None)
 
+    def training(self, name: str) -> Training:
+        """How the model called `name` is trained."""
+        return self.peer_training if name == "peer" else self.dense_training
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Number of training tokens in a step."""
+        return self.batch * self.model.context
+
     def describe(self, name: str) -> dict[str, Any]:
-        """The settings that affect the model called `name`, as plain values."""
-        others = {"dense": ("peer", "peer_lr", "router_lr", "table_lr"), "peer": ("dense_lr",)}[
-            name
-        ]
-        return {key: value for key, value in asdict(self).items() if key not in others}
+        """The settings that affect the model called `name`, as plain values by path."""
+        others = {"dense": ("peer.", "peer_training."), "peer": ("dense_training.",)}[name]
+        values = flatten(asdict(self))
+        return {path: value for path, value in values.items() if not path.startswith(others)}
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The leaves of nested dictionaries by their path, with a dot between names."""
+    leaves: dict[str, Any] = {}
+    for name, value in values.items():
+        path = prefix + name
+        leaves |= flatten(value, f"{path}.") if isinstance(value, dict) else {path: value}
+    return leaves
+
+
+def override(config: Config, assignment: str) -> Config:
+    """A copy of a configuration with one value replaced.
+
+    Args:
+        config: a dataclass, whose values may be dataclasses.
+        assignment: `path=value`, for example `peer.blocks=(0, 2)` or `dense_training.lr=2e-3`. The
+            value is a Python literal. Other text is a string.
+
+    Returns:
+        The copy.
+
+    Raises:
+        ValueError: there is no such path, or the value has another type than the old one.
+    """
+    path, separator, text = assignment.partition("=")
+    name, _, rest = path.strip().partition(".")
+    known = [each.name for each in fields(config)]  # type: ignore[arg-type]
+    if not separator or name not in known:
+        raise ValueError(f"expected NAME=VALUE with NAME one of {', '.join(known)}: {assignment}")
+    old = getattr(config, name)
+    if is_dataclass(old):
+        return replace(config, **{name: override(old, f"{rest}={text}")})  # type: ignore[type-var]
+    try:
+        new = ast.literal_eval(text.strip())
+    except (ValueError, SyntaxError):
+        new = text.strip()
+    if isinstance(old, float) and type(new) is int:
+        new = float(new)
+    if rest or not (old is None or new is None or type(new) is type(old)):
+        raise ValueError(f"expected a value like {name}={old!r}: {assignment}")
+    return replace(config, **{name: new})  # type: ignore[type-var]
 
 
 def smoke() -> Settings:
@@ -66,8 +148,9 @@ def smoke() -> Settings:
         steps=24,
         batch=4,
         model=ModelConfig(vocabulary=512, context=64, dim=32, blocks=2, heads=2, hidden=128),
-        peer=PeerConfig(grid=(32, 32), heads=2, experts_per_head=4, dim_key=8, hidden=32),
-        warm_up=4,
+        peer=PeerConfig(grid=(32, 32), heads=2, experts_per_head=4, dim_key=8),
+        dense_training=Training(lr=4e-3, warm_up=4),
+        peer_training=PeerTraining(lr=4e-3, router_lr=4e-3, warm_up=4),
         curve_points=3,
         curve_tokens=2048,
         sample_tokens=24,
