@@ -239,7 +239,7 @@ def draw_curves(runs: Sequence[Run], path: Path) -> None:
         bits = [point.bits for point in points]
         label = f"{NAMES[run.name]}: {bits[-1]:.3f} at the end"
         left.plot([point.tokens / 1e6 for point in points], bits, label=label, **style)
-        right.plot([point.seconds for point in points], bits, label=label, **style)
+        right.plot([point.seconds for point in points], bits, **style)
     if len(runs) > 1:
         seconds, _ = compare_times(runs)
         right.axvline(seconds, color="black", linewidth=0.8, linestyle=":")
@@ -256,15 +256,15 @@ def draw_curves(runs: Sequence[Run], path: Path) -> None:
     left.set_xlabel("training tokens, millions")
     right.set_xlabel("seconds of training, without evaluations")
     left.set_ylabel("bits per byte on a part of the held-out files, log scale")
-    left.set_title("at equal tokens")
-    right.set_title("at equal time")
+    left.set_title("over tokens")
+    right.set_title("over time")
     for axes in (left, right):
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter("{x:g}")
         axes.grid(alpha=0.25, which="both")
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False)
+    left.legend(frameon=False)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
@@ -322,7 +322,7 @@ def draw_atlas(run: Run, path: Path) -> None:
     right.loglog(places.numpy(), used.numpy(), color=COLORS["peer"])
     right.axhline(1.0, color="black", linewidth=0.8, linestyle=":")
     tenth = float(share[: max(1, len(share) // 10)].sum() / share.sum())
-    right.set_title(f"the most used 10 % of the experts have {tenth:.0%} of the router weight")
+    right.set_title(f"the most used tenth has {tenth:.0%} of the router weight")
     right.set_xlabel("experts, the most used first")
     right.set_ylabel("use, 1 = average of all")
     right.grid(alpha=0.25)
