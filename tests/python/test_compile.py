@@ -353,7 +353,8 @@ def test_a_pool_with_sparse_gradients_runs_eagerly_in_a_compiled_model(backend, 
     for length in LENGTHS:
         inputs = draw(model.layer, length)
         result, expected = step(ours, *inputs, call=compiled), step(model, *inputs)
-        graphs.append(counter.frame_count)
+        # Torch empties a graph that it starts anew, such as to compute with a number of Python.
+        graphs.append(sum(len(module.graph.nodes) > 0 for module in counter.graphs))
         assert result["gradient of layer.experts.weight"].is_sparse
         assert result.keys() == expected.keys()
         for name, tensor in expected.items():
