@@ -202,8 +202,9 @@ class UsageTracker:
             name: LayerUsage(router.num_experts, coactivation.get(name, ()), router.row_keys.device)
             for name, router in routers.items()
         }
-        for name, router in routers.items():
-            router.observers = (*router.observers, self.layers[name])
+        self._removals = [
+            router.add_observer(self.layers[name]) for name, router in routers.items()
+        ]
 
     @property
     def mass(self) -> Tensor:
@@ -354,10 +355,9 @@ class UsageTracker:
 
     def remove(self) -> None:
         """Stops. The sums and the history keep their values."""
-        for name, router in self._routers.items():
-            router.observers = tuple(
-                observer for observer in router.observers if observer is not self.layers[name]
-            )
+        for remove in self._removals:
+            remove()
+        self._removals = []
         self._routers = {}
 
     def __enter__(self) -> UsageTracker:
@@ -418,7 +418,7 @@ def _find_routers(layers: Sequence[nn.Module]) -> dict[str, ProductKeyRouter]:
                 f"{type(layers[0]).__name__}"
             )
         return routers
-    given = []
+    given: list[ProductKeyRouter] = []
     for layer in layers:
         router = layer.router if isinstance(layer, PEER) else layer
         if not isinstance(router, ProductKeyRouter):

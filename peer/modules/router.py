@@ -1,5 +1,7 @@
 """The router: maps a token to the ids and weights of its experts."""
 
+from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
@@ -45,6 +47,19 @@ class Observer(Protocol):
             padding_mask: (...) bool, True for padding, or None.
         """
         ...
+
+
+class _ObserverHook:
+    """Shows an observer the calls of a router that has a forward method of its own."""
+
+    def __init__(self, observer: Observer) -> None:
+        self.observer = observer
+
+    def __call__(
+        self, router: Any, arguments: tuple[Any, ...], keywords: dict[str, Any], output: Any
+    ) -> None:
+        mask = arguments[1] if len(arguments) > 1 else keywords.get("padding_mask")
+        self.observer.observe(router.num_experts, *output, mask)
 
 
 class ProductKeyRouter(nn.Module):
@@ -465,8 +480,34 @@ class ProductKeyRouter(nn.Module):
             f"scores={self.scores!r}, share_keys={self.share_keys}, key_norm={self.key_norm}"
         ) + describe(frozen_rows=self.frozen_rows, frozen_columns=self.frozen_columns)
 
+    def add_observer(self, observer: Observer) -> Callable[[], None]:
+        """Lets an observer see every call from now on.
+
+        Args:
+            observer: the observer.
+
+        Returns:
+            A function that removes it.
+        """
+        if type(self).forward is not ProductKeyRouter.forward or "forward" in self.__dict__:
+            hook = _ObserverHook(observer)
+            return self.register_forward_hook(hook, with_kwargs=True).remove
+        self.observers = (*self.observers, observer)
+
+        def remove() -> None:
+            self.observers = tuple(each for each in self.observers if each is not observer)
+
+        return remove
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "observers": ()}
+        state = {**super().__getstate__(), "observers": ()}
+        hooks = state["_forward_hooks"]
+        kept = {key for key, hook in hooks.items() if not isinstance(hook, _ObserverHook)}
+        if len(kept) < len(hooks):
+            for name in ("_forward_hooks", "_forward_hooks_with_kwargs"):
+                entries = ((key, value) for key, value in state[name].items() if key in kept)
+                state[name] = OrderedDict(entries)
+        return state
 
     def _load_from_state_dict(
         self,

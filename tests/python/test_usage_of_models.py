@@ -357,6 +357,44 @@ def test_a_compiled_layer_is_tracked_while_it_grows():
     assert (tracker.counts[48:] > 0).any()
 
 
+class OwnForward(peer.ProductKeyRouter):
+    """A router that doubles its weights."""
+
+    def forward(self, x, padding_mask=None, disabled=None):
+        weights, indices = super().forward(x, padding_mask, disabled)
+        return 2 * weights, indices
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_a_router_with_a_forward_of_its_own_is_tracked_by_what_it_returns(compiled):
+    torch._dynamo.reset()
+    layer = peer.PEER(10, router=OwnForward(10, **SIZES)).eval()
+    x, mask = torch.randn(4, 7, 10), torch.arange(28).view(4, 7) > 20
+    run = torch.compile(layer, backend="aot_eager", fullgraph=True) if compiled else layer
+    with peer.UsageTracker(layer, coactivation=[3, 5]) as tracker:
+        run(x, mask)
+        other = pickle.loads(pickle.dumps(layer))
+        program = torch.export.export(layer, (x,))
+    weights, indices = (result[~mask] for result in layer.router(x, mask))
+    mass, counts = sums(48, weights, indices)
+    torch.testing.assert_close(tracker.mass, mass)
+    assert torch.equal(tracker.counts, counts)
+    assert tracker.layers[""].together.tolist() == tokens_with_both(indices, [3, 5])
+    assert not other.router._forward_hooks
+    assert not other.router._forward_hooks_with_kwargs
+    assert not layer.router._forward_hooks
+    assert str(program.graph) == str(torch.export.export(layer, (x,)).graph)
+
+
+def test_hooks_of_others_are_copied_with_the_router():
+    layer, calls = peer.PEER(10, router=OwnForward(10, **SIZES)).eval(), []
+    layer.router.register_forward_hook(lambda *arguments: calls.append(1))
+    with peer.UsageTracker(layer):
+        other = copy.deepcopy(layer)
+    other(torch.randn(5, 10))
+    assert calls == [1]
+
+
 def test_two_trackers_of_a_layer_do_not_disturb_each_other():
     layer, x = make_layer(), torch.randn(5, 10)
     with peer.UsageTracker(layer) as outer:
