@@ -10,8 +10,21 @@ Example:
     torch.Size([3, 16])
 """
 
-from peer import _library, _vmap, convert, functional, hf, modules, optim, reference, select_rows
+from peer import (
+    _library,
+    _vmap,
+    convert,
+    functional,
+    hf,
+    inspect,
+    modules,
+    optim,
+    reference,
+    select_rows,
+    viz,
+)
 from peer._library import BinaryMismatchError, cmake_prefix_path
+from peer._report import report
 from peer.config import show_config
 from peer.growth import grow_, grow_to_, keys_from
 from peer.memory import empty_huge, zeros_huge
@@ -36,13 +49,16 @@ __all__ = [
     "grow_",
     "grow_to_",
     "hf",
+    "inspect",
     "keys_from",
     "modules",
     "optim",
     "param_groups",
     "reference",
+    "report",
     "select_rows",
     "show_config",
+    "viz",
     "zeros_huge",
 ]
 

@@ -455,7 +455,10 @@ PUBLIC = [
     peer.UsageTracker,
     peer.fold_key_norm_,
     peer.fold_query_norm_,
+    peer.report,
     peer.show_config,
+    *(getattr(peer.inspect, name) for name in peer.inspect.__all__),
+    *(getattr(peer.viz, name) for name in peer.viz.__all__),
     *(
         getattr(peer.functional, name)
         for name in ("product_key_topk", "expert_mlp", "router_weights")
