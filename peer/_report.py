@@ -185,7 +185,7 @@ def _read(
 ) -> None:
     """Adds the text of some experts of each layer, and the experts of the first text."""
     # Layers that share a router have the same experts, under the name of the first.
-    first_names = {layer.router: name for name, layer in reversed(layers.items())}
+    first_names = {layer.router: name for name, layer in reversed(list(layers.items()))}
     pairs = {name: chosen[name] for name in first_names.values()}
     with UsageTracker(model, coactivation=pairs) as tracker:
         texts = top_tokens(model, batches, chosen, decode=decode, token_ids=token_ids)

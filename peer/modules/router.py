@@ -59,7 +59,8 @@ class _ObserverHook:
         self, router: Any, arguments: tuple[Any, ...], keywords: dict[str, Any], output: Any
     ) -> None:
         mask = arguments[1] if len(arguments) > 1 else keywords.get("padding_mask")
-        self.observer.observe(router.num_experts, *output, mask)
+        weights, indices = output
+        self.observer.observe(router.num_experts, weights, indices, mask)
 
 
 class ProductKeyRouter(nn.Module):
