@@ -156,6 +156,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     base = smoke() if options.smoke else Settings()
     options.out.mkdir(parents=True, exist_ok=True)
+    finished: set[str] = set()  # here, so that a lost row does not repeat its run for ever
     with Interrupt() as interrupt:
         while not interrupt.requested:
             try:
@@ -163,7 +164,7 @@ def main(arguments: list[str] | None = None) -> int:
             except ValueError as error:
                 print(error, file=sys.stderr)
                 return 2
-            done = read_keys(options.csv)
+            done = finished | read_keys(options.csv)
             left = [trial for trial in trials if trial.key not in done]
             print(f"{len(trials) - len(left)} of {len(trials)} runs are done", flush=True)
             if not left:
@@ -174,6 +175,7 @@ def main(arguments: list[str] | None = None) -> int:
             if row is None:
                 break
             report.append_rows([row], options.csv)
+            finished.add(trial.key)
             print(f"{row['bits_per_byte']} bits per byte", flush=True)
     print("Stopped. Run the same command to resume.")
     return 130
