@@ -44,6 +44,7 @@ test_tools := $(VENV)/.made-test-tools
 lint_tools := $(VENV)/.made-lint-tools
 demo_tools := $(VENV)/.made-demo-tools
 bench_tools := $(VENV)/.made-bench-tools
+model_tools := $(VENV)/.made-model-tools
 
 sources := $(shell find csrc cmake build_backend peer -path peer/include -prune -o -path peer/lib -prune -o -path peer/share -prune -o -type f \
              \( -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.in' -o -name '*.cmake' -o -name '*.py' -o -name py.typed \) -print)
@@ -106,7 +107,7 @@ test-hostile: $(torch) $(test_tools) compiler catch2
 # The pytest program, not `python -m pytest`, which would put this directory, with the package's source tree, on the path. Tests of one file
 # share fixtures, such as compiled programs, so a file stays with one worker.
 test-short: private selection := -m "not long"
-test-python test-short: $(package) $(test_tools) $(demo_tools) $(bench_tools) catch2
+test-python test-short: $(package) $(test_tools) $(demo_tools) $(bench_tools) $(model_tools) catch2
 	$(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile $(selection) $(ARGS)
 
 # The tests make environments of their own, which share only torch with this one. PEER_OTHER_TORCH names the site-packages directory of an
@@ -207,9 +208,13 @@ $(demo_tools): examples/language_model/requirements.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet -r $<
 	touch $@
 
-# Its requirements include torch, which must not be replaced, so torch comes first.
+# Their requirements include torch, which must not be replaced, so torch comes first.
 $(bench_tools): pyproject.toml $(torch)
 	$(BIN)/python -m pip install --quiet --group bench
+	touch $@
+
+$(model_tools): pyproject.toml $(torch)
+	$(BIN)/python -m pip install --quiet --group models
 	touch $@
 
 compiler:
