@@ -27,6 +27,7 @@ from peer._library import BinaryMismatchError, cmake_prefix_path
 from peer._report import report
 from peer.config import show_config
 from peer.growth import grow_, grow_to_, keys_from
+from peer.layer_config import PEERConfig
 from peer.memory import empty_huge, zeros_huge
 from peer.modules import PEER, ExpertPool, ProductKeyRouter, fold_key_norm_, fold_query_norm_
 from peer.param_groups import param_groups
@@ -36,6 +37,7 @@ __all__ = [
     "PEER",
     "BinaryMismatchError",
     "ExpertPool",
+    "PEERConfig",
     "ProductKeyRouter",
     "UsageTracker",
     "__version__",
