@@ -17,11 +17,13 @@ from peer import (
     functional,
     hf,
     inspect,
+)
     modules,
     optim,
     reference,
     select_rows,
     viz,
+    swap,
 )
 from peer._library import BinaryMismatchError, cmake_prefix_path
 from peer._report import report
@@ -31,12 +33,13 @@ from peer.layer_config import PEERConfig
 from peer.memory import empty_huge, zeros_huge
 from peer.modules import PEER, ExpertPool, ProductKeyRouter, fold_key_norm_, fold_query_norm_
 from peer.param_groups import param_groups
+from peer.swap import replace_ffn_, replace_from_config_, save_config
 from peer.usage import UsageTracker, count_usage
 
 __all__ = [
-    "PEER",
     "BinaryMismatchError",
     "ExpertPool",
+    "PEER",
     "PEERConfig",
     "ProductKeyRouter",
     "UsageTracker",
@@ -57,9 +60,13 @@ __all__ = [
     "optim",
     "param_groups",
     "reference",
+    "replace_ffn_",
+    "replace_from_config_",
     "report",
+    "save_config",
     "select_rows",
     "show_config",
+    "swap",
     "viz",
     "zeros_huge",
 ]
