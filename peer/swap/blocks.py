@@ -181,12 +181,13 @@ class SplitBlock(Block):
         """See `Block`."""
         layer = self.module
         setattr(*self.first_place, module)
-        setattr(*self.last_place, nn.Identity())
+        identity = nn.Identity().train(layer.training)
+        setattr(*self.last_place, identity)
         if self.activation is not None:
-            setattr(layer, self.activation, nn.Identity())
+            setattr(layer, self.activation, identity)
         if self.dropout is not None:
             drops_by_number = isinstance(getattr(layer, self.dropout), float)
-            setattr(layer, self.dropout, 0.0 if drops_by_number else nn.Identity())
+            setattr(layer, self.dropout, 0.0 if drops_by_number else identity)
         if isinstance(layer, nn.TransformerEncoderLayer):
             # The fused forward pass of evaluation reads the weights of two Linear. Zero says that
             # the activation is one without such a pass.
