@@ -12,18 +12,18 @@ Example:
 
 from peer import (
     _library,
+    _transformers,
     _vmap,
     convert,
     functional,
     hf,
     inspect,
-)
     modules,
     optim,
     reference,
     select_rows,
-    viz,
     swap,
+    viz,
 )
 from peer._library import BinaryMismatchError, cmake_prefix_path
 from peer._report import report
@@ -37,9 +37,9 @@ from peer.swap import replace_ffn_, replace_from_config_, save_config
 from peer.usage import UsageTracker, count_usage
 
 __all__ = [
+    "PEER",
     "BinaryMismatchError",
     "ExpertPool",
-    "PEER",
     "PEERConfig",
     "ProductKeyRouter",
     "UsageTracker",
@@ -75,3 +75,5 @@ __version__ = _library.version()
 
 if _library.load_on_import():
     _vmap.register()
+
+_transformers.register_when_imported()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -46,7 +47,8 @@ def replace_ffn_(
     The model calls the layer without a padding mask. With `query_norm="batch"`, padding and later
     tokens then take part in the statistics of training; "rms" and "layer" treat each token alone.
 
-    To save and load the model, see `peer.save_config`.
+    In a model of transformers, `save_pretrained` and `from_pretrained` then work, see `peer.hf`.
+    For other models, see `peer.save_config`.
 
     Args:
         model: the model that contains the blocks. It is changed in place.
@@ -87,6 +89,7 @@ def replace_ffn_(
         raise TypeError(f"expected a peer.PEERConfig, got {type(config).__name__}")
     if mode not in _MODES:
         raise ValueError(f"expected mode to be 'replace' or 'beside', got {mode!r}")
+    _require_whole_model(model)
     blocks = _choose(model, config, filter_fn)
     _check_widths(blocks, config)
     if mode == "beside":
@@ -108,7 +111,7 @@ def replace_ffn_(
     if not dry_run:
         for block, module in placed:
             block.install(module)
-        _finish(model)
+        _finish(model, placed)
     return table
 
 
@@ -134,8 +137,9 @@ def replace_from_config_(
     """
     if not isinstance(config, Mapping):
         config = json.loads(Path(config).read_text())
+    _require_whole_model(model)
     placed = place_layers(model, config)
-    _finish(model)
+    _finish(model, placed)
     return _table(placed)
 
 
@@ -229,9 +233,20 @@ def _describe(layer: PEER) -> str:
     )
 
 
-def _finish(model: nn.Module) -> None:
+def _require_whole_model(model: nn.Module) -> None:
+    if "transformers.modeling_utils" in sys.modules:
+        from peer.hf import saving
+
+        saving.require_savable(model)
+
+
+def _finish(model: nn.Module, placed: list[tuple[Block, nn.Module]]) -> None:
     """What the model itself must know of layers that were put into it."""
     for part in model.modules():
         is_encoder = isinstance(part, nn.TransformerEncoder)
         if is_encoder and any(layer_in(inner) is not None for inner in part.modules()):
             part.use_nested_tensor = False  # the layers take no nested tensors
+    if "transformers.modeling_utils" in sys.modules:
+        from peer.hf import saving
+
+        saving.prepare_saving(model, placed)

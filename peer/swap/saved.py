@@ -228,7 +228,8 @@ def _register_masks(layer: PEER, masks: Any) -> None:
 def save_config(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Writes what PEER layers a model has to a JSON file, for `peer.replace_from_config_`.
 
-    The state does not say it: a model that is built again has its dense blocks.
+    The state does not say it: a model that is built again has its dense blocks. A model of
+    transformers needs no such file, since `save_pretrained` writes its `config.json`.
 
     Args:
         model: a model with at least one PEER layer, in the place of a block.

@@ -69,6 +69,10 @@ def _read_block(
     pytest.fail(f"{page.name}:{start}: the block does not end")
 
 
+# The packages that a page needs and that are not requirements of its readers otherwise.
+PACKAGES = {"swap.md": ("transformers", "accelerate")}
+
+
 def run_page(page: Path, **names: Any) -> dict[str, Any]:
     """Runs the blocks of a page as one program and returns its namespace.
 
@@ -108,6 +112,8 @@ def own_program(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Non
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_the_examples_of_a_page_run(page: Path):
+    for package in PACKAGES.get(page.name, ()):
+        pytest.importorskip(package)
     run_page(page)
 
 

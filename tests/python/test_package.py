@@ -247,6 +247,8 @@ def _modules() -> list[str]:
 
 @pytest.mark.parametrize("name", _modules())
 def test_examples_in_docstrings_hold(name: str):
+    if name.startswith("peer.hf."):
+        pytest.importorskip("transformers")
     torch.manual_seed(0)
     assert doctest.testmod(importlib.import_module(name)).failed == 0
 
