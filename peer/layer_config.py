@@ -31,6 +31,7 @@ class PEERConfig:
         query_norm: "batch", "layer", "rms" or None.
         query_bias: whether the query projection has a bias.
         share_keys: whether all heads use the same keys.
+        key_norm: whether keys are scaled to one length at every call.
         dropout: the probability that a retrieved expert is dropped in training.
         sparse_grad: whether the table gets a coalesced sparse gradient.
         zero_init_out: whether `w_up` starts at zero.
@@ -58,6 +59,7 @@ class PEERConfig:
     query_norm: str | None = "batch"
     query_bias: bool = False
     share_keys: bool = True
+    key_norm: bool = False
     dropout: float = 0.0
     sparse_grad: bool = False
     zero_init_out: bool = False

@@ -135,10 +135,11 @@ def replace_from_config_(
     Example:
         See `peer.save_config`.
     """
-    if not isinstance(config, Mapping):
-        config = json.loads(Path(config).read_text())
+    description: Any = config
+    if isinstance(config, (str, os.PathLike)):
+        description = json.loads(Path(config).read_text())
     _require_whole_model(model)
-    placed = place_layers(model, config)
+    placed = place_layers(model, description)
     _finish(model, placed)
     return _table(placed)
 
@@ -243,9 +244,10 @@ def _require_whole_model(model: nn.Module) -> None:
 def _finish(model: nn.Module, placed: list[tuple[Block, nn.Module]]) -> None:
     """What the model itself must know of layers that were put into it."""
     for part in model.modules():
-        is_encoder = isinstance(part, nn.TransformerEncoder)
-        if is_encoder and any(layer_in(inner) is not None for inner in part.modules()):
-            part.use_nested_tensor = False  # the layers take no nested tensors
+        if isinstance(part, nn.TransformerEncoder):
+            has_layers = any(layer_in(inner) is not None for inner in part.modules())
+            # The layers take no nested tensors.
+            part.use_nested_tensor = bool(part.use_nested_tensor) and not has_layers
     if "transformers.modeling_utils" in sys.modules:
         from peer.hf import saving
 

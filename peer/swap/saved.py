@@ -39,6 +39,7 @@ _ROUTER_OPTIONS = (
     "query_norm",
     "query_bias",
     "share_keys",
+    "key_norm",
 )
 
 
@@ -177,7 +178,7 @@ def factory_of(block: Block) -> tuple[torch.device, torch.dtype]:
 
 
 def _check(description: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    version = description.get("version")
+    version = description.get("version") if isinstance(description, Mapping) else None
     if version != VERSION:
         raise ValueError(
             f"expected a description of PEER layers of version {VERSION}, got version {version!r}"

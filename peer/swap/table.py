@@ -68,7 +68,7 @@ class Replacements(Sequence[Replacement]):
         return before, after
 
     def __str__(self) -> str:
-        rows = [_HEADER]
+        rows: list[tuple[str, ...]] = [_HEADER]
         for entry in self._entries:
             cells = _cells(entry.counts_before, entry.counts_after)
             rows.append((entry.name, entry.before, entry.after, *cells))
