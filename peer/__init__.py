@@ -39,6 +39,8 @@ from peer.usage import UsageTracker, count_usage
 __all__ = [
     "PEER",
     "BinaryMismatchError",
+    "Device",
+    "Estimate",
     "ExpertPool",
     "PEERConfig",
     "ProductKeyRouter",
@@ -48,6 +50,7 @@ __all__ = [
     "convert",
     "count_usage",
     "empty_huge",
+    "estimate",
     "fold_key_norm_",
     "fold_query_norm_",
     "functional",

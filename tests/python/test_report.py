@@ -83,6 +83,8 @@ def material():
     """A model that has grown and learned since a checkpoint, its data and its history."""
     torch.manual_seed(0)
     model = Model()
+    with torch.no_grad():
+        model.first.router.row_keys[..., [0, 2], :] *= 0.01  # short keys, so some are unused
     before = copy.deepcopy(model.state_dict())
     model.first.freeze_experts(range(7))
     model.first.disable_experts([28, 29])
