@@ -25,6 +25,7 @@ from peer import (
     swap,
     viz,
 )
+from peer._estimate import Device, Estimate, estimate
 from peer._library import BinaryMismatchError, cmake_prefix_path
 from peer._report import report
 from peer.config import show_config

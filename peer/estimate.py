@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "Options of the layer take several values, separated by commas; the table has a column "
         "for each combination.",
     )
-    several = {
+    several: dict[str, tuple[Callable[[str], Any], str, str]] = {
         "--dim": (int, "1024", "width of the layer"),
         "--num-experts": (_grid, "1048576", "N, or a grid such as 512x1024"),
         "--heads": (int, "8", "H"),
