@@ -137,7 +137,7 @@ rehearse: $(torch) $(test_tools) $(bench_tools) compiler
 
 # The tests of the operators, with the CUDA operators in place of the CPU's. Tests of intended differences are left out: a bad index ends a CUDA
 # kernel, k is at most 64, and only CPU kernels have capabilities and threads.
-emulated_tests := $(addprefix tests/python/test_,expert_mlp.py product_key_topk.py disabled_experts.py frozen_rows.py optim.py fused_update.py opcheck.py autograd.py)
+emulated_tests := $(addprefix tests/python/test_,expert_mlp.py product_key_topk.py disabled_experts.py frozen_rows.py optim.py fused_update.py fused_operators.py opcheck.py autograd.py)
 test-emulated: rehearse
 	PEER_EMULATE_EVERYTHING=1 PYTHONPATH=$(abspath build/emulated/site):$(abspath tests/emulated_cuda) \
 	  $(BIN)/pytest -n 2 -p emulated_cuda $(emulated_tests) $(ARGS)

@@ -21,6 +21,7 @@ add_library(
   csrc/nn/state_file.cpp
   csrc/ops/build_info.cpp
   csrc/ops/expert_mlp.cpp
+  csrc/ops/fused_update.cpp
   csrc/ops/product_key_topk.cpp
   csrc/ops/table_update.cpp
   csrc/ops/autocast/expert_mlp.cpp
@@ -31,10 +32,12 @@ add_library(
   csrc/ops/autograd/table_update.cpp
   csrc/ops/cpu/expert_mlp.cpp
   csrc/ops/cpu/common.cpp
+  csrc/ops/cpu/fused_update.cpp
   csrc/ops/cpu/huge_pages.cpp
   csrc/ops/cpu/product_key_topk.cpp
   csrc/ops/cpu/table_update.cpp
   csrc/ops/meta/expert_mlp.cpp
+  csrc/ops/meta/fused_update.cpp
   csrc/ops/meta/product_key_topk.cpp
   csrc/ops/meta/table_update.cpp)
 target_link_libraries(peer PRIVATE peer_kernels peer_torch)
@@ -44,6 +47,7 @@ if(TARGET peer_cuda_kernels)
     PRIVATE csrc/ops/cuda/expert_mlp.cpp
             csrc/ops/cuda/common.cpp
             csrc/ops/cuda/distinct_ids.cpp
+            csrc/ops/cuda/fused_update.cpp
             csrc/ops/cuda/product_key_topk.cpp
             csrc/ops/cuda/table_update.cpp
             $<TARGET_OBJECTS:peer_cuda_kernels>)

@@ -8,14 +8,15 @@ R = C = √N keys per half:
     experts-forward   T·P·2D·s                         rows of the table read
     experts-backward  T·P·2D·s + G·2D·s                rows read again, G rows of gradients written:
                                                        U if they are sparse, N if dense; if the
-                                                       update is fused, the optimizer's bytes.
+                                                       update is fused, U updated rows.
                                                        Only U' of the U experts are not frozen:
                                                        they take the place of U here and below
     router            D·H·dim_key·s + (R + C)·dim_key/2·s          query weights and keys read
     forward           router + experts-forward + 2·T·D·s           and x read, the output written
     backward          forward + experts-backward + 2·router + 2·T·D·s
     optimizer         2·U·2D·s + G·2D·s                touched rows read and written, gradients
-                                                       read; dense Adam: 7·N·2D·s, since it reads
+                                                       read; if fused, see experts-backward;
+                                                       dense Adam: 7·N·2D·s, since it reads
                                                        parameter, gradient and two moments, and
                                                        writes three of them
     step              backward + optimizer
@@ -186,10 +187,7 @@ def bytes_moved(entry: Entry, distinct: float) -> int:
         return 3 * router_bytes(case) + 3 * activations
     gradients = _get_gradients(entry)
     if mode not in LAYER:
-        total = experts_bytes(case, mode, distinct, gradients)
-        if gradients == "fused":
-            total += experts_bytes(case, "optimizer", distinct, gradients)
-        return total
+        return experts_bytes(case, mode, distinct, gradients)
     activations = 2 * case.tokens * case.dim * case.activation_dtype.itemsize
     total = router_bytes(case) + activations
     total += experts_bytes(case, "experts-forward", distinct, gradients)
@@ -212,11 +210,12 @@ def experts_bytes(case: Case, mode: str, distinct: float, gradients: str) -> int
     """
     retrieved = case.tokens * case.per_token
     distinct *= 1 - case.frozen / 100
-    written = {"sparse": distinct, "dense": case.num_experts, "fused": 0}[gradients]
+    written = {"sparse": distinct, "dense": case.num_experts, "fused": distinct}[gradients]
+    optimizer = {"sparse": 3 * distinct, "dense": 7 * case.num_experts, "fused": 0}[gradients]
     rows = {
         "experts-forward": retrieved,
         "experts-backward": retrieved + written,
-        "optimizer": 7 * case.num_experts if gradients == "dense" else 2 * distinct + written,
+        "optimizer": optimizer,
     }[mode]
     return round(rows * 2 * case.dim * case.itemsize)
 

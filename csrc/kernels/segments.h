@@ -3,6 +3,7 @@
 // Pair           one retrieval: the p-th expert of token t has the pair id t·P + p
 // Owner          the row of the table that a pair contributes to
 // Segment        the pairs of one owner, in the order of their ids
+// Single pair    a pair that is its whole segment
 // Chunk          a piece of a segment, of at most kPairsPerChunk pairs, counted from its start
 // Split segment  a segment of several chunks. Each chunk is summed into a row of partial sums; the
 //                partial sums are then added

@@ -136,9 +136,4 @@ TORCH_LIBRARY_FRAGMENT(peer, m) {
       "table, Tensor hidden, Tensor gate, str activation, bool sparse_grad, bool[3] output_mask, "
       "Tensor? frozen=None, ScalarType? grad_table_dtype=None) -> (Tensor, Tensor, Tensor)",
       {at::Tag::pt2_compliant_tag});
-  m.def(
-      "expert_mlp_backward_coefficients(Tensor grad_out, Tensor x, Tensor weights, Tensor indices, "
-      "Tensor table, Tensor hidden, Tensor gate, str activation) -> (Tensor grad_x, Tensor "
-      "grad_weights, Tensor coefficients)",
-      {at::Tag::pt2_compliant_tag});
 }

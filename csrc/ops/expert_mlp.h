@@ -1,5 +1,5 @@
-// The operators of the experts: expert_mlp, expert_mlp_backward and
-// expert_mlp_backward_coefficients. Shapes are in peer/functional.h.
+// The operators of the experts: expert_mlp and expert_mlp_backward. Shapes are in
+// peer/functional.h.
 #pragma once
 
 #include <array>
@@ -26,9 +26,8 @@ struct ExpertMlpArguments {
   const std::optional<Tensor>& frozen;
 };
 
-// hidden and gate are results of expert_mlp.
-struct ExpertMlpBackwardCoefficientsArguments {
-  static constexpr const char* kName = "peer::expert_mlp_backward_coefficients";
+// What every backward pass takes. hidden and gate are results of expert_mlp.
+struct ExpertMlpBackwardInputs {
   const Tensor& grad_out;
   const Tensor& x;
   const Tensor& weights;
@@ -39,7 +38,7 @@ struct ExpertMlpBackwardCoefficientsArguments {
   std::string_view activation;
 };
 
-struct ExpertMlpBackwardArguments : ExpertMlpBackwardCoefficientsArguments {
+struct ExpertMlpBackwardArguments : ExpertMlpBackwardInputs {
   static constexpr const char* kName = "peer::expert_mlp_backward";
   bool sparse_grad;
   std::array<bool, 3> output_mask;
@@ -72,15 +71,6 @@ using ExpertMlpBackwardOp = Operator<ExpertMlpBackwardArguments,
                                                   std::array<bool, 3>,
                                                   const std::optional<Tensor>&,
                                                   std::optional<at::ScalarType>)>;
-using ExpertMlpBackwardCoefficientsOp = Operator<ExpertMlpBackwardCoefficientsArguments,
-                                                 ThreeTensors(const Tensor&,
-                                                              const Tensor&,
-                                                              const Tensor&,
-                                                              const Tensor&,
-                                                              const Tensor&,
-                                                              const Tensor&,
-                                                              const Tensor&,
-                                                              std::string_view)>;
 
 // Nothing if no activation has the name.
 std::optional<Activation> activation_named(std::string_view name);
@@ -96,8 +86,7 @@ struct ExpertParts {
 
 inline bool has_gate(const Tensor& experts) { return experts.sym_size(-2) == 3; }
 
-// The inputs of expert_mlp, which its backward operators take too. The coefficients of a gradient
-// do not depend on the frozen rows.
+// The inputs of expert_mlp, which its backward operators take too.
 struct ExpertMlpInputs {
   template <class Arguments>
   ExpertMlpInputs(const Arguments& args)
@@ -106,11 +95,8 @@ struct ExpertMlpInputs {
         weights(args.weights),
         indices(args.indices),
         table(args.table),
-        activation(args.activation) {
-    if constexpr (requires { args.frozen; }) {
-      frozen = args.frozen;
-    }
-  }
+        activation(args.activation),
+        frozen(args.frozen) {}
 
   const char* op;  // for messages
   const Tensor& x;
@@ -118,7 +104,7 @@ struct ExpertMlpInputs {
   const Tensor& indices;
   const Tensor& table;
   std::string_view activation;
-  std::optional<Tensor> frozen;
+  const std::optional<Tensor>& frozen;
 };
 
 // The checks are those that every device needs. They read no data. All return the parsed

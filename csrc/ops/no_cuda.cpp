@@ -15,7 +15,8 @@ void raise_without_cuda(const c10::OperatorHandle& op, c10::DispatchKeySet, torc
 TORCH_LIBRARY_IMPL(peer, CUDA, m) {
   for (const char* name :
        {"product_key_topk", "product_key_topk_backward", "expert_mlp", "expert_mlp_backward",
-        "expert_mlp_backward_coefficients", "rowwise_adagrad_", "sgd_", "rowwise_adam_"}) {
+        "rowwise_adagrad_", "sgd_", "rowwise_adam_", "expert_mlp_backward_rowwise_adagrad_",
+        "expert_mlp_backward_sgd_", "expert_mlp_backward_rowwise_adam_"}) {
     m.impl(name, torch::CppFunction::makeFromBoxedFunction<&raise_without_cuda>());
   }
 }

@@ -8,7 +8,42 @@ namespace peer::ops {
 
 namespace {
 
-// The kernels write in place: rows must be contiguous and must not overlap.
+// State with one number per row of the table, or per part of a row.
+void check_row_state(const char* op,
+                     const char* name,
+                     const Tensor& state,
+                     c10::SymIntArrayRef shape,
+                     at::ScalarType type,
+                     const Tensor& table) {
+  TORCH_CHECK_VALUE(state.sym_sizes() == shape, op, ": expected ", name, " of shape ", shape,
+                    " to match table, got ", state.sym_sizes());
+  TORCH_CHECK_TYPE(state.scalar_type() == type, op, ": expected ", name, " of dtype ", type,
+                   ", got ", state.scalar_type());
+  check_strided(op, name, state);
+  TORCH_CHECK_VALUE(state.is_contiguous(), op, ": expected ", name,
+                    " to be contiguous, got strides ", state.sym_strides());
+  check_same_device(op, name, state, "table", table);
+}
+
+void check_second_moments(const char* op,
+                          const char* name,
+                          const Tensor& state,
+                          const Tensor& table) {
+  check_row_state(op, name, state, table.sym_sizes().slice(0, table.dim() - 1),
+                  accumulation_type(table.scalar_type()), table);
+}
+
+// State with one row per row of the table.
+void check_momentum(const char* op, const char* name, const Tensor& state, const Tensor& table) {
+  TORCH_CHECK_VALUE(state.sym_sizes() == table.sym_sizes(), op, ": expected ", name,
+                    " of table's shape ", table.sym_sizes(), ", got ", state.sym_sizes());
+  check_same_dtype(op, name, state, "table", table);
+  check_rows(op, name, state);
+  check_same_device(op, name, state, "table", table);
+}
+
+}  // namespace
+
 void check_rows(const char* op, const char* name, const Tensor& tensor) {
   check_strided(op, name, tensor);
   const bool are_apart =
@@ -18,10 +53,10 @@ void check_rows(const char* op, const char* name, const Tensor& tensor) {
                     tensor.sym_strides());
 }
 
-void check_table(const char* op,
-                 const Tensor& table,
-                 const RowGradient& gradient,
-                 const std::optional<Tensor>& frozen) {
+void check_gradient(const char* op,
+                    const Tensor& table,
+                    const RowGradient& gradient,
+                    const std::optional<Tensor>& frozen) {
   const auto& [indices, source, coefficients] = gradient;
   TORCH_CHECK_VALUE(table.dim() == 2 || table.dim() == 3, op,
                     ": expected table of shape [rows, width] or [rows, parts, width], got ",
@@ -66,63 +101,32 @@ void check_table(const char* op,
   }
 }
 
-// State with one number per row of the table, or per part of a row.
-void check_row_state(const char* op,
-                     const char* name,
-                     const Tensor& state,
-                     c10::SymIntArrayRef shape,
-                     at::ScalarType type,
-                     const Tensor& table) {
-  TORCH_CHECK_VALUE(state.sym_sizes() == shape, op, ": expected ", name, " of shape ", shape,
-                    " to match table, got ", state.sym_sizes());
-  TORCH_CHECK_TYPE(state.scalar_type() == type, op, ": expected ", name, " of dtype ", type,
-                   ", got ", state.scalar_type());
-  check_strided(op, name, state);
-  TORCH_CHECK_VALUE(state.is_contiguous(), op, ": expected ", name,
-                    " to be contiguous, got strides ", state.sym_strides());
-  check_same_device(op, name, state, "table", table);
+void check_state(const char* op,
+                 const Tensor& table,
+                 const RowwiseAdagrad::State& state,
+                 const RowwiseAdagrad::Options& /*options*/) {
+  check_second_moments(op, "sum_of_squares", state.sum_of_squares, table);
 }
 
-void check_second_moments(const char* op,
-                          const char* name,
-                          const Tensor& state,
-                          const Tensor& table) {
-  check_row_state(op, name, state, table.sym_sizes().slice(0, table.dim() - 1),
-                  accumulation_type(table.scalar_type()), table);
-}
-
-// State with one row per row of the table.
-void check_momentum(const char* op, const char* name, const Tensor& state, const Tensor& table) {
-  TORCH_CHECK_VALUE(state.sym_sizes() == table.sym_sizes(), op, ": expected ", name,
-                    " of table's shape ", table.sym_sizes(), ", got ", state.sym_sizes());
-  check_same_dtype(op, name, state, "table", table);
-  check_rows(op, name, state);
-  check_same_device(op, name, state, "table", table);
-}
-
-}  // namespace
-
-void check_rowwise_adagrad(const RowwiseAdagradArguments& args) {
-  check_table(args.kName, args.table, args.gradient, args.frozen);
-  check_second_moments(args.kName, "sum_of_squares", args.sum_of_squares, args.table);
-}
-
-void check_sgd(const SgdArguments& args) {
-  check_table(args.kName, args.table, args.gradient, args.frozen);
-  if (args.momentum_buffer.has_value()) {
-    check_momentum(args.kName, "momentum_buffer", *args.momentum_buffer, args.table);
+void check_state(const char* op,
+                 const Tensor& table,
+                 const Sgd::State& state,
+                 const Sgd::Options& options) {
+  if (state.momentum_buffer.has_value()) {
+    check_momentum(op, "momentum_buffer", *state.momentum_buffer, table);
   } else {
-    TORCH_CHECK_VALUE(args.momentum == 0, args.kName,
-                      ": expected momentum_buffer, because momentum is ", args.momentum);
+    TORCH_CHECK_VALUE(options.momentum == 0, op, ": expected momentum_buffer, because momentum is ",
+                      options.momentum);
   }
 }
 
-void check_rowwise_adam(const RowwiseAdamArguments& args) {
-  check_table(args.kName, args.table, args.gradient, args.frozen);
-  check_momentum(args.kName, "first_moment", args.first_moment, args.table);
-  check_second_moments(args.kName, "second_moment", args.second_moment, args.table);
-  check_row_state(args.kName, "row_steps", args.row_steps, args.table.sym_sizes().slice(0, 1),
-                  at::kInt, args.table);
+void check_state(const char* op,
+                 const Tensor& table,
+                 const RowwiseAdam::State& state,
+                 const RowwiseAdam::Options& /*options*/) {
+  check_momentum(op, "first_moment", state.first_moment, table);
+  check_second_moments(op, "second_moment", state.second_moment, table);
+  check_row_state(op, "row_steps", state.row_steps, table.sym_sizes().slice(0, 1), at::kInt, table);
 }
 
 }  // namespace peer::ops

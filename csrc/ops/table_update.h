@@ -28,42 +28,55 @@ struct Rounding {
   int64_t stream;
 };
 
-// frozen: (N,) bool. Frozen rows are not updated, whatever their gradient.
-struct RowwiseAdagradArguments {
+// What the rules keep for a table, and their numbers.
+
+struct RowwiseAdagrad {
   static constexpr const char* kName = "peer::rowwise_adagrad_";
-  const Tensor& table;
-  const Tensor& sum_of_squares;
-  RowGradient gradient;
-  double lr, eps, weight_decay;
-  Rounding rounding;
-  const std::optional<Tensor>& frozen;
+  struct State {
+    const Tensor& sum_of_squares;
+  };
+  struct Options {
+    double lr, eps, weight_decay;
+  };
 };
 
-struct SgdArguments {
+struct Sgd {
   static constexpr const char* kName = "peer::sgd_";
-  const Tensor& table;
-  const std::optional<Tensor>& momentum_buffer;
-  RowGradient gradient;
-  double lr, momentum;
-  bool nesterov;
-  double weight_decay;
-  Rounding rounding;
-  const std::optional<Tensor>& frozen;
+  struct State {
+    const std::optional<Tensor>& momentum_buffer;
+  };
+  struct Options {
+    double lr, momentum;
+    bool nesterov;
+    double weight_decay;
+  };
 };
 
-struct RowwiseAdamArguments {
+struct RowwiseAdam {
   static constexpr const char* kName = "peer::rowwise_adam_";
+  struct State {
+    const Tensor& first_moment;
+    const Tensor& second_moment;
+    const Tensor& row_steps;
+  };
+  struct Options {
+    double lr, beta1, beta2, eps, weight_decay;
+  };
+};
+
+// frozen: (N,) bool. Frozen rows are not updated, whatever their gradient.
+template <class Rule>
+struct UpdateArguments {
+  static constexpr const char* kName = Rule::kName;
   const Tensor& table;
-  const Tensor& first_moment;
-  const Tensor& second_moment;
-  const Tensor& row_steps;
+  typename Rule::State state;
   RowGradient gradient;
-  double lr, beta1, beta2, eps, weight_decay;
+  typename Rule::Options options;
   Rounding rounding;
   const std::optional<Tensor>& frozen;
 };
 
-using RowwiseAdagradOp = Operator<RowwiseAdagradArguments,
+using RowwiseAdagradOp = Operator<UpdateArguments<RowwiseAdagrad>,
                                   void(const Tensor&,
                                        const Tensor&,
                                        const std::optional<Tensor>&,
@@ -76,7 +89,7 @@ using RowwiseAdagradOp = Operator<RowwiseAdagradArguments,
                                        int64_t,
                                        int64_t,
                                        const std::optional<Tensor>&)>;
-using SgdOp = Operator<SgdArguments,
+using SgdOp = Operator<UpdateArguments<Sgd>,
                        void(const Tensor&,
                             const std::optional<Tensor>&,
                             const std::optional<Tensor>&,
@@ -90,7 +103,7 @@ using SgdOp = Operator<SgdArguments,
                             int64_t,
                             int64_t,
                             const std::optional<Tensor>&)>;
-using RowwiseAdamOp = Operator<RowwiseAdamArguments,
+using RowwiseAdamOp = Operator<UpdateArguments<RowwiseAdam>,
                                void(const Tensor&,
                                     const Tensor&,
                                     const Tensor&,
@@ -109,8 +122,32 @@ using RowwiseAdamOp = Operator<RowwiseAdamArguments,
                                     const std::optional<Tensor>&)>;
 
 // The checks are those that every device needs. They read no data.
-void check_rowwise_adagrad(const RowwiseAdagradArguments& args);
-void check_sgd(const SgdArguments& args);
-void check_rowwise_adam(const RowwiseAdamArguments& args);
+
+void check_state(const char* op,
+                 const Tensor& table,
+                 const RowwiseAdagrad::State& state,
+                 const RowwiseAdagrad::Options& options);
+void check_state(const char* op,
+                 const Tensor& table,
+                 const Sgd::State& state,
+                 const Sgd::Options& options);
+void check_state(const char* op,
+                 const Tensor& table,
+                 const RowwiseAdam::State& state,
+                 const RowwiseAdam::Options& options);
+
+// A table that is written in place: its rows are contiguous and do not overlap.
+void check_rows(const char* op, const char* name, const Tensor& tensor);
+
+void check_gradient(const char* op,
+                    const Tensor& table,
+                    const RowGradient& gradient,
+                    const std::optional<Tensor>& frozen);
+
+template <class Rule>
+void check_update(const UpdateArguments<Rule>& args) {
+  check_gradient(args.kName, args.table, args.gradient, args.frozen);
+  check_state(args.kName, args.table, args.state, args.options);
+}
 
 }  // namespace peer::ops

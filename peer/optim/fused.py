@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -11,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from peer.functional import flatten_tokens
 from peer.modules import ExpertPool
-from peer.optim.row_gradient import RowGradient
+from peer.optim.row_gradient import TableGradient
 
 __all__ = ["FusedUpdate"]
 
@@ -30,7 +31,7 @@ class RowUpdater(Protocol):
         """Whether the optimizer updates this table."""
         ...
 
-    def apply_gradient(self, table: Tensor, gradient: RowGradient) -> None:
+    def apply_gradient(self, table: Tensor, gradient: TableGradient) -> None:
         """Updates a table that the optimizer holds."""
         ...
 
@@ -100,7 +101,7 @@ class FusedUpdate:
     def __exit__(self, *exception: object) -> None:
         self.remove()
 
-    def update(self, table: Tensor, gradient: RowGradient, recomputed_in: int) -> None:
+    def update(self, table: Tensor, gradient: TableGradient, recomputed_in: int) -> None:
         """Updates a table in a backward pass.
 
         Args:
@@ -187,6 +188,35 @@ class _Update(NamedTuple):
         )
 
 
+@dataclass
+class _BackwardPass:
+    """A backward pass of `expert_mlp`, as the gradient of its table that an optimizer takes.
+
+    The operators do both at once, so the other gradients exist after the update.
+    """
+
+    grad_out: Tensor
+    x: Tensor
+    weights: Tensor
+    indices: Tensor
+    hidden: Tensor
+    gate: Tensor
+    activation: str
+    frozen: Tensor | None
+    grad_x: Tensor = field(init=False)
+    grad_weights: Tensor = field(init=False)
+
+    def update(self, rule: str, table: Tensor, *state: Tensor | None, **options: Any) -> None:
+        """Runs the pass and updates the table: see `TableGradient`."""
+        operator = getattr(torch.ops.peer, f"expert_mlp_backward_{rule}_")
+        self.grad_x, self.grad_weights = operator(
+            *(self.grad_out, self.x, self.weights, self.indices, table),
+            *(self.hidden, self.gate, self.activation, *state),
+            **options,
+            frozen=self.frozen,
+        )
+
+
 class _Experts(torch.autograd.Function):
     """`expert_mlp` with a backward pass that updates the table and returns no gradient for it.
 
@@ -224,17 +254,13 @@ class _Experts(torch.autograd.Function):
         if table._version != ctx.version:
             raise RuntimeError(_CHANGED)
         x, weights, indices, hidden, gate, frozen = ctx.saved_tensors
-        grad_x, grad_weights, coefficients = torch.ops.peer.expert_mlp_backward_coefficients(
-            grad_out, x, weights, indices, table, hidden, gate, ctx.activation
+        gradient = _BackwardPass(
+            grad_out, x, weights, indices, hidden, gate, ctx.activation, frozen
         )
-        # The gradients of the down and gate vectors are multiples of x, those of the up vectors
-        # multiples of grad_out.
-        source = torch.stack([x] * (table.shape[1] - 1) + [grad_out], dim=1)
         fusion: FusedUpdate = ctx.fusion
-        gradient = RowGradient(indices, source, coefficients, frozen)
         fusion.update(table, gradient, ctx.recomputed_in)
         # Autograd drops gradients of inputs that do not require grad.
-        return None, None, grad_x, grad_weights, None, None, None
+        return None, None, gradient.grad_x, gradient.grad_weights, None, None, None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:

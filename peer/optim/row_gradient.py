@@ -1,13 +1,13 @@
-"""The gradient of a table in the form that the update operators take."""
+"""The gradient of a table in the forms that the update operators take."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-__all__ = ["RowGradient", "accumulation_dtype"]
+__all__ = ["RowGradient", "TableGradient", "accumulation_dtype"]
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -15,26 +15,35 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+class TableGradient(Protocol):
+    """What an optimizer needs of the gradient of a table."""
+
+    def update(self, rule: str, table: Tensor, *state: Tensor | None, **options: Any) -> None:
+        """Updates the table by this gradient.
+
+        Args:
+            rule: "rowwise_adagrad", "sgd" or "rowwise_adam".
+            table: (N, D) or (N, parts, D), updated in place.
+            state: the state that the rule's operator takes after the table, updated in place.
+            options: the operator's numbers.
+        """
+        ...
+
+
 class RowGradient(NamedTuple):
     """The gradient of a table (N, D) or (N, parts, D), as rows of a source.
 
     * Without indices, row r of the source is the gradient of table row r.
-    * With indices (S,) or (S, P), the gradient of table row r is the sum of `source[s]` over all
-      pairs (s, p) with `indices[s, p] == r`.
-    * With coefficients, the pair (s, p) adds `coefficients[j, s, p] * source[s, j]` to part j.
-    * With `frozen`, the gradient of the marked rows is zero.
+    * With indices, the gradient of table row r is the sum of `source[s]` over all s with
+      `indices[s] == r`.
 
     Attributes:
-        indices: (S,) or (S, P), int64; None for a dense gradient.
+        indices: (S,), int64; None for a dense gradient.
         source: (S, D) or (S, parts, D), like the table.
-        coefficients: indices' shape, with a leading `parts` for a table with parts; None for ones.
-        frozen: (N,) bool; None if no row is frozen.
     """
 
     indices: Tensor | None
     source: Tensor
-    coefficients: Tensor | None = None
-    frozen: Tensor | None = None
 
     @classmethod
     def from_tensor(cls, gradient: Tensor) -> RowGradient:
@@ -57,3 +66,8 @@ class RowGradient(NamedTuple):
                 else str(gradient.layout)
             )
         )
+
+    def update(self, rule: str, table: Tensor, *state: Tensor | None, **options: Any) -> None:
+        """Updates the table by this gradient: see `TableGradient`."""
+        operator = getattr(torch.ops.peer, f"{rule}_")
+        operator(table, *state, self.indices, self.source, None, **options)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peer.optim.row_gradient import RowGradient, accumulation_dtype
+from peer.optim.row_gradient import TableGradient, accumulation_dtype
 from peer.optim.table_optimizer import TableOptimizer, require, row_state
 
 __all__ = ["RowwiseAdagrad"]
@@ -83,20 +83,17 @@ class RowwiseAdagrad(TableOptimizer):
         table: Tensor,
         state: dict[str, Any],
         group: dict[str, Any],
-        gradient: RowGradient,
+        gradient: TableGradient,
         rounding: dict[str, int | None],
     ) -> None:
         if "sum_of_squares" not in state:
             state["sum_of_squares"] = row_state(table, group["initial_accumulator_value"])
-        torch.ops.peer.rowwise_adagrad_(
+        gradient.update(
+            "rowwise_adagrad",
             table,
             state["sum_of_squares"],
-            gradient.indices,
-            gradient.source,
-            gradient.coefficients,
             lr=float(group["lr"]),
             eps=group["eps"],
             weight_decay=group["weight_decay"],
             **rounding,
-            frozen=gradient.frozen,
         )

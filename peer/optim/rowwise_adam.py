@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from peer.memory import zeros_huge
-from peer.optim.row_gradient import RowGradient, accumulation_dtype
+from peer.optim.row_gradient import TableGradient, accumulation_dtype
 from peer.optim.table_optimizer import TableOptimizer, require, row_state
 
 __all__ = ["RowwiseAdam"]
@@ -102,7 +102,7 @@ class RowwiseAdam(TableOptimizer):
         table: Tensor,
         state: dict[str, Any],
         group: dict[str, Any],
-        gradient: RowGradient,
+        gradient: TableGradient,
         rounding: dict[str, int | None],
     ) -> None:
         if "first_moment" not in state:
@@ -110,19 +110,16 @@ class RowwiseAdam(TableOptimizer):
             state["second_moment"] = row_state(table, 0.0)
             state["row_steps"] = torch.zeros(len(table), dtype=torch.int32, device=table.device)
         beta1, beta2 = group["betas"]
-        torch.ops.peer.rowwise_adam_(
+        gradient.update(
+            "rowwise_adam",
             table,
             state["first_moment"],
             state["second_moment"],
             state["row_steps"],
-            gradient.indices,
-            gradient.source,
-            gradient.coefficients,
             lr=float(group["lr"]),
             beta1=beta1,
             beta2=beta2,
             eps=group["eps"],
             weight_decay=group["weight_decay"],
             **rounding,
-            frozen=gradient.frozen,
         )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from peer.memory import zeros_huge
-from peer.optim.row_gradient import RowGradient
+from peer.optim.row_gradient import TableGradient
 from peer.optim.table_optimizer import TableOptimizer, require
 
 __all__ = ["SGD"]
@@ -97,23 +97,20 @@ class SGD(TableOptimizer):
         table: Tensor,
         state: dict[str, Any],
         group: dict[str, Any],
-        gradient: RowGradient,
+        gradient: TableGradient,
         rounding: dict[str, int | None],
     ) -> None:
         if group["momentum"] != 0 and "momentum_buffer" not in state:
             state["momentum_buffer"] = zeros_huge(
                 *table.shape, dtype=table.dtype, device=table.device
             )
-        torch.ops.peer.sgd_(
+        gradient.update(
+            "sgd",
             table,
             state.get("momentum_buffer"),
-            gradient.indices,
-            gradient.source,
-            gradient.coefficients,
             lr=float(group["lr"]),
             momentum=group["momentum"],
             nesterov=group["nesterov"],
             weight_decay=group["weight_decay"],
             **rounding,
-            frozen=gradient.frozen,
         )

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from peer._growth import require_current_state
 from peer.memory import empty_huge
 from peer.optim.fused import FusedUpdate
-from peer.optim.row_gradient import RowGradient, accumulation_dtype
+from peer.optim.row_gradient import RowGradient, TableGradient, accumulation_dtype
 
 __all__ = ["TableOptimizer", "wrap_entries"]
 
@@ -208,7 +208,7 @@ class TableOptimizer(torch.optim.Optimizer):
         return any(each is table for each in self._tables())
 
     @torch.no_grad()
-    def apply_gradient(self, table: Tensor, gradient: RowGradient) -> None:
+    def apply_gradient(self, table: Tensor, gradient: TableGradient) -> None:
         """Updates one table by a gradient that is not in `table.grad`.
 
         Args:
@@ -230,7 +230,7 @@ class TableOptimizer(torch.optim.Optimizer):
     def _tables(self) -> list[Tensor]:
         return [table for group in self.param_groups for table in group["params"]]
 
-    def _update_table(self, table: Tensor, group: dict[str, Any], gradient: RowGradient) -> None:
+    def _update_table(self, table: Tensor, group: dict[str, Any], gradient: TableGradient) -> None:
         require_current_state(self, table)
         state = self.state[table]
         step = state.get("step", 0) + 1
@@ -246,10 +246,10 @@ class TableOptimizer(torch.optim.Optimizer):
         table: Tensor,
         state: dict[str, Any],
         group: dict[str, Any],
-        gradient: RowGradient,
+        gradient: TableGradient,
         rounding: dict[str, int | None],
     ) -> None:
-        """Runs the operator and creates the state that it needs.
+        """Creates the state that the rule needs, and calls `gradient.update`.
 
         Args:
             table: (N, D) or (N, parts, D), updated in place.

@@ -172,7 +172,7 @@ def test_a_graph_replays_retrieval_with_the_mask_of_now(make_retrieval_inputs, o
 
 @pytest.mark.parametrize("share", [None, 0.5, 1.0], ids=["no mask", "some frozen", "all frozen"])
 def test_a_graph_replays_fused_updates(make_expert_inputs, on_gpu, sized, share):
-    """The backward's coefficients and the update by them, without a gradient in between."""
+    """A backward pass that updates the table, without a gradient in between."""
     inputs = on_gpu(make_expert_inputs(tokens=sized(200, 20), per_token=16, experts=300, dim=64))
     x, weights, indices, table = inputs
     state = torch.zeros(300, 2, device="cuda")
@@ -181,12 +181,10 @@ def test_a_graph_replays_fused_updates(make_expert_inputs, on_gpu, sized, share)
 
     def update(table, state):
         out, hidden, gate = torch.ops.peer.expert_mlp(x, weights, indices, table, "gelu", False)
-        _, _, coefficients = torch.ops.peer.expert_mlp_backward_coefficients(
-            out, x, weights, indices, table, hidden, gate, "gelu"
-        )
-        source = torch.stack([x, out], dim=1)
-        torch.ops.peer.rowwise_adagrad_(
-            table, state, indices, source, coefficients, 0.1, 1e-10, 0.0, frozen=frozen
+        torch.ops.peer.expert_mlp_backward_rowwise_adagrad_(
+            *(out, x, weights, indices, table, hidden, gate, "gelu", state),
+            *(0.1, 1e-10, 0.0),
+            frozen=frozen,
         )
 
     expected_table, expected_state = table.clone(), state.clone()

@@ -78,6 +78,7 @@ DIFFERENT = {
     "[index negative": "a bad index ends a CUDA kernel",
     "[index too large": "a bad index ends a CUDA kernel",
     "::test_a_bad_gradient_in_a_step_changes_nothing": "a bad index ends a CUDA kernel",
+    "::test_a_bad_index_is_named_and_changes_nothing": "a bad index ends a CUDA kernel",
     "::test_k_of_all_experts_is_a_permutation_of_them": "k is at most 64 on CUDA",
     "::test_equals_brute_force_on_every_grid_for_every_k": "k is at most 64 on CUDA",
     "::test_adding_rows_of_keys_keeps_the_ids_of_existing_experts": "k is at most 64 on CUDA",

@@ -1029,15 +1029,16 @@ def test_bytes_of_the_experts_are_rows_times_widths() -> None:
     row = 2 * 512 * 4
     assert experts_bytes(case, "experts-forward", 7, "sparse") == rows_read * row
     assert experts_bytes(case, "experts-backward", 7, "sparse") == (rows_read + 7) * row
-    assert experts_bytes(case, "experts-backward", 7, "fused") == rows_read * row
+    assert experts_bytes(case, "experts-backward", 7, "fused") == (rows_read + 7) * row
     dense = experts_bytes(case, "experts-backward", 7, "dense")
     assert dense == (rows_read + 1024**2) * row
     assert experts_bytes(case, "optimizer", 7, "sparse") == 3 * 7 * row
     assert experts_bytes(case, "optimizer", 7, "dense") == 7 * 1024**2 * row
+    assert experts_bytes(case, "optimizer", 7, "fused") == 0
     half = replace(case, dtype="bfloat16")
     assert experts_bytes(half, "experts-forward", 7, "sparse") == rows_read * row // 2
     fused = bytes_moved(Entry(case, "experts-backward", "peer-fused"), 7.0)
-    assert fused == (rows_read + 2 * 7) * row, "the backward pass, and the rows that it updates"
+    assert fused == (rows_read + 7) * row, "the rows that it reads, and those that it updates"
 
 
 def test_bytes_of_routing_are_inputs_query_weights_keys_and_what_is_written() -> None:

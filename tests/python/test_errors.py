@@ -288,7 +288,6 @@ def test_the_backward_of_retrieval_names_a_gradient_that_does_not_fit(make_retri
         "product_key_topk_backward",
         "expert_mlp",
         "expert_mlp_backward",
-        "expert_mlp_backward_coefficients",
     ],
 )
 def test_cuda_tensors_on_a_build_without_cuda_raise_a_clear_error(
@@ -304,7 +303,6 @@ def test_cuda_tensors_on_a_build_without_cuda_raise_a_clear_error(
         "product_key_topk_backward": (scores, *keys, indices, (True,) * 3),
         "expert_mlp": (*pool, "gelu", False),
         "expert_mlp_backward": (out, *pool, hidden, gate, "gelu", False, (True,) * 3),
-        "expert_mlp_backward_coefficients": (out, *pool, hidden, gate, "gelu"),
     }
     # Calls the kernel that the dispatcher calls for CUDA tensors. No GPU is needed.
     operator = getattr(torch.ops.peer, name).default

@@ -609,18 +609,3 @@ def test_an_update_refuses_a_tangent_by_name_and_changes_nothing(name, dual):
         assert not tensors["table"].any()
         updates[name](given["table"].detach(), given["source"].detach())
         assert tensors["table"].all()
-
-
-def test_the_coefficients_of_a_fused_update_refuse_a_tangent_by_name(make_expert_inputs):
-    inputs = make_expert_inputs()
-    out, hidden, gate = ops.expert_mlp(*inputs, "gelu")
-    with (
-        forward_ad.dual_level(),
-        pytest.raises(
-            NotImplementedError,
-            match="expert_mlp_backward_coefficients: has no derivative, but grad_out has a tangent",
-        ),
-    ):
-        ops.expert_mlp_backward_coefficients(
-            forward_ad.make_dual(out, out), *inputs, hidden, gate, "gelu"
-        )

@@ -124,6 +124,25 @@ class Updated:
             ),
         }
 
+    def fused_updates(self):
+        """Functions of what the backward pass of `expert_mlp` takes. The table is in it."""
+        return {
+            "rowwise_adagrad_": lambda *g: ops.expert_mlp_backward_rowwise_adagrad_(
+                *g, self.per_part, lr=0.1, eps=1e-8, weight_decay=0.0
+            ),
+            "sgd_": lambda *g: ops.expert_mlp_backward_sgd_(
+                *g, self.momentum, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.0
+            ),
+            "rowwise_adam_": lambda *g: ops.expert_mlp_backward_rowwise_adam_(
+                *(*g, self.momentum, self.per_part, self.row_steps),
+                lr=0.1,
+                beta1=0.9,
+                beta2=0.99,
+                eps=1e-8,
+                weight_decay=0.0,
+            ),
+        }
+
     def gradients(self):
         """Each form of a row gradient as a function of ids (T, P)."""
         return {
@@ -153,7 +172,7 @@ class Case:
         self.flat, self.parted = Updated(dtype, at_end, ()), Updated(dtype, at_end, (3,))
 
     def written(self):
-        return *self.flat.written(), *self.parted.written()
+        return self.experts, *self.flat.written(), *self.parted.written()
 
     def calls(self):
         """For each operator, a function of ids (T, P)."""
@@ -170,10 +189,13 @@ class Case:
                 *(self.grad_out, self.x, self.weights, ids, self.experts),
                 *(self.hidden, self.gate, "gelu", True, [True] * 3),
             ),
-            "expert_mlp_backward_coefficients": lambda ids: ops.expert_mlp_backward_coefficients(
-                *(self.grad_out, self.x, self.weights, ids, self.experts),
-                *(self.hidden, self.gate, "gelu"),
-            ),
+            **{
+                f"{name}, fused": lambda ids, update=update: update(
+                    *(self.grad_out, self.x, self.weights, ids, self.experts),
+                    *(self.hidden, self.gate, "gelu"),
+                )
+                for name, update in self.parted.fused_updates().items()
+            },
             "product_key_topk_backward": lambda ids: ops.product_key_topk_backward(
                 *(self.grad_scores, self.query, self.row_keys, self.col_keys),
                 *(by_head(ids), [True] * 3),
@@ -341,7 +363,12 @@ USED = {
     "expert_mlp": FORWARD,
     "ExpertPool": FORWARD,
     "expert_mlp_backward": BACKWARD,
-    "expert_mlp_backward_coefficients": BACKWARD,
+    "rowwise_adagrad_, fused": (*BACKWARD, "parted.per_part"),
+    "sgd_, fused": (*BACKWARD, "parted.momentum"),
+    "rowwise_adam_, fused": (
+        *BACKWARD,
+        *("parted.momentum", "parted.per_part", "parted.row_steps"),
+    ),
     "product_key_topk_backward": ("grad_scores", "query", "row_keys", "col_keys"),
     **{
         f"{name}, {kind}, {form}": tuple(f"{kind}.{attribute}" for attribute in attributes)

@@ -11,7 +11,6 @@ OPERATORS = (
     "product_key_topk_backward",
     "expert_mlp",
     "expert_mlp_backward",
-    "expert_mlp_backward_coefficients",
 )
 
 

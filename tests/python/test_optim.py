@@ -1086,38 +1086,6 @@ def test_opcheck(name, dtype, parts):
         torch.library.opcheck(operator, (), given)
 
 
-def test_opcheck_of_the_coefficients(make_expert_inputs, dtype, glu):
-    inputs = make_expert_inputs(dtype=dtype, glu=glu)
-    out, hidden, gate = torch.ops.peer.expert_mlp(*inputs, "gelu", False)
-    operator = torch.ops.peer.expert_mlp_backward_coefficients.default
-    torch.library.opcheck(operator, (out, *inputs, hidden, gate, "gelu"))
-
-
-def test_the_coefficients_are_those_of_the_tables_gradient(make_expert_inputs, dtype, glu):
-    inputs = make_expert_inputs(dtype=dtype, glu=glu)
-    out, hidden, gate = torch.ops.peer.expert_mlp(*inputs, "gelu", False)
-    grads = torch.ops.peer.expert_mlp_backward(
-        out, *inputs, hidden, gate, "gelu", False, (True,) * 3
-    )
-    grad_x, grad_weights, coefficients = torch.ops.peer.expert_mlp_backward_coefficients(
-        out, *inputs, hidden, gate, "gelu"
-    )
-    assert_same_bits(grad_x, grads[0])
-    assert_same_bits(grad_weights, grads[1])
-    parts = 3 if glu else 2
-    assert coefficients.shape == (parts, *inputs.indices.shape)
-    # A step of length -1 from zero. The coefficients of the last part multiply the gradient.
-    source = torch.stack([inputs.x] * (parts - 1) + [out], dim=1)
-    table = torch.zeros_like(grads[2])
-    torch.ops.peer.sgd_(table, None, inputs.indices, source, coefficients, -1.0, 0.0, False, 0.0)
-    assert_same_bits(table, grads[2])
-    for part, expected in enumerate(grads[2].unbind(1)):
-        gradient = (inputs.indices, source[:, part], coefficients[part])
-        table = torch.zeros_like(expected)
-        torch.ops.peer.sgd_(table, None, *gradient, -1.0, 0.0, False, 0.0)
-        assert_same_bits(table, expected)
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_the_operators_are_tagged_for_the_compiler_and_refuse_cuda(name):
     operator = getattr(torch.ops.peer, name).default

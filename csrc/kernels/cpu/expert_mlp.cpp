@@ -138,50 +138,79 @@ void add_splits(const ExpertMlpForward<Table>& pass,
   }
 }
 
-template <class Table>
-void expert_mlp_backward(const ExpertMlpBackward<Table>& pass, int64_t first, int64_t last) {
-  using Real = accumulation_t<Table>;
-  const int64_t experts = pass.experts_per_token;
-  const ExpertRange all = {0, experts};
-  Scratch<Real> upstream(experts);
-  for (int64_t t = first; t < last; ++t) {
-    const Real* weights = pass.weights + t * experts;
-    const Real* hidden = pass.hidden + t * experts;
-    const Real* gate = pass.w_gate ? pass.gate + t * experts : nullptr;
-    Real* grad_weights = pass.grad_weights + t * experts;
-    Real* down = pass.down_coefficients + t * experts;
-    Real* up = pass.up_coefficients + t * experts;
-
-    const RowList<Table> up_rows = rows_of(pass, pass.w_up, t, all);
-    const RowList<Table> down_rows = rows_of(pass, pass.w_down, t, all);
-    const RowList<Table> gate_rows = rows_of(pass, pass.w_gate, t, all);
-    const RowList<Table> next_token =
-        t + 1 < last ? rows_of(pass, pass.w_up, t + 1, all) : RowList<Table>{};
-    dot_with_rows(pass.grad_out + t * pass.dim, pass.dim, up_rows,
-                  pass.grad_x ? down_rows : next_token, upstream.data());
-    with_activation(pass.activation, [&]<Activation activation>() {
-      for (int64_t p = 0; p < experts; ++p) {
-        const Real value = activate<activation>(hidden[p]);
-        grad_weights[p] = upstream[p] * value;
-        up[p] = weights[p] * value;
-        down[p] = upstream[p] * weights[p] * activate_derivative<activation>(hidden[p]);
-      }
-    });
-    if (gate) {
-      Real* gate_coefficients = pass.gate_coefficients + t * experts;
-      for (int64_t p = 0; p < experts; ++p) {
-        gate_coefficients[p] = upstream[p] * up[p];
-        grad_weights[p] *= gate[p];
-        up[p] *= gate[p];
-        down[p] *= gate[p];
-      }
+// The gradient of some of a token's weights, and the coefficients of the tables' gradients.
+template <class Table, class Real>
+void compute_gradient_coefficients(const ExpertMlpBackward<Table>& pass,
+                                   int64_t t,
+                                   ExpertRange experts,
+                                   const Real* upstream) {
+  const int64_t pair = t * pass.experts_per_token + experts.first;
+  const Real* weights = pass.weights + pair;
+  const Real* hidden = pass.hidden + pair;
+  Real* grad_weights = pass.grad_weights + pair;
+  Real* down = pass.down_coefficients + pair;
+  Real* up = pass.up_coefficients + pair;
+  with_activation(pass.activation, [&]<Activation activation>() {
+    for (int64_t p = 0; p < experts.count(); ++p) {
+      const Real value = activate<activation>(hidden[p]);
+      grad_weights[p] = upstream[p] * value;
+      up[p] = weights[p] * value;
+      down[p] = upstream[p] * weights[p] * activate_derivative<activation>(hidden[p]);
     }
-    if (pass.grad_x) {
-      Real* grad_x = pass.grad_x + t * pass.dim;
-      sum_weighted_rows(down, pass.dim, down_rows, gate ? gate_rows : next_token, grad_x);
-      if (gate) {
-        add_weighted_rows(pass.gate_coefficients + t * experts, pass.dim, gate_rows, next_token,
-                          grad_x);
+  });
+  if (pass.w_gate) {
+    const Real* gate = pass.gate + pair;
+    Real* gate_coefficients = pass.gate_coefficients + pair;
+    for (int64_t p = 0; p < experts.count(); ++p) {
+      gate_coefficients[p] = upstream[p] * up[p];
+      grad_weights[p] *= gate[p];
+      up[p] *= gate[p];
+      down[p] *= gate[p];
+    }
+  }
+}
+
+// The experts of a token are taken in blocks, each from its first read to its last, so that what
+// follows finds the block's rows in the second-level cache. With gates there is one block: the sum
+// of all gate vectors follows that of all down vectors.
+template <class Table>
+void expert_mlp_backward(const ExpertMlpBackward<Table>& pass,
+                         AfterPairs after_pairs,
+                         int64_t first,
+                         int64_t last) {
+  using Real = accumulation_t<Table>;
+  const int64_t total = pass.experts_per_token;
+  const int64_t block = pass.w_gate ? total : std::min<int64_t>(kRowsInFlight, total);
+  Scratch<Real> upstream(block);
+  for (int64_t t = first; t < last; ++t) {
+    const Real* grad_out = pass.grad_out + t * pass.dim;
+    Real* grad_x = pass.grad_x ? pass.grad_x + t * pass.dim : nullptr;
+    if (grad_x) {
+      std::memset(grad_x, 0, pass.dim * sizeof(Real));
+    }
+    for (int64_t begin = 0; begin < total; begin += block) {
+      const ExpertRange experts = {begin, std::min(begin + block, total)};
+      const int64_t pair = t * total + begin;
+      const RowList<Table> up_rows = rows_of(pass, pass.w_up, t, experts);
+      const RowList<Table> down_rows = rows_of(pass, pass.w_down, t, experts);
+      const RowList<Table> gate_rows = rows_of(pass, pass.w_gate, t, experts);
+      RowList<Table> next_block;
+      if (experts.last < total) {
+        next_block = rows_of(pass, pass.w_up, t, {experts.last, total});
+      } else if (t + 1 < last) {
+        next_block = rows_of(pass, pass.w_up, t + 1, {0, total});
+      }
+      dot_with_rows(grad_out, pass.dim, up_rows, grad_x ? down_rows : next_block, upstream.data());
+      compute_gradient_coefficients(pass, t, experts, upstream.data());
+      if (grad_x) {
+        add_weighted_rows(pass.down_coefficients + pair, pass.dim, down_rows,
+                          pass.w_gate ? gate_rows : next_block, grad_x);
+        if (pass.w_gate) {
+          add_weighted_rows(pass.gate_coefficients + pair, pass.dim, gate_rows, next_block, grad_x);
+        }
+      }
+      if (after_pairs.call) {
+        after_pairs.call(after_pairs.context, pair, pair + experts.count());
       }
     }
   }

@@ -17,6 +17,14 @@ constexpr int64_t splits_per_token(int64_t experts_per_token) {
   return (experts_per_token + kExpertsPerSplit - 1) / kExpertsPerSplit;
 }
 
+// What the backward pass calls for ranges of pairs: after it has written their coefficients and has
+// read the rows of their experts for the last time. It calls it once for each pair. The rows of
+// experts that no other pair has may then be written.
+struct AfterPairs {
+  void (*call)(const void* context, int64_t first, int64_t last) = nullptr;  // null: call nothing
+  const void* context = nullptr;
+};
+
 // Indices are all in range.
 template <class Table>
 struct ExpertMlpFunctions {
@@ -35,7 +43,10 @@ struct ExpertMlpFunctions {
                      int64_t first,
                      int64_t last);
   // A work item is a token.
-  void (*backward)(const ExpertMlpBackward<Table>& pass, int64_t first, int64_t last);
+  void (*backward)(const ExpertMlpBackward<Table>& pass,
+                   AfterPairs after_pairs,
+                   int64_t first,
+                   int64_t last);
 };
 
 struct ExpertMlpKernels : ExpertMlpFunctions<float>,

@@ -1,5 +1,5 @@
-// The sum over one chunk or one split segment, for the kernels that store it (table_grad.cpp) and
-// for those that update a row by it (table_update.cpp).
+// The sum over one chunk, one single pair or one split segment, for the kernels that store it
+// (table_grad.cpp) and for those that update a row by it (table_update.cpp).
 #pragma once
 
 #include <cstdint>
@@ -28,9 +28,11 @@ class ChunkSources {
 };
 
 // What is summed over a chunk for one part of a row: Σ coefficients[i]·rows[i].
-template <class Source, class Real>
+template <class Source, class Accumulator>
 class ChunkTerms {
  public:
+  using Real = Accumulator;
+
   // coefficients: by pair id, or null: all one.
   ChunkTerms(const ChunkSources& sources, const Real* coefficients, Rows<const Source> source)
       : count(sources.count) {
@@ -45,15 +47,26 @@ class ChunkTerms {
   const Source* rows[kPairsPerChunk];
 };
 
+// The same for a pair that is its whole segment.
+template <class Source, class Accumulator>
+struct SingleTerm {
+  using Real = Accumulator;
+
+  static constexpr int64_t count = 1;
+  Real coefficients[1];
+  const Source* rows[1];
+};
+
 // A strip is the columns of a row that stay in registers while the terms of a chunk pass by. It has
 // `steps` steps of two vectors.
-template <int steps, bool nontemporal, class Source, class Real, class Target>
-static inline void sum_strip(const ChunkTerms<Source, Real>& terms, int64_t column, Target* out) {
+template <int steps, bool nontemporal, class Terms, class Target>
+static inline void sum_strip(const Terms& terms, int64_t column, Target* out) {
+  using Real = typename Terms::Real;
   constexpr int width = 2 * kLanes<Real>;
   TwoVectors<Real> sum[steps] = {};
   for (int64_t i = 0; i < terms.count; ++i) {
     const Real coefficient = terms.coefficients[i];
-    const Source* const row = terms.rows[i] + column;
+    const auto* const row = terms.rows[i] + column;
     for (int s = 0; s < steps; ++s) {
       sum[s] = sum[s] + coefficient * load_two(row + s * width);
     }
@@ -67,11 +80,12 @@ static inline void sum_strip(const ChunkTerms<Source, Real>& terms, int64_t colu
   }
 }
 
-template <class Source, class Real, class Target>
-static inline void sum_last_columns(const ChunkTerms<Source, Real>& terms,
+template <class Terms, class Target>
+static inline void sum_last_columns(const Terms& terms,
                                     int64_t width,
                                     int64_t column,
                                     Target* out) {
+  using Real = typename Terms::Real;
   for (; column < width; column += kLanes<Real>) {
     const int64_t count = width - column < kLanes<Real> ? width - column : kLanes<Real>;
     Vector<Real> sum = {};
@@ -83,9 +97,9 @@ static inline void sum_last_columns(const ChunkTerms<Source, Real>& terms,
 }
 
 // nontemporal: whole steps are written past the caches; `out` must be aligned to kVectorBytes.
-template <bool nontemporal = false, class Source, class Real, class Target>
-static inline void sum_terms(const ChunkTerms<Source, Real>& terms, int64_t width, Target* out) {
-  constexpr int step = 2 * kLanes<Real>;
+template <bool nontemporal = false, class Terms, class Target>
+static inline void sum_terms(const Terms& terms, int64_t width, Target* out) {
+  constexpr int step = 2 * kLanes<typename Terms::Real>;
   constexpr int steps_per_strip = 4;
   int64_t column = 0;
   for (; column + steps_per_strip * step <= width; column += steps_per_strip * step) {

@@ -31,6 +31,9 @@ struct SegmentWork {
   int64_t pair_count;  // with the pairs of frozen owners
   const Pair* pairs;   // the others, sorted by owner, stable
   const Chunk* chunks;
+  // By pair id: the row of the output that only this pair is summed into, or -1. Null if no pair is
+  // apart from the chunks.
+  const int64_t* single_rows = nullptr;
   const SplitSegment* split_segments;
   Rows<Real> partial_sums;  // of all columns of an output row
 };

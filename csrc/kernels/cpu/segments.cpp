@@ -1,4 +1,5 @@
 // Pairs of frozen owners are dropped. The others are sorted by a radix sort, then cut into chunks.
+// Pairs that have an owner to themselves are, if wanted, listed by their ids instead.
 //
 // Work item   a block of kPairsPerBlock pairs, in each of two phases. The first phase counts. A
 //             scan gives every block its positions. The second phase writes
@@ -130,6 +131,7 @@ List<Pair> sort_pairs(List<Pair> pairs,
 // The number of work items that some segments need; after the scan, the number before a block.
 struct Counts {
   int64_t segments = 0;
+  int64_t single_pairs = 0;
   int64_t chunks = 0;
   int64_t split_segments = 0;
   int64_t partial_rows = 0;
@@ -159,8 +161,12 @@ Segments make_segments(const int64_t* owners,
                        int64_t owner_count,
                        const bool* frozen,
                        OutputRows rows,
+                       SinglePairs single_pairs,
                        const ParallelFor& parallel_for,
                        const Allocate& allocate) {
+  const auto is_apart = [&](int64_t first, int64_t last) {
+    return single_pairs == SinglePairs::apart && last - first == 1;
+  };
   const List<Pair> pairs = sort_pairs(
       frozen == nullptr ? list_pairs(owners, count, parallel_for, allocate)
                         : list_trained_pairs(owners, count, frozen, parallel_for, allocate),
@@ -176,8 +182,12 @@ Segments make_segments(const int64_t* owners,
     for (int64_t block = first_block; block < last_block; ++block) {
       Counts counts;
       for_each_segment_of_block(block, [&](int64_t first, int64_t last) {
-        const int64_t chunks = ceil_div(last - first, kPairsPerChunk);
         ++counts.segments;
+        if (is_apart(first, last)) {
+          ++counts.single_pairs;
+          return;
+        }
+        const int64_t chunks = ceil_div(last - first, kPairsPerChunk);
         counts.chunks += chunks;
         counts.split_segments += chunks > 1;
         counts.partial_rows += chunks > 1 ? chunks : 0;
@@ -188,6 +198,7 @@ Segments make_segments(const int64_t* owners,
   Counts total;
   for (Counts& place : places) {
     total.segments += std::exchange(place.segments, total.segments);
+    total.single_pairs += std::exchange(place.single_pairs, total.single_pairs);
     total.chunks += std::exchange(place.chunks, total.chunks);
     total.split_segments += std::exchange(place.split_segments, total.split_segments);
     total.partial_rows += std::exchange(place.partial_rows, total.partial_rows);
@@ -198,10 +209,15 @@ Segments make_segments(const int64_t* owners,
       .pair_count = count,
       .pairs = pairs,
       .chunks = List<Chunk>(allocate, total.chunks),
+      .single_rows = total.single_pairs > 0 ? List<int64_t>(allocate, count) : List<int64_t>(),
+      .single_count = total.single_pairs,
       .split_segments = List<SplitSegment>(allocate, total.split_segments),
       .distinct_owners = List<int64_t>(allocate, is_compact ? total.segments : 0),
       .partial_rows = total.partial_rows,
   };
+  parallel_for(segments.single_rows.size(), kPairsPerBlock, [&](int64_t first, int64_t last) {
+    std::fill(segments.single_rows.data() + first, segments.single_rows.data() + last, -1);
+  });
   parallel_for(blocks, 1, [&](int64_t first_block, int64_t last_block) {
     for (int64_t block = first_block; block < last_block; ++block) {
       Counts next = places[block];
@@ -212,6 +228,10 @@ Segments make_segments(const int64_t* owners,
           segments.distinct_owners[next.segments] = owner;
         }
         ++next.segments;
+        if (is_apart(first, last)) {
+          segments.single_rows[pairs[first].id] = row;
+          return;
+        }
         if (last - first <= kPairsPerChunk) {
           segments.chunks[next.chunks++] = {
               .first = first, .last = last, .row = row, .is_partial = false};

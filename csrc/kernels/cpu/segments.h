@@ -34,10 +34,18 @@ class List {
   int64_t size_ = 0;
 };
 
+// What becomes of single pairs.
+enum class SinglePairs {
+  in_chunks,  // each is a chunk
+  apart,      // they are in single_rows instead
+};
+
 struct Segments {
   int64_t pair_count;  // with the pairs of frozen owners
   List<Pair> pairs;    // the others, by owner; pairs of equal owners by id
   List<Chunk> chunks;
+  List<int64_t> single_rows;  // see SegmentWork; empty if no pair is apart
+  int64_t single_count = 0;
   List<SplitSegment> split_segments;
   List<int64_t> distinct_owners;  // ascending; only for compact rows
   int64_t partial_rows = 0;
@@ -48,6 +56,7 @@ struct Segments {
         .pair_count = pair_count,
         .pairs = pairs.data(),
         .chunks = chunks.data(),
+        .single_rows = single_rows.data(),
         .split_segments = split_segments.data(),
         .partial_sums = partial_sums,
     };
@@ -61,6 +70,7 @@ Segments make_segments(const int64_t* owners,
                        int64_t owner_count,
                        const bool* frozen,
                        OutputRows rows,
+                       SinglePairs single_pairs,
                        const ParallelFor& parallel_for,
                        const Allocate& allocate);
 

@@ -21,6 +21,12 @@ struct TableGradFunctions {
                      bool nontemporal,
                      int64_t first,
                      int64_t last);
+  // A work item is a pair. Writes the rows of single pairs that are apart from the chunks.
+  void (*sum_single_pairs)(std::span<const TableGrad<Element>> parts,
+                           const SegmentWork<Real>& segments,
+                           bool nontemporal,
+                           int64_t first,
+                           int64_t last);
   // A work item is a split segment. Runs after sum_chunks.
   void (*sum_split_segments)(std::span<const TableGrad<Element>> parts,
                              const SegmentWork<Real>& segments,

@@ -9,8 +9,8 @@
 //
 // Shapes      source (·, parts·width)   table, momentum (N, parts·width)
 //             second_moments (N, parts)
-// Work item   a row of the source, if its rows are the gradients; otherwise one chunk, then one
-//             split segment
+// Work item   a row of the source, if its rows are the gradients; otherwise one pair, if single
+//             pairs are apart, one chunk, then one split segment
 // Traffic     per row, the table's row and its state, read and written once; g stays in the
 //             first-level cache. Rows lie anywhere in a table far larger than any cache, so the
 //             row after the next one is prefetched, each line while the same line of the current
@@ -25,6 +25,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "kernels/cpu/gathered_rows.h"
 #include "kernels/cpu/scratch.h"
 #include "kernels/cpu/segment_sum.h"
 #include "kernels/cpu/stochastic_rounding.h"
@@ -372,6 +373,35 @@ void update_chunks(const TableUpdate<Table, Source>& update,
 }
 
 template <class Table, class Source>
+void update_single_pairs(const TableUpdate<Table, Source>& update,
+                         const SegmentWork<accumulation_t<Table>>& segments,
+                         int64_t first,
+                         int64_t last) {
+  using Real = accumulation_t<Table>;
+  Scratch<Real> gradient(update.parts * update.width);
+  for (int64_t id = first; id < last; ++id) {
+    const int64_t row = segments.single_rows[id];
+    if (row < 0) {
+      continue;
+    }
+    const Source* const source =
+        update.source.data + id / update.pairs_per_row * update.source.stride;
+    for (int64_t p = 0; p < update.parts; ++p) {
+      const int64_t column = p * update.width;
+      const Real coefficient =
+          update.coefficients ? update.coefficients[p * segments.pair_count + id] : Real(1);
+      const SingleTerm<Source, Real> term = {{coefficient}, {source + column}};
+      sum_terms(term, update.width, gradient.data() + column);
+    }
+    // The pass over the tokens has just read the rows of this block of pairs. The memory would idle
+    // during the update, so the row at the same place of the next block is prefetched.
+    const int64_t next = id + kRowsInFlight;
+    const int64_t ahead = next < segments.pair_count ? segments.single_rows[next] : -1;
+    update_row(update, row, ahead < 0 ? row : ahead, gradient.data());
+  }
+}
+
+template <class Table, class Source>
 void update_split_segments(const TableUpdate<Table, Source>& update,
                            const SegmentWork<accumulation_t<Table>>& segments,
                            int64_t first,
@@ -389,6 +419,7 @@ template <class Table, class Source>
 constexpr TableUpdateFunctions<Table, Source> kFunctions = {
     .update_rows = update_rows<Table, Source>,
     .update_chunks = update_chunks<Table, Source>,
+    .update_single_pairs = update_single_pairs<Table, Source>,
     .update_split_segments = update_split_segments<Table, Source>,
 };
 

@@ -23,6 +23,11 @@ struct TableUpdateFunctions {
                         const SegmentWork<Real>& segments,
                         int64_t first,
                         int64_t last);
+  // A work item is a pair. Updates the rows of single pairs that are apart from the chunks.
+  void (*update_single_pairs)(const TableUpdate<Table, Source>& update,
+                              const SegmentWork<Real>& segments,
+                              int64_t first,
+                              int64_t last);
   // A work item is a split segment. Runs after update_chunks.
   void (*update_split_segments)(const TableUpdate<Table, Source>& update,
                                 const SegmentWork<Real>& segments,

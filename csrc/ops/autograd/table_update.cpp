@@ -1,6 +1,6 @@
-// The operators that update tables, and expert_mlp_backward_coefficients, have no derivative.
-// Updates write in place, so they increment the versions of the tensors that they write: autograd
-// then notices that a tensor saved for a backward pass has changed.
+// The operators that update tables, fused with a backward pass or not, have no derivative. They
+// write in place, so they increment the versions of the tensors that they write: autograd then
+// notices that a tensor saved for a backward pass has changed.
 #include <torch/csrc/autograd/VariableTypeUtils.h>
 #include <torch/library.h>
 
@@ -58,7 +58,12 @@ void bump_versions(const c10::OperatorHandle& op,
   }
 }
 
-constexpr const char* kOperators[] = {"rowwise_adagrad_", "sgd_", "rowwise_adam_"};
+constexpr const char* kOperators[] = {"rowwise_adagrad_",
+                                      "sgd_",
+                                      "rowwise_adam_",
+                                      "expert_mlp_backward_rowwise_adagrad_",
+                                      "expert_mlp_backward_sgd_",
+                                      "expert_mlp_backward_rowwise_adam_"};
 
 }  // namespace
 
@@ -66,8 +71,6 @@ TORCH_LIBRARY_IMPL(peer, Autograd, m) {
   for (const char* name : kOperators) {
     m.impl(name, torch::CppFunction::makeFromBoxedFunction<&refuse_gradients>());
   }
-  m.impl("expert_mlp_backward_coefficients",
-         torch::CppFunction::makeFromBoxedFunction<&refuse_gradients>());
 }
 
 TORCH_LIBRARY_IMPL(peer, ADInplaceOrView, m) {

@@ -14,6 +14,9 @@ namespace {
 // Roughly the share of the last-level cache that one program gets.
 constexpr int64_t kCacheBytes = int64_t(16) << 20;
 
+// A pair or a chunk takes a fraction of a microsecond.
+constexpr int64_t kItemsPerTask = 64;
+
 std::shared_ptr<void> cached_memory(int64_t bytes) {
   const auto data = std::make_shared<c10::DataPtr>(cached_huge_pages().allocate(bytes));
   return {data, data->get()};
@@ -24,10 +27,11 @@ std::shared_ptr<void> cached_memory(int64_t bytes) {
 Segments make_segments(const at::Tensor& contiguous_owners,
                        int64_t owner_count,
                        const bool* frozen,
-                       OutputRows rows) {
+                       OutputRows rows,
+                       SinglePairs single_pairs) {
   return peer::cpu::make_segments(contiguous_owners.const_data_ptr<int64_t>(),
                                   contiguous_owners.numel(), owner_count, frozen, rows,
-                                  parallel_for<RangeBody>, cached_memory);
+                                  single_pairs, parallel_for<RangeBody>, cached_memory);
 }
 
 TableGradient::TableGradient(const at::Tensor& owners,
@@ -40,11 +44,22 @@ TableGradient::TableGradient(const at::Tensor& owners,
       segments_(make_segments(owners,
                               owner_count,
                               const_data_or_null<bool>(frozen),
-                              sparse ? OutputRows::compact : OutputRows::by_owner)) {}
+                              sparse ? OutputRows::compact : OutputRows::by_owner,
+                              SinglePairs::apart)) {}
 
 at::Tensor TableGradient::sum(const at::Tensor& coefficients,
                               at::TensorList sources,
                               const at::TensorOptions& like) const {
+  const auto visit_pairs = [&](const RangeBody& after_pairs) {
+    parallel_for(count_, kItemsPerTask, after_pairs);
+  };
+  return sum_during(visit_pairs, coefficients, sources, like);
+}
+
+at::Tensor TableGradient::sum_during(const Pass& pass,
+                                     const at::Tensor& coefficients,
+                                     at::TensorList sources,
+                                     const at::TensorOptions& like) const {
   const int64_t parts = sources.size();
   const int64_t width = sources[0].size(1);
   const int64_t distinct = segments_.distinct_owners.size();
@@ -67,11 +82,16 @@ at::Tensor TableGradient::sum(const at::Tensor& coefficients,
           .out = mutable_rows_of<Element>(values.select(1, part)),
       });
     }
-    const int64_t written_bytes =
-        segments_.chunks.size() * parts * width * int64_t(sizeof(Element));
-    const bool exceeds_caches = written_bytes > kCacheBytes;
+    const int64_t written_rows = segments_.single_count + segments_.chunks.size();
+    const bool exceeds_caches =
+        written_rows * parts * width * int64_t(sizeof(Element)) > kCacheBytes;
     const auto& kernel = kernels<TableGradKernels>().of<Element>();
-    parallel_for(segments_.chunks.size(), 64, [&](int64_t first, int64_t last) {
+    pass([&](int64_t first, int64_t last) {
+      if (work.single_rows != nullptr) {
+        kernel.sum_single_pairs(passes, work, exceeds_caches, first, last);
+      }
+    });
+    parallel_for(segments_.chunks.size(), kItemsPerTask, [&](int64_t first, int64_t last) {
       kernel.sum_chunks(passes, work, exceeds_caches, first, last);
     });
     parallel_for(segments_.split_segments.size(), 1, [&](int64_t first, int64_t last) {

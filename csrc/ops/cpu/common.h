@@ -36,7 +36,8 @@ void parallel_for(int64_t count, int64_t grain, const Body& body) {
 Segments make_segments(const at::Tensor& contiguous_owners,
                        int64_t owner_count,
                        const bool* frozen,
-                       OutputRows rows);
+                       OutputRows rows,
+                       SinglePairs single_pairs);
 
 // A table's gradient from the pairs that retrieved its rows: part p of row `owner` is the sum of
 // coefficients[p, pair]·sources[p][pair / pairs_per_row]. Dense (owner_count, parts, width), or
@@ -55,6 +56,14 @@ class TableGradient {
   at::Tensor sum(const at::Tensor& coefficients,
                  at::TensorList sources,
                  const at::TensorOptions& like) const;
+
+  // The same, but the coefficients are computed by `pass`. It calls its argument once for each
+  // pair, as soon as the coefficients of the pair are written.
+  using Pass = std::function<void(const RangeBody& after_pairs)>;
+  at::Tensor sum_during(const Pass& pass,
+                        const at::Tensor& coefficients,
+                        at::TensorList sources,
+                        const at::TensorOptions& like) const;
 
  private:
   int64_t owner_count_;

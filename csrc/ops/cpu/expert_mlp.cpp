@@ -1,4 +1,4 @@
-#include "ops/device/expert_mlp.h"
+#include "ops/cpu/expert_mlp.h"
 
 #include <torch/library.h>
 
@@ -39,22 +39,44 @@ struct Cpu : Device {
   }
 
   static void backward(const Experts& experts, const TokenGradients& tokens) {
-    with_table_type(experts.type(), [&]<class Table>() {
-      const auto pass = backward_arguments<Table, accumulation_t<Table>>(experts, tokens);
-      const auto& kernel = kernels<ExpertMlpKernels>().of<Table>();
-      parallel_for(pass.tokens, kTokensPerTask,
-                   [&](int64_t first, int64_t last) { kernel.backward(pass, first, last); });
-    });
+    run_backward(experts, tokens, nullptr);
+  }
+
+  static Tensor backward_and_sum(const Experts& experts,
+                                 const TokenGradients& tokens,
+                                 const TableGradient& gradient,
+                                 at::TensorList sources,
+                                 const at::TensorOptions& like) {
+    const auto pass = [&](const RangeBody& after_pairs) {
+      run_backward(experts, tokens, after_pairs);
+    };
+    return gradient.sum_during(pass, tokens.coefficients, sources, like);
   }
 };
 
 }  // namespace
 
+void run_backward(const Experts& experts,
+                  const TokenGradients& tokens,
+                  const RangeBody& after_pairs) {
+  AfterPairs after;
+  if (after_pairs != nullptr) {
+    after.context = &after_pairs;
+    after.call = [](const void* body, int64_t first, int64_t last) {
+      (*static_cast<const RangeBody*>(body))(first, last);
+    };
+  }
+  with_table_type(experts.type(), [&]<class Table>() {
+    const auto pass = backward_arguments<Table, accumulation_t<Table>>(experts, tokens);
+    const auto& kernel = kernels<ExpertMlpKernels>().of<Table>();
+    parallel_for(pass.tokens, kTokensPerTask,
+                 [&](int64_t first, int64_t last) { kernel.backward(pass, after, first, last); });
+  });
+}
+
 TORCH_LIBRARY_IMPL(peer, CPU, m) {
   m.impl("expert_mlp", ExpertMlpOp::kernel<expert_mlp_on<Cpu>>);
   m.impl("expert_mlp_backward", ExpertMlpBackwardOp::kernel<expert_mlp_backward_on<Cpu>>);
-  m.impl("expert_mlp_backward_coefficients",
-         ExpertMlpBackwardCoefficientsOp::kernel<expert_mlp_backward_coefficients_on<Cpu>>);
 }
 
 }  // namespace peer::ops::cpu

@@ -21,8 +21,8 @@ namespace {
 
 constexpr size_t kHugePage = size_t(2) << 20;
 
-// A layer's backward needs five: the table's gradient, and four lists of its retrievals.
-constexpr size_t kMaxCachedBlocks = 5;
+// A layer's backward needs six: the table's gradient, and five lists of its retrievals.
+constexpr size_t kMaxCachedBlocks = 6;
 
 struct Block {
   void* data;

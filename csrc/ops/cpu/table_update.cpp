@@ -1,17 +1,12 @@
 #include "ops/device/table_update.h"
 
-#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
-#include "kernels/cpu/table_update.h"
-#include "ops/cpu/common.h"
+#include "ops/cpu/segment_update.h"
 
 namespace peer::ops::cpu {
 
 namespace {
-
-// A row takes a fraction of a microsecond.
-constexpr int64_t kRowsPerTask = 64;
 
 // Strictly ascending indices are distinct and sorted, so no sort and no sum is needed.
 bool ascend_strictly(const Tensor& contiguous_indices) {
@@ -40,27 +35,19 @@ struct Cpu : Device {
       });
       return;
     }
-    const Segments segments = make_segments(indices, rows, update.frozen, OutputRows::by_owner);
-    const Tensor partial_sums =
-        at::empty({segments.partial_rows, update.parts * update.width},
-                  source.options().dtype(accumulation_type(source.scalar_type())));
     update.pairs_per_row = indices.numel() / source.size(0);
-    const auto work = segments.work(mutable_rows_of<accumulation_t<Table>>(partial_sums));
-    parallel_for(segments.chunks.size(), kRowsPerTask, [&](int64_t first, int64_t last) {
-      kernel.update_chunks(update, work, first, last);
-    });
-    parallel_for(segments.split_segments.size(), 1, [&](int64_t first, int64_t last) {
-      kernel.update_split_segments(update, work, first, last);
-    });
+    const Segments segments =
+        make_segments(indices, rows, update.frozen, OutputRows::by_owner, SinglePairs::in_chunks);
+    SegmentUpdate(update, segments).update_chunks();
   }
 };
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(peer, CPU, m) {
-  m.impl("rowwise_adagrad_", RowwiseAdagradOp::kernel<rowwise_adagrad_on<Cpu>>);
-  m.impl("sgd_", SgdOp::kernel<sgd_on<Cpu>>);
-  m.impl("rowwise_adam_", RowwiseAdamOp::kernel<rowwise_adam_on<Cpu>>);
+  m.impl("rowwise_adagrad_", RowwiseAdagradOp::kernel<update_table_on<Cpu, RowwiseAdagrad>>);
+  m.impl("sgd_", SgdOp::kernel<update_table_on<Cpu, Sgd>>);
+  m.impl("rowwise_adam_", RowwiseAdamOp::kernel<update_table_on<Cpu, RowwiseAdam>>);
 }
 
 }  // namespace peer::ops::cpu

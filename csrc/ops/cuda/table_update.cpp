@@ -35,9 +35,9 @@ struct Cuda : Device {
 }  // namespace
 
 TORCH_LIBRARY_IMPL(peer, CUDA, m) {
-  m.impl("rowwise_adagrad_", RowwiseAdagradOp::kernel<rowwise_adagrad_on<Cuda>>);
-  m.impl("sgd_", SgdOp::kernel<sgd_on<Cuda>>);
-  m.impl("rowwise_adam_", RowwiseAdamOp::kernel<rowwise_adam_on<Cuda>>);
+  m.impl("rowwise_adagrad_", RowwiseAdagradOp::kernel<update_table_on<Cuda, RowwiseAdagrad>>);
+  m.impl("sgd_", SgdOp::kernel<update_table_on<Cuda, Sgd>>);
+  m.impl("rowwise_adam_", RowwiseAdamOp::kernel<update_table_on<Cuda, RowwiseAdam>>);
 }
 
 }  // namespace peer::ops::cuda

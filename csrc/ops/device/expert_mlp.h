@@ -2,7 +2,9 @@
 //
 //   forward(const Experts&, const TokenOutputs&)
 //   backward(const Experts&, const TokenGradients&)
+//   backward_and_sum(const Experts&, const TokenGradients&, gradient, sources, like)
 //
+// The last is `backward` and then gradient.sum of its coefficients. A device may do both at once.
 // They convert their arguments with forward_arguments and backward_arguments and call the kernels.
 // The table's gradient is a sum over retrievals for each part of a row; one sort serves all parts.
 #pragma once
@@ -130,7 +132,7 @@ ThreeTensors expert_mlp_on(const ExpertMlpArguments& args) {
   return {tokens.out.to(args.x.scalar_type()), tokens.hidden, tokens.gate};
 }
 
-// The arguments of both functions: of expert_mlp_backward or of expert_mlp_backward_coefficients.
+// The arguments of both functions: of expert_mlp_backward, or of a fused update.
 
 template <class Device, class Arguments>
 Experts check_experts_on(const Arguments& args) {
@@ -142,14 +144,14 @@ Experts check_experts_on(const Arguments& args) {
 }
 
 template <class Device, class Arguments>
-TokenGradients token_gradients_on(const Arguments& args,
-                                  const Experts& experts,
-                                  bool wants_grad_x) {
+TokenGradients allocate_token_gradients(const Arguments& args,
+                                        const Experts& experts,
+                                        bool wants_grad_x) {
   const Tensor& indices = experts.indices;
   const at::TensorOptions accumulated = experts.weights.options();
   const Tensor incoming = as_input<Device>(args.grad_out, experts.type());
   const at::ScalarType type = accumulation_type(experts.type());
-  const TokenGradients gradients = {
+  return {
       .indices = indices,
       .grad_out = incoming,
       .hidden = contiguous_as(args.hidden, type),
@@ -159,8 +161,6 @@ TokenGradients token_gradients_on(const Arguments& args,
       .coefficients =
           at::empty({args.table.size(1), indices.size(0), indices.size(1)}, accumulated),
   };
-  Device::backward(experts, gradients);
-  return gradients;
 }
 
 template <class Device>
@@ -177,27 +177,21 @@ ThreeTensors expert_mlp_backward_on(const ExpertMlpBackwardArguments& args) {
     gradient.emplace(experts.indices, table.size(0), args.sparse_grad,
                      contiguous_mask(args.frozen));
   }
-  const TokenGradients tokens = token_gradients_on<Device>(args, experts, args.output_mask[kGradX]);
+  const TokenGradients tokens =
+      allocate_token_gradients<Device>(args, experts, args.output_mask[kGradX]);
   Tensor grad_table;
   if (gradient.has_value()) {
     std::vector<Tensor> sources(table.size(1), as_input<Device>(args.x, grad_type));
     sources.back() = as_input<Device>(tokens.grad_out, grad_type);
-    grad_table = gradient->sum(tokens.coefficients, sources, table.options().dtype(grad_type));
+    grad_table = Device::backward_and_sum(experts, tokens, *gradient, sources,
+                                          table.options().dtype(grad_type));
+  } else {
+    Device::backward(experts, tokens);
   }
   return {tokens.grad_x.defined() ? tokens.grad_x.to(args.x.scalar_type()) : Tensor(),
           args.output_mask[kGradWeights] ? tokens.grad_weights.to(args.weights.scalar_type())
                                          : Tensor(),
           grad_table};
-}
-
-template <class Device>
-ThreeTensors expert_mlp_backward_coefficients_on(
-    const ExpertMlpBackwardCoefficientsArguments& args) {
-  const c10::DeviceGuard guard(args.x.device());
-  const Experts experts = check_experts_on<Device>(args);
-  const TokenGradients tokens = token_gradients_on<Device>(args, experts, /*wants_grad_x=*/true);
-  return {tokens.grad_x.to(args.x.scalar_type()),
-          tokens.grad_weights.to(args.weights.scalar_type()), tokens.coefficients};
 }
 
 }  // namespace peer::ops

@@ -34,23 +34,11 @@ ThreeTensors expert_mlp_backward_meta(const ExpertMlpBackwardArguments& args) {
           empty_if(args.output_mask[kGradTable], args.table, grad_table_type(args))};
 }
 
-ThreeTensors expert_mlp_backward_coefficients_meta(
-    const ExpertMlpBackwardCoefficientsArguments& args) {
-  check_expert_mlp_backward(args, args.hidden, args.gate);
-  const Tensor& indices = args.indices;
-  return {at::empty_symint(args.x.sym_sizes(), args.x.options()),
-          at::empty_symint(args.weights.sym_sizes(), args.weights.options()),
-          at::empty_symint({args.table.sym_size(1), indices.sym_size(0), indices.sym_size(1)},
-                           accumulation_options(args.x, args.table))};
-}
-
 }  // namespace
 
 TORCH_LIBRARY_IMPL(peer, Meta, m) {
   m.impl("expert_mlp", ExpertMlpOp::kernel<expert_mlp_meta>);
   m.impl("expert_mlp_backward", ExpertMlpBackwardOp::kernel<expert_mlp_backward_meta>);
-  m.impl("expert_mlp_backward_coefficients",
-         ExpertMlpBackwardCoefficientsOp::kernel<expert_mlp_backward_coefficients_meta>);
 }
 
 }  // namespace peer::ops

@@ -1,6 +1,10 @@
+#include <valarray>
+
 #include "kernels/cpu/expert_mlp.h"
 #include "kernels/cpu/table_grad.h"
+#include "kernels/cpu/table_update.h"
 #include "oracles/activations.h"
+#include "oracles/table_update.h"
 #include "support.h"
 
 using namespace peer;
@@ -82,26 +86,46 @@ struct Problem {
             .gate = gate.data()};
   }
 
+  ExpertMlpBackward<Table> backward_pass() {
+    return {.tokens = tokens,
+            .experts = experts,
+            .experts_per_token = experts_per_token,
+            .dim = dim,
+            .activation = activation,
+            .grad_out = grad_out.data(),
+            .weights = weights.data(),
+            .indices = indices.data(),
+            .w_down = down(),
+            .w_up = up(),
+            .w_gate = gates(),
+            .hidden = hidden.data(),
+            .gate = gate.data(),
+            .grad_x = grad_x.data(),
+            .grad_weights = grad_weights.data(),
+            .down_coefficients = down_coefficients.data(),
+            .gate_coefficients = gate_coefficients.data(),
+            .up_coefficients = up_coefficients.data()};
+  }
+
   void backward(Capability capability) {
-    const ExpertMlpBackward<Table> pass = {.tokens = tokens,
-                                           .experts = experts,
-                                           .experts_per_token = experts_per_token,
-                                           .dim = dim,
-                                           .activation = activation,
-                                           .grad_out = grad_out.data(),
-                                           .weights = weights.data(),
-                                           .indices = indices.data(),
-                                           .w_down = down(),
-                                           .w_up = up(),
-                                           .w_gate = gates(),
-                                           .hidden = hidden.data(),
-                                           .gate = gate.data(),
-                                           .grad_x = grad_x.data(),
-                                           .grad_weights = grad_weights.data(),
-                                           .down_coefficients = down_coefficients.data(),
-                                           .gate_coefficients = gate_coefficients.data(),
-                                           .up_coefficients = up_coefficients.data()};
-    kernels<ExpertMlpKernels>(capability).of<Table>().backward(pass, 0, tokens);
+    kernels<ExpertMlpKernels>(capability).of<Table>().backward(backward_pass(), {}, 0, tokens);
+  }
+
+  // after_pairs(first, last): see AfterPairs.
+  template <class Body>
+  void backward(Capability capability, int threads, const Body& after_pairs) {
+    const AfterPairs after = {
+        .call = [](const void* body, int64_t first,
+                   int64_t last) { (*static_cast<const Body*>(body))(first, last); },
+        .context = &after_pairs};
+    const ExpertMlpBackward<Table> pass = backward_pass();
+    const auto& kernel = kernels<ExpertMlpKernels>(capability).of<Table>();
+    on_threads(threads)(
+        tokens, 1, [&](int64_t first, int64_t last) { kernel.backward(pass, after, first, last); });
+  }
+
+  std::vector<std::vector<Real>> gradients() const {
+    return {grad_x, grad_weights, down_coefficients, gate_coefficients, up_coefficients};
   }
 
   double dot(const Real* v, Rows<const Table> rows, int64_t row) const {
@@ -323,6 +347,164 @@ TEMPLATE_TEST_CASE("sums are rounded to the nearest 16-bit value, ties to even",
       const TestType written = store_gradient<TestType>(capability, float(value));
       INFO(name_of(capability) << " " << value);
       CHECK(to_double(written) == expected);
+    }
+  }
+}
+
+namespace {
+
+// Retrievals of which most are the only ones of their expert. One expert is hot: it has a split
+// segment.
+template <class Table>
+Problem<Table> mostly_single_pairs(int64_t experts_per_token, int64_t dim, bool glu) {
+  const int64_t tokens = 200 / experts_per_token + 3;
+  Problem<Table> p(tokens, experts_per_token, 3 * tokens * experts_per_token, dim, glu,
+                   Activation::gelu, 17);
+  for (size_t i = 0; i < p.indices.size() && 3 * i < 2 * p.indices.size(); ++i) {
+    p.indices[i] = p.experts / 2;
+  }
+  std::shuffle(p.indices.begin(), p.indices.end(), std::mt19937_64(3));
+  p.forward(Capability::baseline);
+  return p;
+}
+
+}  // namespace
+
+TEMPLATE_TEST_CASE(
+    "the pass over the tokens hands over each pair once, when its coefficients are "
+    "there and no row of a single pair is read any more",
+    "[expert_mlp]",
+    float,
+    double,
+    BFloat16,
+    Half) {
+  using Real = accumulation_t<TestType>;
+  const bool glu = GENERATE(false, true);
+  const bool wants_grad_x = GENERATE(false, true);
+  for (const Capability capability : capabilities()) {
+    for (const int64_t experts_per_token : {1, 15, 16, 17, 70}) {
+      for (const int64_t dim : {9, 64}) {
+        auto expected = mostly_single_pairs<TestType>(experts_per_token, dim, glu);
+        if (!wants_grad_x) {
+          expected.grad_x = {};
+        }
+        auto p = expected;
+        expected.backward(capability);
+        std::vector<int64_t> pairs_of_expert(p.experts);
+        for (const int64_t expert : p.indices) {
+          ++pairs_of_expert[expert];
+        }
+        p.up_coefficients.assign(p.up_coefficients.size(), Real(NAN));
+        p.down_coefficients = p.up_coefficients;
+        std::vector<int> calls(p.indices.size());
+        bool are_written = true;
+        p.backward(capability, 1, [&](int64_t first, int64_t last) {
+          for (int64_t pair = first; pair < last; ++pair) {
+            ++calls[pair];
+            are_written = are_written &&
+                          p.up_coefficients[pair] == expected.up_coefficients[pair] &&
+                          p.down_coefficients[pair] == expected.down_coefficients[pair] &&
+                          p.gate_coefficients[pair] == expected.gate_coefficients[pair];
+            if (pairs_of_expert[p.indices[pair]] == 1) {
+              std::fill_n(&p.table[p.indices[pair] * p.stride], p.parts() * dim,
+                          from_double<TestType>(NAN));
+            }
+          }
+        });
+        INFO(name_of(capability) << " experts per token " << experts_per_token << " dim " << dim);
+        CHECK(std::count(calls.begin(), calls.end(), 1) == int64_t(calls.size()));
+        CHECK(are_written);
+        for (size_t i = 0; i < p.gradients().size(); ++i) {
+          CHECK(have_same_bits(p.gradients()[i], expected.gradients()[i]));
+        }
+      }
+    }
+  }
+}
+
+TEMPLATE_TEST_CASE("an update of single pairs during the pass gives the bits of an update after it",
+                   "[expert_mlp]",
+                   float,
+                   double,
+                   BFloat16,
+                   Half) {
+  using Real = accumulation_t<TestType>;
+  const bool glu = GENERATE(false, true);
+  const bool is_stochastic = GENERATE(false, true);
+  for (const Capability capability : capabilities()) {
+    const auto start = mostly_single_pairs<TestType>(17, 40, glu);
+    const int64_t parts = start.parts(), columns = parts * start.dim;
+    std::valarray<bool> frozen(start.experts);
+    for (int64_t expert = 0; expert < start.experts; ++expert) {
+      frozen[expert] = expert % 5 == 3;
+    }
+    const auto solve = [&](const Hyperparameters& h, SinglePairs single_pairs, int threads) {
+      auto p = start;
+      State<TestType> state = {.table = {},
+                               .momentum = Random(1).normal<TestType>(p.table.size()),
+                               .second_moments = std::vector<Real>(p.experts * parts, Real(0.5)),
+                               .row_steps = std::vector<int32_t>(p.experts, 3)};
+      std::vector<Real> coefficients(parts * p.indices.size()), source;
+      for (int64_t t = 0; t < p.tokens; ++t) {
+        for (int64_t part = 0; part < parts; ++part) {
+          const Real* row = (part + 1 < parts ? p.x.data() : p.grad_out.data()) + t * p.dim;
+          source.insert(source.end(), row, row + p.dim);
+        }
+      }
+      const TableUpdate<TestType, Real> update = {
+          .parts = parts,
+          .width = p.dim,
+          .table = {p.table.data(), p.stride},
+          .rule = rule_of<TestType>(h, {state.momentum.data(), p.stride}, state),
+          .stochastic_rounding = is_stochastic,
+          .key = 5,
+          .source = {source.data(), columns},
+          .pairs_per_row = p.experts_per_token,
+          .coefficients = coefficients.data(),
+          .frozen = &frozen[0],
+      };
+      const ParallelFor parallel_for = on_threads(threads);
+      const Segments segments =
+          make_segments(p.indices.data(), p.indices.size(), p.experts, &frozen[0],
+                        OutputRows::by_owner, single_pairs, parallel_for, plain_memory);
+      std::vector<Real> partial_sums(segments.partial_rows * columns);
+      const auto work = segments.work(Rows<Real>{partial_sums.data(), columns});
+      const auto& kernel = kernels<TableUpdateKernels>(capability).of<TestType, Real>();
+      p.backward(capability, threads, [&](int64_t first, int64_t last) {
+        const auto copy = [&](const std::vector<Real>& of_part, int64_t part) {
+          std::copy(of_part.begin() + first, of_part.begin() + last,
+                    coefficients.begin() + part * p.indices.size() + first);
+        };
+        copy(p.down_coefficients, 0);
+        if (glu) {
+          copy(p.gate_coefficients, 1);
+        }
+        copy(p.up_coefficients, parts - 1);
+        if (work.single_rows != nullptr) {
+          kernel.update_single_pairs(update, work, first, last);
+        }
+      });
+      parallel_for(segments.chunks.size(), 1, [&](int64_t first, int64_t last) {
+        kernel.update_chunks(update, work, first, last);
+      });
+      parallel_for(segments.split_segments.size(), 1, [&](int64_t first, int64_t last) {
+        kernel.update_split_segments(update, work, first, last);
+      });
+      REQUIRE((segments.single_count > 20) == (single_pairs == SinglePairs::apart));
+      REQUIRE(segments.split_segments.size() == 1);
+      state.table = p.table;
+      return std::pair(state, p.gradients());
+    };
+    for (const Hyperparameters& rule : kRules) {
+      INFO(name_of(capability) << " rule " << int(rule.rule));
+      const auto [expected, expected_gradients] = solve(rule, SinglePairs::in_chunks, 1);
+      for (const int threads : {1, 2, 3, 8}) {
+        const auto [state, gradients] = solve(rule, SinglePairs::apart, threads);
+        CHECK(state == expected);
+        for (size_t i = 0; i < gradients.size(); ++i) {
+          CHECK(have_same_bits(gradients[i], expected_gradients[i]));
+        }
+      }
     }
   }
 }

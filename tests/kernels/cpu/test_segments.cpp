@@ -13,9 +13,10 @@ TEST_CASE("pairs come out by owner, and in their own order within an owner", "[s
   const int64_t count = GENERATE(0, 1, 2, 1000, 100'000);
   Random random(1);
   const std::vector<int64_t> owners = random.integers(count, owner_count);
-  const List<Pair> pairs = make_segments(owners.data(), count, owner_count, nullptr,
-                                         OutputRows::by_owner, on_threads(2), plain_memory)
-                               .pairs;
+  const List<Pair> pairs =
+      make_segments(owners.data(), count, owner_count, nullptr, OutputRows::by_owner,
+                    SinglePairs::in_chunks, on_threads(2), plain_memory)
+          .pairs;
 
   std::vector<int64_t> expected(count);
   std::iota(expected.begin(), expected.end(), 0);
@@ -44,8 +45,9 @@ TEST_CASE("chunks cover every pair once, and none is longer than allowed", "[seg
   const OutputRows rows = GENERATE(OutputRows::by_owner, OutputRows::compact);
   const int threads = GENERATE(1, 3);
   const std::vector<int64_t> owners = owners_with_a_hot_one(40'000, 20'000);
-  const Segments segments = make_segments(owners.data(), owners.size(), 300, nullptr, rows,
-                                          on_threads(threads), plain_memory);
+  const Segments segments =
+      make_segments(owners.data(), owners.size(), 300, nullptr, rows, SinglePairs::in_chunks,
+                    on_threads(threads), plain_memory);
 
   std::map<int64_t, int64_t> pairs_of_owner;
   for (const int64_t owner : owners) {
@@ -80,6 +82,59 @@ TEST_CASE("chunks cover every pair once, and none is longer than allowed", "[seg
   CHECK(segments.split_segments.size() == split_segment);
   CHECK(segments.partial_rows == partial_row);
   CHECK(segments.distinct_owners.size() == (rows == OutputRows::compact ? row + 1 : 0));
+  CHECK(segments.single_rows.size() == 0);
+}
+
+TEST_CASE("single pairs that are apart have their rows, and the other segments their chunks",
+          "[segments]") {
+  const OutputRows rows = GENERATE(OutputRows::by_owner, OutputRows::compact);
+  const int threads = GENERATE(1, 3);
+  const bool has_frozen = GENERATE(false, true);
+  // As many pairs as owners: a third of the owners have one. One is hot, unless there are few.
+  const int64_t count = GENERATE(1, 40'000);
+  std::vector<int64_t> owners = Random(4).integers(count, count);
+  std::fill(owners.begin(), owners.begin() + count / 8, count / 2);
+  std::valarray<bool> frozen(count);
+  for (int64_t owner = 0; owner < count; ++owner) {
+    frozen[owner] = has_frozen && owner % 5 == 3;
+  }
+  const auto solve = [&](SinglePairs single_pairs, int threads) {
+    return make_segments(owners.data(), count, count, has_frozen ? &frozen[0] : nullptr, rows,
+                         single_pairs, on_threads(threads), plain_memory);
+  };
+  const Segments segments = solve(SinglePairs::apart, threads);
+  const Segments expected = solve(SinglePairs::in_chunks, 1);
+
+  std::vector<int64_t> single_rows(count, -1);
+  std::vector<Chunk> chunks;
+  for (const Chunk& chunk : expected.chunks) {
+    if (chunk.last - chunk.first == 1 && !chunk.is_partial) {
+      single_rows[expected.pairs[chunk.first].id] = chunk.row;
+    } else {
+      chunks.push_back(chunk);
+    }
+  }
+  CHECK(segments.single_count == expected.chunks.size() - int64_t(chunks.size()));
+  REQUIRE(segments.single_count > 0);
+  CHECK(std::equal(segments.single_rows.begin(), segments.single_rows.end(), single_rows.begin(),
+                   single_rows.end()));
+  CHECK(std::equal(segments.chunks.begin(), segments.chunks.end(), chunks.begin(), chunks.end(),
+                   [](const Chunk& a, const Chunk& b) {
+                     return a.first == b.first && a.last == b.last && a.row == b.row &&
+                            a.is_partial == b.is_partial;
+                   }));
+  CHECK(std::equal(segments.distinct_owners.begin(), segments.distinct_owners.end(),
+                   expected.distinct_owners.begin(), expected.distinct_owners.end()));
+  CHECK(segments.partial_rows == expected.partial_rows);
+  CHECK(segments.split_segments.size() == expected.split_segments.size());
+}
+
+TEST_CASE("without single pairs, there is no list of their rows", "[segments]") {
+  const std::vector<int64_t> owners = {2, 1, 1, 2};
+  const Segments segments = make_segments(owners.data(), 4, 3, nullptr, OutputRows::by_owner,
+                                          SinglePairs::apart, on_threads(2), plain_memory);
+  CHECK(segments.work(Rows<float>{}).single_rows == nullptr);
+  CHECK(segments.chunks.size() == 2);
 }
 
 TEST_CASE("segments with frozen owners are those of the other pairs", "[segments]") {
@@ -100,10 +155,11 @@ TEST_CASE("segments with frozen owners are those of the other pairs", "[segments
       trained.push_back(owners[i]);
     }
   }
-  const Segments segments = make_segments(owners.data(), owners.size(), 300, &frozen[0], rows,
-                                          on_threads(threads), plain_memory);
+  const Segments segments =
+      make_segments(owners.data(), owners.size(), 300, &frozen[0], rows, SinglePairs::in_chunks,
+                    on_threads(threads), plain_memory);
   const Segments expected = make_segments(trained.data(), trained.size(), 300, nullptr, rows,
-                                          on_threads(1), plain_memory);
+                                          SinglePairs::in_chunks, on_threads(1), plain_memory);
 
   CHECK(segments.pair_count == int64_t(owners.size()));
   REQUIRE(segments.pairs.size() == expected.pairs.size());
@@ -124,8 +180,8 @@ TEST_CASE("segments with frozen owners are those of the other pairs", "[segments
 }
 
 TEST_CASE("no pairs are no segments", "[segments]") {
-  const Segments segments =
-      make_segments(nullptr, 0, 300, nullptr, OutputRows::compact, on_threads(2), plain_memory);
+  const Segments segments = make_segments(nullptr, 0, 300, nullptr, OutputRows::compact,
+                                          SinglePairs::apart, on_threads(2), plain_memory);
   CHECK(segments.chunks.size() == 0);
   CHECK(segments.split_segments.size() == 0);
   CHECK(segments.distinct_owners.size() == 0);

@@ -1,3 +1,5 @@
+#include <limits>
+
 #include "kernels/cpu/table_grad.h"
 #include "support.h"
 
@@ -33,10 +35,12 @@ struct Problem {
   std::vector<Element> solve(Capability capability,
                              int threads,
                              bool nontemporal = false,
-                             int64_t offset = 0) const {
+                             int64_t offset = 0,
+                             SinglePairs single_pairs = SinglePairs::in_chunks) const {
     const ParallelFor parallel_for = on_threads(threads);
-    const Segments segments = make_segments(owners.data(), owners.size(), owner_count, nullptr,
-                                            OutputRows::by_owner, parallel_for, plain_memory);
+    const Segments segments =
+        make_segments(owners.data(), owners.size(), owner_count, nullptr, OutputRows::by_owner,
+                      single_pairs, parallel_for, plain_memory);
     const int64_t columns = parts * width;
     std::vector<Element> memory(owner_count * columns + offset + 64, Element{});
     const int64_t misaligned = reinterpret_cast<uintptr_t>(memory.data()) % 64 / sizeof(Element);
@@ -53,6 +57,9 @@ struct Problem {
     }
     const SegmentWork<Real> work = segments.work(Rows<Real>{partial_sums.data(), columns});
     const auto& kernel = kernels<TableGradKernels>(capability).of<Element>();
+    parallel_for(segments.single_rows.size(), 1, [&](int64_t first, int64_t last) {
+      kernel.sum_single_pairs(passes, work, nontemporal, first, last);
+    });
     parallel_for(segments.chunks.size(), 1, [&](int64_t first, int64_t last) {
       kernel.sum_chunks(passes, work, nontemporal, first, last);
     });
@@ -145,6 +152,33 @@ TEMPLATE_TEST_CASE("rows written past the caches hold the same bits",
         INFO(name_of(capability) << " width " << width << " offset " << offset);
         CHECK(std::memcmp(stored.data(), nontemporal.data(), stored.size() * sizeof(TestType)) ==
               0);
+      }
+    }
+  }
+}
+
+TEMPLATE_TEST_CASE("rows of single pairs hold the same bits if they are written apart",
+                   "[table_grad]",
+                   float,
+                   double,
+                   BFloat16,
+                   Half) {
+  const bool nontemporal = GENERATE(false, true);
+  for (const Capability capability : capabilities()) {
+    for (const int64_t width : {1, 16, 40, 64, 100, 129, 192}) {
+      // Owners with one pair, with several, and a hot one.
+      Problem<TestType> problem(60, 6, 300, width, 200, 6, 2);
+      // Products that underflow, of both signs.
+      problem.source[0] = std::numeric_limits<accumulation_t<TestType>>::denorm_min();
+      problem.source[width - 1] = -problem.source[0];
+      const std::vector<TestType> expected = problem.solve(capability, 1);
+      for (const int64_t offset : {0, 1}) {
+        for (const int threads : {1, 3}) {
+          const std::vector<TestType> apart =
+              problem.solve(capability, threads, nontemporal, offset, SinglePairs::apart);
+          INFO(name_of(capability) << " width " << width << " offset " << offset);
+          CHECK(have_same_bits(expected, apart));
+        }
       }
     }
   }

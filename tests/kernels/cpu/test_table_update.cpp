@@ -35,7 +35,8 @@ struct Problem : TableUpdateProblem<Table, Source> {
   State<Table> solve(Capability capability,
                      const Hyperparameters& h,
                      int threads,
-                     bool stochastic_rounding = false) const {
+                     bool stochastic_rounding = false,
+                     SinglePairs single_pairs = SinglePairs::in_chunks) const {
     const ParallelFor parallel_for = on_threads(threads);
     State<Table> state = start;
     const TableUpdate<Table, Source> update = {
@@ -58,10 +59,14 @@ struct Problem : TableUpdateProblem<Table, Source> {
       });
       return state;
     }
-    const Segments segments = make_segments(owners.data(), owners.size(), rows, update.frozen,
-                                            OutputRows::by_owner, parallel_for, plain_memory);
+    const Segments segments =
+        make_segments(owners.data(), owners.size(), rows, update.frozen, OutputRows::by_owner,
+                      single_pairs, parallel_for, plain_memory);
     std::vector<Real> partial_sums(segments.partial_rows * parts * width);
     const SegmentWork<Real> work = segments.work(Rows<Real>{partial_sums.data(), parts * width});
+    parallel_for(segments.single_rows.size(), 1, [&](int64_t first, int64_t last) {
+      kernel.update_single_pairs(update, work, first, last);
+    });
     parallel_for(segments.chunks.size(), 1, [&](int64_t first, int64_t last) {
       kernel.update_chunks(update, work, first, last);
     });
@@ -192,6 +197,35 @@ TEMPLATE_TEST_CASE(
         if (!is_stochastic) {
           CHECK(with_frozen.distance(expected, rule) <= 1);
           CHECK(with_zeros.distance(expected, rule) <= 1);
+        }
+      }
+    }
+  }
+}
+
+TEMPLATE_TEST_CASE("rows of single pairs are updated the same if they are apart",
+                   "[table_update]",
+                   (std::tuple<float, float>),
+                   (std::tuple<double, double>),
+                   (std::tuple<BFloat16, BFloat16>),
+                   (std::tuple<Half, float>)) {
+  using Table = std::tuple_element_t<0, TestType>;
+  using Source = std::tuple_element_t<1, TestType>;
+  const bool is_stochastic = GENERATE(false, true);
+  const int64_t width = GENERATE(1, 9, 64, 100);
+  std::vector<int64_t> segments(30, 1);
+  segments.insert(segments.end(), {2, 129, 0, 300, 1, 1});
+  for (const Capability capability : capabilities()) {
+    for (const Given given : {Given::pairs, Given::pairs_with_coefficients}) {
+      Problem<Table, Source> problem(given, 40, 2, width, segments, 9);
+      problem.frozen = problem.some_rows();
+      problem.clear_gradients(problem.some_rows().shift(1));
+      for (const Hyperparameters& rule : kRules) {
+        INFO(name_of(capability) << " given " << int(given) << " rule " << int(rule.rule));
+        const State<Table> expected = problem.solve(capability, rule, 1, is_stochastic);
+        for (const int threads : {1, 3, 8}) {
+          CHECK(problem.solve(capability, rule, threads, is_stochastic, SinglePairs::apart) ==
+                expected);
         }
       }
     }
