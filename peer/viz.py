@@ -1,4 +1,4 @@
-"""Pictures of the experts, by matplotlib: `pip install torch-peer[viz]`.
+"""Pictures of the experts, by matplotlib, which the extra `viz` of the distribution installs.
 
 Every function returns a `matplotlib.figure.Figure`, which `savefig` writes to a file and a notebook
 shows. `peer.report` needs no matplotlib.
