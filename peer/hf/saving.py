@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers.modeling_utils import PreTrainedModel
 
 from peer.swap.blocks import Block
 from peer.swap.saved import describe_layers, layer_in
+
+if TYPE_CHECKING:
+    from transformers.modeling_utils import PreTrainedModel
 
 __all__ = ["METHOD", "mark_blocks", "outermost_models", "prepare_saving", "require_savable"]
 
@@ -19,6 +21,9 @@ METHOD = "peer"
 
 def outermost_models(model: nn.Module) -> list[PreTrainedModel]:
     """The models of transformers in a module that are not inside another one."""
+    # Not before: the quantizer is registered while transformers imports this module.
+    from transformers.modeling_utils import PreTrainedModel
+
     if isinstance(model, PreTrainedModel):
         return [model]
     return [inner for child in model.children() for inner in outermost_models(child)]

@@ -243,7 +243,37 @@ class TestBeside:
             assert torch.equal(replaced.train(training)(x), expected)
 
 
+class BartLayer(nn.Module):
+    """A layer with parts of a block, whose dropout is a number, as in BART."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.self_attn = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.fc1, self.fc2 = nn.Linear(8, 16), nn.Linear(16, 8)
+        self.activation_fn = nn.GELU()
+        self.activation_dropout = 0.25
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.self_attn(x, x, x, need_weights=False)[0]
+        hidden = F.dropout(self.activation_fn(self.fc1(x)), self.activation_dropout, self.training)
+        return x + self.fc2(hidden)
+
+
 class TestTransformerLayers:
+    def test_a_dropout_that_is_a_number_stays_inside_the_block(self):
+        layer, x = BartLayer(), torch.randn(2, 5, 8)
+        torch.manual_seed(1)
+        expected = layer(x)
+        beside = copy.deepcopy(layer)
+        table = peer.replace_ffn_(beside, CONFIG, mode="beside")
+        assert [(e.name, e.before) for e in table] == [("fc1", "BartLayer: fc1, fc2")]
+        torch.manual_seed(1)
+        assert torch.equal(beside(x), expected)
+        peer.replace_ffn_(layer, CONFIG)
+        torch.manual_seed(1)
+        out = layer(x)
+        assert torch.equal(layer(x), out)  # the output of the layer is not dropped
+
     @pytest.mark.parametrize("norm_first", [False, True])
     @pytest.mark.parametrize("activation", [F.relu, nn.GELU()])
     def test_an_encoder_layer_computes_its_definition(self, norm_first: bool, activation):

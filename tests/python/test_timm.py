@@ -15,8 +15,12 @@ timm = pytest.importorskip("timm")
 CONFIG = peer.PEERConfig(
     num_experts=(6, 5), heads=2, num_experts_per_head=3, dim_key=4, query_norm="rms"
 )
-# A plain MLP, and one with a gate and a normalisation of its hidden features.
-MODELS = {"vit_tiny_patch16_224": "Mlp", "eva02_tiny_patch14_224": "SwiGLU"}
+# A plain MLP, one with both projections of a gate in one, and one that normalises hidden features.
+MODELS = {
+    "vit_tiny_patch16_224": "Mlp",
+    "eva02_tiny_patch14_224": "GluMlp",
+    "eva02_base_patch14_448": "SwiGLU",
+}
 
 
 @pytest.fixture(params=MODELS)
