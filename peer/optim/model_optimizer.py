@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from peer.modules import ExpertPool
 from peer.optim.fused import FusedUpdate
-from peer.optim.row_gradient import RowGradient
+from peer.optim.row_gradient import TableGradient
 from peer.optim.rowwise_adagrad import RowwiseAdagrad
 from peer.optim.rowwise_adam import RowwiseAdam
 from peer.optim.sgd import SGD
@@ -329,7 +329,7 @@ class ModelOptimizer(torch.optim.Optimizer):
                 return str(group["optimizer"])
         return None
 
-    def apply_gradient(self, table: Tensor, gradient: RowGradient) -> None:
+    def apply_gradient(self, table: Tensor, gradient: TableGradient) -> None:
         """Updates one table by a gradient that is not in `table.grad`.
 
         Args:
