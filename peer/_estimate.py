@@ -304,8 +304,10 @@ class _Sizes:
         is_dense = gradients == "dense"
         gradient = {"sparse": self.distinct, "dense": self.experts, "fused": 0}[gradients]
         updated = self.experts if is_dense else self.distinct
-        # The gradient is written once and read once; parameters are read and written.
-        rows = self.tokens * self.per_token + 2 * gradient + (2 + moved_state) * updated
+        # A stored gradient is written once and read once, and the update reads and writes the
+        # parameters. A fused update writes what the backward pass has read.
+        own = 1 if gradients == "fused" else 2
+        rows = self.tokens * self.per_token + 2 * gradient + (own + moved_state) * updated
         moved = self.forward_bytes + 2 * self.router + 2 * self.activations + round(rows * self.row)
         of_tables, of_parts, of_experts = state
         table = self.experts * self.row

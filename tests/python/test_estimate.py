@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -103,7 +104,8 @@ def test_gradients_cost_what_they_are():
     row, updated = 2 * 1024 * 4, costs.distinct_experts
     moved, memory = costs.bytes_per_step, costs.memory
     stored, fused = "peer RowwiseAdagrad, sparse gradients", "peer RowwiseAdagrad, fused"
-    assert moved[stored] - moved[fused] == pytest.approx(2 * updated * row, rel=1e-4)
+    # A gradient written and read, and the parameters read again.
+    assert moved[stored] - moved[fused] == pytest.approx(3 * updated * row, rel=1e-4)
     assert memory[stored] - memory[fused] == pytest.approx(updated * row, rel=1e-4)
     assert memory["torch AdamW, dense gradients"] > 3.9 * memory[fused]
 
@@ -111,27 +113,31 @@ def test_gradients_cost_what_they_are():
 def read_steps() -> list[dict[str, str]]:
     with ROWS.open() as file:
         rows = [row for row in csv.DictReader(file) if row["mode"] == "step" and row["median_s"]]
-    return [row for row in rows if row["provider"] in ("peer", "peer-fused")]
+    return [row for row in rows if row["provider"] == "peer"]
 
 
 @pytest.mark.skipif(not ROWS.exists(), reason="not in a checkout")
-def test_predictions_are_just_below_measured_steps():
+def test_predictions_are_near_measured_steps():
     rows = read_steps()
     assert len(rows) >= 10
+    ratios: dict[tuple[str, ...], list[float]] = {}
     for row in rows:
         config = peer.PEERConfig(dim=int(row["dim"]), num_experts=int(row["num_experts"]))
         device = peer.Device(1e9 * float(row["bandwidth_gb_per_s"]), 1.75e11)
         dtype = getattr(torch, row["dtype"])
         costs = peer.estimate(config, tokens=int(row["tokens"]), device=device, dtype=dtype)
-        way = "fused" if row["provider"] == "peer-fused" else "sparse gradients"
-        name = f"peer RowwiseAdagrad, {way}"
+        name = "peer RowwiseAdagrad, sparse gradients"
         assert costs.bytes_per_step[name] == pytest.approx(int(row["bytes"]), rel=0.02), row
-        is_wide = row["dtype"] == "float32" and config.dim >= 512
+        sizes = (row["dtype"], row["dim"], row["num_experts"])
         ratio = costs.seconds_per_step[name] / float(row["median_s"])
-        assert (0.85 if is_wide else 0.6) < ratio < 1.0, row
+        ratios.setdefault(sizes, []).append(ratio)
         table = 2 * int(row["num_experts"]) * config.dim * dtype.itemsize
         more = int(row["peak_bytes"]) - (costs.memory[name] - table)
         assert 0 < more < 70 * 2**20, row
+    for (dtype, dim, *_), values in ratios.items():
+        is_wide = dtype == "float32" and int(dim) >= 512
+        lowest, highest = (0.9, 1.1) if is_wide else (0.7, 0.9)
+        assert lowest < statistics.median(values) < highest, (dtype, dim)
 
 
 # --- devices -------------------------------------------------------------------------------------
@@ -199,7 +205,7 @@ def test_the_program_prints_a_column_for_each_choice(run_python):
         "4", "--dim-key", "8", "--tokens", "100", "--bandwidth", "1e10", "--flops", "1e11",
     )  # fmt: skip
     lines = text.splitlines()
-    assert lines[0].split("  ")[-2:] == ["num_experts=1024", "num_experts=16x32"]
+    assert lines[0].split()[-2:] == ["num_experts=1024", "num_experts=16x32"]
     costs = peer.estimate(
         peer.PEERConfig(dim=64, **{**SIZES, "num_experts": 1024}),
         tokens=100,
