@@ -68,12 +68,14 @@ def write(folder: Path) -> str:
 def train(folder: Path, steps: int) -> float:
     """Replaces two feed-forward blocks, trains and saves the model. Returns the last loss."""
     torch.manual_seed(0)
-    model = make_model()
+    model = make_model().to("cuda" if torch.cuda.is_available() else "cpu")
     # Every token is normalised alone, so training and generation see the same queries.
     config = peer.PEERConfig(
         num_experts=128**2, heads=4, num_experts_per_head=8, dim_key=64, query_norm="rms"
     )
-    print(peer.replace_ffn_(model, config, lambda module, name: name.split(".")[2] in "24"))
+    print(peer.replace_ffn_(model, config, lambda module, name: name.split(".")[2] in ("2", "4")))
+    # The backward pass updates the tables, so there is no gradient of a table to store or to clip.
+    optimizer = peer.optim.optimizer_for(model, lr=2e-3, expert_lr=1e-2, fused=True)
     batch = 8
     trainer = Trainer(
         model=model,
@@ -81,7 +83,6 @@ def train(folder: Path, steps: int) -> float:
             output_dir=str(folder / "run"),
             max_steps=steps,
             per_device_train_batch_size=batch,
-            learning_rate=2e-3,
             warmup_steps=min(20, steps // 4),
             logging_steps=max(1, steps // 8),
             save_strategy="no",
@@ -89,6 +90,7 @@ def train(folder: Path, steps: int) -> float:
             use_cpu=not torch.cuda.is_available(),
         ),
         train_dataset=read_examples(steps * batch),
+        optimizers=(optimizer, None),
     )
     loss = trainer.train().training_loss
     model.save_pretrained(folder / "model")
