@@ -2,7 +2,7 @@
 
 `peer.replace_ffn_` writes what layers a model has into its configuration. `save_pretrained` then
 saves them like all other parts, and after `import peer`, `from_pretrained` builds them again. No
-call of this package is needed.
+call of this package is needed with transformers 5.
 
 The configuration has one place that transformers lets others define, `quantization_config`. A
 quantizer with the name "peer" is registered as soon as transformers has its registry, so importing
@@ -10,6 +10,7 @@ quantizer with the name "peer" is registered as soon as transformers has its reg
 afterwards the model is not marked as quantized.
 """
 
+from peer.hf.saving import update_config
 from peer.hf.trainer import SparseGradientTrainer
 
-__all__ = ["SparseGradientTrainer"]
+__all__ = ["SparseGradientTrainer", "update_config"]

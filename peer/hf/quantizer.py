@@ -16,11 +16,11 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from peer.hf.saving import METHOD, mark_blocks
+from peer.hf.saving import METHOD, mark_blocks, update_config
 from peer.memory import empty_huge
 from peer.modules import ExpertPool
 from peer.modules.masks import POOL_MASKS, ROUTER_MASKS
-from peer.swap.saved import describe_layers, layer_in, place_layers
+from peer.swap.saved import layer_in, place_layers
 
 __all__ = ["PEERLayersConfig", "PEERLayersQuantizer"]
 
@@ -94,8 +94,32 @@ class PEERLayersQuantizer(HfQuantizer):
             for name in ("_is_quantized", "_pre_quantization_dtype"):
                 if hasattr(getattr(part, "config", None), name):
                     delattr(part.config, name)
-        model.config.quantization_config = {"quant_method": METHOD, **describe_layers(model)}
+        update_config(model)
         return model
+
+    # transformers before version 5 does not tell which files it loads, but calls these methods with
+    # the names that the files lack or have in excess. Missing weights would be left uninitialised,
+    # and masks in excess dropped. Version 5 does not call them.
+
+    def update_missing_keys(self, model: Any, missing_keys: list[str], *_: Any) -> list[str]:
+        """Raises ValueError if the files lack a weight of a layer."""
+        self._check_keys("lack", missing_keys)
+        return missing_keys
+
+    def update_unexpected_keys(self, model: Any, unexpected_keys: list[str], *_: Any) -> list[str]:
+        """Raises ValueError if the files have a tensor that a layer has not."""
+        self._check_keys("have in addition", unexpected_keys)
+        return unexpected_keys
+
+    def _check_keys(self, problem: str, keys: Iterable[str]) -> None:
+        names = tuple(f"{name}." for name in self._names)
+        wrong = sorted(key for key in keys if key.startswith(names))
+        if wrong:
+            raise ValueError(
+                f"config.json describes PEER layers as they were earlier: the files {problem} "
+                f"{', '.join(wrong[:4])}; load the model with transformers 5, or call "
+                f"peer.hf.update_config(model) before saving it"
+            )
 
     @property
     def is_trainable(self) -> bool:

@@ -13,7 +13,14 @@ from peer.swap.saved import describe_layers, layer_in
 if TYPE_CHECKING:
     from transformers.modeling_utils import PreTrainedModel
 
-__all__ = ["METHOD", "mark_blocks", "outermost_models", "prepare_saving", "require_savable"]
+__all__ = [
+    "METHOD",
+    "mark_blocks",
+    "outermost_models",
+    "prepare_saving",
+    "require_savable",
+    "update_config",
+]
 
 # The name of the quantizer, and of this package in config.json.
 METHOD = "peer"
@@ -59,7 +66,24 @@ def prepare_saving(model: nn.Module, placed: list[tuple[Block, nn.Module]]) -> N
     for each in outermost_models(model):
         parts = {id(part) for part in each.modules()}
         mark_blocks([pair for pair in placed if id(pair[1]) in parts])
-        each.config.quantization_config = {"quant_method": METHOD, **describe_layers(each)}
+        update_config(each)
+
+
+def update_config(model: PreTrainedModel) -> None:
+    """Writes the PEER layers that a model has now into its configuration.
+
+    `peer.replace_ffn_` and `from_pretrained` do so. transformers 5 needs no more, because it loads
+    layers by the sizes and the masks in the files. Before version 5, call this function before
+    `save_pretrained` if layers have grown or been folded, or experts been frozen or disabled, since
+    then. Otherwise loading raises an error.
+
+    Args:
+        model: the model.
+
+    Raises:
+        ValueError: the model has no PEER layer.
+    """
+    model.config.quantization_config = {"quant_method": METHOD, **describe_layers(model)}
 
 
 def mark_blocks(placed: list[tuple[Block, nn.Module]]) -> None:

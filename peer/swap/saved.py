@@ -166,9 +166,15 @@ def factory_of(block: Block) -> tuple[torch.device, torch.dtype]:
     """Device and dtype of a block, for what replaces it.
 
     Raises:
-        ValueError: the block has no floating-point parameter that shows them.
+        ValueError: the block has no floating-point parameter that shows them, or its weights are
+            offloaded.
     """
     for parameter in block.parameters.values():
+        if parameter.is_meta and any(hasattr(part, "_hf_hook") for part in block.module.modules()):
+            raise ValueError(
+                f"expected the weights of {block.name!r} in memory, but accelerate offloads them; "
+                f"replace blocks before the model is dispatched"
+            )
         if parameter.is_floating_point():
             return parameter.device, parameter.dtype
     raise ValueError(

@@ -355,6 +355,15 @@ class TestSharedPools:
         assert clone[1].mlp.experts is not model[0].mlp.experts
         assert torch.equal(clone(x), model(x))
 
+    def test_the_pool_compiles_and_exports(self):
+        model = make_model()
+        peer.replace_ffn_(model, self.CONFIG)
+        x = torch.randn(2, 5, 8)
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        assert torch.equal(compiled(x), model(x))
+        torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), model(x))
+        torch.compiler.reset()
+
     def test_the_pool_is_saved_once_and_stays_shared(self, tmp_path: Path):
         model = make_model()
         peer.replace_ffn_(model, self.CONFIG)
