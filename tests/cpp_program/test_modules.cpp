@@ -75,9 +75,11 @@ TEST_CASE("with key_norm, only the directions of keys matter") {
 TEST_CASE("a folded key norm leaves the outputs as they are") {
   PEER layer(small().key_norm(true));
   layer->eval();
-  layer->router->freeze_keys(torch::tensor({true, false, false, false}));
+  layer->router->freeze_keys(torch::tensor({true, false, false, false}),
+                             torch::zeros({6}, torch::kBool));
   const torch::NoGradGuard no_grad;
   layer->router->row_keys.mul_(torch::rand({4, 1}) + 0.1);
+  layer->router->col_keys.mul_(torch::rand({6, 1}) + 0.1);
   const torch::Tensor x = torch::randn({5, 8}), y = layer(x);
   peer::nn::fold_key_norm(*layer);
   CHECK(!layer->router->options.key_norm());

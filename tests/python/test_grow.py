@@ -131,7 +131,7 @@ def test_keys_of_equal_length_stay_so_in_growth(key_norm, share_keys, dtype):
     x = torch.randn(20, DIM, dtype=dtype)
     layer.grow(5, peer.keys_from(layer, [x], 5))
     layer.grow(2)
-    keys = layer.router.effective_keys()[0]
+    keys = torch.cat([layer.router.effective_keys()[0], layer.router.row_keys[..., 6:, :]], -2)
     lengths = keys.double().norm(dim=-1)
     tolerance = 8 * torch.finfo(dtype).eps
     torch.testing.assert_close(lengths, torch.full_like(lengths, 3**-0.5), rtol=tolerance, atol=0)
