@@ -6,6 +6,8 @@ TorchScript, `torch.compile`, `torch.export` and `torch.func` support every func
 import torch
 from torch import Tensor
 
+from peer._tracing import is_exporting
+
 __all__ = ["ACTIVATIONS", "SCORES", "expert_mlp", "product_key_topk", "router_weights"]
 
 # Activations of the hidden neuron: GELU by erf, GELU by tanh, ReLU, SiLU, none, and ReLU squared.
@@ -193,7 +195,7 @@ def expert_mlp(
     """
     if not torch.jit.is_scripting():  # type: ignore[attr-defined]
         # An exported program has no backward pass, so the form of the gradient does not matter.
-        is_compiling = torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting()
+        is_compiling = torch.compiler.is_dynamo_compiling() and not is_exporting()
         if is_compiling and sparse_grad and table.requires_grad and torch.is_grad_enabled():
             return _eager_expert_mlp(x, weights, indices, table, activation, frozen)
     rows, row_weights, row_indices = flatten_tokens(x, weights, indices)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peer._evaluate import padding_mask, run_batches
+from peer._tracing import is_exporting
 from peer.modules import PEER, ExpertPool, ProductKeyRouter
 from peer.modules.masks import Experts, as_ids
 
@@ -66,7 +67,7 @@ class LayerUsage:
         self, num_experts: int, weights: Tensor, indices: Tensor, padding_mask: Tensor | None
     ) -> None:
         """Adds a forward pass of the router."""
-        if torch.jit.is_tracing() or torch.compiler.is_exporting():  # type: ignore[attr-defined]
+        if torch.jit.is_tracing() or is_exporting():  # type: ignore[attr-defined]
             return
         self._fit(num_experts, indices.device)
         # In a compiled function, an operator keeps the question open until the function runs,

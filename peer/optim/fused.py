@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from peer._tracing import is_exporting
 from peer.functional import flatten_tokens
 from peer.modules import ExpertPool
 from peer.optim.row_gradient import TableGradient
@@ -145,7 +146,7 @@ class FusedUpdate:
         Raises:
             RuntimeError: the call is being traced, or the table no longer requires grad.
         """
-        if torch.compiler.is_exporting() or torch.jit.is_tracing():  # type: ignore[attr-defined]
+        if is_exporting() or torch.jit.is_tracing():  # type: ignore[attr-defined]
             raise RuntimeError(
                 "a pool whose update is fused into its backward pass cannot be traced or exported; "
                 "call remove() on the handle from fuse_into_backward, or trace under "
