@@ -388,12 +388,14 @@ assert not any(name.partition(".")[0] == "peer" for name in sys.modules)
 
 
 def run(program: str, *arguments: Path | str) -> subprocess.CompletedProcess[str]:
+    """Runs a program in a directory without the package's source tree, which `-c` would put first on the path."""
     paths = os.pathsep.join(filter(None, sys.path))
     return subprocess.run(
         [sys.executable, "-c", program, *map(str, arguments)],
         capture_output=True,
         text=True,
         check=False,
+        cwd=Path(__file__).parent,
         env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
     )
 
