@@ -208,11 +208,18 @@ class ProductKeyRouter(nn.Module):
 
         `torch.nn.SyncBatchNorm.convert_sync_batchnorm` puts its result back by this method. The
         router needs a norm that takes a mask, so a `torch.nn.SyncBatchNorm` becomes a synchronized
-        `BatchQueryNorm` with the same parameters and buffers.
+        `BatchQueryNorm` with the same parameters and buffers. The same holds for an assignment to
+        `norm`.
         """
-        if name == "norm" and isinstance(module, nn.SyncBatchNorm):
-            module = _synchronized(module, are_statistics_frozen=self.frozen is not None)
-        super().add_module(name, module)
+        super().add_module(name, self._adapt(name, module))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, self._adapt(name, value))
+
+    def _adapt(self, name: str, value: Any) -> Any:
+        if name == "norm" and isinstance(value, nn.SyncBatchNorm):
+            return _synchronized(value, are_statistics_frozen=self.frozen is not None)
+        return value
 
     def reset_parameters(self) -> None:
         """Initialises all parameters. Nothing is frozen then.

@@ -238,6 +238,16 @@ def test_a_converted_layer_keeps_its_norm_and_its_state():
     assert "is_synchronized=True" in repr(converted)
 
 
+def test_a_synchronized_norm_that_is_assigned_takes_masks():
+    layer = make_normalised_layer()
+    given = nn.SyncBatchNorm(layer.router.norm.num_features, dtype=torch.float64)
+    layer.router.norm = given
+    assert layer.router.norm.is_synchronized
+    assert layer.router.norm.weight is given.weight
+    x, mask = draw_batches()[0].double(), MASKS["padding"]
+    assert layer(x, mask).isfinite().all()
+
+
 @pytest.mark.parametrize("masked", [False, True])
 def test_a_converted_layer_without_other_processes_computes_the_same(masked):
     layer, other = make_normalised_layer(), make_normalised_layer()
