@@ -262,7 +262,8 @@ class Batches:
     ) -> None:
         self.replayed = round(share * batch)
         self.new = data.Windows(new.train, context, batch - self.replayed, seed)
-        self.old = [data.Windows(corpus.train, context, 1, seed) for corpus in old]
+        replayed = old if self.replayed else []
+        self.old = [data.Windows(corpus.train, context, 1, seed) for corpus in replayed]
 
     def __getitem__(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Inputs and targets of a step, each (batch, context), the new windows first."""

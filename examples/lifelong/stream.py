@@ -118,8 +118,9 @@ class Phase(Run):
         if not path.exists():
             methods.prepare(model, self.method, self.stream, self.old, self.corpus, notes)
         self.optimizers = make_optimizers(model, self.training)
-        # The groups outside the table are those of the first optimizer.
-        for factor, optimizer in zip((self.rest, 1.0), self.optimizers, strict=False):
+        # The groups outside the table are those of the first optimizer. If the rest is frozen, only
+        # new keys learn there.
+        for factor, optimizer in zip((self.rest or 1.0, 1.0), self.optimizers, strict=False):
             for group in optimizer.param_groups:
                 group["peak_lr"] *= self.stream.rate * factor
         self.saved = time.monotonic()
