@@ -37,7 +37,10 @@ from .train import Interrupt, Run, train
 class Described(Protocol):
     """A dataclass of settings that says which of them affect a model or a method."""
 
-    seed: int
+    @property
+    def seed(self) -> int:
+        """Seed for initialisation and data order."""
+        ...
 
     def describe(self, name: str) -> dict[str, Any]:
         """The settings that affect what is called `name`, as plain values."""

@@ -86,7 +86,6 @@ class StreamSettings:
 def cuda() -> StreamSettings:
     """A larger size for one GPU."""
     model = ModelConfig(context=512, dim=512, blocks=8, heads=8, hidden=2048)
-    training = {"lr": 1e-3, "warm_up": 100}
     return StreamSettings(
         base=replace(
             base_settings(),
@@ -94,8 +93,8 @@ def cuda() -> StreamSettings:
             batch=32,
             model=model,
             peer=PeerConfig(blocks=(3,)),
-            dense_training=Training(**training),
-            peer_training=PeerTraining(**training),
+            dense_training=Training(lr=1e-3, warm_up=100),
+            peer_training=PeerTraining(lr=1e-3, warm_up=100),
         )
     )
 
