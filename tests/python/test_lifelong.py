@@ -507,9 +507,11 @@ def test_lines_with_rows_are_skipped(
     assert len(read_rows(rows)) == 9 * 10
 
 
+@pytest.mark.parametrize("index", [1, 2])
 @pytest.mark.parametrize("name", ["grow", "specific", "tf-idf", "peer-replay"])
 def test_a_stream_that_ctrl_c_stopped_resumes_as_if_nothing_had_happened(
     name: str,
+    index: int,
     finished: Path,
     folders: dict[str, Path],
     out: Path,
@@ -520,7 +522,7 @@ def test_a_stream_that_ctrl_c_stopped_resumes_as_if_nothing_had_happened(
 
     def stop(phase: stream.Phase) -> None:
         advance(phase)
-        if phase.index == 2 and phase.progress.step == 2:
+        if phase.index == index and phase.progress.step == 2:
             signal.raise_signal(signal.SIGTERM)
 
     path = tmp_path / "list"
@@ -537,7 +539,8 @@ def test_a_stream_that_ctrl_c_stopped_resumes_as_if_nothing_had_happened(
 
     monkeypatch.setattr(stream.Phase, "advance", count)
     assert run_list(out, folders, path, [name]) == 0
-    assert steps == 2
+    assert steps == 2 + 4 * (2 - index)  # the rest of this corpus, and the next one
+    assert {file.name.split("-")[0] for file in out.glob("*.pt")} == {"base", "corpora.pt"}
     whole = [row for row in read_rows(finished.with_suffix(".csv")) if row["method"] == name]
     resumed = read_rows(path.with_suffix(".csv"))
     columns = ("key", "after", "test", "bits_per_byte", "trained_rows", "trained_parameters")
