@@ -115,6 +115,8 @@ class Phase(Run):
         self.progress = Progress(results={"rows": rows, "notes": notes and asdict(notes)})
         self.rest = methods.factor_on_rest(self.method, self.stream)
         methods.freeze_rest(model, self.rest)
+        # New experts are drawn. They are the same ones after an interrupt in an earlier phase.
+        torch.manual_seed(self.settings.seed * 1_000_003 + index)
         if not path.exists():
             methods.prepare(model, self.method, self.stream, self.old, self.corpus, notes)
         self.optimizers = make_optimizers(model, self.training)
