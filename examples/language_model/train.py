@@ -180,7 +180,12 @@ class Run:
 
     The update of the expert table is fused into the backward pass, unless several layers share
     the table.
+
+    Attributes:
+        replacing: how to replace a file of a run with other settings, for an error.
     """
+
+    replacing = "pass --restart to replace it"
 
     def __init__(
         self, name: str, settings: Settings, corpus: Corpus, path: Path, device: str = "cpu"
@@ -225,8 +230,8 @@ class Run:
         if state["settings"] != current:
             raise OtherRunError(
                 f"{self.path} holds a run with other settings "
-                f"({differences(state['settings'], current)}): pass --restart to replace it, "
-                "or another folder as --out"
+                f"({differences(state['settings'], current)}): {self.replacing}, "
+                "or pass another folder as --out"
             )
         self.progress = Progress(**state["progress"])
         self.model.load_state_dict(state["model"])

@@ -29,6 +29,7 @@ from language_model.train import Interrupt, OtherRunError
 
 from . import corpora
 from .methods import METHODS
+from .results import score
 from .settings import StreamSettings, cuda, smoke
 from .stream import run_stream
 
@@ -103,7 +104,15 @@ def main(arguments: list[str] | None = None) -> int:
     def run(trial: Trial, interrupt: Interrupt) -> list[dict[str, Any]] | None:
         base = trial.settings.base
         texts = prepare(base.model.vocabulary, base.megabytes)
-        return run_stream(trial, texts, options.out, options.device, interrupt)
+        rows = run_stream(trial, texts, options.out, options.device, interrupt)
+        if rows is not None:
+            found = score({(row["after"], row["test"]): row["bits_per_byte"] for row in rows})
+            print(
+                f"{trial.name}: learning {found.learning:.4f}, forgetting {found.forgetting:.4f}, "
+                f"final mean {found.final:.4f} bits per byte",
+                flush=True,
+            )
+        return rows
 
     try:
         return run_list(read, run, options.csv)

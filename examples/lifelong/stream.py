@@ -25,6 +25,8 @@ from .settings import StreamSettings
 class Base(Run):
     """A model that learns the first corpus. All methods with this model and seed begin with it."""
 
+    replacing = "delete it"
+
     def __init__(
         self,
         model: str,
@@ -84,6 +86,8 @@ class Phase(Run):
         notes: the notes on the earlier corpora.
         path: file of an interrupted phase.
     """
+
+    replacing = "delete it"
 
     def __init__(
         self,

@@ -548,6 +548,47 @@ def test_a_stream_that_ctrl_c_stopped_resumes_as_if_nothing_had_happened(
         assert [row[column] for row in resumed] == [row[column] for row in whole], column
 
 
+def test_a_base_that_ctrl_c_stopped_resumes(
+    finished: Path, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    advance = stream.Base.advance
+    steps = 0
+
+    def stop(base: stream.Base) -> None:
+        nonlocal steps
+        advance(base)
+        steps += 1
+        if steps == 3:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(stream.Base, "advance", stop)
+    assert run_list(tmp_path / "out", folders, tmp_path / "list", ["peer"]) == 130
+    assert steps == 3
+    assert run_list(tmp_path / "out", folders, tmp_path / "list", ["peer"]) == 0
+    assert steps == 6
+    whole = [row for row in read_rows(finished.with_suffix(".csv")) if row["method"] == "peer"]
+    resumed = read_rows(tmp_path / "list.csv")
+    assert [r["bits_per_byte"] for r in resumed] == [r["bits_per_byte"] for r in whole]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "size"),
+    [((), StreamSettings()), (("--device", "cuda"), cuda()), (("--smoke",), smoke())],
+)
+def test_the_device_chooses_the_size(arguments: tuple[str, ...], size: StreamSettings) -> None:
+    options = command.parse(["list", "--csv", "rows.csv", *arguments])
+    assert command.choose_size(options) == size
+
+
+@pytest.mark.parametrize("assignment", ["c", "c=", "fortran=/usr"])
+def test_a_corpus_without_name_or_folder_is_refused(
+    assignment: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        command.parse(["list", "--csv", "rows.csv", "--corpus", assignment])
+    assert "NAME one of python, c, docs" in capsys.readouterr().err
+
+
 def test_a_base_of_other_text_is_refused(texts: dict[str, Corpus], out: Path) -> None:
     stream.load_base("dense", smoke(), texts, out, "cpu", Interrupt())
     other = {name: replace(corpus, fingerprint="other") for name, corpus in texts.items()}
