@@ -3,7 +3,7 @@
 #   VENV     virtual environment to make and use
 #   TORCH    version of torch to install in it
 #   PYTHON   interpreter to make it from
-#   ARGS     further arguments for the demo, for the benchmarks, or for pytest
+#   ARGS     further arguments for the demo, for the streams of corpora, for the benchmarks, or for pytest
 #   WHEEL    wheel of peer to install and test, instead of one that is built here
 #   WORKERS  processes that run the Python tests
 #
@@ -51,12 +51,13 @@ sources := $(shell find csrc cmake build_backend peer -path peer/include -prune 
 cpp_files = $(shell find csrc tests examples -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.hpp' -o -name '*.cuh')
 python_files := peer tests examples build_backend setup.py $(wildcard benchmarks)
 
-.PHONY: help demo bench test test-long test-short test-cpp test-python test-hostile test-install test-cuda test-cuda-installed test-emulated rehearse kernel-budget build lint format clean catch2 compiler
+.PHONY: help demo lifelong bench test test-long test-short test-cpp test-python test-hostile test-install test-cuda test-cuda-installed test-emulated rehearse kernel-budget build lint format clean catch2 compiler
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo          train a small language model with a PEER layer beside its dense twin"
+	@echo "make lifelong      train language models on a stream of corpora, by several methods; hours"
 	@echo "make test          C++ and Python tests without the sweeps"
 	@echo "make test-long     all tests but test-install and those that need a GPU"
 	@echo "make test-install  installation by pip, in clean environments"
@@ -76,6 +77,10 @@ help:
 # Started in examples/, where the package's source tree does not hide the installed package.
 demo: $(package) $(demo_tools)
 	cd examples && $(BIN)/python -m language_model --out "$(CURDIR)/demo-output" $(ARGS)
+
+lifelong: $(package) $(demo_tools)
+	cd examples && $(BIN)/python -m lifelong lifelong/methods.txt --out "$(CURDIR)/lifelong-output" \
+	  --csv "$(CURDIR)/lifelong-output/rows.csv" $(ARGS)
 
 # Started in benchmarks/, which has peer_bench but not the package's source tree.
 bench: $(package) $(bench_tools)

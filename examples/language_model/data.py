@@ -44,6 +44,7 @@ class Corpus:
         train_files: number of training files.
         held_out_files: number of held-out files.
         fingerprint: digest of the text and of the settings of the split and the tokenizer.
+        title: what the text is.
     """
 
     train: Tensor
@@ -53,6 +54,7 @@ class Corpus:
     train_files: int
     held_out_files: int
     fingerprint: str
+    title: str = "Python standard library"
 
     @property
     def vocabulary(self) -> int:
@@ -70,7 +72,7 @@ class Corpus:
             f"({len(tokens) / 1e6:.2f} M tokens)"
             for side, tokens, files in sides
         )
-        return "Python standard library: " + ", ".join(parts)
+        return f"{self.title}: " + ", ".join(parts)
 
 
 def read_library(root: Path | None = None) -> list[SourceFile]:

@@ -24,14 +24,27 @@ import hashlib
 import json
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from . import data, report
 from .settings import MODELS, Settings, override, smoke
 from .train import Interrupt, Run, train
+
+
+class Described(Protocol):
+    """A dataclass of settings that says which of them affect a model or a method."""
+
+    @property
+    def seed(self) -> int:
+        """Seed for initialisation and data order."""
+        ...
+
+    def describe(self, name: str) -> dict[str, Any]:
+        """The settings that affect what is called `name`, as plain values."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -39,24 +52,28 @@ class Trial:
     """One run of a search.
 
     Attributes:
-        name: the model, "dense" or "peer".
-        changes: what differs from the demo's settings, as in the list.
+        name: the model, "dense" or "peer". In other searches, the method.
+        changes: what differs from the settings without changes, as in the list.
         settings: the settings.
     """
 
     name: str
     changes: str
-    settings: Settings
+    settings: Any
 
     @property
     def key(self) -> str:
-        """A digest of the model and of the settings that affect it."""
+        """A digest of the name and of the settings that affect it."""
         described = json.dumps([self.name, self.settings.describe(self.name)], sort_keys=True)
         return hashlib.sha256(described.encode()).hexdigest()[:10]
 
 
 def read_trials(
-    path: Path, seeds: list[int], base: Settings, common: Sequence[str] = ()
+    path: Path,
+    seeds: list[int],
+    base: Described,
+    common: Sequence[str] = (),
+    names: Sequence[str] = MODELS,
 ) -> list[Trial]:
     """The runs of a list, line by line, and for each line seed by seed.
 
@@ -65,20 +82,21 @@ def read_trials(
         seeds: the seeds.
         base: the settings without changes.
         common: changes for all lines. Those of a line come after them.
+        names: what a line may begin with.
 
     Returns:
         The runs.
 
     Raises:
-        ValueError: a line names no model, or a setting that does not exist.
+        ValueError: a line begins with none of `names`, or has a setting that does not exist.
     """
     trials = []
     for number, line in enumerate(path.read_text().splitlines(), start=1):
         name, *changes = shlex.split(line, comments=True) or [""]
         if not name:
             continue
-        if name not in MODELS:
-            raise ValueError(f"{path}:{number}: expected {' or '.join(MODELS)}, got {name}")
+        if name not in names:
+            raise ValueError(f"{path}:{number}: expected {' or '.join(names)}, got {name}")
         settings = base
         changes = [*common, *changes]
         for change in changes:
@@ -151,34 +169,61 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return options
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Runs what is left of the list. Returns the exit status: 130 after Ctrl-C."""
-    options = parse(arguments)
-    base = smoke() if options.smoke else Settings()
-    options.out.mkdir(parents=True, exist_ok=True)
+def run_list(
+    read: Callable[[], list[Trial]],
+    run: Callable[[Trial, Interrupt], list[dict[str, Any]] | None],
+    path: Path,
+) -> int:
+    """Runs what is left of a list.
+
+    Args:
+        read: reads the list. It is called again after every run.
+        run: makes the rows of a run; None if it was interrupted and saved.
+        path: CSV file, whose keys say what is done.
+
+    Returns:
+        The exit status: 130 after Ctrl-C, 2 after an error in the list.
+    """
     finished: set[str] = set()  # here, so that a lost row does not repeat its run for ever
     with Interrupt() as interrupt:
         while not interrupt.requested:
             try:
-                trials = read_trials(options.list, options.seeds, base, options.set)
+                trials = read()
             except ValueError as error:
                 print(error, file=sys.stderr)
                 return 2
-            done = finished | read_keys(options.csv)
+            done = finished | read_keys(path)
             left = [trial for trial in trials if trial.key not in done]
             print(f"{len(trials) - len(left)} of {len(trials)} runs are done", flush=True)
             if not left:
                 return 0
             trial = left[0]
             print(f"{trial.name}, seed {trial.settings.seed}: {trial.changes or 'no changes'}")
-            row = run_trial(trial, options.out, interrupt)
-            if row is None:
+            rows = run(trial, interrupt)
+            if rows is None:
                 break
-            report.append_rows([row], options.csv)
+            report.append_rows(rows, path)
             finished.add(trial.key)
-            print(f"{row['bits_per_byte']} bits per byte", flush=True)
     print("Stopped. Run the same command to resume.")
     return 130
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs what is left of the list. Returns the exit status: 130 after Ctrl-C."""
+    options = parse(arguments)
+    base = smoke() if options.smoke else Settings()
+    options.out.mkdir(parents=True, exist_ok=True)
+
+    def run(trial: Trial, interrupt: Interrupt) -> list[dict[str, Any]] | None:
+        row = run_trial(trial, options.out, interrupt)
+        if row is None:
+            return None
+        print(f"{row['bits_per_byte']} bits per byte", flush=True)
+        return [row]
+
+    return run_list(
+        lambda: read_trials(options.list, options.seeds, base, options.set), run, options.csv
+    )
 
 
 if __name__ == "__main__":

@@ -151,12 +151,14 @@ class HeldOut(NamedTuple):
 @torch.no_grad()
 def predict(model: nn.Module, corpus: Corpus, context: int, limit: int | None = None) -> HeldOut:
     """Predicts every token of the held-out text, or of a part of `limit` tokens."""
+    device = next(model.parameters(), corpus.held_out).device
     model.eval()
     nats, best = [], []
     for inputs, targets in held_out_batches(corpus.held_out, context, EVALUATION_BATCH, limit):
-        logits = model(inputs).flatten(0, 1)
-        nats.append(F.cross_entropy(logits, targets.flatten(), reduction="none"))
-        best.append(logits.argmax(-1).to(torch.int32))
+        logits = model(inputs.to(device)).flatten(0, 1)
+        losses = F.cross_entropy(logits, targets.flatten().to(device), reduction="none")
+        nats.append(losses.cpu())
+        best.append(logits.argmax(-1).to(torch.int32).cpu())
     model.train()
     return HeldOut(torch.cat(nats), torch.cat(best))
 
@@ -178,13 +180,20 @@ class Run:
 
     The update of the expert table is fused into the backward pass, unless several layers share
     the table.
+
+    Attributes:
+        replacing: how to replace a file of a run with other settings, for an error.
     """
 
-    def __init__(self, name: str, settings: Settings, corpus: Corpus, path: Path) -> None:
+    replacing = "pass --restart to replace it"
+
+    def __init__(
+        self, name: str, settings: Settings, corpus: Corpus, path: Path, device: str = "cpu"
+    ) -> None:
         self.name, self.settings, self.corpus, self.path = name, settings, corpus, path
         torch.manual_seed(settings.seed)
         self.training = settings.training(name)
-        self.model = LanguageModel(settings.model_config(name))
+        self.model = LanguageModel(settings.model_config(name)).to(device)
         self.optimizers = make_optimizers(self.model, self.training)
         self.windows = Windows(corpus.train, settings.model.context, settings.batch, settings.seed)
         self.progress = Progress()
@@ -221,8 +230,8 @@ class Run:
         if state["settings"] != current:
             raise OtherRunError(
                 f"{self.path} holds a run with other settings "
-                f"({differences(state['settings'], current)}): pass --restart to replace it, "
-                "or another folder as --out"
+                f"({differences(state['settings'], current)}): {self.replacing}, "
+                "or pass another folder as --out"
             )
         self.progress = Progress(**state["progress"])
         self.model.load_state_dict(state["model"])
@@ -236,7 +245,8 @@ class Run:
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * factor
-        loss = F.cross_entropy(self.model(inputs).flatten(0, 1), targets.flatten())
+        logits = self.model(inputs.to(self.model.embedding.weight.device)).flatten(0, 1)
+        loss = F.cross_entropy(logits, targets.flatten().to(logits.device))
         loss.backward()
         dense = [p for group in self.optimizers[0].param_groups for p in group["params"]]
         torch.nn.utils.clip_grad_norm_(dense, 1.0)
