@@ -60,5 +60,5 @@ class ModelConfig:
     blocks: int = 4
     heads: int = 4
     hidden: int = 1024
-    scale_embedding: bool = False
+    scale_embedding: bool = True
     peer: PeerConfig | None = None

@@ -25,7 +25,7 @@ class Training:
         decay: what follows the warm-up: "cosine" or "linear", to zero at the last step.
     """
 
-    lr: float = 1.5e-3
+    lr: float = 3e-3
     beta1: float = 0.9
     beta2: float = 0.95
     weight_decay: float = 0.1
@@ -43,7 +43,7 @@ class PeerTraining(Training):
         table_lr: peak learning rate of the expert table.
     """
 
-    router_lr: float = 3e-4
+    router_lr: float = 1.5e-3
     table_optimizer: str = "RowwiseAdam"
     table_lr: float = 1e-2
 
@@ -68,8 +68,8 @@ class Settings:
     """
 
     seed: int = 0
-    steps: int = 1000
-    batch: int = 8
+    steps: int = 2000
+    batch: int = 4
     model: ModelConfig = field(default_factory=ModelConfig)
     peer: PeerConfig = field(default_factory=PeerConfig)
     dense_training: Training = field(default_factory=Training)

@@ -41,7 +41,7 @@ class StreamSettings:
     seed: int = 0
     rate: float = 1.0
     rest: float | None = None
-    steps: int = 400
+    steps: int = 800
     at_most: int = 0
     ratio: float = 0.3
     rows: int = 64
