@@ -272,6 +272,16 @@ def test_the_mask_of_a_layer_does_not_reach_the_next():
     assert counts["1.experts"].sum() == 5 * 12
 
 
+def test_the_mask_of_a_layer_does_not_reach_a_pool_without_a_layer():
+    layer, pool, x = make_layer(), peer.ExpertPool(10, num_experts=48), torch.randn(5, 10)
+    both = nn.ModuleList([layer, pool])
+    indices = torch.randint(48, (5, 6))
+    both.forward = lambda x: pool(
+        layer(x, torch.ones(5, dtype=torch.bool)), torch.rand(5, 6), indices
+    )
+    assert peer.count_usage(both, [x])["1"].sum() == 5 * 6
+
+
 def test_a_pool_without_a_layer_is_counted():
     pool = peer.ExpertPool(10, num_experts=48)
     indices = torch.randint(48, (20, 6))

@@ -445,6 +445,7 @@ def test_a_state_is_a_copy_and_loads_into_a_layer_that_has_grown():
     layer.grow(2)
     with peer.UsageTracker(layer) as tracker:
         tracker.load_state_dict(state)
+        assert len(tracker.counts) == len(tracker.mass) == 60
         layer(torch.randn(5, 10))
     assert len(tracker.counts) == 60
     assert tracker.counts.sum() == 240 + 60
@@ -481,12 +482,16 @@ def one_of_two_processes(rank, folder):
         total = tracker.all_reduce()
         again = tracker.all_reduce()
         tracker.snapshot(5, reduce=True, reset=False)
+        own, history = tracker.state_dict(), tracker.history
+        model[1].grow(2)  # A process may be called for the first time after growth.
+        grown = tracker.all_reduce()["1"].counts
     torch.save(
         {
+            "grown": grown,
             "total": {name: vars(usage) for name, usage in total.items()},
             "again": {name: vars(usage) for name, usage in again.items()},
-            "own": tracker.state_dict(),
-            "history": tracker.history,
+            "own": own,
+            "history": history,
         },
         f"{folder}/{rank}",
     )
@@ -511,5 +516,6 @@ def test_processes_add_what_they_counted(tmp_path):
             torch.testing.assert_close(found["total"][name][part], getattr(usage, part))
             assert torch.equal(found["total"][name][part], found["again"][name][part])
         assert found["own"]["layers"]["1"]["counts"].sum() == 20 * 12
+        assert len(found["grown"]) == len(tracker.layers["1"].counts) + 2 * model[1].router.columns
         for key, value in tracker.history[0].items():
             assert math.isclose(found["history"][0][key], value, rel_tol=1e-12)
