@@ -106,6 +106,23 @@ def test_the_same_text_is_listed_once():
     assert top_tokens(model, [ids, ids.expand(3, -1)], {"first": range(30)}) == once
 
 
+def test_of_equal_texts_the_one_that_fires_most_strongly_is_listed():
+    model, ids = Model(), torch.arange(10)[None]
+    model.forward = lambda ids, scale: model.first(scale * model.embedding(ids))
+    calls = [(ids, torch.tensor(scale)) for scale in (1.0, 3.0, 2.0)]
+    both, *each = (
+        top_tokens(model, data, {"first": range(30)}, per_expert=10, decode=decode)["first"]
+        for data in (calls, *([call] for call in calls))
+    )
+    later = 0
+    for expert, tokens in both.items():
+        for found in tokens:
+            same = [t for one in each for t in one[expert] if t["position"] == found["position"]]
+            assert abs(found["strength"]) == max(abs(t["strength"]) for t in same)
+            later += found["batch"] > 0
+    assert later > 0
+
+
 def test_padding_neither_fires_nor_is_text():
     model, ids = Model(), torch.randint(26, (3, 8))
     mask = torch.zeros(3, 8, dtype=torch.bool)
