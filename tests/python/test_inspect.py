@@ -62,7 +62,12 @@ def firing(layer, x):
     return found
 
 
-@pytest.mark.parametrize("options", [{}, {"glu": True, "activation": "silu"}], ids=["plain", "glu"])
+with_and_without_gate = pytest.mark.parametrize(
+    "options", [{}, {"glu": True, "activation": "silu"}], ids=["plain", "glu"]
+)
+
+
+@with_and_without_gate
 def test_top_tokens_are_those_of_the_largest_strength(options):
     model = Model(**options)
     ids = torch.randperm(26).view(2, 13)  # every letter once, so all windows differ
@@ -144,8 +149,9 @@ def test_padding_neither_fires_nor_is_text():
     assert all(math.isfinite(each["strength"]) for each in used["experts"])
 
 
-def test_experts_of_a_text_are_all_that_it_retrieves():
-    model, text = Model(), torch.randint(26, (12,))
+@with_and_without_gate
+def test_experts_of_a_text_are_all_that_it_retrieves(options):
+    model, text = Model(**options), torch.randint(26, (12,))
     found = experts_of(model, text, decode=decode, per_token=3)
     assert list(found) == ["first", "last"]
     with torch.no_grad():
