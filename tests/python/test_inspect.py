@@ -292,6 +292,17 @@ def test_distances_are_those_of_the_rows():
     assert (moved["last.experts"] == 0).all()
 
 
+def test_a_row_of_keys_has_moved_if_the_key_of_one_head_has():
+    layer = peer.PEER(10, **SIZES, share_keys=False)
+    before = copy.deepcopy(layer.state_dict())
+    with torch.no_grad():
+        layer.router.row_keys[1, 3, 0] += 1.0
+        layer.router.row_keys[:, 4] += 1.0
+        layer.router.col_keys[0, 2] += 1.0
+    found = changes(layer, before)[""]
+    assert (found["row_keys_moved"], found["column_keys_moved"]) == (2, 1)
+
+
 def test_changes_are_counted():
     model = Model()
     before = copy.deepcopy(model)
