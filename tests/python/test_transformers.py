@@ -388,7 +388,7 @@ assert not any(name.partition(".")[0] == "peer" for name in sys.modules)
 
 
 def run(program: str, *arguments: Path | str) -> subprocess.CompletedProcess[str]:
-    """Runs a program in a directory without the package's source tree, which `-c` would put first on the path."""
+    """Runs a program. `-c` puts its directory first on the path: not that of the source tree."""
     paths = os.pathsep.join(filter(None, sys.path))
     return subprocess.run(
         [sys.executable, "-c", program, *map(str, arguments)],
