@@ -149,6 +149,18 @@ def test_padding_neither_fires_nor_is_text():
     assert all(math.isfinite(each["strength"]) for each in used["experts"])
 
 
+def test_a_token_that_is_not_finite_does_not_fire():
+    model, ids = Model(), torch.arange(26)[None]
+    with torch.no_grad():
+        model.embedding.weight[7] = float("nan")
+    found = top_tokens(model, [ids], {"first": range(30)}, per_expert=30)["first"]
+    tokens = [token for tokens in found.values() for token in tokens]
+    assert {token["id"] for token in tokens} == set(range(26)) - {7}
+    assert all(math.isfinite(token["strength"]) for token in tokens)
+    used = experts_of(model, ids)["first"]["experts"]
+    assert all(math.isfinite(each["strength"] + each["weight"]) for each in used)
+
+
 @with_and_without_gate
 def test_experts_of_a_text_are_all_that_it_retrieves(options):
     model, text = Model(**options), torch.randint(26, (12,))
