@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -144,6 +145,8 @@ def test_the_numbers_are_those_of_the_tracker(material, written):
         numbers = usage.as_dict()
         assert {key: found[name][key] for key in numbers} == numbers
         assert found[name]["tokens"] == 4 * 3 * 12
+        effective = numbers["experts"] / math.exp(numbers["unevenness"])
+        assert found[name]["effective_experts"] == pytest.approx(effective)
     first = found["first"]
     assert (first["rows"], first["columns"], first["experts_per_token"]) == (6, 6, 8)
     assert (first["frozen"], first["disabled"]) == (7, 2)
@@ -169,6 +172,30 @@ def test_the_text_of_experts_is_that_of_inspect(material, written):
         assert {each["expert"]: each["tokens"] for each in shown} == expected
     sample = found["first"]["sample"]
     assert "".join(token["token"] for token in sample) == decode(data[0].flatten().tolist())
+
+
+def test_the_partner_of_an_expert_is_the_one_that_shares_most_of_its_tokens(material, written):
+    model, data, _, _ = material
+    _, found = written
+    named = 0
+    for name, numbers in found.items():
+        ids = sorted(each["expert"] for each in numbers["shown"])
+        with peer.UsageTracker(model, coactivation={name: ids}) as tracker, torch.no_grad():
+            for batch in data:
+                model(batch)
+        together = tracker.layers[name].together
+        for each in numbers["shown"]:
+            row = together[ids.index(each["expert"])].tolist()
+            tokens = row[ids.index(each["expert"])]
+            others = {i: n for i, n in zip(ids, row, strict=True) if i != each["expert"]}
+            if max(others.values()) == 0:
+                assert each["partner"] is None
+                continue
+            named += 1
+            assert each["partner"]["expert"] != each["expert"]
+            assert each["partner"]["share"] == max(others.values()) / tokens
+            assert others[each["partner"]["expert"]] == max(others.values())
+    assert named > 0
 
 
 def test_the_changes_are_those_of_inspect(material, written):
