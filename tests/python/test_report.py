@@ -17,6 +17,8 @@ from test_viz import read_png
 from torch import nn
 
 import peer
+from peer._report import _choose
+from peer.usage import LayerUsage
 
 BROWSER = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
@@ -172,6 +174,13 @@ def test_the_text_of_experts_is_that_of_inspect(material, written):
         assert {each["expert"]: each["tokens"] for each in shown} == expected
     sample = found["first"]["sample"]
     assert "".join(token["token"] for token in sample) == decode(data[0].flatten().tolist())
+
+
+def test_an_expert_that_was_seldom_picked_is_not_shown_for_its_weight():
+    usage = LayerUsage(6, (), torch.device("cpu"))
+    usage.counts = torch.tensor([10, 10, 10, 10, 1, 0])
+    usage.mass = torch.tensor([5.0, 4.0, 3.0, 2.0, 0.9, 0.0], dtype=torch.float64)
+    assert _choose(usage, 4) == [0, 1, 2, 3]
 
 
 def test_the_partner_of_an_expert_is_the_one_that_shares_most_of_its_tokens(material, written):
