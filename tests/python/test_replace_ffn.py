@@ -449,6 +449,16 @@ class TestErrors:
         with pytest.raises(TypeError, match=r"expected the source of Unreadable\.forward"):
             peer.replace_ffn_(nn.ModuleDict({"moe": mixture}), CONFIG)
 
+    def test_a_mixture_that_does_not_always_return_as_much(self):
+        class Sometimes(Mixture):
+            def forward(self, x: torch.Tensor):
+                if self.training:
+                    return x, x
+                return x
+
+        with pytest.raises(TypeError, match=r"the same number of things everywhere, got \[1, 2\]"):
+            peer.replace_ffn_(nn.ModuleDict({"moe": Sometimes(8)}), CONFIG)
+
 
 class TestFinding:
     def test_modules_of_unknown_structure_are_replaced_on_request(self):
@@ -478,6 +488,21 @@ class TestFinding:
         mlp = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
         with pytest.raises(ValueError, match="found no feed-forward block"):
             peer.replace_ffn_(nn.ModuleDict({"mlp": mlp}), CONFIG)
+
+    def test_projections_of_another_name_are_no_block(self):
+        adapter = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 8))
+        with pytest.raises(ValueError, match="found no feed-forward block"):
+            peer.replace_ffn_(nn.ModuleDict({"adapter": adapter}), CONFIG)
+
+    def test_parts_of_other_widths_are_no_block(self):
+        layer = BartLayer()
+        layer.fc2 = nn.Linear(16, 4)
+        with pytest.raises(ValueError, match="found no feed-forward block"):
+            peer.replace_ffn_(nn.ModuleList([layer]), CONFIG)
+
+    def test_a_layer_that_is_used_twice_has_its_block_once(self):
+        layer = BartLayer()
+        assert len(peer.replace_ffn_(nn.ModuleList([layer, layer]), CONFIG)) == 1
 
     def test_a_block_that_takes_more_than_tokens_is_no_block(self):
         class WithResidual(MLP):
