@@ -119,6 +119,20 @@ def split(files: Iterable[SourceFile]) -> tuple[list[SourceFile], list[SourceFil
     return train, held_out
 
 
+def every_nth(files: list[SourceFile], characters: float) -> list[SourceFile]:
+    """Every n-th file, so that about a number of characters is left."""
+    total = sum(len(file.text) for file in files)
+    return files[:: max(1, round(total / characters))]
+
+
+def make_fingerprint(files: Iterable[SourceFile], vocabulary: int) -> str:
+    """The digest of the text and of the settings of the split and the tokenizer."""
+    digest = hashlib.sha256(f"{vocabulary} {HELD_OUT_IN} {LONG_LINE} {COPIED_SHARE}".encode())
+    for file in files:
+        digest.update(f"{file.path}\0{file.text}\0".encode())
+    return digest.hexdigest()
+
+
 def train_tokenizer(texts: Iterable[str], vocabulary: int) -> Tokenizer:
     """Trains a byte-level BPE, which encodes every byte string and decodes without loss."""
     tokenizer = Tokenizer(models.BPE())
@@ -153,6 +167,26 @@ def count_bytes(tokenizer: Tokenizer) -> Tensor:
     return counts
 
 
+def encode_corpus(
+    train: list[SourceFile],
+    held_out: list[SourceFile],
+    tokenizer: Tokenizer,
+    fingerprint: str,
+    title: str = Corpus.title,
+) -> Corpus:
+    """Encodes both parts of a split; the arguments have the names of the corpus' attributes."""
+    return Corpus(
+        train=encode(train, tokenizer),
+        held_out=encode(held_out, tokenizer),
+        token_bytes=count_bytes(tokenizer),
+        tokenizer=tokenizer,
+        train_files=len(train),
+        held_out_files=len(held_out),
+        fingerprint=fingerprint,
+        title=title,
+    )
+
+
 def prepare(cache: Path, vocabulary: int, megabytes: float | None = None) -> Corpus:
     """Reads, splits and encodes the library, or reads the result of an earlier call from `cache`.
 
@@ -166,27 +200,15 @@ def prepare(cache: Path, vocabulary: int, megabytes: float | None = None) -> Cor
     """
     files = read_library()
     if megabytes is not None:
-        stride = max(1, round(sum(len(file.text) for file in files) / (megabytes * 1e6)))
-        files = files[::stride]
-    digest = hashlib.sha256(f"{vocabulary} {HELD_OUT_IN} {LONG_LINE} {COPIED_SHARE}".encode())
-    for file in files:
-        digest.update(f"{file.path}\0{file.text}\0".encode())
-    fingerprint = digest.hexdigest()
+        files = every_nth(files, megabytes * 1e6)
+    fingerprint = make_fingerprint(files, vocabulary)
     if cache.exists():
         saved = torch.load(cache)
         if saved["fingerprint"] == fingerprint:
             return Corpus(tokenizer=Tokenizer.from_str(saved.pop("tokenizer")), **saved)
     train, held_out = split(files)
     tokenizer = train_tokenizer((file.text for file in train), vocabulary)
-    corpus = Corpus(
-        train=encode(train, tokenizer),
-        held_out=encode(held_out, tokenizer),
-        token_bytes=count_bytes(tokenizer),
-        tokenizer=tokenizer,
-        train_files=len(train),
-        held_out_files=len(held_out),
-        fingerprint=fingerprint,
-    )
+    corpus = encode_corpus(train, held_out, tokenizer, fingerprint)
     cache.parent.mkdir(parents=True, exist_ok=True)
     torch.save({**vars(corpus), "tokenizer": tokenizer.to_str()}, cache)
     return corpus

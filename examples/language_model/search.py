@@ -20,8 +20,6 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 import argparse
 import csv
-import hashlib
-import json
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -30,7 +28,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from . import data, report
-from .settings import MODELS, Settings, override, smoke
+from .settings import MODELS, Settings, make_key, override, smoke
 from .train import Interrupt, Run, train
 
 
@@ -64,8 +62,7 @@ class Trial:
     @property
     def key(self) -> str:
         """A digest of the name and of the settings that affect it."""
-        described = json.dumps([self.name, self.settings.describe(self.name)], sort_keys=True)
-        return hashlib.sha256(described.encode()).hexdigest()[:10]
+        return make_key(self.name, self.settings.describe(self.name))
 
 
 def read_trials(
@@ -139,14 +136,27 @@ def run_trial(trial: Trial, folder: Path, interrupt: Interrupt) -> dict[str, Any
     return {"key": trial.key, "changes": trial.changes, **row}
 
 
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Reads the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m language_model.search",
-        description="Trains the models of a list with each seed, and appends a row for each run.",
+def read_seeds(text: str) -> list[int]:
+    """The seeds of a command line."""
+    try:
+        return [int(seed) for seed in text.split(",")]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"expected integers with commas, got {text}") from error
+
+
+def make_parser(program: str, description: str, folder: str) -> argparse.ArgumentParser:
+    """The command line of a program that runs a list.
+
+    Args:
+        program: how the program is called.
+        description: what it does.
+        folder: the folder for its files, unless the caller names one.
+    """
+    parser = argparse.ArgumentParser(prog=program, description=description)
+    parser.add_argument("list", type=Path, help="file with a name and its settings on each line")
+    parser.add_argument(
+        "--seeds", type=read_seeds, default="1", help="seeds, with commas (default: 1)"
     )
-    parser.add_argument("list", type=Path, help="file with one configuration a line")
-    parser.add_argument("--seeds", default="1", help="seeds, with commas (default: 1)")
     parser.add_argument(
         "--set",
         action="append",
@@ -156,17 +166,22 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--csv", type=Path, required=True, help="CSV file to append the rows to")
     parser.add_argument(
-        "--out", type=Path, default=Path("search-output"), help="folder for corpus and checkpoint"
+        "--out", type=Path, default=Path(folder), help="folder for corpora and checkpoints"
     )
     parser.add_argument(
         "--smoke", action="store_true", help="change the small settings of the tests instead"
     )
-    options = parser.parse_args(arguments)
-    try:
-        options.seeds = [int(seed) for seed in options.seeds.split(",")]
-    except ValueError:
-        parser.error(f"expected --seeds as integers with commas, got {options.seeds}")
-    return options
+    return parser
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Reads the command line."""
+    parser = make_parser(
+        "python -m language_model.search",
+        "Trains the models of a list with each seed, and appends a row for each run.",
+        "search-output",
+    )
+    return parser.parse_args(arguments)
 
 
 def run_list(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import hashlib
+import json
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from typing import Any, TypeVar
 
@@ -98,6 +100,12 @@ class Settings:
         others = {"dense": ("peer.", "peer_training."), "peer": ("dense_training.",)}[name]
         values = flatten(asdict(self))
         return {path: value for path, value in values.items() if not path.startswith(others)}
+
+
+def make_key(name: str, described: dict[str, Any]) -> str:
+    """A digest of the name of a run and of the settings that affect it."""
+    text = json.dumps([name, described], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:10]
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from language_model.data import Corpus
-from language_model.search import Trial, read_trials, run_list
+from language_model.search import Trial, make_parser, read_trials, run_list
 from language_model.train import Interrupt, OtherRunError
 
 from . import corpora
@@ -36,23 +36,11 @@ from .stream import run_stream
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Reads the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m lifelong",
-        description="Trains language models on a stream of three corpora by the methods of a list, "
-        "with each seed, and appends nine rows for each stream.",
-    )
-    parser.add_argument("list", type=Path, help="file with one method and its settings a line")
-    parser.add_argument("--seeds", default="1", help="seeds, with commas (default: 1)")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="PATH=VALUE",
-        help="a change for all lines, for example steps=400; several are possible",
-    )
-    parser.add_argument("--csv", type=Path, required=True, help="CSV file to append the rows to")
-    parser.add_argument(
-        "--out", type=Path, default=Path("lifelong-output"), help="folder for corpora and models"
+    parser = make_parser(
+        "python -m lifelong",
+        "Trains language models on a stream of three corpora by the methods of a list, with each "
+        "seed, and appends nine rows for each stream.",
+        "lifelong-output",
     )
     parser.add_argument(
         "--corpus",
@@ -62,12 +50,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         help=f"read a corpus ({', '.join(corpora.SOURCES)}) from a folder; several are possible",
     )
     parser.add_argument("--device", default="cpu", help="cpu, or cuda with a larger size")
-    parser.add_argument("--smoke", action="store_true", help="use the small size of the tests")
     options = parser.parse_args(arguments)
-    try:
-        options.seeds = [int(seed) for seed in options.seeds.split(",")]
-    except ValueError:
-        parser.error(f"expected --seeds as integers with commas, got {options.seeds}")
     folders = [assignment.partition("=") for assignment in options.corpus]
     if not all(folder for _, _, folder in folders) or not (
         {name for name, _, _ in folders} <= set(corpora.SOURCES)

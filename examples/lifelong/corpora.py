@@ -8,11 +8,10 @@ so that no corpus has an advantage by its tokens.
 from __future__ import annotations
 
 import gzip
-import hashlib
 import re
 import subprocess
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -165,12 +164,6 @@ def read_files(name: str, folder: Path | None = None) -> list[SourceFile]:
     return files
 
 
-def every_nth(files: list[SourceFile], characters: float) -> list[SourceFile]:
-    """Every n-th file, so that about a number of characters is left."""
-    total = sum(len(file.text) for file in files)
-    return files[:: max(1, round(total / characters))]
-
-
 def prepare(
     cache: Path,
     vocabulary: int,
@@ -195,13 +188,11 @@ def prepare(
     """
     files = {name: read(name, (folders or {}).get(name)) for name in SOURCES}
     if megabytes is not None:
-        files = {name: every_nth(each, megabytes * 1e6) for name, each in files.items()}
-    rule = f"{vocabulary} {data.HELD_OUT_IN} {data.LONG_LINE} {data.COPIED_SHARE}"
-    digest = hashlib.sha256(rule.encode())
-    for name, each in files.items():
-        for file in each:
-            digest.update(f"{name}\0{file.path}\0{file.text}\0".encode())
-    fingerprint = digest.hexdigest()
+        files = {name: data.every_nth(each, megabytes * 1e6) for name, each in files.items()}
+    named = (
+        replace(file, path=f"{name}\0{file.path}") for name, each in files.items() for file in each
+    )
+    fingerprint = data.make_fingerprint(named, vocabulary)
     if cache.exists():
         saved = torch.load(cache)
         if saved["fingerprint"] == fingerprint:
@@ -217,19 +208,10 @@ def prepare(
                 f"and {len(held_out)} of {len(files[name])} files"
             )
     share = min(sum(len(file.text) for file in train) for train, _ in parts.values())
-    texts = [file.text for train, _ in parts.values() for file in every_nth(train, share)]
+    texts = [file.text for train, _ in parts.values() for file in data.every_nth(train, share)]
     tokenizer = data.train_tokenizer(texts, vocabulary)
     corpora = {
-        name: Corpus(
-            train=data.encode(train, tokenizer),
-            held_out=data.encode(held_out, tokenizer),
-            token_bytes=data.count_bytes(tokenizer),
-            tokenizer=tokenizer,
-            train_files=len(train),
-            held_out_files=len(held_out),
-            fingerprint=fingerprint,
-            title=SOURCES[name].title,
-        )
+        name: data.encode_corpus(train, held_out, tokenizer, fingerprint, SOURCES[name].title)
         for name, (train, held_out) in parts.items()
     }
     saved = {name: {**vars(each)} for name, each in corpora.items()}

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
+from language_model.search import read_seeds
 
 from .methods import METHODS
 from .results import (
@@ -78,15 +79,13 @@ def main(arguments: list[str] | None = None) -> int:
     """Draws and prints. Returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m lifelong.plot", description=__doc__)
     parser.add_argument("rows", type=Path, nargs="+", help="CSV files of `python -m lifelong`")
-    parser.add_argument("--seeds", help="seeds that count, with commas (default: all)")
+    parser.add_argument(
+        "--seeds", type=read_seeds, help="seeds that count, with commas (default: all)"
+    )
     parser.add_argument("--image", type=Path, help="file for the plot")
     options = parser.parse_args(arguments)
     try:
-        seeds = None if options.seeds is None else [int(s) for s in options.seeds.split(",")]
-    except ValueError:
-        parser.error(f"expected --seeds as integers with commas, got {options.seeds}")
-    try:
-        points = read_points(options.rows, seeds)
+        points = read_points(options.rows, options.seeds)
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 2

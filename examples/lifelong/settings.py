@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from language_model.config import ModelConfig, PeerConfig
-from language_model.settings import PeerTraining, Settings, Training, flatten
+from language_model.settings import PeerTraining, Settings, Training, flatten, make_key
 
 from .methods import METHODS
 
@@ -68,8 +66,7 @@ class StreamSettings:
 
     def base_key(self, model: str) -> str:
         """A digest of the model's name and of the settings that affect its base."""
-        described = json.dumps([model, self.describe_base(model)], sort_keys=True)
-        return hashlib.sha256(described.encode()).hexdigest()[:10]
+        return make_key(model, self.describe_base(model))
 
     def describe(self, name: str) -> dict[str, Any]:
         """The settings that affect the method called `name`, as plain values by path."""

@@ -388,7 +388,7 @@ assert not any(name.partition(".")[0] == "peer" for name in sys.modules)
 
 
 def run(program: str, *arguments: Path | str) -> subprocess.CompletedProcess[str]:
-    """Runs a program. `-c` puts its directory first on the path: not that of the source tree."""
+    """Runs a program. Its directory is first on its path, so it has no source tree of peer."""
     paths = os.pathsep.join(filter(None, sys.path))
     return subprocess.run(
         [sys.executable, "-c", program, *map(str, arguments)],
