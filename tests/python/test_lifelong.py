@@ -23,7 +23,7 @@ EXAMPLES = CHECKOUT / "examples"
 PAGE = CHECKOUT / "docs" / "lifelong.md"
 sys.path.append(str(EXAMPLES))
 
-from language_model import flops  # noqa: E402
+from language_model import data, flops  # noqa: E402
 from language_model.data import Corpus, SourceFile  # noqa: E402
 from language_model.model import LanguageModel  # noqa: E402
 from language_model.search import Trial, read_trials  # noqa: E402
@@ -34,6 +34,7 @@ from lifelong import corpora, methods, plot, results, stream  # noqa: E402
 from lifelong.methods import METHODS, Method, Notes  # noqa: E402
 from lifelong.results import Point, Score  # noqa: E402
 from lifelong.settings import StreamSettings, cuda, smoke  # noqa: E402
+from tokenizers import Tokenizer  # noqa: E402
 
 import peer  # noqa: E402
 
@@ -181,6 +182,31 @@ def test_the_command_ends_with_the_error_of_a_missing_corpus(
     assert run_list(tmp_path / "out", wrong, tmp_path / "list", ["dense"]) == 2
     assert "expected files of the corpus 'docs'" in capsys.readouterr().err
     assert not (tmp_path / "list.csv").exists()
+
+
+def test_the_tokenizer_has_as_much_text_of_each_corpus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    number = {"python": 40, "c": 120, "docs": 80}
+
+    def read(name: str, folder: Path | None) -> list[SourceFile]:
+        return [
+            SourceFile(f"{i}", "".join(f"{name} number {i}, line {j}\n" for j in range(20)))
+            for i in range(number[name])
+        ]
+
+    seen = dict.fromkeys(number, 0)
+    train = data.train_tokenizer
+
+    def count(texts: list[str], vocabulary: int) -> Tokenizer:
+        for text in texts:
+            seen[text.partition(" ")[0]] += len(text)
+        return train(texts, vocabulary)
+
+    monkeypatch.setattr(data, "train_tokenizer", count)
+    corpora.prepare(tmp_path / "corpora.pt", 512, read=read)
+    assert min(seen.values()) > 0
+    assert max(seen.values()) < 1.25 * min(seen.values())
 
 
 def test_corpora_share_a_tokenizer_and_are_kept(
