@@ -89,9 +89,7 @@ def block_size(rows: int, columns: int) -> int:
 def mean_blocks(grid: Tensor) -> Tensor:
     """The means of square blocks of a grid, (rows, columns), so that a picture is not too large."""
     block = block_size(*grid.shape)
-    return torch.nn.functional.avg_pool2d(
-        grid.double()[None, None], block, ceil_mode=True, count_include_pad=False
-    )[0, 0]
+    return torch.nn.functional.avg_pool2d(grid.double()[None, None], block, ceil_mode=True)[0, 0]
 
 
 def use_levels(grid: Tensor) -> Tensor:

@@ -51,6 +51,9 @@ class ModelConfig:
         hidden: hidden width of the feed-forward layers.
         scale_embedding: whether the embedding is multiplied by sqrt(dim) at the input, so that it
             starts at the scale of what the blocks add to it.
+        mix_keys: whether a head's attention keys are mixed with those of the previous token, by a
+            learned share ("smeared keys" of Olsson et al., 2022). A head that looks for what
+            followed an earlier occurrence of a token then needs no help from an earlier block.
         peer: the PEER layers.
     """
 
@@ -61,4 +64,5 @@ class ModelConfig:
     heads: int = 4
     hidden: int = 1024
     scale_embedding: bool = True
+    mix_keys: bool = True
     peer: PeerConfig | None = None

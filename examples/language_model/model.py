@@ -13,7 +13,11 @@ from .flops import feed_forward_widths
 
 
 class Attention(nn.Module):
-    """Causal self-attention with rotary position embedding."""
+    """Causal self-attention with rotary position embedding.
+
+    With `config.mix_keys`, token i has the key s k_i + (1 - s) k_(i-1). Each head learns its share
+    s = sigmoid(`key_share`). The key before the first token is zero.
+    """
 
     cos: Tensor
     sin: Tensor
@@ -23,6 +27,9 @@ class Attention(nn.Module):
         self.heads = config.heads
         self.qkv = nn.Linear(config.dim, 3 * config.dim, bias=False)
         self.out = nn.Linear(config.dim, config.dim, bias=False)
+        self.key_share: nn.Parameter | None = None
+        if config.mix_keys:
+            self.key_share = nn.Parameter(torch.linspace(-2.0, 2.0, config.heads))
         half = config.dim // config.heads // 2
         angles = torch.outer(torch.arange(config.context), 10_000.0 ** -(torch.arange(half) / half))
         self.register_buffer("cos", angles.cos(), persistent=False)
@@ -41,6 +48,9 @@ class Attention(nn.Module):
             part.unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for part in self.qkv(x).chunk(3, dim=-1)
         )
+        if self.key_share is not None:
+            previous = F.pad(k, (0, 0, 1, -1))
+            k = torch.lerp(previous, k, self.key_share.sigmoid()[:, None, None])
         y = F.scaled_dot_product_attention(self.rotate(q), self.rotate(k), v, is_causal=True)
         return self.out(y.transpose(1, 2).flatten(2))
 

@@ -359,8 +359,6 @@ class ModelOptimizer(torch.optim.Optimizer):
                 f"with peer.optim.all_reduce_gradients_"
             )
         self._inner(name).apply_gradient(table, gradient)
-        # Schedulers of torch warn if the optimizer has made no step before theirs.
-        self._opt_called = True
         self._updated.add(table)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -22,7 +22,8 @@ EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 sys.path.append(str(EXAMPLES))
 
 from language_model import data, flops, names, report, search, train  # noqa: E402
-from language_model.model import LanguageModel  # noqa: E402
+from language_model.config import ModelConfig  # noqa: E402
+from language_model.model import Attention, LanguageModel  # noqa: E402
 from language_model.settings import PeerTraining, Settings, override, smoke  # noqa: E402
 from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
@@ -223,6 +224,34 @@ def test_the_peer_count_is_what_torch_counts_for_plain_operations() -> None:
 
 
 # Models and their training.
+
+
+@pytest.mark.parametrize("mix_keys", [False, True])
+def test_no_logits_depend_on_a_later_token(mix_keys: bool) -> None:
+    settings = override(smoke(), f"model.mix_keys={mix_keys}")
+    model = LanguageModel(settings.model_config("dense"))
+    tokens = torch.randint(settings.model.vocabulary, (1, 12))
+    changed = tokens.clone()
+    changed[0, 8] = (changed[0, 8] + 1) % settings.model.vocabulary
+    same = (model(tokens) == model(changed)).all(-1)[0]
+    assert same.tolist() == [True] * 8 + [False] * 4
+
+
+def test_keys_are_mixed_with_those_of_the_previous_token() -> None:
+    config = ModelConfig(dim=16, heads=2, context=8)
+    attention = Attention(config).double()
+    attention.key_share.data = torch.tensor([-1.0, 0.5], dtype=torch.float64)
+    x = torch.randn(1, 8, 16, dtype=torch.float64)
+    q, k, v = attention.qkv(x)[0].view(8, 3, 2, 8).unbind(1)
+    heads = []
+    for head, share in enumerate(attention.key_share.sigmoid()):
+        keys = torch.stack(
+            [share * k[i, head] + ((1 - share) * k[i - 1, head] if i else 0) for i in range(8)]
+        )
+        scores = attention.rotate(q[:, head]) @ attention.rotate(keys).T / 8**0.5
+        scores = scores.masked_fill(torch.ones(8, 8).triu(1).bool(), -torch.inf)
+        heads.append(scores.softmax(-1) @ v[:, head])
+    torch.testing.assert_close(attention(x)[0], attention.out(torch.cat(heads, -1)))
 
 
 def test_layers_in_two_blocks_share_one_table_in_the_chosen_dtype() -> None:
