@@ -25,7 +25,7 @@ class PeerConfig:
             largest that costs no more FLOPs than the dense model, see `flops.match_hidden`.
     """
 
-    blocks: tuple[int, ...] = (1,)
+    blocks: tuple[int, ...] = (0,)
     grid: tuple[int, int] = (1024, 1024)
     heads: int = 4
     experts_per_head: int = 16
@@ -60,7 +60,7 @@ class ModelConfig:
     vocabulary: int = 2048
     context: int = 256
     dim: int = 256
-    blocks: int = 4
+    blocks: int = 1
     heads: int = 4
     hidden: int = 1024
     scale_embedding: bool = True

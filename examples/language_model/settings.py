@@ -70,7 +70,7 @@ class Settings:
     """
 
     seed: int = 0
-    steps: int = 2000
+    steps: int = 5000
     batch: int = 4
     model: ModelConfig = field(default_factory=ModelConfig)
     peer: PeerConfig = field(default_factory=PeerConfig)
@@ -156,7 +156,7 @@ def smoke() -> Settings:
         steps=24,
         batch=4,
         model=ModelConfig(vocabulary=512, context=64, dim=32, blocks=2, heads=2, hidden=128),
-        peer=PeerConfig(grid=(32, 32), heads=2, experts_per_head=4, dim_key=8),
+        peer=PeerConfig(blocks=(1,), grid=(32, 32), heads=2, experts_per_head=4, dim_key=8),
         dense_training=Training(lr=4e-3, warm_up=4),
         peer_training=PeerTraining(lr=4e-3, router_lr=4e-3, warm_up=4),
         curve_points=3,

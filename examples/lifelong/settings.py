@@ -107,7 +107,7 @@ def smoke() -> StreamSettings:
             steps=6,
             batch=4,
             model=ModelConfig(vocabulary=512, context=32, dim=32, blocks=2, heads=2, hidden=128),
-            peer=PeerConfig(grid=(16, 16), heads=2, experts_per_head=4, dim_key=8),
+            peer=PeerConfig(blocks=(1,), grid=(16, 16), heads=2, experts_per_head=4, dim_key=8),
             dense_training=Training(lr=4e-3, warm_up=2),
             peer_training=PeerTraining(lr=4e-3, router_lr=4e-3, warm_up=2),
             curve_points=1,

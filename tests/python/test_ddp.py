@@ -50,6 +50,8 @@ def one_of_two_processes(rank, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     results = {
         "state": train_on_half(rank),
+        "one optimizer": train_on_half_by_one_optimizer(rank),
+        "fused": fail_on_half(rank),
         "means": reduce_some(rank),
         "frozen": train_frozen_on_half(rank),
         "synchronized": {name: normalise_half(rank, name) for name in MASKS},
@@ -64,6 +66,38 @@ def train_on_half(rank):
     parallel = nn.parallel.DistributedDataParallel(model)
     mine = draw_batches()[:, 10 * rank : 10 * rank + 10]
     return train(model, parallel, mine, peer.optim.all_reduce_gradients_)
+
+
+def train_by_one_optimizer(model, run, xs, after_backward=lambda tables: None):
+    optimizer = peer.optim.optimizer_for(model, lr=0.01, expert_lr=0.1, tables="rowwise_adagrad")
+    for x in xs:
+        run(x).square().mean().backward()
+        after_backward(model[1].experts.weight)
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.state_dict()
+
+
+def train_on_half_by_one_optimizer(rank):
+    model = make_model()
+    hide_tables(model)
+    parallel = nn.parallel.DistributedDataParallel(model)
+    mine = draw_batches()[:, 10 * rank : 10 * rank + 10]
+    return train_by_one_optimizer(model, parallel, mine, peer.optim.all_reduce_gradients_)
+
+
+def fail_on_half(rank):
+    """The error of an optimizer that is fused into the backward pass, and the moved parameters."""
+    model = make_model()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    hide_tables(model)
+    optimizer = peer.optim.optimizer_for(model, lr=0.01, expert_lr=0.1, fused=True)
+    try:
+        nn.parallel.DistributedDataParallel(model)(draw_batches()[0]).sum().backward()
+    except RuntimeError as error:
+        moved = [k for k, value in model.state_dict().items() if not torch.equal(value, before[k])]
+        return str(error), moved, len(optimizer.state)
+    return "", [], 0
 
 
 def make_frozen_layer():
@@ -173,6 +207,22 @@ def test_two_processes_end_with_the_tables_of_one(results):
         assert not torch.equal(expected, before[name]), name
         assert torch.equal(first[name], second[name]), name
         torch.testing.assert_close(first[name], expected)
+
+
+def test_two_processes_with_one_optimizer_end_with_the_parameters_of_one(results):
+    model = make_model()
+    first, second = (each["one optimizer"] for each in results)
+    for name, expected in train_by_one_optimizer(model, model, draw_batches()).items():
+        assert torch.equal(first[name], second[name]), name
+        torch.testing.assert_close(first[name], expected)
+
+
+def test_a_fused_optimizer_refuses_two_processes_and_moves_nothing(results):
+    for message, moved, states in (each["fused"] for each in results):
+        assert "trained by 2 processes" in message
+        assert "fused=False" in message
+        assert not moved
+        assert states == 0
 
 
 def test_two_processes_keep_what_is_frozen_and_learn_the_rest_like_one(results):
