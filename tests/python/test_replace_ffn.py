@@ -181,6 +181,22 @@ class TestReplacing:
         assert model[0].mlp is model[1].mlp
         assert isinstance(model[0].mlp, peer.PEER)
 
+    def test_a_function_inside_forward_returns_nothing_of_the_mixture(self):
+        class Nested(Mixture):
+            def forward(self, x: torch.Tensor):
+                def pair(value: torch.Tensor):
+                    return value, value
+
+                class Unused:
+                    def values(self):
+                        return 1, 2, 3
+
+                return (lambda value: pair(value)[0])(x)
+
+        model = nn.ModuleDict({"moe": Nested(8)})
+        peer.replace_ffn_(model, CONFIG)
+        assert isinstance(model["moe"], peer.PEER)
+
     def test_layers_are_not_replaced_again(self):
         model = make_model()
         peer.replace_ffn_(model, CONFIG, lambda module, name: name != "1.mlp", mode="beside")
