@@ -27,8 +27,8 @@ class PeerConfig:
 
     blocks: tuple[int, ...] = (0,)
     grid: tuple[int, int] = (1024, 1024)
-    heads: int = 4
-    experts_per_head: int = 16
+    heads: int = 1
+    experts_per_head: int = 64
     dim_key: int = 64
     activation: str = "identity"
     share_keys: bool = False

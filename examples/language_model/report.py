@@ -54,8 +54,8 @@ def introduce(settings: Settings, models: Sequence[str]) -> str:
     time = f"about {minutes:.0f} minutes" if minutes >= 1 else "less than a minute"
     return (
         "What: a dense language model and its PEER twin, in which a pool of "
-        f"{experts:,} tiny experts replaces most of a feed-forward layer at the same FLOPs, learn "
-        "Python from the standard library.\n"
+        f"{experts:,} tiny experts replaces a part of the feed-forward layer at the same FLOPs, "
+        "learn Python from the standard library.\n"
         f"How long: {settings.steps:,} steps of {settings.tokens_per_step:,} tokens for each "
         f"model, in turns, {time} of training on two cores. Ctrl-C saves, and the same command "
         "resumes.\n"
