@@ -27,7 +27,7 @@ class Training:
         decay: what follows the warm-up: "cosine" or "linear", to zero at the last step.
     """
 
-    lr: float = 3e-3
+    lr: float = 5e-3
     beta1: float = 0.9
     beta2: float = 0.95
     weight_decay: float = 0.1
@@ -40,11 +40,13 @@ class PeerTraining(Training):
     """How a model with PEER layers is trained.
 
     Attributes:
+        lr: peak learning rate of everything but the routers and the table.
         router_lr: peak learning rate of query networks and keys.
         table_optimizer: class of `peer.optim` for the expert table.
         table_lr: peak learning rate of the expert table.
     """
 
+    lr: float = 3e-3
     router_lr: float = 1.5e-3
     table_optimizer: str = "RowwiseAdam"
     table_lr: float = 1e-2
