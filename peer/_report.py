@@ -489,7 +489,8 @@ class _Page:
             + _card(f"{found['unevenness']:.2f}", "unevenness, 0 if all do the same amount")
             + _card(f"{found['tokens']:,}", "tokens read")
             + _card(
-                f"{found['experts_per_token']:,}", f"picked per token, by {found['heads']} heads"
+                f"{found['experts_per_token']:,}",
+                "picked per token" + (f", by {found['heads']} heads" if found["heads"] > 1 else ""),
             )
             + '</div><div class="pair"><figure><h3>Map of the experts</h3>'
             f'<img class="map" alt="map of how often each expert is picked" src="{atlas}">'
@@ -574,7 +575,7 @@ class _Page:
             cards.append(
                 f'<article class="expert"><h4>Expert {shown["expert"]:,}</h4>'
                 f'<div class="soft">row {shown["row"]:,}, column {shown["column"]:,}. Picked '
-                f"{shown['retrievals']:,} times ({share} of the tokens).{partner}</div>"
+                f"{_times(shown['retrievals'])} ({share} of the tokens).{partner}</div>"
                 f'<ul class="text">{lines}</ul></article>'
             )
         return (
@@ -688,6 +689,10 @@ def _show(text: str) -> str:
 _SIGNS = {"\n": "⏎", "\t": "⇥"}
 
 
+def _times(number: int) -> str:
+    return "once" if number == 1 else f"{number:,} times"
+
+
 def _percent(share: float) -> str:
     if share == 0 or share >= 0.995:
         return f"{share:.0%}"
@@ -763,7 +768,7 @@ def _words() -> str:
         ("picked", "an expert is picked, or retrieved, if the layer hands the token to it"),
         ("fires", "an expert fires strongly if it is picked with a large weight, its pattern "
                   "matches, and what it writes is large"),
-        ("head", "a token searches the grid several times, each time for something else. Each "
+        ("head", "a token may search the grid several times, each time for something else. Each "
                  "search is a head"),
         ("unevenness", "how far the spread of the work is from an even one, in nats: the KL "
                        "divergence from the uniform distribution. N experts with an unevenness of "

@@ -266,6 +266,15 @@ def test_without_decoder_checkpoint_and_history_the_report_has_less(material, tm
     assert len(page.all("img")) == 4
 
 
+def test_numbers_of_one_are_singular(tmp_path):
+    model = nn.Sequential(nn.Embedding(26, 10), peer.PEER(10, **{**SIZES, "heads": 1}).eval())
+    peer.report(model, [torch.tensor([[3, 5]])], tmp_path / "report.html", decode=decode)
+    words = Page(tmp_path / "report.html").words
+    assert "Picked once" in words
+    assert "heads" not in words
+    assert not re.search(r"\b1 (times|heads|experts|tokens|layers)\b", words)
+
+
 def test_layers_that_share_a_router_or_a_pool_are_reported(tmp_path):
     torch.manual_seed(0)
     first = peer.PEER(10, **SIZES)
