@@ -29,12 +29,20 @@ def hide_tables(model):
     parallel._set_params_and_buffers_to_ignore_for_model(model, names)
 
 
-def train(model, run, xs, after_backward=lambda tables: None):
+def make_two_optimizers(model):
     dense, experts = peer.param_groups(model, lr=0.1, expert_lr=0.1)
-    optimizers = [torch.optim.SGD([dense]), peer.optim.RowwiseAdagrad([experts])]
+    return [torch.optim.SGD([dense]), peer.optim.RowwiseAdagrad([experts])]
+
+
+def make_one_optimizer(model):
+    return [peer.optim.optimizer_for(model, lr=0.01, expert_lr=0.1, tables="rowwise_adagrad")]
+
+
+def train(model, run, xs, make_optimizers, after_backward=lambda table: None):
+    optimizers = make_optimizers(model)
     for x in xs:
         run(x).square().mean().backward()
-        after_backward(experts["params"])
+        after_backward(model[1].experts.weight)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
@@ -49,8 +57,8 @@ def one_of_two_processes(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     results = {
-        "state": train_on_half(rank),
-        "one optimizer": train_on_half_by_one_optimizer(rank),
+        "state": train_on_half(rank, make_two_optimizers),
+        "one optimizer": train_on_half(rank, make_one_optimizer),
         "fused": fail_on_half(rank),
         "means": reduce_some(rank),
         "frozen": train_frozen_on_half(rank),
@@ -60,30 +68,12 @@ def one_of_two_processes(rank, folder):
     dist.destroy_process_group()
 
 
-def train_on_half(rank):
+def train_on_half(rank, make_optimizers):
     model = make_model()
     hide_tables(model)
     parallel = nn.parallel.DistributedDataParallel(model)
     mine = draw_batches()[:, 10 * rank : 10 * rank + 10]
-    return train(model, parallel, mine, peer.optim.all_reduce_gradients_)
-
-
-def train_by_one_optimizer(model, run, xs, after_backward=lambda tables: None):
-    optimizer = peer.optim.optimizer_for(model, lr=0.01, expert_lr=0.1, tables="rowwise_adagrad")
-    for x in xs:
-        run(x).square().mean().backward()
-        after_backward(model[1].experts.weight)
-        optimizer.step()
-        optimizer.zero_grad()
-    return model.state_dict()
-
-
-def train_on_half_by_one_optimizer(rank):
-    model = make_model()
-    hide_tables(model)
-    parallel = nn.parallel.DistributedDataParallel(model)
-    mine = draw_batches()[:, 10 * rank : 10 * rank + 10]
-    return train_by_one_optimizer(model, parallel, mine, peer.optim.all_reduce_gradients_)
+    return train(model, parallel, mine, make_optimizers, peer.optim.all_reduce_gradients_)
 
 
 def fail_on_half(rank):
@@ -203,7 +193,7 @@ def test_two_processes_end_with_the_tables_of_one(results):
     model = make_model()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     first, second = (each["state"] for each in results)
-    for name, expected in train(model, model, draw_batches()).items():
+    for name, expected in train(model, model, draw_batches(), make_two_optimizers).items():
         assert not torch.equal(expected, before[name]), name
         assert torch.equal(first[name], second[name]), name
         torch.testing.assert_close(first[name], expected)
@@ -212,7 +202,7 @@ def test_two_processes_end_with_the_tables_of_one(results):
 def test_two_processes_with_one_optimizer_end_with_the_parameters_of_one(results):
     model = make_model()
     first, second = (each["one optimizer"] for each in results)
-    for name, expected in train_by_one_optimizer(model, model, draw_batches()).items():
+    for name, expected in train(model, model, draw_batches(), make_one_optimizer).items():
         assert torch.equal(first[name], second[name]), name
         torch.testing.assert_close(first[name], expected)
 
