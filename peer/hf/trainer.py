@@ -15,10 +15,10 @@ __all__ = ["SparseGradientTrainer"]
 class SparseGradientTrainer:
     """Makes a trainer of transformers clip sparse gradients, too.
 
-    `transformers.Trainer` calls torch's clipping in every step. With `max_grad_norm=0`, it does so
-    with an infinite norm, except in transformers 5.0 and earlier. Before torch 2.14, torch's
-    function fails on sparse gradients. Later versions take them, but compute norms of 16-bit
-    gradients in 16 bits. This class replaces the clipping of the trainer's accelerator by
+    `transformers.Trainer` calls torch's clipping in every step. With `max_grad_norm=0`, that of
+    transformers 5.24 does so with an infinite norm, and that of 5.0 does not. Before torch 2.14,
+    torch's function fails on sparse gradients. Later versions take them, but compute norms of
+    16-bit gradients in 16 bits. This class replaces the clipping of the trainer's accelerator by
     `peer.optim.clip_grad_norm_` for steps that have a sparse gradient. It is a mixin, for `Trainer`
     and all classes that derive from it. An optimizer whose updates are fused into the backward pass
     has no sparse gradients and does not need it.
